@@ -1,0 +1,755 @@
+"""The network: OLMo 1.0, its losses on tensors, its sampler, and its weights in and out.
+
+    python model.py export RUN OUT     # write a run as a Hugging Face directory
+
+Paper: OLMo (arXiv 2402.00838), section 2.1 and table 1. Parts, in order: configuration, blocks, the
+model, initialisation, losses, generation, weights.
+
+Dims: B batch, T time, S time with the cache, D d_model, H heads, K head_dim, F mlp_hidden_size, V vocabulary.
+"""
+
+import hashlib
+import json
+import math
+import pickle
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+from configs import UserError, run_main
+
+LAYER_NORM_EPS = 1e-5
+
+
+# ---- Configuration -------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of an OLMo; paper, table 1."""
+
+    d_model: int = 256
+    """Width D of the residual stream."""
+    n_layers: int = 4
+    """Number of blocks."""
+    n_heads: int = 4
+    """Attention heads H; each is d_model / n_heads wide."""
+    mlp_hidden_size: int = 704
+    """Width F of the MLP's activation (OLMo's own key of this name holds 2F, both halves)."""
+    max_seq_len: int = 256
+    """Context length T in tokens, and the length of a training instance."""
+    vocab_size: int = 4096
+    """Ids that the tokenizer knows."""
+    embedding_size: int = 4096
+    """Rows of the embedding: vocab_size padded up (50,280 to 50,304), for speed on GPUs."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+    weight_tying: bool = False
+    """Use the embedding as the output head (OLMo-1B does, OLMo-7B does not)."""
+    eos_token_id: int = 4095
+    """End of document; also the only separator between documents."""
+    pad_token_id: int = 4094
+    """Padding; never trained on."""
+
+    def __post_init__(self):
+        def require(condition, remedy):
+            if not condition:
+                raise UserError(f"model shape: {remedy}")
+        require(min(self.d_model, self.n_layers, self.n_heads, self.mlp_hidden_size,
+                    self.max_seq_len - 1, self.vocab_size) > 0, "all sizes must be positive")
+        require(self.d_model % (2 * self.n_heads) == 0,
+                f"d_model={self.d_model} must be a multiple of 2 * n_heads={2 * self.n_heads}")
+        require(self.embedding_size >= self.vocab_size,
+                f"embedding_size={self.embedding_size} is below vocab_size={self.vocab_size}")
+        require(0 <= min(self.eos_token_id, self.pad_token_id)
+                and max(self.eos_token_id, self.pad_token_id) < self.vocab_size,
+                f"eos_token_id={self.eos_token_id} and pad_token_id={self.pad_token_id} must be ids "
+                f"below vocab_size={self.vocab_size}")
+
+    @property
+    def head_dim(self):
+        return self.d_model // self.n_heads
+
+
+def choose_device(name="auto"):
+    """The device named, or with "auto" the GPU if there is one, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda: torch sees no CUDA GPU here; --device=cpu runs anywhere")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device=mps: torch sees no Apple GPU here; --device=cpu runs anywhere")
+    return torch.device(name)
+
+
+def choose_dtype(name, device):
+    """The forward's dtype: the one named, or with "auto" bfloat16 where the chip multiplies it fast."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float32
+    fast = device.type == "cpu" and "avx512_bf16" in cpu_flags()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def cpu_flags():
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.read_text() if cpuinfo.is_file() else ""
+
+
+# ---- Blocks --------------------------------------------------------------------------------------
+
+class Linear(nn.Linear):
+    """A projection without bias whose float32 master weight is cast to the stream's dtype at each use."""
+
+    def __init__(self, d_in, d_out):
+        super().__init__(d_in, d_out, bias=False)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def layer_norm(x):
+    """LayerNorm without gain or bias (paper 2.1): (..., D) -> (..., D); statistics in float32."""
+    return F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
+
+
+def rope_table(start, length, head_dim, theta, device):
+    """Cosines and sines, each (length, K) float32, of the rotations at positions start, start + 1, ..."""
+    inv_freq = theta ** -(torch.arange(0, head_dim, 2, device=device).float() / head_dim)  # (K/2,)
+    positions = torch.arange(start, start + length, device=device).float()
+    angles = torch.outer(positions, inv_freq).repeat(1, 2)  # both halves turn alike
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x, cos, sin):
+    """Rotate (B, H, T, K): the pair (x[k], x[k + K/2]) by its position's angle, at least in float32."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    first, second = wide.chunk(2, dim=-1)
+    rotated = torch.cat((-second, first), dim=-1)
+    return (wide * cos + rotated * sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention with rotary positions and one fused q, k, v projection."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_heads = config.n_heads
+        self.att_proj = Linear(config.d_model, 3 * config.d_model)  # rows: all of q, all of k, all of v
+        self.attn_out = Linear(config.d_model, config.d_model)
+
+    def forward(self, x, cos, sin, attn_mask=None, cache=None):
+        B, T, D = x.shape
+        q, k, v = (part.view(B, T, self.n_heads, -1).transpose(1, 2)  # (B, H, T, K)
+                   for part in self.att_proj(x).split(D, dim=-1))
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        if cache is not None:
+            k, v = cache.append(k, v)  # (B, H, S, K)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask, is_causal=attn_mask is None)
+        return self.attn_out(y.transpose(1, 2).reshape(B, T, D))
+
+
+class SwiGLU(nn.Module):
+    """The gated MLP; both input projections are fused, the value half first, the gate half second."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.ff_proj = Linear(config.d_model, 2 * config.mlp_hidden_size)
+        self.ff_out = Linear(config.mlp_hidden_size, config.d_model)
+
+    def forward(self, x):
+        value, gate = self.ff_proj(x).chunk(2, dim=-1)  # (B, T, F) each
+        return self.ff_out(F.silu(gate) * value)
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.attn = Attention(config)
+        self.mlp = SwiGLU(config)
+
+    def forward(self, x, cos, sin, attn_mask=None, cache=None):
+        x = x + self.attn(layer_norm(x), cos, sin, attn_mask, cache)
+        return x + self.mlp(layer_norm(x))
+
+
+# ---- The model -----------------------------------------------------------------------------------
+
+class OLMo(nn.Module):
+    """OLMo 1.0: no biases, no learned norm, no dropout, no position table (paper 2.1).
+
+    Weights keep the dtype they are given (float32 in training); `compute_dtype`, when set, is the
+    dtype of the residual stream, to which each weight is cast at its use: as in OLMo's FSDP runs.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.compute_dtype = None
+        self.wte = nn.Embedding(config.embedding_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        if not config.weight_tying:
+            self.ff_out = Linear(config.d_model, config.embedding_size)
+        self.head_nats = head_nats  # train.py may put its compiled self here
+
+    def forward(self, tokens, targets=None, attn_mask=None, cache=None):
+        """Logits (B, T, V) of int64 `tokens` (B, T), or with int64 `targets` (B, T) their nats (B, T).
+
+        attn_mask: bool, broadcastable to (B, H, T, S), True where a query may look; None is causal.
+        cache: one KVCache a layer; `tokens` then follow what it holds.
+        """
+        B, T = tokens.shape
+        config, device = self.config, tokens.device
+        start = cache[0].length if cache else 0
+        if start + T > config.max_seq_len:
+            raise ValueError(f"{start + T} tokens exceed max_seq_len={config.max_seq_len}")
+        if start and attn_mask is None:  # subtle: SDPA's is_causal aligns the first query to the first key
+            attn_mask = causal_mask(start, T, device)
+        cos, sin = rope_table(start, T, config.head_dim, config.rope_theta, device)
+        x = self.wte(tokens).to(self.compute_dtype or self.wte.weight.dtype)  # (B, T, D)
+        for i, block in enumerate(self.blocks):
+            x = block(x, cos, sin, attn_mask, cache[i] if cache else None)
+        head = self.wte.weight if config.weight_tying else self.ff_out.weight
+        if targets is None:
+            return F.linear(layer_norm(x), head.to(x.dtype))  # (B, T, V)
+        return self.head_nats(x, head, targets)
+
+
+def causal_mask(start, length, device):
+    """(T, S) bool: query t stands at position start + t and sees the keys up to itself."""
+    queries = torch.arange(start, start + length, device=device)[:, None]
+    return torch.arange(start + length, device=device) <= queries
+
+
+def head_nats(x, head, targets):
+    """Nats (B, T) of `targets` under the final norm, the head and a softmax in at least float32."""
+    logits = F.linear(layer_norm(x), head.to(x.dtype))  # (B, T, V)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+
+
+# ---- Initialisation ------------------------------------------------------------------------------
+
+@torch.no_grad()
+def init_weights(model, seed):
+    """Fill every parameter with its Mitchell start; the same for any order, device or number of ranks.
+
+    # DIFFERS FROM OLMo: official OLMo draws from one running stream, so that its start depends on the
+    # number of ranks. Here each full tensor has a stream of its own, seeded by (seed, name).
+    """
+    for name, parameter in model.named_parameters():
+        parameter.copy_(initial_tensor(name, parameter.shape, seed))
+
+
+def initial_tensor(name, shape, seed):
+    """The float32 start of one parameter: normal, cut at 3 std (OLMo's init_fn "mitchell")."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    std = initial_std(name, shape)
+    tensor = torch.empty(shape)
+    return nn.init.trunc_normal_(tensor, std=std, a=-3 * std, b=3 * std, generator=generator)
+
+
+def initial_std(name, shape):
+    """1/sqrt(fan-in), and for what writes to the residual stream in block l less by sqrt(2(l + 1))."""
+    fan_in = shape[1]
+    parts = name.split(".")
+    if parts[0] == "blocks" and parts[3] in ("attn_out", "ff_out"):
+        return 1 / math.sqrt(2 * fan_in * (int(parts[1]) + 1))
+    return 1 / math.sqrt(fan_in)
+
+
+def build_model(config, seed, device="cpu"):
+    """A freshly initialised OLMo on `device`; nothing is allocated twice."""
+    with torch.device("meta"):
+        model = OLMo(config)
+    model.to_empty(device=device)
+    init_weights(model, seed)
+    return model
+
+
+# ---- Losses --------------------------------------------------------------------------------------
+
+def next_token_loss(nats, loss_mask):
+    """Summed nats and count of the targets that `loss_mask` (B, T) bool keeps, of `nats` (B, T)."""
+    return (nats * loss_mask).sum(), loss_mask.sum()
+
+
+def sequence_log_probs(nats, loss_mask):
+    """Log-probability (B,) in nats of each row's kept targets, and their counts (B,)."""
+    return -(nats * loss_mask).sum(-1), loss_mask.sum(-1)
+
+
+# ---- Generation ----------------------------------------------------------------------------------
+
+class KVCache:
+    """The keys and values that one layer has seen: two buffers (B, H, capacity, K) and a length."""
+
+    def __init__(self, config, batch_size, capacity, device=None, dtype=None):
+        shape = (batch_size, config.n_heads, capacity, config.head_dim)
+        self.keys = torch.empty(shape, device=device, dtype=dtype)
+        self.values = torch.empty_like(self.keys)
+        self.length = 0
+
+    def append(self, k, v):
+        """Take in k and v (B, H, T, K); return all so far, (B, H, S, K) each."""
+        end = self.length + k.shape[2]
+        self.keys[:, :, self.length:end] = k
+        self.values[:, :, self.length:end] = v
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+@torch.no_grad()
+def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, stop_ids=(), seed=0):
+    """Continue each list of ids in `prompts` by up to `max_new_tokens` ids; returns the new ids only.
+
+    temperature 0 is greedy; otherwise sample from the smallest set of ids that holds `top_p` of the
+    mass. A row ends after one of `stop_ids` (kept), or where the context length ends. Row i draws from
+    a stream of its own, (seed, i): its text depends neither on its neighbours nor on their number.
+    """
+    config, device = model.config, model.wte.weight.device
+    B, T = len(prompts), max(map(len, prompts), default=0)
+    if B == 0 or min(map(len, prompts)) == 0:
+        raise ValueError("generate needs prompts of at least one id each (eos_token_id starts afresh)")
+    if T >= config.max_seq_len:
+        raise ValueError(f"a prompt of {T} ids leaves no room in max_seq_len={config.max_seq_len}")
+    capacity = min(T + max_new_tokens, config.max_seq_len)
+    tokens = torch.full((B, T), config.pad_token_id)
+    visible = torch.ones(B, capacity, dtype=torch.bool)  # the left padding is not
+    for row, prompt in enumerate(prompts):  # rotary positions are relative, so padding shifts nothing
+        tokens[row, T - len(prompt):] = torch.tensor(prompt)
+        visible[row, :T - len(prompt)] = False
+    tokens, visible = tokens.to(device), visible.to(device)
+    dtype = model.compute_dtype or model.wte.weight.dtype
+    cache = [KVCache(config, B, capacity, device, dtype) for _ in range(config.n_layers)]
+    streams = [torch.Generator().manual_seed(seed * 1_000_003 + row) for row in range(B)]
+    new, running = [[] for _ in prompts], set(range(B))
+    for length in range(T, capacity):  # `length` tokens are known, the next one is wanted
+        queries = tokens.shape[1]
+        attn_mask = None
+        if not visible.all() or length > T:
+            attn_mask = padded_mask(visible[:, :length], length - queries)
+        logits = model(tokens, attn_mask=attn_mask, cache=cache)[:, -1, :config.vocab_size]
+        chosen = choose_next(logits.float().cpu(), temperature, top_p, streams)
+        for row in sorted(running):
+            new[row].append(chosen[row])
+            if chosen[row] in stop_ids:
+                running.remove(row)
+        if not running:
+            break
+        tokens = torch.tensor(chosen, device=device)[:, None]
+    return new
+
+
+def padded_mask(visible, start):
+    """(B, 1, T, S) causal mask that hides the padding; each query sees itself, so none sees nothing."""
+    S = visible.shape[1]
+    causal = causal_mask(start, S - start, visible.device)
+    itself = torch.eye(S, dtype=torch.bool, device=visible.device)[start:]
+    return (causal & visible[:, None, None, :]) | itself
+
+
+def choose_next(logits, temperature, top_p, streams):
+    """One id a row of float32 `logits` (B, V), each drawn from its row's generator."""
+    if temperature == 0:
+        return logits.argmax(-1).tolist()
+    probs, ids = (logits / temperature).softmax(-1).sort(descending=True, stable=True)
+    mass = probs.cumsum(-1)
+    kept = (mass - probs < top_p).sum(-1, keepdim=True)  # how many ids the nucleus holds
+    total = mass.gather(1, kept - 1)
+    draws = torch.stack([torch.rand(1, generator=stream) for stream in streams]) * total
+    rank = torch.minimum((mass <= draws).sum(-1, keepdim=True), kept - 1)
+    return ids.gather(1, rank).squeeze(1).tolist()
+
+
+# ---- Weights -------------------------------------------------------------------------------------
+
+# (ours, official OLMo's, Hugging Face's parts) inside a block. Where we have one tensor and HF several,
+# its rows are theirs, one after another. Nothing is permuted: all three rotate halves, not pairs.
+BLOCK_TABLE = (
+    ("attn.att_proj", "att_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    ("attn.attn_out", "attn_out", ("self_attn.o_proj",)),
+    ("mlp.ff_proj", "ff_proj", ("mlp.up_proj", "mlp.gate_proj")),
+    ("mlp.ff_out", "ff_out", ("mlp.down_proj",)),
+)
+
+
+def name_table(config):
+    """Rows (our name, official name, [HF names]) for every tensor of the model."""
+    table = [("wte.weight", "transformer.wte.weight", ["model.embed_tokens.weight"])]
+    if not config.weight_tying:
+        table.append(("ff_out.weight", "transformer.ff_out.weight", ["lm_head.weight"]))
+    for i in range(config.n_layers):
+        for ours, official, parts in BLOCK_TABLE:
+            table.append((f"blocks.{i}.{ours}.weight", f"transformer.blocks.{i}.{official}.weight",
+                          [f"model.layers.{i}.{part}.weight" for part in parts]))
+    return table
+
+
+def load_model(path, device="cpu"):
+    """The OLMo, in float32, that lies in a directory of any of four kinds.
+
+    A run directory (its newest step), a step directory of it, a Hugging Face directory (one safetensors
+    file or several), or an official OLMo unsharded checkpoint (model.pt beside config.yaml).
+    Raises UserError that names what is missing, unexpected or misshapen. No file's content is run.
+    """
+    path = Path(path)
+    config_file = path / "config.json"
+    if (path / "state.json").is_file():
+        return load_step(path, verify_step(path), device)
+    if (path / "model.pt").is_file():
+        return load_official(path, device)
+    if config_file.is_file() and "model_type" in read_json(config_file):
+        return load_hf(path, device)
+    if config_file.is_file():
+        return load_step(*newest_step(path), device)
+    raise UserError(f"{path}: no model here; a run directory, a step directory, a Hugging Face directory "
+                    "or an official OLMo directory (model.pt and config.yaml) is wanted")
+
+
+def read_json(path):
+    """The JSON object in a file; UserError names the file that holds none."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds {type(value).__name__}, not a JSON object")
+    return value
+
+
+def assemble(config, tensors, place, device):
+    """An OLMo filled with `tensors`, {our name: tensor}; every name and shape must fit."""
+    with torch.device("meta"):
+        model = OLMo(config)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    check_tensors(shapes, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, place)
+    tensors = {name: tensor.to(device, torch.float32) for name, tensor in tensors.items()}
+    model.load_state_dict(tensors, assign=True)
+    return model
+
+
+def check_tensors(wanted, found, place):
+    """Compare two {name: shape}; UserError lists the tensors that are missing, unexpected or misshapen."""
+    faults = [f"missing {name}" for name in wanted if name not in found]
+    faults += [f"unexpected {name}" for name in found if name not in wanted]
+    faults += [f"{name} has shape {found[name]}, wanted {wanted[name]}" for name in wanted
+               if name in found and found[name] != wanted[name]]
+    if faults:
+        more = f", and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise UserError(f"{place}: these weights do not fit the model's shape: "
+                        f"{'; '.join(faults[:5])}{more}")
+
+
+# -- Step directories (train.py writes them) --
+
+def step_directories(run):
+    """The step directories of a run, oldest first."""
+    steps = [path for path in Path(run).glob("step*") if path.name[4:].isdigit() and path.is_dir()]
+    return sorted(steps, key=lambda path: int(path.name[4:]))
+
+
+def newest_step(run):
+    """(path, state) of a run's newest whole step directory; damaged ones are named and passed over."""
+    for path in reversed(step_directories(run)):
+        try:
+            return path, verify_step(path)
+        except UserError as error:
+            print(f"warning: {error}; trying the step before it")
+    raise UserError(f"{run}: holds no whole step directory")
+
+
+def state_digest(state):
+    """SHA-256 of a step's state.json, its own digest left out."""
+    body = {key: value for key, value in state.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def file_digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify_step(path):
+    """The state.json of a step directory whose every file has its recorded size and SHA-256."""
+    state = read_json(path / "state.json")
+    if state.get("sha256") != state_digest(state):
+        raise UserError(f"{path / 'state.json'}: damaged, its digest differs")
+    for name, record in state["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise UserError(f"{file}: missing from this checkpoint")
+        if file.stat().st_size != record["size"]:
+            raise UserError(f"{file}: damaged, {file.stat().st_size} bytes instead of {record['size']}")
+        if file_digest(file) != record["sha256"]:
+            raise UserError(f"{file}: damaged, its SHA-256 differs")
+    return state
+
+
+class SafeUnpickler(pickle.Unpickler):
+    """Unpickles what DCP writes in `.metadata`, plain records of names, shapes and dtypes; nothing else."""
+
+    ALLOWED = {
+        "torch": {"Size", "float32", "float64", "bfloat16", "float16", "int64", "int32", "uint8", "bool"},
+        "torch.serialization": {"_get_layout"},
+        "pathlib": {"PosixPath"}, "pathlib._local": {"PosixPath"},
+        "torch.distributed.checkpoint.metadata": {
+            "Metadata", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
+            "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING", "BytesStorageMetadata"},
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    }
+
+    def find_class(self, module, name):
+        if name not in self.ALLOWED.get(module, ()):
+            raise UserError(f"it names {module}.{name}, which no checkpoint needs")
+        return super().find_class(module, name)
+
+
+class SafeReader(dcp.FileSystemReader):
+    """DCP's reader, which unpickles `.metadata` and byte entries without limits, with neither allowed."""
+
+    def read_metadata(self, *args, **kwargs):
+        file = Path(self.path) / ".metadata"
+        try:
+            metadata = SafeUnpickler(file.open("rb")).load()
+        except Exception as error:
+            raise UserError(f"{file}: refused, not a checkpoint's plain metadata ({error})") from None
+        for name, entry in metadata.state_dict_metadata.items():
+            if isinstance(entry, BytesStorageMetadata):
+                raise UserError(f"{file}: refused, {name} is pickled bytes, not a tensor")
+        return metadata
+
+
+def read_step(path, tensors):
+    """Fill `tensors`, {name: tensor or DTensor}, in place from a step directory; each must be there."""
+    reader = SafeReader(str(path))
+    entries = reader.read_metadata().state_dict_metadata
+    wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    prefixes = {name.split(".")[0] for name in wanted}
+    check_tensors(wanted, {name: tuple(entry.size) for name, entry in entries.items()
+                           if name.split(".")[0] in prefixes}, path)
+    dcp.load(tensors, storage_reader=reader)
+
+
+def load_step(path, state, device):
+    """The model of one step directory, whose verified state.json is `state`."""
+    config = ModelConfig(**{key: state["config"][key] for key in ModelConfig.__dataclass_fields__})
+    with torch.device("meta"):
+        model = OLMo(config)
+    model.to_empty(device="cpu")
+    read_step(path, {f"model.{name}": p.detach() for name, p in model.named_parameters()})
+    return model.to(device)
+
+
+# -- Hugging Face --
+
+def load_hf(path, device):
+    """The model of a Hugging Face directory of an OLMo 1.0."""
+    config = hf_to_config(read_json(path / "config.json"), path / "config.json")
+    found = read_safetensors(path)
+    head = found.get("lm_head.weight")
+    if config.weight_tying and head is not None:  # some writers repeat the tied head
+        if not torch.equal(head, found.get("model.embed_tokens.weight")):
+            raise UserError(f"{path}: lm_head.weight differs from the embedding that it is tied to")
+        del found["lm_head.weight"]
+    table = name_table(config)
+    known = {name for _, _, names in table for name in names}
+    lost = [name for _, _, names in table for name in names if name not in found]
+    strange = [name for name in found if name not in known]
+    if lost or strange:
+        check_tensors(dict.fromkeys(lost), dict.fromkeys(strange), path)
+    return assemble(config, {ours: torch.cat([found[name] for name in names])
+                             for ours, _, names in table}, path, device)
+
+
+def read_safetensors(path):
+    """{name: tensor} of model.safetensors, or of the files that model.safetensors.index.json lists."""
+    load_file = import_safetensors().load_file
+    index = path / "model.safetensors.index.json"
+    files = ([path / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+             if index.is_file() else [path / "model.safetensors"])
+    tensors = {}
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file}: missing; the directory must hold its safetensors files")
+        try:
+            tensors.update(load_file(file))
+        except Exception as error:
+            raise UserError(f"{file}: damaged or not safetensors ({error})") from None
+    return tensors
+
+
+def import_safetensors():
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise UserError("Hugging Face weights need the package safetensors: "
+                        "pip install safetensors") from None
+    return safetensors.torch
+
+
+def hf_to_config(hf, place):
+    """Our configuration from HF's; UserError for a setting that OLMo 1.0 does not have."""
+    heads = hf.get("num_attention_heads")
+    for key, wanted in (("model_type", "olmo"), ("hidden_act", "silu"), ("attention_bias", False),
+                        ("clip_qkv", None), ("num_key_value_heads", heads), ("rope_scaling", None)):
+        if hf.get(key, wanted) != wanted:
+            raise UserError(f"{place}: {key}={hf[key]} is not OLMo 1.0, which has {key}={wanted}")
+    rope = hf.get("rope_parameters") or {}
+    if rope.get("rope_type", "default") != "default":
+        raise UserError(f"{place}: rope_type={rope['rope_type']} is not OLMo 1.0's plain rotation")
+    try:
+        return ModelConfig(
+            d_model=hf["hidden_size"], n_layers=hf["num_hidden_layers"], n_heads=heads,
+            mlp_hidden_size=hf["intermediate_size"], max_seq_len=hf["max_position_embeddings"],
+            # HF has one vocabulary size, the padded one; OLMo's real one ends with EOS, its last id
+            vocab_size=hf["eos_token_id"] + 1, embedding_size=hf["vocab_size"],
+            rope_theta=float(rope.get("rope_theta", hf.get("rope_theta", 10000.0))),
+            weight_tying=hf.get("tie_word_embeddings", False),
+            eos_token_id=hf["eos_token_id"], pad_token_id=hf["pad_token_id"])
+    except KeyError as error:
+        raise UserError(f"{place}: has no {error}") from None
+
+
+def config_to_hf(config):
+    """Hugging Face's config.json for our configuration."""
+    return {
+        "architectures": ["OlmoForCausalLM"], "model_type": "olmo", "hidden_act": "silu",
+        "hidden_size": config.d_model, "intermediate_size": config.mlp_hidden_size,
+        "num_hidden_layers": config.n_layers, "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_heads, "max_position_embeddings": config.max_seq_len,
+        "vocab_size": config.embedding_size, "tie_word_embeddings": config.weight_tying,
+        "rope_theta": config.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "attention_bias": False, "attention_dropout": 0.0, "clip_qkv": None, "use_cache": True,
+        "initializer_range": 0.02, "torch_dtype": "float32", "bos_token_id": None,
+        "eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id,
+    }
+
+
+def save_hf(model, out, tokenizer=None):
+    """Write `model`, and the tokenizer.json at `tokenizer`, as a Hugging Face directory at `out`.
+
+    AutoModelForCausalLM and AutoTokenizer load it as it is. `out` must not exist or be empty; it is
+    written under another name first, so that it is whole or not there.
+    """
+    out, config = Path(out), model.config
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: exists already; choose another name or delete it")
+    save_file = import_safetensors().save_file
+    aside = out.with_name(out.name + ".tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    state = model.state_dict()
+    tensors = {}
+    for ours, _, names in name_table(config):
+        pieces = state[ours].cpu().float().chunk(len(names))
+        tensors.update({name: piece.contiguous() for name, piece in zip(names, pieces)})
+    save_file(tensors, aside / "model.safetensors", metadata={"format": "pt"})
+    ends = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
+    write_json(aside / "config.json", config_to_hf(config))
+    write_json(aside / "generation_config.json", ends)
+    if tokenizer is not None:
+        copy_tokenizer(Path(tokenizer), aside, config)
+    if out.exists():
+        out.rmdir()
+    aside.rename(out)
+
+
+def copy_tokenizer(file, out, config):
+    """Copy tokenizer.json and name its special tokens the way that AutoTokenizer reads them."""
+    added = {token["id"]: token["content"] for token in read_json(file)["added_tokens"]}
+    shutil.copyfile(file, out / "tokenizer.json")
+    special = {"eos_token": added[config.eos_token_id], "pad_token": added[config.pad_token_id]}
+    write_json(out / "special_tokens_map.json", special)
+    write_json(out / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.max_seq_len,
+        "clean_up_tokenization_spaces": False, **special})
+
+
+def write_json(path, value):
+    """Write a JSON file; a crash leaves the old one or the new one, never half of it."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(json.dumps(value, indent=1) + "\n")
+    aside.replace(path)
+
+
+# -- Official OLMo --
+
+def load_official(path, device):
+    """The model of an official OLMo unsharded checkpoint: model.pt beside config.yaml."""
+    config = official_config(path / "config.yaml")
+    try:
+        found = torch.load(path / "model.pt", map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise UserError(f"{path / 'model.pt'}: damaged, or not a plain file of tensors ({error})") from None
+    ours = {official: name for name, official, _ in name_table(config)}
+    return assemble(config, {ours.get(name, name): tensor for name, tensor in found.items()}, path, device)
+
+
+def official_config(path):
+    """Our configuration from the `model:` block of an official config.yaml."""
+    if not path.is_file():
+        raise UserError(f"{path}: missing; an official checkpoint needs it beside model.pt")
+    settings = read_model_block(path)
+    for key, wanted in (("block_type", "sequential"), ("activation_type", "swiglu"), ("rope", "true"),
+                        ("alibi", "false"), ("include_bias", "false"), ("clip_qkv", "null"),
+                        ("layer_norm_type", "default"), ("layer_norm_with_affine", "false"),
+                        ("attention_layer_norm", "false"), ("multi_query_attention", "false")):
+        if settings.get(key, wanted) not in (wanted, "null"):
+            raise UserError(f"{path}: {key}: {settings[key]} is not OLMo 1.0, which has {key}: {wanted}")
+    try:
+        d_model, vocab_size = int(settings["d_model"]), int(settings["vocab_size"])
+        fused = settings.get("mlp_hidden_size", "null")  # both halves; null means mlp_ratio * d_model
+        fused = int(settings["mlp_ratio"]) * d_model if fused == "null" else int(fused)
+        return ModelConfig(
+            d_model=d_model, n_layers=int(settings["n_layers"]), n_heads=int(settings["n_heads"]),
+            mlp_hidden_size=fused // 2, max_seq_len=int(settings["max_sequence_length"]),
+            vocab_size=vocab_size, embedding_size=int(settings.get("embedding_size", vocab_size)),
+            rope_theta=float(settings.get("rope_theta", 10000)),
+            weight_tying=settings.get("weight_tying", "true") == "true",
+            # the frozen yaml says 50279; the one in use then said 0, the converter rewrites it
+            eos_token_id=int(settings["eos_token_id"]) or vocab_size - 1,
+            pad_token_id=int(settings["pad_token_id"]))
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path}: the model block lacks or garbles {error}") from None
+
+
+def read_model_block(path):
+    """{key: text} of the flat `model:` block of a YAML file."""
+    lines = path.read_text().splitlines()
+    if "model:" not in lines:
+        raise UserError(f"{path}: has no `model:` block")
+    settings = {}
+    for line in lines[lines.index("model:") + 1:]:
+        if not line.startswith("  "):
+            break
+        key, _, value = line.partition(":")
+        settings[key.strip()] = value.strip()
+    return settings
+
+
+def main(argv):
+    if argv[:1] != ["export"] or len(argv) != 3 or "--help" in argv:
+        print(__doc__)
+        return 0 if "--help" in argv else 2
+    run, out = argv[1:]
+    model = load_model(run)
+    tokenizer = next((folder / "tokenizer.json" for folder in (Path(run), Path(run).parent)
+                      if (folder / "tokenizer.json").is_file()), None)
+    save_hf(model, out, tokenizer)
+    print(f"wrote {out}: {sum(p.numel() for p in model.parameters()):,} parameters"
+          + ("" if tokenizer else "; no tokenizer.json was found beside the model"))
+
+
+if __name__ == "__main__":
+    run_main(main)
