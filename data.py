@@ -44,13 +44,13 @@ class DataConfig:
     """Where built data lies; each set of sources and settings gets a folder of its own in it."""
     sources: dict[str, str] = field(default_factory=lambda: {
         "reference": "stdlib", "docstrings": "stdlib", "code": "stdlib"})
-    """Name -> file or folder of .jsonl, .jsonl.gz or .txt; or "stdlib", the embedded source of that name."""
+    """Name -> file or folder of .jsonl(.gz), .txt; "stdlib" is the embedded source of that name."""
     tokenizer: str = "bpe:4096"
-    """"bpe:N" trains N ids on the sources; "olmo" is OLMo's own; else the path of a tokenizer.json."""
+    """bpe:N trains N ids on the sources; olmo is OLMo's own; else the path of a tokenizer.json."""
     seed: int = 6198
     """Seed of the data order and of the initial weights."""
     eval_share: float = 0.05
-    """Share of the groups (modules, topics; else documents) that is held out, chosen by their hash."""
+    """Share of the groups (modules, topics; else documents) held out, chosen by their hash."""
 
 
 # ---- Documents -----------------------------------------------------------------------------------
@@ -62,9 +62,9 @@ TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 def read_documents(path, source, counts=None):
     """Yield {id, text, source, metadata} from a file, a folder (sorted, recursive) or "stdlib".
 
-    metadata.provenance is file:line; metadata.group, where there is one, keeps kin on one side of the
-    held-out split. `counts`, a Counter, takes in what was repaired or skipped. Raises UserError with
-    file and line for input that cannot be read.
+    metadata.provenance is file:line; metadata.group, where there is one, keeps kin on one side of
+    the held-out split. `counts`, a Counter, takes in what was repaired or skipped. Raises UserError
+    with file and line for input that cannot be read.
     """
     counts = Counter() if counts is None else counts
     if path == "stdlib":
@@ -81,8 +81,8 @@ def read_documents(path, source, counts=None):
 def input_files(root, counts):
     """The readable files at `root`; others in a folder are counted."""
     if not root.exists():
-        raise UserError(f"{root}: no such file or folder; put your documents there (.jsonl, .jsonl.gz, "
-                        '.txt) or name others: --sources=\'{"name": "path"}\'')
+        raise UserError(f"{root}: no such file or folder; put your documents there (.jsonl, "
+                        '.jsonl.gz, .txt) or name others: --sources=\'{"name": "path"}\'')
     if root.is_file():
         return [root]
     files = sorted(file for file in root.rglob("*") if file.is_file())
@@ -108,19 +108,21 @@ def read_jsonl(file):
                 if text.strip():
                     yield line, json.loads(text)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{file}: corrupt or cut off after line {line} ({error}); fetch it anew") from None
+        raise UserError(f"{file}: corrupt or cut off after line {line} ({error}); fetch it anew"
+                        ) from None
     except ValueError as error:  # of json.loads, or of the bytes' UTF-8
-        raise UserError(f"{file}:{line}: not a JSON object ({error}); mend or delete the line") from None
+        raise UserError(f"{file}:{line}: not JSON ({error}); mend or delete the line") from None
 
 
 def as_document(record, source, provenance, place, counts):
-    """A record of an input file as a document; UserError with `place` for a field of the wrong type."""
+    """A record of an input file as a document; UserError with `place` for a wrong field."""
     if not isinstance(record, dict):
         raise UserError(f"{place}: holds {type(record).__name__}, not a JSON object with a text")
     text, name = record.get("text"), record.get("id", provenance)
     metadata = record.get("metadata") or {}
     if not isinstance(text, str):
-        raise UserError(f"{place}: text is {type(text).__name__}, not a string; mend or delete the line")
+        raise UserError(f"{place}: text is {type(text).__name__}, not a string; "
+                        "mend or delete the line")
     if not isinstance(name, (str, int)) or not isinstance(metadata, dict):
         raise UserError(f"{place}: id must be a string and metadata an object; mend the line")
     whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -130,7 +132,7 @@ def as_document(record, source, provenance, place, counts):
 
 
 def is_held_out(document, eval_share):
-    """Whether the hash of the document's group falls into the held-out share: no order, no state."""
+    """Whether the hash of the document's group falls into the held-out share."""
     group = str(document["metadata"].get("group", document["id"]))
     digest = hashlib.sha256(group.encode("utf-8", "replace")).digest()
     return int.from_bytes(digest[:8], "big") < eval_share * 2**64
@@ -139,12 +141,12 @@ def is_held_out(document, eval_share):
 # ---- The embedded corpus -------------------------------------------------------------------------
 
 # not library text: tests, vendored wheels, character tables, and the topics (they are "reference")
-STDLIB_SKIPS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "_bundled", "encodings",
-                "pydoc_data", "__pycache__"}
+STDLIB_SKIPS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "_bundled",
+                "encodings", "pydoc_data", "__pycache__"}
 
 
 def stdlib_documents(source):
-    """The documents of one embedded source, from the Python that runs this: real text, no network."""
+    """The documents of one embedded source, from the Python that runs this: no network."""
     if source == "reference":
         from pydoc_data.topics import topics
         for topic, text in sorted(topics.items()):
@@ -232,7 +234,7 @@ BPE_SAMPLE_CHARS = 3_000_000  # of each source, to learn the merges from
 
 
 def byte_characters():
-    """GPT-2's map from each byte to the printable character that stands for it in tokenizer.json."""
+    """GPT-2's map from each byte to the printable character for it in tokenizer.json."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {**{byte: chr(byte) for byte in printable},
@@ -240,10 +242,10 @@ def byte_characters():
 
 
 class Tokenizer:
-    """A byte-level BPE tokenizer of OLMo's anatomy, read from Hugging Face's tokenizer.json, on tiktoken.
+    """A byte-level BPE tokenizer of OLMo's anatomy, on tiktoken; its file is HF's tokenizer.json.
 
     The anatomy: NFC; runs of 2 to 24 spaces and the PII markers are tokens of their own; GPT-2's
-    splitting; merges in the order of their ids. OLMo's own file gives the same ids as HF `tokenizers`.
+    splitting; merges in the order of their ids. OLMo's own file gives the ids of HF `tokenizers`.
     """
 
     def __init__(self, spec, place="tokenizer.json"):
@@ -255,7 +257,7 @@ class Tokenizer:
                  for token, rank in spec["model"]["vocab"].items() if token not in added}
         self.token_bytes = {rank: token for token, rank in ranks.items()}
         self.token_bytes.update((rank, token.encode()) for token, rank in added.items())
-        # subtle: as tiktoken specials, long runs would be cut anyhow; as plain tokens they shadow merges
+        # subtle: as tiktoken specials, runs would be cut anyhow; as plain tokens they shadow merges
         ranks.update((run.encode(), added[run]) for run in SPACE_RUNS if run in added)
         specials = {token: rank for token, rank in added.items() if token not in SPACE_RUNS}
         self.markers = {token["content"] for token in spec["added_tokens"]
@@ -291,7 +293,7 @@ class Tokenizer:
         return ids
 
     def decode(self, ids):
-        """The text of `ids`; bytes that are no UTF-8 come out as U+FFFD. UserError for an unknown id."""
+        """The text of `ids`, U+FFFD for bytes that are no UTF-8. UserError for an unknown id."""
         try:
             return b"".join(self.token_bytes[i] for i in ids).decode("utf-8", "replace")
         except KeyError as error:
@@ -299,7 +301,7 @@ class Tokenizer:
 
 
 def cut_whitespace(text):
-    """`text` in pieces, so that none holds more unbroken whitespace than tiktoken's engine takes."""
+    """`text` in pieces, none with more unbroken whitespace than tiktoken's engine takes."""
     if len(text) <= WHITESPACE_LIMIT:
         return [text]
     return filter(None, regex.split(rf"(\s{{{WHITESPACE_LIMIT}}})", text))
@@ -327,7 +329,7 @@ def check_anatomy(spec, place):
 
 
 def train_bpe(texts, vocab_size):
-    """Learn a Tokenizer of `vocab_size` ids from `texts`: 256 bytes, merges, 23 space runs, 5 specials.
+    """Learn a Tokenizer of `vocab_size` ids: 256 bytes, merges, 23 space runs, 5 specials.
 
     The merge that joins the most frequent pair comes first; ties go to the smaller pair of ids.
     """
@@ -350,7 +352,7 @@ def learn_merges(words, n_merges):
     """The merges [(id, id)], best first; merge i makes id 256 + i. `words` is {string: count}."""
     counts = list(words.values())
     spellings = [list(word.encode()) for word in words]
-    pair_counts, holders = Counter(), defaultdict(set)  # holders: the words that a pair may stand in
+    pair_counts, holders = Counter(), defaultdict(set)  # holders: words that a pair may stand in
     for i, word in enumerate(spellings):
         for pair in itertools.pairwise(word):
             pair_counts[pair] += counts[i]
@@ -408,8 +410,9 @@ def tokenizer_spec(merges, added):
             for i, token in enumerate(added)],
         "normalizer": {"type": "NFC"}, "pre_tokenizer": byte_level, "post_processor": None,
         "decoder": byte_level,
-        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+        "model": {"type": "BPE", "dropout": None, "unk_token": None, "fuse_unk": False,
+                  "continuing_subword_prefix": None, "end_of_word_suffix": None,
+                  "byte_fallback": False,
                   "vocab": {name: rank for rank, name in enumerate(names)},
                   "merges": [[names[left], names[right]] for left, right in merges]},
     }
@@ -440,8 +443,8 @@ def token_dtype(vocab_size):
 def write_shards(documents, tokenizer, folder, source, shard_tokens=SHARD_TOKENS):
     """Write documents as headerless token files, EOS after each; no document straddles two files.
 
-    SOURCE-00000.bin holds the tokens, .index the start and end of each document in it (tokens, EOS
-    included) and the byte where its line begins in .jsonl, which holds {id, source, bytes, metadata}.
+    SOURCE-00000.bin holds the tokens, .index the start and end of each document in it (in tokens,
+    EOS included) and the byte where its line, {id, source, bytes, metadata}, begins in .jsonl.
     Returns (shard records, counts). Documents without text are counted and left out.
     """
     shards, counts, out = [], Counter(), None
@@ -471,7 +474,8 @@ class ShardWriter:
     def __init__(self, folder, name, tokenizer):
         self.path, self.tokens, self.documents = folder / f"{name}.bin", 0, 0
         self.dtype = token_dtype(tokenizer.vocab_size)
-        self.files = [open(self.path.with_suffix(end), "wb") for end in (".bin", ".index", ".jsonl")]
+        self.files = [open(self.path.with_suffix(suffix), "wb")
+                      for suffix in (".bin", ".index", ".jsonl")]
 
     def add(self, document, ids):
         tokens, index, rows = self.files
@@ -521,7 +525,7 @@ def build_data(config):
 
 
 def build_settings(config):
-    """All that the built data depends on, cheap to gather: settings, and each input's name and age."""
+    """All that the built data depends on: settings, and each input's name, size and age."""
     inputs = {}
     for source, path in config.sources.items():
         if path == "stdlib":
@@ -549,7 +553,7 @@ def make_tokenizer(config):
     if kind != "bpe":
         return Tokenizer.load(tokenizer_file(config.tokenizer))
     if not size.isdigit():
-        raise UserError(f"tokenizer={config.tokenizer}: write bpe:N with the number of ids, bpe:4096")
+        raise UserError(f"tokenizer={config.tokenizer}: write bpe:N, N ids, such as bpe:4096")
     return train_bpe(sample_texts(config), int(size))
 
 
@@ -580,9 +584,9 @@ def write_data(config, settings, folder):
         sources[source] = dict(counts + new_counts)
         if not new_shards:
             raise UserError(f"sources: {source} ({path}) holds no document with text to train on")
-    identity = [(shard["file"], shard["sha256"]) for shard in shards]
+    identity = [settings["tokenizer"], *((shard["file"], shard["sha256"]) for shard in shards)]
     manifest = {
-        "sha256": hashlib.sha256(json.dumps([settings["tokenizer"], identity]).encode()).hexdigest(),
+        "sha256": hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
         "vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id, "dtype": token_dtype(tokenizer.vocab_size).name,
         "sources": sources, "shards": shards, "settings": settings}
@@ -597,7 +601,8 @@ def split_off(documents, config, held_out, counts):
         elif is_leaked(document, config):
             counts["held-out docstrings dropped: also in a training document"] += 1
         else:
-            counts.update({"held-out documents": 1, "held-out bytes": len(document["text"].encode())})
+            counts["held-out documents"] += 1
+            counts["held-out bytes"] += len(document["text"].encode())
             held_out.write(json.dumps(document) + "\n")
 
 
@@ -610,7 +615,8 @@ def print_table(folder):
     """What each source of a built folder holds."""
     manifest = json.loads((folder / "manifest.json").read_text())
     print(f"data: {folder}  ({manifest['vocab_size']} ids, {manifest['dtype']})")
-    print(f"  {'source':<12}{'documents':>10}{'MB':>8}{'tokens':>12}{'held-out documents':>20}{'MB':>8}")
+    print(f"  {'source':<12}{'documents':>10}{'MB':>8}{'tokens':>12}"
+          f"{'held-out documents':>20}{'MB':>8}")
     for source, counts in manifest["sources"].items():
         print(f"  {source:<12}{counts['documents']:>10,}{counts['bytes'] / 1e6:>8.2f}"
               f"{counts['tokens']:>12,}{counts.get('held-out documents', 0):>20,}"
@@ -623,10 +629,10 @@ def print_table(folder):
 # ---- Batches -------------------------------------------------------------------------------------
 
 class TokenShards:
-    """The built shards as `len(shards)` instances of `seq_len` tokens, read from memory-mapped files.
+    """The built shards as `len(shards)` instances of `seq_len` tokens, in memory-mapped files.
 
-    As in official OLMo an instance never spans files and a file's tail is dropped, while documents flow
-    across instances. Raises UserError for a file that is missing or of the wrong size.
+    As in official OLMo an instance never spans files and a file's tail is dropped, while documents
+    flow across instances. Raises UserError for a file that is missing or of the wrong size.
     """
 
     def __init__(self, folder, seq_len):
@@ -637,7 +643,7 @@ class TokenShards:
             path = Path(folder) / shard["file"]
             size = path.stat().st_size if path.is_file() else 0
             if size != shard["tokens"] * dtype.itemsize:
-                raise UserError(f"{path}: {size} bytes instead of {shard['tokens'] * dtype.itemsize}; "
+                raise UserError(f"{path}: {size} bytes, not {shard['tokens'] * dtype.itemsize}; "
                                 f"delete {folder} and the data is built anew")
             n = shard["tokens"] // seq_len
             tokens = np.memmap(path, dtype, "r")[:n * seq_len]
@@ -671,8 +677,8 @@ class Batches:
     """The batch of any step, a pure function: `batches(step, rank, world_size)`.
 
     Step s, counted from 1, takes slice [(s-1)G, sG) of its epoch's order, G = batch_size sequences;
-    the N mod G instances at the end of an epoch's order are not seen in it. The orders are written once
-    into `order_dir` and memory-mapped. Raises UserError for a corpus below one batch.
+    the N mod G instances at the end of an epoch's order are not seen in it. The orders are written
+    once into `order_dir` and memory-mapped. Raises UserError for a corpus below one batch.
     """
 
     def __init__(self, shards, batch_size, seed, order_dir):
@@ -681,8 +687,8 @@ class Batches:
         self.steps_per_epoch = len(shards) // batch_size
         self.orders = {}
         if not self.steps_per_epoch:
-            raise UserError(f"the corpus makes {len(shards)} sequences of {shards.seq_len} tokens, fewer "
-                            f"than one batch of {batch_size}; lower batch_size or add text")
+            raise UserError(f"the corpus makes {len(shards)} sequences of {shards.seq_len} tokens, "
+                            f"fewer than one batch of {batch_size}; lower batch_size or add text")
 
     def order(self, epoch):
         """The memory-mapped order of an epoch."""
@@ -704,7 +710,7 @@ class Batches:
     def __call__(self, step, rank=0, world_size=1):
         """{tokens, targets: int64 (B, T), loss_mask: bool (B, T)}: this rank's share of the step.
 
-        Targets are the tokens shifted inside the window, as in official OLMo: T tokens, T-1 targets.
+        Targets are the tokens shifted inside the window, as in official OLMo: T - 1 a window.
         """
         if self.batch_size % world_size:
             near = min((n for n in range(world_size, 2 * self.batch_size + world_size, world_size)),
@@ -714,7 +720,7 @@ class Batches:
         rows = [self.shards[i] for i in self.instances(step)[rank::world_size]]
         tokens = torch.from_numpy(np.stack(rows))
         loss_mask = torch.ones_like(tokens, dtype=torch.bool)
-        loss_mask[:, -1] = False  # its target would be the next window's; what roll puts there is not
+        loss_mask[:, -1] = False  # its target would be the next window's first token
         return {"tokens": tokens, "targets": tokens.roll(-1, 1), "loss_mask": loss_mask}
 
     def fingerprint(self):

@@ -1,6 +1,6 @@
 """Evaluation: bits per byte of held-out text, samples, and curves; every number without a gradient.
 
-    python eval.py RUN [--suite=PATH]               # bits per byte of each source's held-out documents
+    python eval.py RUN [--suite=PATH]               # bits per byte of each source's held-out text
     python eval.py sample RUN --prompt="def read_"  # let the model go on from a prompt
     python eval.py report RUN                       # draw the run's curves into RUN/curves.svg
 
@@ -46,10 +46,11 @@ class EvalConfig:
 # ---- Perplexity ----------------------------------------------------------------------------------
 
 def rolling_windows(ids, eos_token_id, max_seq_len):
-    """(inputs, targets, scored) windows over one document: every id is scored once, the last `scored`.
+    """(inputs, targets, scored) windows over one document; the last `scored` targets count.
 
-    The first id is predicted from EOS, which is never scored itself. The last window reaches back over
-    ids already scored, to give its own a full context: as Paloma's official code and lm-eval do it.
+    Every id is scored once, the first from EOS, which is never scored itself. The last window
+    reaches back over ids already scored, to give its own a full context: as Paloma's official code
+    and lm-eval do it.
     """
     stream = [eos_token_id, *ids]
     windows = []
@@ -64,8 +65,8 @@ def rolling_windows(ids, eos_token_id, max_seq_len):
 def evaluate_perplexity(model, tokenizer, documents, batch_tokens=8192):
     """Sums over `documents` ({text, ...}): {documents, tokens, bytes, nats}.
 
-    Documents are never joined; `bytes` are those of the raw UTF-8 text and `nats` is the total negative
-    log-likelihood, so that bits per byte = nats / ln 2 / bytes holds over any set (paper 2.4, Paloma).
+    Documents are never joined; `bytes` are those of the raw UTF-8 text and `nats` is the total
+    negative log-likelihood, so that bits per byte = nats / ln 2 / bytes over any set (paper 2.4).
     """
     sums = {"documents": 0, "tokens": 0, "bytes": 0, "nats": 0.0}
     windows = []
@@ -88,7 +89,8 @@ def score_windows(model, windows, batch_tokens):
     windows = sorted(windows, key=lambda window: -len(window[0]))
     while windows:
         longest = len(windows[0][0])
-        rows, windows = windows[:max(1, batch_tokens // longest)], windows[batch_tokens // longest or 1:]
+        n = max(1, batch_tokens // longest)
+        rows, windows = windows[:n], windows[n:]
         tokens = torch.full((len(rows), longest), model.config.pad_token_id)
         targets, loss_mask = tokens.clone(), torch.zeros_like(tokens, dtype=torch.bool)
         for row, (inputs, wanted, scored) in enumerate(rows):
@@ -120,10 +122,12 @@ def evaluate_domains(model, tokenizer, domains, batch_tokens):
 
 def domains_table(results):
     """The lines of a table of {domain: sums}."""
-    lines = [f"{'domain':<14}{'documents':>10}{'tokens':>12}{'KB':>10}{'nats/token':>12}{'bits/byte':>11}"]
+    lines = [f"{'domain':<14}{'documents':>10}{'tokens':>12}{'KB':>10}"
+             f"{'nats/token':>12}{'bits/byte':>11}"]
     for name, sums in results.items():
-        lines.append(f"{name:<14}{sums['documents']:>10,}{sums['tokens']:>12,}{sums['bytes'] / 1e3:>10,.1f}"
-                     f"{sums['nats'] / max(1, sums['tokens']):>12.4f}{bits_per_byte(sums):>11.4f}")
+        nats = sums["nats"] / max(1, sums["tokens"])
+        lines.append(f"{name:<14}{sums['documents']:>10,}{sums['tokens']:>12,}"
+                     f"{sums['bytes'] / 1e3:>10,.1f}{nats:>12.4f}{bits_per_byte(sums):>11.4f}")
     return "\n".join(lines)
 
 
@@ -137,7 +141,7 @@ def sample_text(model, tokenizer, config):
                          stop_ids=(tokenizer.eos_token_id,), seed=config.sample_seed)
     except ValueError as error:
         raise UserError(f"prompt: {error}") from None
-    return config.prompt + tokenizer.decode(token for token in new if token != tokenizer.eos_token_id)
+    return config.prompt + tokenizer.decode(i for i in new if i != tokenizer.eos_token_id)
 
 
 # ---- Report --------------------------------------------------------------------------------------
@@ -164,8 +168,8 @@ def draw_curves(run, out):
         raise UserError("report draws with matplotlib: pip install matplotlib") from None
     rows = read_metrics(run)
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    left.plot([row["tokens"] / 1e6 for row in rows["train"]], [row["loss"] for row in rows["train"]],
-              linewidth=1)
+    left.plot([row["tokens"] / 1e6 for row in rows["train"]],
+              [row["loss"] for row in rows["train"]], linewidth=1)
     left.set(title="training loss", xlabel="million tokens", ylabel="nats per token")
     for name in rows["eval"][0]["bits_per_byte"] if rows["eval"] else ():
         right.plot([row["tokens"] / 1e6 for row in rows["eval"]],
@@ -185,17 +189,17 @@ def run_of(path):
     """The directory that holds config.json and tokenizer.json: `path`, or its parent for a step."""
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"{path}: no such directory; python train.py configs/tiny.py makes runs/tiny")
+        raise UserError(f"{path}: no such directory; train.py configs/tiny.py makes runs/tiny")
     return path.parent if (path / "state.json").is_file() else path
 
 
 def suite_domains(run, suite):
-    """{domain: documents} of the suite: the run's own held-out sources, or the documents at a path."""
+    """{domain: documents}: the run's own held-out sources, or the documents at a path."""
     if suite != "domains":
         return {Path(suite).name: read_documents(suite, Path(suite).name)}
     if not (run / "manifest.json").is_file():
-        raise UserError(f"{run}: not a run directory, so it has no held-out text; name a file or folder "
-                        "of documents: --suite=PATH")
+        raise UserError(f"{run}: not a run directory, so it has no held-out text; name a file or "
+                        "folder of documents: --suite=PATH")
     [config] = load_config([str(run / "config.json")], DataConfig)
     folder = build_data(config)
     built, trained = (json.loads((place / "manifest.json").read_text()) for place in (folder, run))
@@ -212,7 +216,7 @@ def main(argv):
     options = [word for word in argv if word.startswith("-")]
     [config] = load_config(options, EvalConfig)
     if len(paths) != 1:
-        raise UserError(f"{' '.join(paths) or 'no run'}: name one run directory; --help shows the form")
+        raise UserError(f"{' '.join(paths) or 'no run'}: name one run; --help shows the form")
     run = run_of(paths[0])
     if verb == "report":
         draw_curves(run, run / "curves.svg")

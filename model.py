@@ -5,7 +5,8 @@
 Paper: OLMo (arXiv 2402.00838), section 2.1 and table 1. Parts, in order: configuration, blocks, the
 model, initialisation, losses, generation, weights.
 
-Dims: B batch, T time, S time with the cache, D d_model, H heads, K head_dim, F mlp_hidden_size, V vocabulary.
+Dims: B batch, T time, S time with the cache, D d_model, H heads, K head_dim, F mlp_hidden_size,
+V vocabulary.
 """
 
 import hashlib
@@ -13,6 +14,7 @@ import json
 import math
 import pickle
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,8 +70,8 @@ class ModelConfig:
                 f"embedding_size={self.embedding_size} is below vocab_size={self.vocab_size}")
         require(0 <= min(self.eos_token_id, self.pad_token_id)
                 and max(self.eos_token_id, self.pad_token_id) < self.vocab_size,
-                f"eos_token_id={self.eos_token_id} and pad_token_id={self.pad_token_id} must be ids "
-                f"below vocab_size={self.vocab_size}")
+                f"eos_token_id={self.eos_token_id} and pad_token_id={self.pad_token_id} must be "
+                f"ids below vocab_size={self.vocab_size}")
 
     @property
     def head_dim(self):
@@ -88,7 +90,7 @@ def choose_device(name="auto"):
 
 
 def choose_dtype(name, device):
-    """The forward's dtype: the one named, or with "auto" bfloat16 where the chip multiplies it fast."""
+    """The forward's dtype: the one named, or with "auto" bfloat16 where the chip is fast at it."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
@@ -105,7 +107,7 @@ def cpu_flags():
 # ---- Blocks --------------------------------------------------------------------------------------
 
 class Linear(nn.Linear):
-    """A projection without bias whose float32 master weight is cast to the stream's dtype at each use."""
+    """A projection without bias; its float32 weight is cast to the stream's dtype at each use."""
 
     def __init__(self, d_in, d_out):
         super().__init__(d_in, d_out, bias=False)
@@ -120,7 +122,7 @@ def layer_norm(x):
 
 
 def rope_table(start, length, head_dim, theta, device):
-    """Cosines and sines, each (length, K) float32, of the rotations at positions start, start + 1, ..."""
+    """Cosines and sines, (length, K) float32 each, of the rotations from position `start` on."""
     inv_freq = theta ** -(torch.arange(0, head_dim, 2, device=device).float() / head_dim)  # (K/2,)
     positions = torch.arange(start, start + length, device=device).float()
     angles = torch.outer(positions, inv_freq).repeat(1, 2)  # both halves turn alike
@@ -128,7 +130,7 @@ def rope_table(start, length, head_dim, theta, device):
 
 
 def apply_rope(x, cos, sin):
-    """Rotate (B, H, T, K): the pair (x[k], x[k + K/2]) by its position's angle, at least in float32."""
+    """Rotate each pair (x[k], x[k + K/2]) of x (B, H, T, K) by its angle, in float32 at least."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     first, second = wide.chunk(2, dim=-1)
     rotated = torch.cat((-second, first), dim=-1)
@@ -141,7 +143,7 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_heads = config.n_heads
-        self.att_proj = Linear(config.d_model, 3 * config.d_model)  # rows: all of q, all of k, all of v
+        self.att_proj = Linear(config.d_model, 3 * config.d_model)  # rows: q, then k, then v
         self.attn_out = Linear(config.d_model, config.d_model)
 
     def forward(self, x, cos, sin, attn_mask=None, cache=None):
@@ -156,7 +158,7 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """The gated MLP; both input projections are fused, the value half first, the gate half second."""
+    """The gated MLP; its input projections are fused, value half first, gate half second."""
 
     def __init__(self, config):
         super().__init__()
@@ -201,7 +203,7 @@ class OLMo(nn.Module):
         self.head_nats = head_nats  # train.py may put its compiled self here
 
     def forward(self, tokens, targets=None, attn_mask=None, cache=None):
-        """Logits (B, T, V) of int64 `tokens` (B, T), or with int64 `targets` (B, T) their nats (B, T).
+        """Logits (B, T, V) of int64 `tokens` (B, T), or the nats (B, T) of int64 `targets` (B, T).
 
         attn_mask: bool, broadcastable to (B, H, T, S), True where a query may look; None is causal.
         cache: one KVCache a layer; `tokens` then follow what it holds.
@@ -211,7 +213,8 @@ class OLMo(nn.Module):
         start = cache[0].length if cache else 0
         if start + T > config.max_seq_len:
             raise ValueError(f"{start + T} tokens exceed max_seq_len={config.max_seq_len}")
-        if start and attn_mask is None:  # subtle: SDPA's is_causal aligns the first query to the first key
+        if start and attn_mask is None:
+            # subtle: SDPA's is_causal would align the first query with the first key
             attn_mask = causal_mask(start, T, device)
         cos, sin = rope_table(start, T, config.head_dim, config.rope_theta, device)
         x = self.wte(tokens).to(self.compute_dtype or self.wte.weight.dtype)  # (B, T, D)
@@ -233,17 +236,18 @@ def head_nats(x, head, targets):
     """Nats (B, T) of `targets` under the final norm, the head and a softmax in at least float32."""
     logits = F.linear(layer_norm(x), head.to(x.dtype))  # (B, T, V)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+    nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    return nats.view_as(targets)
 
 
 # ---- Initialisation ------------------------------------------------------------------------------
 
 @torch.no_grad()
 def init_weights(model, seed):
-    """Fill every parameter with its Mitchell start; the same for any order, device or number of ranks.
+    """Fill every parameter with its Mitchell start, the same on any device and number of ranks.
 
-    # DIFFERS FROM OLMo: official OLMo draws from one running stream, so that its start depends on the
-    # number of ranks. Here each full tensor has a stream of its own, seeded by (seed, name).
+    # DIFFERS FROM OLMo: official OLMo draws from one running stream, so that its start depends on
+    # the number of ranks. Here each full tensor has a stream of its own, seeded by (seed, name).
     """
     for name, parameter in model.named_parameters():
         parameter.copy_(initial_tensor(name, parameter.shape, seed))
@@ -259,7 +263,7 @@ def initial_tensor(name, shape, seed):
 
 
 def initial_std(name, shape):
-    """1/sqrt(fan-in), and for what writes to the residual stream in block l less by sqrt(2(l + 1))."""
+    """1/sqrt(fan-in); less by sqrt(2(l + 1)) for what writes to the residual stream in block l."""
     fan_in = shape[1]
     parts = name.split(".")
     if parts[0] == "blocks" and parts[3] in ("attn_out", "ff_out"):
@@ -310,22 +314,22 @@ class KVCache:
 
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, stop_ids=(), seed=0):
-    """Continue each list of ids in `prompts` by up to `max_new_tokens` ids; returns the new ids only.
+    """Continue each list of ids in `prompts` by up to `max_new_tokens` ids; returns the new ids.
 
     temperature 0 is greedy; otherwise sample from the smallest set of ids that holds `top_p` of the
-    mass. A row ends after one of `stop_ids` (kept), or where the context length ends. Row i draws from
-    a stream of its own, (seed, i): its text depends neither on its neighbours nor on their number.
+    mass. A row ends after one of `stop_ids` (kept), or where the context length ends. Row i draws
+    from a stream of its own, (seed, i): its text does not depend on its neighbours.
     """
     config, device = model.config, model.wte.weight.device
     B, T = len(prompts), max(map(len, prompts), default=0)
     if B == 0 or min(map(len, prompts)) == 0:
-        raise ValueError("generate needs prompts of at least one id each (eos_token_id starts afresh)")
+        raise ValueError("generate needs prompts of at least one id each, such as eos_token_id")
     if T >= config.max_seq_len:
         raise ValueError(f"a prompt of {T} ids leaves no room in max_seq_len={config.max_seq_len}")
     capacity = min(T + max_new_tokens, config.max_seq_len)
     tokens = torch.full((B, T), config.pad_token_id)
     visible = torch.ones(B, capacity, dtype=torch.bool)  # the left padding is not
-    for row, prompt in enumerate(prompts):  # rotary positions are relative, so padding shifts nothing
+    for row, prompt in enumerate(prompts):  # rotary positions are relative: padding shifts nothing
         tokens[row, T - len(prompt):] = torch.tensor(prompt)
         visible[row, :T - len(prompt)] = False
     tokens, visible = tokens.to(device), visible.to(device)
@@ -351,7 +355,7 @@ def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, stop_id
 
 
 def padded_mask(visible, start):
-    """(B, 1, T, S) causal mask that hides the padding; each query sees itself, so none sees nothing."""
+    """(B, 1, T, S) causal mask that hides the padding; each query sees at least itself."""
     S = visible.shape[1]
     causal = causal_mask(start, S - start, visible.device)
     itself = torch.eye(S, dtype=torch.bool, device=visible.device)[start:]
@@ -373,8 +377,8 @@ def choose_next(logits, temperature, top_p, streams):
 
 # ---- Weights -------------------------------------------------------------------------------------
 
-# (ours, official OLMo's, Hugging Face's parts) inside a block. Where we have one tensor and HF several,
-# its rows are theirs, one after another. Nothing is permuted: all three rotate halves, not pairs.
+# (ours, official OLMo's, Hugging Face's parts) inside a block. Where we have one tensor and HF
+# several, its rows are theirs, one after another. Nothing is permuted: all three rotate halves.
 BLOCK_TABLE = (
     ("attn.att_proj", "att_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
     ("attn.attn_out", "attn_out", ("self_attn.o_proj",)),
@@ -398,9 +402,10 @@ def name_table(config):
 def load_model(path, device="cpu"):
     """The OLMo, in float32, that lies in a directory of any of four kinds.
 
-    A run directory (its newest step), a step directory of it, a Hugging Face directory (one safetensors
-    file or several), or an official OLMo unsharded checkpoint (model.pt beside config.yaml).
-    Raises UserError that names what is missing, unexpected or misshapen. No file's content is run.
+    A run directory (its newest step), a step directory of it, a Hugging Face directory (one
+    safetensors file or several), or an official OLMo unsharded checkpoint (model.pt beside
+    config.yaml). Raises UserError that names what is missing, unexpected or misshapen. No file's
+    content is run.
     """
     path = Path(path)
     config_file = path / "config.json"
@@ -412,8 +417,8 @@ def load_model(path, device="cpu"):
         return load_hf(path, device)
     if config_file.is_file():
         return load_step(*newest_step(path), device)
-    raise UserError(f"{path}: no model here; a run directory, a step directory, a Hugging Face directory "
-                    "or an official OLMo directory (model.pt and config.yaml) is wanted")
+    raise UserError(f"{path}: no model here; a run directory, a step directory, a Hugging Face "
+                    "directory or an official OLMo directory (model.pt, config.yaml) is wanted")
 
 
 def read_json(path):
@@ -439,7 +444,7 @@ def assemble(config, tensors, place, device):
 
 
 def check_tensors(wanted, found, place):
-    """Compare two {name: shape}; UserError lists the tensors that are missing, unexpected or misshapen."""
+    """Compare two {name: shape}; UserError lists what is missing, unexpected or misshapen."""
     faults = [f"missing {name}" for name in wanted if name not in found]
     faults += [f"unexpected {name}" for name in found if name not in wanted]
     faults += [f"{name} has shape {found[name]}, wanted {wanted[name]}" for name in wanted
@@ -459,7 +464,7 @@ def step_directories(run):
 
 
 def newest_step(run):
-    """(path, state) of a run's newest whole step directory; damaged ones are named and passed over."""
+    """(path, state) of a run's newest whole step directory; damaged ones are named and skipped."""
     for path in reversed(step_directories(run)):
         try:
             return path, verify_step(path)
@@ -489,17 +494,17 @@ def verify_step(path):
         if not file.is_file():
             raise UserError(f"{file}: missing from this checkpoint")
         if file.stat().st_size != record["size"]:
-            raise UserError(f"{file}: damaged, {file.stat().st_size} bytes instead of {record['size']}")
+            raise UserError(f"{file}: damaged, {file.stat().st_size} bytes, not {record['size']}")
         if file_digest(file) != record["sha256"]:
             raise UserError(f"{file}: damaged, its SHA-256 differs")
     return state
 
 
 class SafeUnpickler(pickle.Unpickler):
-    """Unpickles what DCP writes in `.metadata`, plain records of names, shapes and dtypes; nothing else."""
+    """Unpickles only what DCP writes in `.metadata`: plain records of names, shapes and dtypes."""
 
     ALLOWED = {
-        "torch": {"Size", "float32", "float64", "bfloat16", "float16", "int64", "int32", "uint8", "bool"},
+        "torch": {"Size", "float32", "float64", "bfloat16", "int64"},
         "torch.serialization": {"_get_layout"},
         "pathlib": {"PosixPath"}, "pathlib._local": {"PosixPath"},
         "torch.distributed.checkpoint.metadata": {
@@ -515,14 +520,14 @@ class SafeUnpickler(pickle.Unpickler):
 
 
 class SafeReader(dcp.FileSystemReader):
-    """DCP's reader, which unpickles `.metadata` and byte entries without limits, with neither allowed."""
+    """DCP's reader, which by itself unpickles `.metadata` and byte entries without limits."""
 
     def read_metadata(self, *args, **kwargs):
         file = Path(self.path) / ".metadata"
         try:
             metadata = SafeUnpickler(file.open("rb")).load()
         except Exception as error:
-            raise UserError(f"{file}: refused, not a checkpoint's plain metadata ({error})") from None
+            raise UserError(f"{file}: refused, not plain metadata ({error})") from None
         for name, entry in metadata.state_dict_metadata.items():
             if isinstance(entry, BytesStorageMetadata):
                 raise UserError(f"{file}: refused, {name} is pickled bytes, not a tensor")
@@ -530,14 +535,16 @@ class SafeReader(dcp.FileSystemReader):
 
 
 def read_step(path, tensors):
-    """Fill `tensors`, {name: tensor or DTensor}, in place from a step directory; each must be there."""
+    """Fill `tensors`, {name: tensor or DTensor}, in place from a step directory."""
     reader = SafeReader(str(path))
     entries = reader.read_metadata().state_dict_metadata
     wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     prefixes = {name.split(".")[0] for name in wanted}
     check_tensors(wanted, {name: tuple(entry.size) for name, entry in entries.items()
                            if name.split(".")[0] in prefixes}, path)
-    dcp.load(tensors, storage_reader=reader)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that there is but one process
+        dcp.load(tensors, storage_reader=reader)
 
 
 def load_step(path, state, device):
@@ -572,7 +579,7 @@ def load_hf(path, device):
 
 
 def read_safetensors(path):
-    """{name: tensor} of model.safetensors, or of the files that model.safetensors.index.json lists."""
+    """{name: tensor} of model.safetensors, or of the files that its index lists."""
     load_file = import_safetensors().load_file
     index = path / "model.safetensors.index.json"
     files = ([path / name for name in sorted(set(read_json(index)["weight_map"].values()))]
@@ -653,7 +660,8 @@ def save_hf(model, out, tokenizer=None):
     tensors = {}
     for ours, _, names in name_table(config):
         pieces = state[ours].cpu().float().chunk(len(names))
-        tensors.update({name: piece.contiguous() for name, piece in zip(names, pieces)})
+        tensors.update((name, piece.contiguous())
+                       for name, piece in zip(names, pieces, strict=True))
     save_file(tensors, aside / "model.safetensors", metadata={"format": "pt"})
     ends = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
     write_json(aside / "config.json", config_to_hf(config))
@@ -691,9 +699,10 @@ def load_official(path, device):
     try:
         found = torch.load(path / "model.pt", map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        raise UserError(f"{path / 'model.pt'}: damaged, or not a plain file of tensors ({error})") from None
+        raise UserError(f"{path / 'model.pt'}: damaged, or not just tensors ({error})") from None
     ours = {official: name for name, official, _ in name_table(config)}
-    return assemble(config, {ours.get(name, name): tensor for name, tensor in found.items()}, path, device)
+    tensors = {ours.get(name, name): tensor for name, tensor in found.items()}
+    return assemble(config, tensors, path, device)
 
 
 def official_config(path):
@@ -701,15 +710,16 @@ def official_config(path):
     if not path.is_file():
         raise UserError(f"{path}: missing; an official checkpoint needs it beside model.pt")
     settings = read_model_block(path)
-    for key, wanted in (("block_type", "sequential"), ("activation_type", "swiglu"), ("rope", "true"),
-                        ("alibi", "false"), ("include_bias", "false"), ("clip_qkv", "null"),
+    for key, wanted in (("block_type", "sequential"), ("activation_type", "swiglu"),
+                        ("rope", "true"), ("alibi", "false"), ("include_bias", "false"),
                         ("layer_norm_type", "default"), ("layer_norm_with_affine", "false"),
-                        ("attention_layer_norm", "false"), ("multi_query_attention", "false")):
+                        ("attention_layer_norm", "false"), ("multi_query_attention", "false"),
+                        ("clip_qkv", "null")):
         if settings.get(key, wanted) not in (wanted, "null"):
-            raise UserError(f"{path}: {key}: {settings[key]} is not OLMo 1.0, which has {key}: {wanted}")
+            raise UserError(f"{path}: {key}: {settings[key]} is not OLMo 1.0, which has {wanted}")
     try:
         d_model, vocab_size = int(settings["d_model"]), int(settings["vocab_size"])
-        fused = settings.get("mlp_hidden_size", "null")  # both halves; null means mlp_ratio * d_model
+        fused = settings.get("mlp_hidden_size", "null")  # both halves; null: mlp_ratio * d_model
         fused = int(settings["mlp_ratio"]) * d_model if fused == "null" else int(fused)
         return ModelConfig(
             d_model=d_model, n_layers=int(settings["n_layers"]), n_heads=int(settings["n_heads"]),

@@ -3,9 +3,9 @@
     python train.py configs/tiny.py [--key=value ...]   # train; on a run that exists, go on from it
     python train.py --resume=RUN [--key=value ...]      # the same, the config read from the run
 
-Ctrl-C or SIGTERM finishes the step, saves and leaves. Exit code 0 means finished, any other: run the
-same command again. Paper: OLMo (arXiv 2402.00838), sections 2.1, 3.1 and 3.2. Parts, in order:
-configuration, the machine, optimiser and schedule, the step, checkpoints, the run directory, the loop.
+Ctrl-C or SIGTERM finishes the step, saves and leaves. Exit code 0 means finished, any other: run
+the same command again. Paper: OLMo (arXiv 2402.00838), section 3. Parts, in order: configuration,
+the machine, optimiser and schedule, the step, checkpoints, the run directory, the loop.
 """
 
 import ctypes
@@ -28,18 +28,35 @@ from tqdm import tqdm
 
 from configs import UserError, flat, load_config, run_main
 from data import Batches, DataConfig, Tokenizer, TokenShards, build_data, print_table
-from eval import (EvalConfig, bits_per_byte, domains_table, evaluate_domains, held_out_domains,
-                  sample_text)
-from model import (ModelConfig, build_model, choose_device, choose_dtype, file_digest, head_nats,
-                   newest_step, next_token_loss, read_json, read_step, state_digest, step_directories,
-                   write_json)
-
+from eval import (
+    EvalConfig,
+    bits_per_byte,
+    domains_table,
+    evaluate_domains,
+    held_out_domains,
+    sample_text,
+)
+from model import (
+    ModelConfig,
+    build_model,
+    choose_device,
+    choose_dtype,
+    file_digest,
+    head_nats,
+    newest_step,
+    next_token_loss,
+    read_json,
+    read_step,
+    state_digest,
+    step_directories,
+    write_json,
+)
 
 # ---- Configuration -------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How the model is trained; paper, tables 1 and 5."""
+    """How the model is trained; paper, section 3."""
 
     run_dir: str = "runs/tiny"
     """The directory of this run: config, metrics, checkpoints."""
@@ -50,7 +67,7 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto is cuda where there is one, else cpu; mps is untried."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Dtype of the forward; auto is bfloat16 where the chip multiplies it fast. Weights stay float32."""
+    """Dtype of the forward; auto is bfloat16 where the chip is fast at it. Weights stay float32."""
     compile: Literal["auto", "true", "false"] = "auto"
     """Compile the blocks and the head; auto does so where the machine can."""
     batch_size: int = 16
@@ -80,7 +97,7 @@ class TrainConfig:
     grad_clip: float = 1.0
     """Largest global L2 norm of the gradient."""
     grad_clip_warmup_steps: int = 0
-    """OLMo-7B's early rule: until the step after this one the limit is larger; 0 is no such rule."""
+    """OLMo-7B's early rule: from step 2 to the one after this the limit is larger; 0 is no rule."""
     grad_clip_warmup_factor: float = 10.0
     """By how much it is larger."""
     log_every_steps: int = 10
@@ -110,7 +127,7 @@ def choose_machine(config):
     if config.compile == "auto":
         compiled = device.type == "cuda" or (device.type == "cpu" and can_compile())
         why = ("the first time takes about half a minute" if compiled else
-               "a C++ compiler and Python's headers are wanted" if device.type == "cpu" else "untried")
+               "no C++ compiler or Python headers" if device.type == "cpu" else "untried")
     print(f"machine: {device.type} with {torch.get_num_threads()} threads; forward in {dtype} "
           f"({'as asked' if config.dtype != 'auto' else 'what this chip multiplies best'}); "
           f"{'compiled' if compiled else 'not compiled'} ({why})")
@@ -118,7 +135,7 @@ def choose_machine(config):
 
 
 def choose_micro_batch(config, seq_len):
-    """Sequences per forward: the setting, or the most that divide the batch within 16,384 tokens."""
+    """Sequences per forward: as set, or the most that divide the batch within 16,384 tokens."""
     if config.micro_batch_size:
         return min(config.micro_batch_size, config.batch_size)
     return max(n for n in range(1, config.batch_size + 1)
@@ -126,7 +143,7 @@ def choose_micro_batch(config, seq_len):
 
 
 def keep_freed_memory():
-    """Tell glibc to keep big freed buffers: faulting them in again each step costs about a quarter of it."""
+    """Tell glibc to keep big freed buffers: faulting them in anew costs a quarter of each step."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no buffer by mmap, which free() would give back
@@ -136,7 +153,7 @@ def keep_freed_memory():
 def compile_model(model):
     """Compile each block, and the head with its loss.
 
-    # subtle: the embedding stays outside, since its compiled gradient adds up atomically, in any order,
+    # subtle: the embedding stays outside: its compiled gradient adds up atomically, in any order,
     # and a resumed run could not be bit-exact.
     """
     for block in model.blocks:
@@ -167,9 +184,9 @@ def build_optimizer(model, config):
 def lr_at_step(step, config):
     """The learning rate of step `step`, the first being 1 (official olmo/optim.py).
 
-    Warm-up from a tenth of the peak, then linear or cosine to min_lr at decay_steps, then flat. OLMo-7B's
-    final anneal is the linear one with its warm-up already over: lr 2.3e-5, min_lr 2.3e-8,
-    warmup_steps 556000, decay_steps 557000.
+    Warm-up from a tenth of the peak, then linear or cosine to min_lr at decay_steps, then flat.
+    OLMo-7B's final anneal is the linear one with its warm-up already over: lr 2.3e-5,
+    min_lr 2.3e-8, warmup_steps 556000, decay_steps 557000.
     """
     last = config.decay_steps or config.max_steps
     if step < config.warmup_steps:
@@ -194,11 +211,11 @@ def clip_at_step(step, config):
 # ---- The step ------------------------------------------------------------------------------------
 
 def train_step(model, optimizer, micro_batches, loss_fn, lr, max_norm):
-    """One update from `micro_batches`; returns {loss, grad_norm}, the norm as it was before clipping.
+    """One update from `micro_batches`; returns {loss, grad_norm}, the norm before clipping.
 
-    `loss_fn(model, batch)` gives (summed loss, count). The loss is the sum over all micro-batches by
-    their whole count, so that no way of cutting the batch changes it. Raises FloatingPointError before
-    the weights are touched if the gradient is not finite.
+    `loss_fn(model, batch)` gives (summed loss, count). The loss is the sum over all micro-batches
+    by their whole count, so that no way of cutting the batch changes it. Raises FloatingPointError
+    before the weights are touched if the loss or the gradient is not finite.
     """
     total, count = 0.0, 0
     for batch in micro_batches:
@@ -232,7 +249,7 @@ def cut_batch(batch, rows, device):
 
 
 def batch_hash(tokens):
-    """A hash of the rows (B, T) that no order of the rows changes: the sum of theirs, modulo 2^64."""
+    """A hash of tokens (B, T) that no order of the rows changes: the sum of the rows' hashes."""
     digests = [hashlib.sha256(row.tobytes()).digest()[:8] for row in tokens.numpy()]
     return f"{sum(int.from_bytes(digest, 'big') for digest in digests) % 2**64:016x}"
 
@@ -240,18 +257,19 @@ def batch_hash(tokens):
 # ---- Checkpoints ---------------------------------------------------------------------------------
 
 def training_tensors(model, optimizer):
-    """{name: tensor} of everything that training changes: the weights, AdamW's moments and counts."""
+    """{name: tensor} of all that training changes: the weights, AdamW's moments and counts."""
     tensors = {}
     for name, p in model.named_parameters():
         tensors[f"model.{name}"] = p.detach()
-        tensors.update((f"optimizer.{name}.{key}", value) for key, value in optimizer.state[p].items())
+        tensors.update((f"optimizer.{name}.{key}", value)
+                       for key, value in optimizer.state[p].items())
     return tensors
 
 
 def save_checkpoint(run, state, model, optimizer):
-    """Write RUN/step000500: the tensors through DCP, and state.json with every file's size and SHA-256.
+    """Write RUN/step000500: tensors through DCP, and state.json with each file's size and SHA-256.
 
-    It is written under another name and renamed, so one that exists is whole; a failure leaves nothing.
+    It is written under another name and renamed: one that exists is whole, a failed one is gone.
     """
     path = Path(run) / f"step{state['step']:06d}"
     if path.exists():
@@ -269,8 +287,9 @@ def save_checkpoint(run, state, model, optimizer):
         aside.rename(path)
     except (OSError, CheckpointException) as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise UserError(f"{path}: the checkpoint could not be written ({root_cause(error)}); make room, "
-                        f"then go on from the one before: python train.py --resume={run}") from None
+        raise UserError(f"{path}: the checkpoint could not be written ({root_cause(error)}); make "
+                        "room, then go on from the one before: "
+                        f"python train.py --resume={run}") from None
     return path
 
 
@@ -287,7 +306,7 @@ def load_checkpoint(path, model, optimizer):
 
 
 def drop_old_checkpoints(run, keep_last):
-    """Delete all but the newest `keep_last` steps, each renamed first: a half-deleted one has no name."""
+    """Delete all but the newest `keep_last` steps, renamed first: a step's name means whole."""
     if keep_last:
         for path in step_directories(run)[:-keep_last]:
             doomed = path.rename(path.with_name(path.name + ".tmp"))
@@ -302,8 +321,9 @@ COMMANDS = {"resume", "overwrite"}  # keys that say what to do, not what the run
 def may_differ(key):
     """Whether a run may go on with another value of this key."""
     evaluation = key in EvalConfig.__dataclass_fields__  # changes no weight
-    return evaluation or key in {"run_dir", "max_steps", "device", "dtype", "compile", "micro_batch_size"} or (
-        key.endswith("_every_steps") or key.startswith(("keep_", "stop_")))
+    free = {"run_dir", "max_steps", "device", "dtype", "compile", "micro_batch_size"}
+    return (evaluation or key in free or key.endswith("_every_steps")
+            or key.startswith(("keep_", "stop_")))
 
 
 def open_run(run, settings, fingerprint, overwrite):
@@ -323,8 +343,8 @@ def open_run(run, settings, fingerprint, overwrite):
     changed = [f"{key}: {saved[key]} there, {value} now" for key, value in settings.items()
                if key in saved and saved[key] != value and not may_differ(key)]
     if changed:
-        raise UserError(f"{run} holds another run ({'; '.join(changed)}); choose another --run_dir, "
-                        "or --overwrite it")
+        raise UserError(f"{run} holds another run ({'; '.join(changed)}); choose another "
+                        "--run_dir, or --overwrite it")
     moved = [f"{key}: {state['data'].get(key)} then, {value} now"
              for key, value in fingerprint.items() if state["data"].get(key) != value]
     if moved:
@@ -349,7 +369,7 @@ def describe_run(run, settings, folder, fingerprint):
 
 
 class Log:
-    """RUN/metrics.jsonl, one object a row; rows past `step`, which will be done again, are dropped."""
+    """RUN/metrics.jsonl, one object a row; rows of steps to be done again are dropped."""
 
     def __init__(self, run, step):
         path = run / "metrics.jsonl"
@@ -369,7 +389,7 @@ class Log:
 
 
 class StopSignal:
-    """While it is open, the first Ctrl-C or SIGTERM is kept in `number`; a second one acts at once."""
+    """While open, keeps the first Ctrl-C or SIGTERM in `number`; a second one acts at once."""
 
     def __enter__(self):
         self.number, self.before = 0, {}
@@ -394,7 +414,8 @@ class StopSignal:
 
 def check_vocabulary(config, tokenizer):
     """The ids in the model's config must be the tokenizer's: a wrong EOS would go unnoticed."""
-    wanted = {key: getattr(tokenizer, key) for key in ("vocab_size", "eos_token_id", "pad_token_id")}
+    wanted = {"vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos_token_id,
+              "pad_token_id": tokenizer.pad_token_id}
     wrong = [f"--{key}={value}" for key, value in wanted.items() if getattr(config, key) != value]
     if wrong:
         raise UserError(f"the model's ids are not the tokenizer's; set {' '.join(wrong)}"
@@ -463,10 +484,10 @@ def train(model_config, data_config, eval_config, config):
 
 
 def train_loop(config, run, state, model, optimizer, batches, loss_fn, evaluate, rows):
-    """Take the steps after state["step"] up to max_steps, logging, evaluating and saving as they fall due.
+    """Take the steps after state["step"] up to max_steps; log, evaluate and save as they fall due.
 
-    `batches(step)` gives a batch, `evaluate()` {domain: sums}. Keeps `state` {step, tokens, seconds, ...}
-    up to date. Returns (number of the signal that ended it or 0, the last evaluation's result).
+    `batches(step)` gives a batch, `evaluate()` {domain: sums}; `state` {step, tokens, seconds, ...}
+    is kept up to date. Returns (the signal that ended it or 0, the last evaluation's result).
     """
     log, device, results = Log(run, state["step"]), model.wte.weight.device, None
     began, tokens_before = time.perf_counter() - state["seconds"], state["tokens"]
@@ -484,7 +505,7 @@ def train_loop(config, run, state, model, optimizer, batches, loss_fn, evaluate,
                 metrics = train_step(model, optimizer, cut_batch(batch, rows, device), loss_fn,
                                      lr, clip_at_step(step, config))
             except FloatingPointError as error:
-                raise UserError(f"step {step}: {error}; nothing was saved since the newest checkpoint. "
+                raise UserError(f"step {step}: {error}; the newest checkpoint is from before it. "
                                 "A lower --lr, in a run of its own, may hold") from None
             busy_seconds += time.perf_counter() - tick
             state.update(step=step, tokens=state["tokens"] + batch["tokens"].numel(),
@@ -517,7 +538,7 @@ def main(argv):
     if resumed:
         saved = Path(resumed[-1]) / "config.json"
         if not saved.is_file():
-            raise UserError(f"--resume={resumed[-1]}: no run there; start one with python train.py CONFIG")
+            raise UserError(f"--resume={resumed[-1]}: no run there; train.py CONFIG starts one")
         argv = [str(saved), f"--run_dir={resumed[-1]}", *argv]
     if not any(not word.startswith("-") for word in argv) and "--help" not in argv:
         raise UserError("name a config file (python train.py configs/tiny.py) or --resume=RUN")

@@ -1,14 +1,15 @@
 """The one config loader: defaults < config files, left to right < --key=value.
 
-A config file is flat assignments of plain values, `lr = 3e-3  # why`, and nothing else: it is parsed,
-never run. A run's saved `config.json` serves as a config file too. Which keys exist, their types, their
-defaults and the sentence that --help prints all stand in the frozen dataclasses that the modules own.
+A config file is flat assignments of plain values, `lr = 3e-3  # why`, and nothing else: it is
+parsed, never run. A run's saved `config.json` serves as a config file too. Which keys exist, their
+types, their defaults and the sentences of --help stand in frozen dataclasses that the modules own.
 """
 
 import ast
 import dataclasses
 import difflib
 import inspect
+import itertools
 import json
 import sys
 import typing
@@ -59,7 +60,7 @@ def read_config_file(path, fields):
     for line, key, value in read_assignments(path):
         if key in fields:
             values[key] = checked(fields[key], value, f"{path}:{line}: ")
-        elif key not in house_keys():  # one file serves every command: another room's key is fine here
+        elif key not in house_keys():  # one file serves every command: another room's key is fine
             raise unknown_key(key, house_keys(), f"{path}:{line}: ")
     return values
 
@@ -77,8 +78,8 @@ def read_assignments(path):
             [target] = statement.targets
             yield statement.lineno, target.id, ast.literal_eval(statement.value)
         except (AttributeError, ValueError):
-            raise UserError(f"{path}:{statement.lineno}: a config file holds only lines of the form "
-                            "`key = value`, with a plain value") from None
+            raise UserError(f"{path}:{statement.lineno}: a config file holds only lines of the "
+                            "form `key = value`, with a plain value") from None
 
 
 def read_option(word, fields):
@@ -144,21 +145,22 @@ def house_keys():
 def sentences(schema):
     """{field: the sentence under it} of a dataclass, read from its source."""
     body = ast.parse(inspect.getsource(schema)).body[0].body
-    return {field.target.id: " ".join(text.value.value.split()) for field, text in zip(body, body[1:])
+    return {field.target.id: " ".join(text.value.value.split())
+            for field, text in itertools.pairwise(body)
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)}
 
 
 def type_name(kind):
     if typing.get_origin(kind) is typing.Literal:
         return "|".join(map(str, typing.get_args(kind)))
-    return getattr(typing.get_origin(kind) or kind, "__name__")
+    return (typing.get_origin(kind) or kind).__name__
 
 
 def help_text(*schemas):
     lines = [(sys.modules["__main__"].__doc__ or "").strip()]
     for schema in schemas:
         about = sentences(schema)
-        lines += ["", f"{schema.__name__} ({schema.__module__.removeprefix('__main__') or 'this file'})"]
+        lines += ["", f"{schema.__name__}: {inspect.getdoc(schema)}"]
         for field in dataclasses.fields(schema):
             default = (field.default if field.default is not dataclasses.MISSING
                        else field.default_factory())
@@ -167,12 +169,8 @@ def help_text(*schemas):
     return "\n".join(lines)
 
 
-def save_config(path, *configs):
-    """Write the resolved config, all rooms in one flat JSON object."""
-    path.write_text(json.dumps(flat(*configs), indent=1) + "\n")
-
-
 def flat(*configs):
+    """{key: value} of several configs, as config.json holds it."""
     return {key: value for config in configs for key, value in dataclasses.asdict(config).items()}
 
 

@@ -1,4 +1,4 @@
-"""A real OLMo in minutes on a laptop's CPU, offline: 5.3M parameters on the text inside Python itself."""
+"""A real OLMo in minutes on a laptop's CPU, offline: 5.3M parameters, on Python's own text."""
 
 # the model: OLMo's shape, small; heads of 64 are what CPU attention does best
 d_model = 256

@@ -1,0 +1,46 @@
+"""OLMo-7B: 6,888,095,744 parameters, 2.46T tokens, as it was trained on A100s. Yaml: allenai/OLMo,
+OLMo-7B.yaml; the run's own changes to it: configs/mcli/v1_5-mix-medium-mitch-ish.yaml.
+"""
+
+# the model: paper, table 1 (whose 4086 is a slip for 4096); yaml
+d_model = 4096
+n_layers = 32
+n_heads = 32
+mlp_hidden_size = 11008  # yaml: 22016, both halves
+max_seq_len = 2048
+vocab_size = 50280
+embedding_size = 50304
+rope_theta = 10000.0
+weight_tying = False
+eos_token_id = 50279  # of the v1_5 tokenizer
+pad_token_id = 1
+
+# the data: Dolma, a folder of .jsonl.gz a source (paper, table 3)
+data_dir = "datasets/dolma"
+sources = {"cc": "dolma/cc", "stack": "dolma/stack", "c4": "dolma/c4", "reddit": "dolma/reddit",
+           "pes2o": "dolma/pes2o", "books": "dolma/books", "wiki": "dolma/wiki"}
+tokenizer = "olmo"  # gpt-neox-olmo-dolma-v1_5
+seed = 6198  # yaml
+eval_share = 0.00001
+
+# the run
+run_dir = "runs/olmo_7b"
+dtype = "bfloat16"  # yaml, precision: mixed
+batch_size = 2160  # the run's; the yaml's, and that of the LUMI twin, is 2048
+micro_batch_size = 2  # yaml; paper 3.1
+max_steps = 556_000  # 2.46T tokens; then comes the anneal over 1,000 steps
+lr = 3e-4  # yaml; paper, table 1
+min_lr = 3e-5  # yaml, alpha_f 0.1
+warmup_steps = 5000  # yaml; paper, table 1
+schedule = "linear"
+decay_steps = 452_112  # 2T tokens; the rate stays at min_lr from there (the run's sank a little)
+weight_decay = 0.1
+beta1 = 0.9
+beta2 = 0.95
+eps = 1e-5  # in the code, not the yaml
+grad_clip = 1.0
+grad_clip_warmup_steps = 1000  # yaml; the paper says "after the warm-up"
+grad_clip_warmup_factor = 10.0
+eval_every_steps = 1000
+save_every_steps = 1000
+keep_last = 0  # all

