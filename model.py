@@ -10,6 +10,7 @@ V vocabulary.
 """
 
 import hashlib
+import itertools
 import json
 import math
 import pickle
@@ -22,7 +23,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from configs import UserError, run_main
 
@@ -123,7 +124,8 @@ def layer_norm(x):
 
 def rope_table(start, length, head_dim, theta, device):
     """Cosines and sines, (length, K) float32 each, of the rotations from position `start` on."""
-    inv_freq = theta ** -(torch.arange(0, head_dim, 2, device=device).float() / head_dim)  # (K/2,)
+    # subtle: theta ** -x rounds otherwise, and a thousand tokens on that shows in the logits
+    inv_freq = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=device).float() / head_dim)
     positions = torch.arange(start, start + length, device=device).float()
     angles = torch.outer(positions, inv_freq).repeat(1, 2)  # both halves turn alike
     return angles.cos(), angles.sin()
@@ -211,7 +213,7 @@ class OLMo(nn.Module):
         B, T = tokens.shape
         config, device = self.config, tokens.device
         start = cache[0].length if cache else 0
-        if start + T > config.max_seq_len:
+        if start + T > config.max_seq_len and attn_mask is None:  # a mask may hide padding
             raise ValueError(f"{start + T} tokens exceed max_seq_len={config.max_seq_len}")
         if start and attn_mask is None:
             # subtle: SDPA's is_causal would align the first query with the first key
@@ -318,7 +320,8 @@ def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, stop_id
 
     temperature 0 is greedy; otherwise sample from the smallest set of ids that holds `top_p` of the
     mass. A row ends after one of `stop_ids` (kept), or where the context length ends. Row i draws
-    from a stream of its own, (seed, i): its text does not depend on its neighbours.
+    from a stream of its own, (seed, i): its text does not depend on its neighbours. Raises
+    ValueError for a prompt that is empty or fills the context.
     """
     config, device = model.config, model.wte.weight.device
     B, T = len(prompts), max(map(len, prompts), default=0)
@@ -326,7 +329,9 @@ def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, stop_id
         raise ValueError("generate needs prompts of at least one id each, such as eos_token_id")
     if T >= config.max_seq_len:
         raise ValueError(f"a prompt of {T} ids leaves no room in max_seq_len={config.max_seq_len}")
-    capacity = min(T + max_new_tokens, config.max_seq_len)
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"temperature={temperature} must be at least 0, top_p={top_p} in (0, 1]")
+    capacity = T + max_new_tokens
     tokens = torch.full((B, T), config.pad_token_id)
     visible = torch.ones(B, capacity, dtype=torch.bool)  # the left padding is not
     for row, prompt in enumerate(prompts):  # rotary positions are relative: padding shifts nothing
@@ -346,7 +351,7 @@ def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, stop_id
         chosen = choose_next(logits.float().cpu(), temperature, top_p, streams)
         for row in sorted(running):
             new[row].append(chosen[row])
-            if chosen[row] in stop_ids:
+            if chosen[row] in stop_ids or len(prompts[row] + new[row]) == config.max_seq_len:
                 running.remove(row)
         if not running:
             break
@@ -434,13 +439,19 @@ def read_json(path):
 
 def assemble(config, tensors, place, device):
     """An OLMo filled with `tensors`, {our name: tensor}; every name and shape must fit."""
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    check_tensors(parameter_shapes(config), found, place)
     with torch.device("meta"):
         model = OLMo(config)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    check_tensors(shapes, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, place)
     tensors = {name: tensor.to(device, torch.float32) for name, tensor in tensors.items()}
     model.load_state_dict(tensors, assign=True)
     return model
+
+
+def parameter_shapes(config):
+    """{name: shape} of the model's parameters; nothing is allocated."""
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in OLMo(config).named_parameters()}
 
 
 def check_tensors(wanted, found, place):
@@ -525,7 +536,9 @@ class SafeReader(dcp.FileSystemReader):
     def read_metadata(self, *args, **kwargs):
         file = Path(self.path) / ".metadata"
         try:
-            metadata = SafeUnpickler(file.open("rb")).load()
+            with open(file, "rb") as stream:
+                metadata = SafeUnpickler(stream).load()
+            assert isinstance(metadata, Metadata), f"it holds {type(metadata).__name__}"
         except Exception as error:
             raise UserError(f"{file}: refused, not plain metadata ({error})") from None
         for name, entry in metadata.state_dict_metadata.items():
@@ -562,18 +575,13 @@ def load_step(path, state, device):
 def load_hf(path, device):
     """The model of a Hugging Face directory of an OLMo 1.0."""
     config = hf_to_config(read_json(path / "config.json"), path / "config.json")
-    found = read_safetensors(path)
-    head = found.get("lm_head.weight")
-    if config.weight_tying and head is not None:  # some writers repeat the tied head
-        if not torch.equal(head, found.get("model.embed_tokens.weight")):
-            raise UserError(f"{path}: lm_head.weight differs from the embedding that it is tied to")
-        del found["lm_head.weight"]
-    table = name_table(config)
-    known = {name for _, _, names in table for name in names}
-    lost = [name for _, _, names in table for name in names if name not in found]
-    strange = [name for name in found if name not in known]
-    if lost or strange:
-        check_tensors(dict.fromkeys(lost), dict.fromkeys(strange), path)
+    found, table, shapes = read_safetensors(path), name_table(config), parameter_shapes(config)
+    tied_head = found.pop("lm_head.weight", None) if config.weight_tying else None
+    wanted = {name: (shapes[ours][0] // len(names), shapes[ours][1])  # the parts' rows are equal
+              for ours, _, names in table for name in names}
+    check_tensors(wanted, {name: tuple(tensor.shape) for name, tensor in found.items()}, path)
+    if tied_head is not None and not torch.equal(tied_head, found["model.embed_tokens.weight"]):
+        raise UserError(f"{path}: lm_head.weight differs from the embedding that it is tied to")
     return assemble(config, {ours: torch.cat([found[name] for name in names])
                              for ours, _, names in table}, path, device)
 
@@ -614,32 +622,32 @@ def hf_to_config(hf, place):
     rope = hf.get("rope_parameters") or {}
     if rope.get("rope_type", "default") != "default":
         raise UserError(f"{place}: rope_type={rope['rope_type']} is not OLMo 1.0's plain rotation")
-    try:
-        return ModelConfig(
-            d_model=hf["hidden_size"], n_layers=hf["num_hidden_layers"], n_heads=heads,
-            mlp_hidden_size=hf["intermediate_size"], max_seq_len=hf["max_position_embeddings"],
-            # HF has one vocabulary size, the padded one; OLMo's real one ends with EOS, its last id
-            vocab_size=hf["eos_token_id"] + 1, embedding_size=hf["vocab_size"],
-            rope_theta=float(rope.get("rope_theta", hf.get("rope_theta", 10000.0))),
-            weight_tying=hf.get("tie_word_embeddings", False),
-            eos_token_id=hf["eos_token_id"], pad_token_id=hf["pad_token_id"])
-    except KeyError as error:
-        raise UserError(f"{place}: has no {error}") from None
+    for key in HF_SIZES:
+        if type(hf.get(key)) is not int:
+            raise UserError(f"{place}: {key} is {hf.get(key)}, a whole number is wanted")
+    sizes = {ours: hf[theirs] for theirs, ours in HF_SIZES.items()}
+    sizes["vocab_size"] = hf.get("unpadded_vocab_size", sizes["embedding_size"])
+    return ModelConfig(**sizes, weight_tying=hf.get("tie_word_embeddings", False),
+                       rope_theta=float(rope.get("rope_theta", hf.get("rope_theta", 10000.0))))
+
+
+HF_SIZES = {"hidden_size": "d_model", "num_hidden_layers": "n_layers",
+            "num_attention_heads": "n_heads", "intermediate_size": "mlp_hidden_size",
+            "max_position_embeddings": "max_seq_len", "vocab_size": "embedding_size",
+            "eos_token_id": "eos_token_id", "pad_token_id": "pad_token_id"}
 
 
 def config_to_hf(config):
     """Hugging Face's config.json for our configuration."""
     return {
+        **{theirs: getattr(config, ours) for theirs, ours in HF_SIZES.items()},
         "architectures": ["OlmoForCausalLM"], "model_type": "olmo", "hidden_act": "silu",
-        "hidden_size": config.d_model, "intermediate_size": config.mlp_hidden_size,
-        "num_hidden_layers": config.n_layers, "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_heads, "max_position_embeddings": config.max_seq_len,
-        "vocab_size": config.embedding_size, "tie_word_embeddings": config.weight_tying,
+        "num_key_value_heads": config.n_heads, "tie_word_embeddings": config.weight_tying,
+        "unpadded_vocab_size": config.vocab_size,  # ours; HF's own knows only the padded one
         "rope_theta": config.rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "attention_bias": False, "attention_dropout": 0.0, "clip_qkv": None, "use_cache": True,
         "initializer_range": 0.02, "torch_dtype": "float32", "bos_token_id": None,
-        "eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id,
     }
 
 
@@ -649,33 +657,43 @@ def save_hf(model, out, tokenizer=None):
     AutoModelForCausalLM and AutoTokenizer load it as it is. `out` must not exist or be empty; it is
     written under another name first, so that it is whole or not there.
     """
-    out, config = Path(out), model.config
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists already; choose another name or delete it")
+    out, config = Path(out).resolve(), model.config
+    refuse_existing(out)
     save_file = import_safetensors().save_file
-    aside = out.with_name(out.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    state = model.state_dict()
-    tensors = {}
+    state, tensors = model.state_dict(), {}
     for ours, _, names in name_table(config):
         pieces = state[ours].cpu().float().chunk(len(names))
         tensors.update((name, piece.contiguous())
                        for name, piece in zip(names, pieces, strict=True))
-    save_file(tensors, aside / "model.safetensors", metadata={"format": "pt"})
-    ends = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
-    write_json(aside / "config.json", config_to_hf(config))
-    write_json(aside / "generation_config.json", ends)
-    if tokenizer is not None:
-        copy_tokenizer(Path(tokenizer), aside, config)
-    if out.exists():
-        out.rmdir()
-    aside.rename(out)
+    aside = out.with_name(out.name + ".tmp")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        save_file(tensors, aside / "model.safetensors", metadata={"format": "pt"})
+        ends = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
+        write_json(aside / "config.json", config_to_hf(config))
+        write_json(aside / "generation_config.json", ends)
+        if tokenizer is not None:
+            copy_tokenizer(Path(tokenizer), aside, config)
+        aside.replace(out)  # an empty directory gives way
+    except OSError as error:
+        raise UserError(f"{out}: could not be written ({error})") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def refuse_existing(out):
+    """UserError if a directory to be written holds something already."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: exists already; choose another name or delete it")
 
 
 def copy_tokenizer(file, out, config):
     """Copy tokenizer.json and name its special tokens the way that AutoTokenizer reads them."""
-    added = {token["id"]: token["content"] for token in read_json(file)["added_tokens"]}
+    added = {token["id"]: token["content"] for token in read_json(file).get("added_tokens", ())}
+    if not {config.eos_token_id, config.pad_token_id} <= added.keys():
+        raise UserError(f"{file}: has no added tokens with the model's ids of EOS "
+                        f"({config.eos_token_id}) and padding ({config.pad_token_id})")
     shutil.copyfile(file, out / "tokenizer.json")
     special = {"eos_token": added[config.eos_token_id], "pad_token": added[config.pad_token_id]}
     write_json(out / "special_tokens_map.json", special)
@@ -698,8 +716,10 @@ def load_official(path, device):
     config = official_config(path / "config.yaml")
     try:
         found = torch.load(path / "model.pt", map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        raise UserError(f"{path / 'model.pt'}: damaged, or not just tensors ({error})") from None
+    except Exception:  # torch's message runs over lines, and advises to run what is in the file
+        found = None
+    if not isinstance(found, dict) or not all(map(torch.is_tensor, found.values())):
+        raise UserError(f"{path / 'model.pt'}: damaged, or holds more than named tensors")
     ours = {official: name for name, official, _ in name_table(config)}
     tensors = {ours.get(name, name): tensor for name, tensor in found.items()}
     return assemble(config, tensors, path, device)
@@ -714,19 +734,19 @@ def official_config(path):
                         ("rope", "true"), ("alibi", "false"), ("include_bias", "false"),
                         ("layer_norm_type", "default"), ("layer_norm_with_affine", "false"),
                         ("attention_layer_norm", "false"), ("multi_query_attention", "false"),
-                        ("clip_qkv", "null")):
-        if settings.get(key, wanted) not in (wanted, "null"):
+                        ("clip_qkv", None)):
+        if settings.get(key) not in (wanted, None):
             raise UserError(f"{path}: {key}: {settings[key]} is not OLMo 1.0, which has {wanted}")
     try:
         d_model, vocab_size = int(settings["d_model"]), int(settings["vocab_size"])
-        fused = settings.get("mlp_hidden_size", "null")  # both halves; null: mlp_ratio * d_model
-        fused = int(settings["mlp_ratio"]) * d_model if fused == "null" else int(fused)
+        fused = int(settings.get("mlp_hidden_size") or int(settings["mlp_ratio"]) * d_model)
         return ModelConfig(
             d_model=d_model, n_layers=int(settings["n_layers"]), n_heads=int(settings["n_heads"]),
-            mlp_hidden_size=fused // 2, max_seq_len=int(settings["max_sequence_length"]),
-            vocab_size=vocab_size, embedding_size=int(settings.get("embedding_size", vocab_size)),
-            rope_theta=float(settings.get("rope_theta", 10000)),
-            weight_tying=settings.get("weight_tying", "true") == "true",
+            mlp_hidden_size=fused // 2,  # of both halves
+            max_seq_len=int(settings["max_sequence_length"]),
+            vocab_size=vocab_size, embedding_size=int(settings.get("embedding_size") or vocab_size),
+            rope_theta=float(settings.get("rope_theta") or 10000),
+            weight_tying=settings.get("weight_tying") != "false",
             # the frozen yaml says 50279; the one in use then said 0, the converter rewrites it
             eos_token_id=int(settings["eos_token_id"]) or vocab_size - 1,
             pad_token_id=int(settings["pad_token_id"]))
@@ -735,26 +755,25 @@ def official_config(path):
 
 
 def read_model_block(path):
-    """{key: text} of the flat `model:` block of a YAML file."""
-    lines = path.read_text().splitlines()
+    """{key: text} of the flat `model:` block of a YAML file; a null has no key here."""
+    lines = [line.split(" #")[0].rstrip() for line in path.read_text().splitlines()]
+    lines = [line for line in lines if line.strip()]
     if "model:" not in lines:
         raise UserError(f"{path}: has no `model:` block")
-    settings = {}
-    for line in lines[lines.index("model:") + 1:]:
-        if not line.startswith("  "):
-            break
-        key, _, value = line.partition(":")
-        settings[key.strip()] = value.strip()
-    return settings
+    block = itertools.takewhile(lambda line: line.startswith(" "),
+                                lines[lines.index("model:") + 1:])
+    pairs = [line.strip().partition(":") for line in block]
+    return {key: value.strip() for key, _, value in pairs if value.strip() not in ("", "null")}
 
 
 def main(argv):
     if argv[:1] != ["export"] or len(argv) != 3 or "--help" in argv:
         print(__doc__)
         return 0 if "--help" in argv else 2
-    run, out = argv[1:]
+    run, out = map(Path, argv[1:])
+    refuse_existing(out)  # before the long part
     model = load_model(run)
-    tokenizer = next((folder / "tokenizer.json" for folder in (Path(run), Path(run).parent)
+    tokenizer = next((folder / "tokenizer.json" for folder in (run, run.parent)
                       if (folder / "tokenizer.json").is_file()), None)
     save_hf(model, out, tokenizer)
     print(f"wrote {out}: {sum(p.numel() for p in model.parameters()):,} parameters"

@@ -51,9 +51,9 @@ def read_config_file(path, fields):
         raise UserError(f"{path}: no such config file; those that come along lie in configs/")
     if path.suffix == ".json":
         try:
-            saved = json.loads(path.read_text())
-        except ValueError as error:
-            raise UserError(f"{path}: not valid JSON ({error})") from None
+            saved = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path}: not valid JSON of an object ({error})") from None
         return {key: checked(fields[key], value, f"{path}: ") for key, value in saved.items()
                 if key in fields}
     values = {}
@@ -71,13 +71,15 @@ def read_assignments(path):
         statements = ast.parse(path.read_text(), str(path)).body
     except SyntaxError as error:
         raise UserError(f"{path}:{error.lineno}: {error.msg}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error})") from None
     for statement in statements:
         if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
             continue  # the docstring
         try:
             [target] = statement.targets
             yield statement.lineno, target.id, ast.literal_eval(statement.value)
-        except (AttributeError, ValueError):
+        except (AttributeError, ValueError, TypeError):
             raise UserError(f"{path}:{statement.lineno}: a config file holds only lines of the "
                             "form `key = value`, with a plain value") from None
 
@@ -106,7 +108,7 @@ def parse(kind, text):
             return kind(text)
         if typing.get_origin(kind) is dict:
             return ast.literal_eval(text)
-    except (KeyError, ValueError, SyntaxError):
+    except (KeyError, ValueError, SyntaxError, TypeError):
         return text
     return text.lower() if typing.get_origin(kind) is typing.Literal else text
 
