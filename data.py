@@ -110,7 +110,7 @@ def read_jsonl(file):
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{file}: corrupt or cut off after line {line} ({error}); fetch it anew"
                         ) from None
-    except ValueError as error:  # of json.loads, or of the bytes' UTF-8
+    except (ValueError, RecursionError) as error:  # of json.loads, or of the bytes' UTF-8
         raise UserError(f"{file}:{line}: not JSON ({error}); mend or delete the line") from None
 
 
@@ -259,22 +259,23 @@ class Tokenizer:
         self.token_bytes.update((rank, token.encode()) for token, rank in added.items())
         # subtle: as tiktoken specials, runs would be cut anyhow; as plain tokens they shadow merges
         ranks.update((run.encode(), added[run]) for run in SPACE_RUNS if run in added)
-        specials = {token: rank for token, rank in added.items() if token not in SPACE_RUNS}
-        self.markers = {token["content"] for token in spec["added_tokens"]
-                        if token["content"] in specials and not token["special"]}
-        self.eos_token_id, self.pad_token_id = specials[EOS], specials[PAD]
+        self.markers = {token: rank for token, rank in added.items()
+                        if token not in (EOS, PAD, *SPACE_RUNS)}
+        self.specials = {token: added[token] for token in (EOS, PAD)}
+        self.eos_token_id, self.pad_token_id = added[EOS], added[PAD]
         self.vocab_size = max(self.token_bytes) + 1
         self.encoding = tiktoken.Encoding("nanolmo", pat_str=PATTERN, mergeable_ranks=ranks,
-                                          special_tokens=specials)
+                                          special_tokens=self.markers)
 
     @classmethod
     def load(cls, path):
         """The tokenizer in the file `path`; UserError if it is none or not of OLMo's anatomy."""
         try:
             return cls(json.loads(Path(path).read_text(encoding="utf-8")), path)
-        except (OSError, ValueError) as error:
-            raise error if isinstance(error, UserError) else UserError(
-                f"{path}: no tokenizer.json could be read there ({error})") from None
+        except UserError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: no sound tokenizer.json is there ({error!r})") from None
 
     def save(self, path):
         Path(path).write_text(json.dumps(self.spec, ensure_ascii=False), encoding="utf-8")
@@ -285,11 +286,13 @@ class Tokenizer:
         # DIFFERS FROM OLMo: a literal <|endoftext|> in the text stays text, so that no document can
         forge a boundary; specials=True reads it as the special token, as HF and OLMo do.
         """
-        text = unicodedata.normalize("NFC", text)
-        allowed = "all" if specials else self.markers
         ids = []
-        for piece in cut_whitespace(text):
-            ids += self.encoding.encode(piece, allowed_special=allowed, disallowed_special=())
+        for part in regex.split(r"(<\|endoftext\|>|<\|padding\|>)", text) if specials else [text]:
+            if specials and part in self.specials:  # cut out before NFC, as HF does
+                ids.append(self.specials[part])
+                continue
+            for piece in cut_whitespace(unicodedata.normalize("NFC", part)):
+                ids += self.encoding.encode(piece, allowed_special="all", disallowed_special=())
         return ids
 
     def decode(self, ids):
@@ -304,7 +307,9 @@ def cut_whitespace(text):
     """`text` in pieces, none with more unbroken whitespace than tiktoken's engine takes."""
     if len(text) <= WHITESPACE_LIMIT:
         return [text]
-    return filter(None, regex.split(rf"(\s{{{WHITESPACE_LIMIT}}})", text))
+    cuts = [cut for run in regex.finditer(r"\s++", text)
+            for cut in range(run.start() + WHITESPACE_LIMIT, run.end(), WHITESPACE_LIMIT)]
+    return [text[begin:end] for begin, end in itertools.pairwise([0, *cuts, len(text)])]
 
 
 def check_anatomy(spec, place):
@@ -313,19 +318,26 @@ def check_anatomy(spec, place):
         if not condition:
             raise UserError(f"{place}: {trouble}; nanOLMo reads tokenizers of OLMo's kind")
     try:
-        model, added = spec["model"], {token["content"] for token in spec["added_tokens"]}
+        model, added = spec["model"], {token["content"]: token for token in spec["added_tokens"]}
         vocab, splitter = model["vocab"], spec["pre_tokenizer"]
         merged = [vocab["".join(pair.split(" ") if isinstance(pair, str) else pair)]
                   for pair in model["merges"]]
+        longer = [rank for token, rank in vocab.items() if len(token) > 1 and token not in added]
         require(model["type"] == "BPE", "is not a BPE")
         require(spec["normalizer"]["type"] == "NFC", "does not normalise to NFC")
         require(splitter["type"] == "ByteLevel" and not splitter["add_prefix_space"]
                 and splitter.get("use_regex", True), "does not split text as GPT-2 does")
-    except (KeyError, TypeError) as error:
+        require(not (spec.get("post_processor") or {}).get("special_tokens"),
+                "adds special tokens by itself")
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{place}: is not a byte-level BPE tokenizer.json ({error!r})") from None
-    require(merged == sorted(merged), "its merges do not come in the order of their ids")
-    require({EOS, PAD, *SPACE_RUNS} <= added,
+    require(merged == sorted(longer), "its merges do not make its tokens in the order of their ids")
+    require(added.keys() >= {EOS, PAD, *SPACE_RUNS},
             f"lacks one of the added tokens {EOS}, {PAD} and the runs of 2 to 24 spaces")
+    for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        require(not model.get(option), f"sets {option}")
+    for option in ("lstrip", "rstrip", "single_word"):
+        require(not any(token.get(option) for token in added.values()), f"sets {option}")
 
 
 def train_bpe(texts, vocab_size):
@@ -512,9 +524,9 @@ def build_data(config):
     folder = Path(config.data_dir) / digest[:12]
     if not (folder / "manifest.json").is_file():
         aside = folder.with_name(folder.name + ".tmp")
-        shutil.rmtree(aside, ignore_errors=True)
-        (aside / "held_out").mkdir(parents=True)
         try:
+            shutil.rmtree(aside, ignore_errors=True)
+            (aside / "held_out").mkdir(parents=True)
             write_data(config, settings, aside)
             aside.rename(folder)
         except OSError as error:
@@ -526,17 +538,19 @@ def build_data(config):
 
 def build_settings(config):
     """All that the built data depends on: settings, and each input's name, size and age."""
-    inputs = {}
+    inputs = []  # in the order of the sources, which is part of the data's
     for source, path in config.sources.items():
-        if path == "stdlib":
-            inputs[source] = sys.version
-        else:
-            inputs[source] = [(str(file), file.stat().st_size, file.stat().st_mtime_ns)
-                              for file in input_files(Path(path), Counter())]
+        if not regex.fullmatch(r"[\w.-]+", source):
+            raise UserError(f"sources: {source!r} cannot name files; use letters, digits, . _ -")
+        inputs.append([source, path, sys.version if path == "stdlib" else [
+            (str(file), file.stat().st_size, file.stat().st_mtime_ns)
+            for file in input_files(Path(path), Counter())]])
+    if not inputs:
+        raise UserError("sources: none; name at least one, --sources=\"{'name': 'path'}\"")
     tokenizer = config.tokenizer
     if not tokenizer.startswith("bpe:"):
         tokenizer = sha256_of(tokenizer_file(tokenizer))
-    return {"format": FORMAT, "sources": config.sources, "inputs": inputs, "tokenizer": tokenizer,
+    return {"format": FORMAT, "inputs": inputs, "tokenizer": tokenizer,
             "eval_share": config.eval_share}
 
 
