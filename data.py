@@ -52,6 +52,10 @@ class DataConfig:
     eval_share: float = 0.05
     """Share of the groups (modules, topics; else documents) held out, chosen by their hash."""
 
+    def __post_init__(self):
+        if not 0 <= self.eval_share <= 1:
+            raise UserError(f"eval_share={self.eval_share}: a share between 0 and 1 is wanted")
+
 
 # ---- Documents -----------------------------------------------------------------------------------
 

@@ -152,9 +152,10 @@ def read_metrics(run):
     if not path.is_file():
         raise UserError(f"{path}: missing; name a run directory that train.py wrote")
     rows = {"train": [], "eval": [], "end": []}
-    for line in path.read_text().splitlines():
-        row = json.loads(line)
-        rows[row["kind"]].append(row)
+    for line in path.read_text().splitlines(keepends=True):
+        if line.endswith("\n"):  # a run on its way may be writing its last row
+            row = json.loads(line)
+            rows[row["kind"]].append(row)
     return rows
 
 

@@ -109,6 +109,12 @@ class TrainConfig:
     keep_last: int = 2
     """How many checkpoints to keep; 0 keeps all."""
 
+    def __post_init__(self):
+        for key, value in vars(self).items():
+            least = 1 if key in ("batch_size", "max_steps") else 0
+            if type(value) in (int, float) and not value >= least:
+                raise UserError(f"{key}={value}: at least {least} is wanted")
+
 
 # ---- The machine ---------------------------------------------------------------------------------
 
@@ -331,7 +337,10 @@ def open_run(run, settings, fingerprint, overwrite):
 
     Raises UserError that names the keys, or the part of the data, that differ from the run's.
     """
-    run.mkdir(parents=True, exist_ok=True)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run_dir={run}: no directory can be made there ({error})") from None
     if overwrite:
         clear_run(run)
     for leftover in run.glob("step*.tmp"):
@@ -339,6 +348,9 @@ def open_run(run, settings, fingerprint, overwrite):
     if not step_directories(run):
         return None, {"step": 0, "tokens": 0, "seconds": 0.0}
     step, state = newest_step(run)
+    for damaged in step_directories(run)[step_directories(run).index(step) + 1:]:
+        shutil.rmtree(run / f"damaged-{damaged.name}", ignore_errors=True)
+        damaged.rename(run / f"damaged-{damaged.name}")  # make way for the same step, done anew
     saved = state["config"]
     changed = [f"{key}: {saved[key]} there, {value} now" for key, value in settings.items()
                if key in saved and saved[key] != value and not may_differ(key)]
@@ -355,7 +367,7 @@ def open_run(run, settings, fingerprint, overwrite):
 
 def clear_run(run):
     """Delete what a run writes, and nothing else that may lie in its directory."""
-    for path in [*step_directories(run), *run.glob("step*.tmp")]:
+    for path in [*step_directories(run), *run.glob("step*.tmp"), *run.glob("damaged-step*")]:
         shutil.rmtree(path)
     for name in ("config.json", "tokenizer.json", "manifest.json", "metrics.jsonl"):
         (run / name).unlink(missing_ok=True)
@@ -470,8 +482,8 @@ def train(model_config, data_config, eval_config, config):
     signal_number, results = train_loop(config, run, state, model, optimizer, batches,
                                         pretraining_loss, evaluate, rows)
     if signal_number:
-        print(f"stopped after step {state['step']}, which is saved; "
-              f"go on: python train.py --resume={run}")
+        where = f"after step {state['step']}, which is saved" if state["step"] else "before step 1"
+        print(f"stopped {where}; go on: python train.py --resume={run}")
         return 128 + signal_number
 
     # What came out
@@ -523,13 +535,15 @@ def train_loop(config, run, state, model, optimizer, batches, loss_fn, evaluate,
                 log.write("eval", state, bits_per_byte=bits, sums=results)
                 tqdm.write(f"step {step}: held-out bits per byte: "
                            + ", ".join(f"{name} {value:.3f}" for name, value in bits.items()))
-            if due(config.save_every_steps) or stop.number:
+            if due(config.save_every_steps):
                 save_checkpoint(run, state, model, optimizer)
                 drop_old_checkpoints(run, config.keep_last)
-    if state["step"] < config.max_steps:
+        if state["step"] == config.max_steps:
+            log.write("end", state)
+            return 0, results
+        if state["step"]:  # a signal came, whenever it was
+            save_checkpoint(run, state, model, optimizer)
         return stop.number, results
-    log.write("end", state)
-    return 0, results
 
 
 def main(argv):

@@ -1,0 +1,117 @@
+"""What test_train.py and test_eval.py share: a tiny corpus and config, ways to run a command."""
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HOUSE = Path(__file__).resolve().parent.parent
+TINY = dict(d_model=32, n_layers=2, n_heads=2, mlp_hidden_size=48, max_seq_len=32, vocab_size=512,
+            embedding_size=512, eos_token_id=511, pad_token_id=510, tokenizer="bpe:512",
+            eval_share=0.1, device="cpu", dtype="float32", compile="false", batch_size=8,
+            max_steps=20, warmup_steps=5, eval_every_steps=10, log_every_steps=1, max_new_tokens=8)
+
+
+def write_corpus(folder):
+    """Two sources of JSONL, web and code, of made-up words; each has but three successors."""
+    dice = random.Random(1)
+    words = ["".join(dice.choices("abcdefghijklmnopqrstuvwxyz", k=dice.randint(2, 7)))
+             for _ in range(150)]
+    successors = {word: dice.sample(words, 3) for word in words}
+    for source, documents in (("web", 60), ("code", 40)):
+        (folder / source).mkdir(parents=True)
+        with open(folder / source / "part.jsonl", "w") as file:
+            for i in range(documents):
+                text = [dice.choice(words)]
+                for _ in range(dice.randint(20, 160)):
+                    text.append(dice.choice(successors[text[-1]]))
+                file.write(json.dumps({"id": f"{source}{i}", "text": " ".join(text)}) + "\n")
+    return {source: str(folder / source) for source in ("web", "code")}
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory):
+    """{source: folder} of the tiny corpus, which no test changes."""
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tmp_path_factory, sources):
+    """Writes the config file of a tiny run at RUN.py; the data is built once for all of them."""
+    data_dir = tmp_path_factory.mktemp("data")
+
+    def write(run, **changes):
+        settings = {**TINY, "sources": sources, "data_dir": str(data_dir), "run_dir": str(run)}
+        file = Path(f"{run}.py")
+        file.write_text("".join(f"{key} = {value!r}\n"
+                                for key, value in (settings | changes).items()))
+        return file
+    return write
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """So small a model is faster on one thread, and runs in and out of this process compare."""
+    import torch
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def start():
+    """Starts `python FILE ...` of this tree without waiting for it."""
+    def popen(file, *words, threads=1, **options):
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **options.pop("env", {})}
+        return subprocess.Popen([sys.executable, HOUSE / file, *map(str, words)], env=environment,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                **options)
+    return popen
+
+
+@pytest.fixture(scope="session")
+def python(start):
+    """Runs `python FILE ...` of this tree to its end."""
+    def run(file, *words, **options):
+        with start(file, *words, **options) as process:
+            stdout, stderr = process.communicate()
+        return subprocess.CompletedProcess(words, process.returncode, stdout, stderr)
+    return run
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """The same in this process, which saves seconds: a module's command line, through run_main."""
+    from configs import run_main
+
+    def run(module, *words):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            run_main(module.main)
+        code, (stdout, stderr) = end.value.code, capsys.readouterr()
+        if isinstance(code, str):  # which Python prints, to exit with 1
+            code, stderr = 1, f"{stderr}\n{code}\n"
+        return subprocess.CompletedProcess(words, code or 0, stdout, stderr)
+    return run
+
+
+@pytest.fixture(scope="session")
+def refused():
+    """Checks that a command ended in one line, `error: ...`, with these words, and no traceback."""
+    def check(result, *words):
+        assert result.returncode == 1, result.stdout + result.stderr
+        lines = re.split(r"[\r\n]+", result.stderr.rstrip())
+        assert "Traceback" not in result.stderr
+        assert [line.startswith("error: ") for line in lines].count(True) == 1
+        assert lines[-1].startswith("error: ")
+        for word in words:
+            assert str(word) in lines[-1], f"{word!r} not in {lines[-1]!r}"
+        return lines[-1]
+    return check

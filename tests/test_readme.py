@@ -1,0 +1,82 @@
+"""The README is run: every command in its `sh` blocks, at reduced size, in a copy of the project."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+COMMANDS = [line.strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S)
+            for line in block.splitlines() if line.strip() and not line.startswith("#")]
+SMALL = ["--max_steps=4", "--eval_every_steps=0", "--compile=false", "--eval_share=0.002",
+         "--max_new_tokens=5", "--d_model=32", "--n_layers=2", "--n_heads=2", "--mlp_hidden_size=64"]
+
+
+def words_of(command):
+    """The words of a command without its comment; `pip install ... &&` in front is left out."""
+    words = shlex.split(command, comments=True)
+    return words[words.index("&&") + 1:] if "&&" in words else words
+
+
+def shrink(words):
+    """A training command at a size that takes seconds; what it says itself of the shape stays."""
+    said = {word.partition("=")[0] for word in words}
+    if words[1] == "train.py" and "--resume" not in said:
+        return words + [word for word in SMALL if word.partition("=")[0] not in said]
+    return words
+
+
+def needs(words):
+    """The dev requirement without which a command is skipped."""
+    return "matplotlib" if "report" in words else "safetensors" if "export" in words else None
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fresh") / "nanolmo"
+    folder.mkdir()
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, folder)
+    shutil.copytree(ROOT / "configs", folder / "configs")
+    return folder
+
+
+def test_readme_commands_run(copy):
+    """In order, as a reader types them; installing, and the test suite itself, are CI's part."""
+    ran = 0
+    for command in COMMANDS:
+        words = words_of(command)
+        if words[0] == "pip" or words[1:3] == ["-m", "pytest"] or words[1:3] == ["-m", "tests.bench"]:
+            continue
+        assert words[0] == "python", f"the test does not know how to run: {command}"
+        if needs(words) and not find_spec(needs(words)):
+            continue
+        if "configs/small.py" in words or "configs/olmo_7b.py" in words:
+            continue  # parsed by test_house.py: they need other hardware
+        words = [sys.executable, *shrink(words)[1:]]
+        done = subprocess.run(words, cwd=copy, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        ran += 1
+    assert ran >= 8
+
+
+def test_readme_names_what_exists():
+    """Every `room.py: function` of the map exists in that room, and the listed deviations too."""
+    for room, names in re.findall(r"`(\w+\.py)`: ((?:`\w+`(?:, )?)+)", README):
+        text = (ROOT / room).read_text()
+        for name in re.findall(r"`(\w+)`", names):
+            assert re.search(rf"(def|class) {name}\b", text), f"{room} has no {name}"
+
+
+def test_readme_lists_every_deviation():
+    """Each `# DIFFERS FROM OLMo:` in the code has a line under the README's heading of that name."""
+    marks = sum((ROOT / room).read_text().count("# DIFFERS FROM OLMo:")
+                for room in ("model.py", "data.py", "eval.py", "train.py"))
+    section = README.split("## Differences from OLMo")[1].split("\n## ")[0]
+    assert section.count("\n- ") == marks > 0
