@@ -396,8 +396,12 @@ class Log:
     def write(self, kind, state, **row):
         """Append a row of one kind with the step, tokens and seconds of `state`."""
         where = {key: state[key] for key in ("step", "tokens", "seconds")}
-        self.file.write(json.dumps({"kind": kind, **where, **row}) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps({"kind": kind, **where, **row}) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise UserError(f"{self.file.name}: could not be written ({error}); make room, then "
+                            "run the same command again") from None
 
 
 class StopSignal:

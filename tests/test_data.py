@@ -526,6 +526,23 @@ def eos_by_template(spec):
         "special_tokens": {EOS: {"id": EOS, "ids": [eos["id"]], "tokens": [EOS]}}}
 
 
+def eos_by_template_in_a_sequence(spec):
+    eos_by_template(spec)
+    spec["post_processor"] = {"type": "Sequence", "processors": [spec["post_processor"]]}
+
+
+def ends_as_in_roberta(spec):
+    pad, eos = [token["id"] for token in spec["added_tokens"][-2:]]
+    spec["post_processor"] = {"type": "RobertaProcessing", "sep": [EOS, eos], "cls": [PAD, pad],
+                              "trim_offsets": True, "add_prefix_space": False}
+
+
+def run_cut_before_the_others(spec):
+    """Added tokens that are not normalized are cut out first, so no longer run holds these."""
+    [run] = [token for token in spec["added_tokens"] if token["content"] == "   "]
+    run["normalized"] = False
+
+
 def dropout(spec):
     spec["model"]["dropout"] = 0.5
 
@@ -538,8 +555,9 @@ def token_without_its_merge(spec):
     spec["model"]["merges"].pop(5)
 
 
-@pytest.mark.parametrize("change", [strip_before_a_marker, eos_by_template, dropout,
-                                    end_of_word_suffix, token_without_its_merge])
+@pytest.mark.parametrize("change", [
+    strip_before_a_marker, eos_by_template, eos_by_template_in_a_sequence, ends_as_in_roberta,
+    run_cut_before_the_others, dropout, end_of_word_suffix, token_without_its_merge])
 def test_tokenizer_that_hf_reads_otherwise_is_refused(trained, tmp_path, change):
     """check_anatomy's own promise; each of these is a file that HF reads and gives other ids."""
     tokenizers = pytest.importorskip("tokenizers")
@@ -561,12 +579,16 @@ def two_tokens_with_one_id(spec):
     spec["model"]["vocab"]["abcq"] = 300
 
 
+def eos_with_the_id_of_another(spec):
+    spec["added_tokens"][-1]["id"] = 300
+
+
 def token_that_is_no_bytes(spec):
     spec["model"]["vocab"]["\u2581the"] = 1200
 
 
 @pytest.mark.parametrize("damage", [added_token_without_id, two_tokens_with_one_id,
-                                    token_that_is_no_bytes])
+                                    eos_with_the_id_of_another, token_that_is_no_bytes])
 def test_damaged_tokenizer_is_refused_by_name(trained, tmp_path, damage):
     spec = copy.deepcopy(trained.spec)
     damage(spec)
@@ -853,6 +875,22 @@ def test_leaked_docstrings_are_dropped_not_trained_on(embedded, library, held_ou
     assert not chosen & {row["id"] for row in rows_of(embedded[0])}
 
 
+@pytest.mark.parametrize("source", SOURCES)
+def test_leaks_are_found_in_every_source_spacing_aside(monkeypatch, source):
+    """One held-out docstring stands in a training document of `source`, the other one nowhere."""
+    names = [f"group-{i}" for i in range(100)]
+    inside = next(name for name in names if in_share(name, 0.3))
+    outside = next(name for name in names if not in_share(name, 0.3))
+    documents = [data.stdlib_document(*row, "file:1") for row in (
+        ("docstrings", "leaked", "f()\n\nShared  text\nof two.\n", inside),
+        ("docstrings", "alone", "g()\n\nText of its own.\n", inside),
+        ("code", "kin", "Text of its own.", inside),
+        (source, "where", "x = 1\n  # Shared text of\ttwo. And so on.", outside))]
+    monkeypatch.setattr(data, "stdlib_documents", lambda source: iter(
+        [document for document in documents if document["source"] == source]))
+    assert data.leaked_docstrings.__wrapped__(0.3) == {"docstrings/leaked"}
+
+
 def test_docstrings_and_code_of_a_module_fall_on_one_side(embedded, held_out_lines):
     def files(rows):
         return {row["metadata"]["provenance"].rsplit(":", 1)[0] for row in rows
@@ -957,18 +995,17 @@ def test_index_points_at_tokens_and_rows(trained, tmp_path):
 
 
 def test_no_document_straddles_small_shards_and_none_is_lost(tmp_path):
-    """100 documents of 1 to 30 tokens with EOS, and one of 201, into shards of at most 50."""
+    """100 documents of 2 to 31 tokens with EOS, but two of 201, into shards of at most 50."""
     rng = random.Random(0)
     documents = documents_of(*("x" * rng.randint(0, 29) + "y" for _ in range(100)))
-    documents[40]["text"] = "z" * 200
+    documents[0]["text"] = documents[40]["text"] = "z" * 200
     tokenizer = CharacterTokenizer(128)
     shards, counts = write_shards(documents, tokenizer, tmp_path, "main", shard_tokens=50)
     check_index(tmp_path, shards, documents, lambda d: [*map(ord, d["text"]), 0])
     assert [s["file"] for s in shards] == [f"main-{i:05d}.bin" for i in range(len(shards))]
-    assert [s["documents"] for s in shards if s["tokens"] > 50] == [1]
-    assert max(s["tokens"] for s in shards) == 201
+    assert [(s["documents"], s["tokens"]) for s in shards if s["tokens"] > 50] == [(1, 201)] * 2
     assert counts["tokens"] == sum(s["tokens"] for s in shards)
-    packed, room = 1, 50  # first fit in order: the fewest shards that keep the order
+    packed, room = 0, 0  # first fit in order: the fewest shards that keep the order
     for size in (len(d["text"]) + 1 for d in documents):
         packed, room = (packed, room - size) if size <= room else (packed + 1, 50 - size)
     assert len(shards) == packed
@@ -1130,11 +1167,11 @@ def test_changed_settings_or_input_make_another_folder(tmp_path):
 
 
 def test_file_added_to_a_folder_makes_another_folder(tmp_path):
-    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "deep").mkdir(parents=True)
     write_corpus(tmp_path / "in" / "a.jsonl")
     config = small_config(tmp_path, sources={"main": str(tmp_path / "in")})
     first = build_data(config)
-    (tmp_path / "in" / "b.txt").write_text("a new document")
+    (tmp_path / "in" / "deep" / "b.txt").write_text("a new document")
     second = build_data(config)
     assert first != second and len(rows_of(second)) == len(rows_of(first)) + 1
 
@@ -1370,28 +1407,41 @@ def test_cut_order_file_is_written_anew(shards, tmp_path):
     assert Batches(shards, 12, 7, tmp_path).order(0).tolist() == official_order(len(shards), 7, 0)
 
 
-def test_fingerprint_follows_the_data_its_order_and_its_cut(built, tmp_path):
-    def fingerprint(folder=built, seq_len=8, batch_size=12, seed=7):
+def test_fingerprint_follows_the_data_its_order_and_its_cut(tmp_path):
+    """The other data are the same documents the other way round: as many tokens and instances."""
+    corpus = write_corpus(tmp_path / "corpus.jsonl")
+    folder = build_data(small_config(tmp_path))
+    corpus.write_text("".join(corpus.read_text().splitlines(keepends=True)[::-1]))
+    other = build_data(small_config(tmp_path))
+
+    def fingerprint(folder=folder, seq_len=8, batch_size=12, seed=7):
         return Batches(TokenShards(folder, seq_len), batch_size, seed, tmp_path).fingerprint()
-    corpus = json.loads((built / "manifest.json").read_text())["settings"]["inputs"][0][1]
-    (tmp_path / "corpus.jsonl").write_text(Path(corpus).read_text().replace("model", "nodel"))
-    (tmp_path / "tokenizer.json").write_bytes((built / "tokenizer.json").read_bytes())
-    other = build_data(small_config(tmp_path, tokenizer=str(tmp_path / "tokenizer.json")))
     assert fingerprint() == fingerprint() == json.loads(json.dumps(fingerprint()))
+    n = len(TokenShards(folder, 8))
+    assert len(TokenShards(other, 8)) == fingerprint()["instances"] == n
     changed = [fingerprint(folder=other), fingerprint(seed=8), fingerprint(batch_size=6),
                fingerprint(seq_len=16)]
     assert all(one != fingerprint() for one in changed)
-    order = np.array(official_order(len(TokenShards(built, 8)), 7, 0), np.uint32)
+    order = np.array(official_order(n, 7, 0), np.uint32)
     assert fingerprint()["order_sha256"] == hashlib.sha256(order.tobytes()).hexdigest()
 
 
 # ---- The command line ----------------------------------------------------------------------------
 
-@pytest.mark.parametrize("word, said", [("--eval_shar=0.1", "eval_share"),
-                                        ("--sources={'main': 'no/such'}", "no/such")])
-def test_bad_option_gives_one_line_and_no_traceback(tmp_path, word, said):
-    done = run_data("configs/tiny.py", f"--data_dir={tmp_path}", word)
+def test_bad_option_gives_one_line_and_no_traceback(tmp_path):
+    done = run_data("configs/tiny.py", f"--data_dir={tmp_path}", "--eval_shar=0.1")
     assert done.returncode != 0 and done.stdout == ""
     [line] = done.stderr.splitlines()
-    assert line.startswith("error: ") and said in line
+    assert line.startswith("error: ") and "did you mean eval_share" in line
     assert list(tmp_path.iterdir()) == []
+
+
+def test_source_that_is_not_there_is_refused_before_anything_is_written(tmp_path):
+    words = [f"--data_dir={tmp_path}", "--sources={'main': 'no/such'}"]
+    assert "no/such" in refusal(data.main, words)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.01, float("nan")])
+def test_share_that_is_none_is_refused(share):
+    assert f"eval_share={share}" in refusal(DataConfig, eval_share=share)

@@ -405,9 +405,9 @@ def test_an_export_has_no_held_out_text_of_its_own(run, tmp_path, call, refused)
     refused(call(evaluation, tmp_path / "out"), tmp_path / "out", "--suite=PATH")
 
 
-def test_sample_prints_the_prompt_and_goes_on(run, python, tokenizer):
+def test_sample_prints_the_prompt_and_goes_on(run, call, tokenizer):
     words = ["sample", run, "--prompt=wo", "--max_new_tokens=9", "--sample_seed=3"]
-    result = python("eval.py", *words)
+    result = call(evaluation, *words)
     assert result.returncode == 0, result.stderr
     config = evaluation.EvalConfig(prompt="wo", max_new_tokens=9, sample_seed=3)
     assert result.stdout == evaluation.sample_text(m.load_model(run), tokenizer, config) + "\n"
