@@ -215,10 +215,10 @@ def heading_of(node, name):
 def leaked_docstrings(eval_share):
     """Ids of held-out docstrings that also stand, spacing aside, in a training document."""
     def squeeze(text):
-        return " ".join(text.split())
+        return " ".join(text.split()).encode()  # bytes: one wide character makes a str search slow
     documents = [document for source in ("reference", "docstrings", "code")
                  for document in stdlib_documents(source)]
-    training = "\n".join(squeeze(document["text"]) for document in documents
+    training = b"\n".join(squeeze(document["text"]) for document in documents
                          if not is_held_out(document, eval_share))
     return {document["id"] for document in documents
             if document["source"] == "docstrings" and is_held_out(document, eval_share)
@@ -473,7 +473,7 @@ def write_shards(documents, tokenizer, folder, source, shard_tokens=SHARD_TOKENS
         # subtle: numpy wraps silently when int64 goes into uint16, so look before the cast
         if ids.max() >= tokenizer.vocab_size:
             raise AssertionError(f"{document['id']}: id {ids.max()} is beyond the vocabulary")
-        if out is None or (out.tokens and out.tokens + len(ids) > shard_tokens):
+        if out is None or out.tokens + len(ids) > shard_tokens:
             if out:
                 shards.append(out.close())
             out = ShardWriter(folder, f"{source}-{len(shards):05d}", tokenizer)

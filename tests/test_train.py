@@ -578,12 +578,13 @@ def test_the_compiled_default_on_two_threads_goes_on_too(tmp_path, start, python
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_gradients_are_the_same_bits_each_time_and_near_the_eager_ones(
-        tmp_path, monkeypatch, dtype):
+        tmp_path, monkeypatch, request, dtype):
     """On two threads, at the size of configs/tiny.py; with the embedding compiled they differ."""
     if not train.can_compile():
         pytest.skip("needs a C++ compiler")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    torch.set_num_threads(2)  # the fixture one_thread sets it back
+    request.addfinalizer(lambda: torch.set_num_threads(1))
+    torch.set_num_threads(2)
     tokens = (torch.rand(16, 256, generator=torch.Generator().manual_seed(0))**3 * 4000).long()
     batch = {"tokens": tokens, "targets": tokens.roll(-1, 1), "loss_mask": tokens >= 0}
 
