@@ -55,6 +55,8 @@ class DataConfig:
     def __post_init__(self):
         if not 0 <= self.eval_share <= 1:
             raise UserError(f"eval_share={self.eval_share}: a share between 0 and 1 is wanted")
+        if self.seed < 0:
+            raise UserError(f"seed={self.seed}: 0 or more is wanted")
 
 
 # ---- Documents -----------------------------------------------------------------------------------
@@ -331,13 +333,19 @@ def check_anatomy(spec, place):
         require(spec["normalizer"]["type"] == "NFC", "does not normalise to NFC")
         require(splitter["type"] == "ByteLevel" and not splitter["add_prefix_space"]
                 and splitter.get("use_regex", True), "does not split text as GPT-2 does")
-        require(not (spec.get("post_processor") or {}).get("special_tokens"),
-                "adds special tokens by itself")
+        after = spec.get("post_processor") or {"type": "ByteLevel"}
+        require(after["type"] in ("ByteLevel", "TemplateProcessing")
+                and not after.get("special_tokens"), "adds special tokens by itself")
+        ranks = [token["id"] for token in added.values()]
+        ranks += [rank for token, rank in vocab.items() if token not in added]
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{place}: is not a byte-level BPE tokenizer.json ({error!r})") from None
+    require(len(set(ranks)) == len(ranks), "gives two tokens one id")
     require(merged == sorted(longer), "its merges do not make its tokens in the order of their ids")
     require(added.keys() >= {EOS, PAD, *SPACE_RUNS},
             f"lacks one of the added tokens {EOS}, {PAD} and the runs of 2 to 24 spaces")
+    require(all(token.get("normalized") for content, token in added.items()
+                if content not in (EOS, PAD)), "cuts out added tokens before it normalises")
     for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         require(not model.get(option), f"sets {option}")
     for option in ("lstrip", "rstrip", "single_word"):
@@ -585,6 +593,12 @@ def sample_texts(config):
             if not is_held_out(document, config.eval_share):
                 room -= len(document["text"])
                 yield document["text"]
+        if room == BPE_SAMPLE_CHARS:
+            raise nothing_in(source, path)
+
+
+def nothing_in(source, path):
+    return UserError(f"sources: {source} ({path}) holds no document with text to train on")
 
 
 def write_data(config, settings, folder):
@@ -601,7 +615,7 @@ def write_data(config, settings, folder):
         shards += new_shards
         sources[source] = dict(counts + new_counts)
         if not new_shards:
-            raise UserError(f"sources: {source} ({path}) holds no document with text to train on")
+            raise nothing_in(source, path)
     identity = [settings["tokenizer"], *((shard["file"], shard["sha256"]) for shard in shards)]
     manifest = {
         "sha256": hashlib.sha256(json.dumps(identity).encode()).hexdigest(),

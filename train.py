@@ -347,10 +347,10 @@ def open_run(run, settings, fingerprint, overwrite):
         shutil.rmtree(leftover)
     if not step_directories(run):
         return None, {"step": 0, "tokens": 0, "seconds": 0.0}
-    step, state = newest_step(run)
-    for damaged in step_directories(run)[step_directories(run).index(step) + 1:]:
-        shutil.rmtree(run / f"damaged-{damaged.name}", ignore_errors=True)
-        damaged.rename(run / f"damaged-{damaged.name}")  # make way for the same step, done anew
+    try:
+        step, state = newest_step(run)
+    except UserError as error:
+        raise UserError(f"{error}; --overwrite starts the run anew") from None
     saved = state["config"]
     changed = [f"{key}: {saved[key]} there, {value} now" for key, value in settings.items()
                if key in saved and saved[key] != value and not may_differ(key)]
@@ -362,6 +362,9 @@ def open_run(run, settings, fingerprint, overwrite):
     if moved:
         raise UserError(f"{run}: its data has changed ({'; '.join(moved)}); restore it, or "
                         "--overwrite the run")
+    for damaged in step_directories(run)[step_directories(run).index(step) + 1:]:
+        shutil.rmtree(run / f"damaged-{damaged.name}", ignore_errors=True)
+        damaged.rename(run / f"damaged-{damaged.name}")  # make way for the same step, done anew
     return step, {key: state[key] for key in ("step", "tokens", "seconds")}
 
 

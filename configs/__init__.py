@@ -8,6 +8,7 @@ types, their defaults and the sentences of --help stand in frozen dataclasses th
 import ast
 import dataclasses
 import difflib
+import errno
 import inspect
 import itertools
 import json
@@ -177,8 +178,12 @@ def flat(*configs):
 
 
 def run_main(main):
-    """Run `main(argv)`; a user's mistake ends it in one line, a bug keeps its traceback."""
+    """Run `main(argv)`; a user's mistake or a full disk is one line, a bug keeps its traceback."""
     try:
         sys.exit(main(sys.argv[1:]))
     except UserError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        sys.exit(f"error: {error}; make room, then run the same command again")

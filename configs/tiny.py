@@ -20,10 +20,10 @@ tokenizer = "bpe:4096"  # trained on them at first use, in seconds
 # the run
 run_dir = "runs/tiny"
 batch_size = 16  # 4,096 tokens
-max_steps = 700  # 2.9M tokens, most of an epoch
+max_steps = 600  # 2.5M tokens, two thirds of an epoch
 lr = 3e-3  # ten times OLMo-7B's: small models like it
 min_lr = 3e-4  # a tenth of the peak, as OLMo
 warmup_steps = 100
 schedule = "linear"
-eval_every_steps = 175
-save_every_steps = 350
+eval_every_steps = 200
+save_every_steps = 200

@@ -1,4 +1,4 @@
-"""The README is run: every command in its `sh` blocks, at reduced size, in a copy of the project."""
+"""The README is run: every command of its `sh` blocks, at reduced size, in a copy."""
 
 import re
 import shlex
@@ -14,8 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line.strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S)
             for line in block.splitlines() if line.strip() and not line.startswith("#")]
-SMALL = ["--max_steps=4", "--eval_every_steps=0", "--compile=false", "--eval_share=0.002",
-         "--max_new_tokens=5", "--d_model=32", "--n_layers=2", "--n_heads=2", "--mlp_hidden_size=64"]
+SMALL = ["--max_steps=4", "--eval_every_steps=0", "--compile=false", "--max_new_tokens=5",
+         "--d_model=32", "--n_layers=2", "--n_heads=2", "--mlp_hidden_size=64"]
+INSTALL = "pip", "python -m pytest", "python -m tests.bench"  # CI's part, and a bench
 
 
 def words_of(command):
@@ -52,7 +53,7 @@ def test_readme_commands_run(copy):
     ran = 0
     for command in COMMANDS:
         words = words_of(command)
-        if words[0] == "pip" or words[1:3] == ["-m", "pytest"] or words[1:3] == ["-m", "tests.bench"]:
+        if " ".join(words).startswith(INSTALL):
             continue
         assert words[0] == "python", f"the test does not know how to run: {command}"
         if needs(words) and not find_spec(needs(words)):
@@ -75,7 +76,7 @@ def test_readme_names_what_exists():
 
 
 def test_readme_lists_every_deviation():
-    """Each `# DIFFERS FROM OLMo:` in the code has a line under the README's heading of that name."""
+    """Each `# DIFFERS FROM OLMo:` in the code has a line under the README's heading."""
     marks = sum((ROOT / room).read_text().count("# DIFFERS FROM OLMo:")
                 for room in ("model.py", "data.py", "eval.py", "train.py"))
     section = README.split("## Differences from OLMo")[1].split("\n## ")[0]
