@@ -7,18 +7,21 @@ corpus, tokenizer, shards, building, batches.
 """
 
 import ast
+import fcntl
 import gzip
 import hashlib
 import heapq
 import importlib.util
 import itertools
 import json
+import os
 import shutil
 import sys
 import sysconfig
 import unicodedata
 import zlib
 from collections import Counter, defaultdict
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -29,7 +32,7 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
-from configs import UserError, load_config, run_main
+from configs import UserError, file_sha256, load_config, run_main
 
 FORMAT = 1  # of what `build_data` writes; a change makes old builds stale
 
@@ -235,7 +238,7 @@ SPACE_RUNS = [" " * length for length in range(24, 1, -1)]  # a token each, long
 # GPT-2's pattern, but runs of 2 to 24 spaces are cut out first and no other branch eats into one
 PATTERN = (r" {2,24}|'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++"
            r"|(?:(?!  )\s(?!\S))++|\s")
-WHITESPACE_LIMIT = 100_000  # tiktoken's regex engine overflows on about 500,000 unbroken
+WHITESPACE_LIMIT = 24 * 4166  # tiktoken's regex engine overflows on about 500,000 unbroken
 BPE_SAMPLE_CHARS = 3_000_000  # of each source, to learn the merges from
 
 
@@ -467,6 +470,7 @@ def token_dtype(vocab_size):
 def write_shards(documents, tokenizer, folder, source, shard_tokens=SHARD_TOKENS):
     """Write documents as headerless token files, EOS after each; no document straddles two files.
 
+    # DIFFERS FROM OLMo: its script cuts a document at a file's cap, and lost what came after.
     SOURCE-00000.bin holds the tokens, .index the start and end of each document in it (in tokens,
     EOS included) and the byte where its line, {id, source, bytes, metadata}, begins in .jsonl.
     Returns (shard records, counts). Documents without text are counted and left out.
@@ -515,12 +519,7 @@ class ShardWriter:
         for file in self.files:
             file.close()
         return {"file": self.path.name, "tokens": self.tokens, "documents": self.documents,
-                "sha256": sha256_of(self.path)}
-
-
-def sha256_of(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+                "sha256": file_sha256(self.path)}
 
 
 # ---- Building ------------------------------------------------------------------------------------
@@ -531,21 +530,42 @@ def build_data(config):
     It is written under another name and renamed when whole: tokenizer.json, the shards, held_out/
     (raw JSONL, one file a source) and manifest.json with the settings, counts and hashes.
     """
+    folder, settings = data_folder(config)
+    aside = folder.with_name(folder.name + ".tmp")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with locked(folder.parent):  # a second process waits, and finds it built
+            if (folder / "manifest.json").is_file():
+                return folder
+            for leftover in (aside, folder):
+                shutil.rmtree(leftover, ignore_errors=True)
+            try:
+                (aside / "held_out").mkdir(parents=True)
+                write_data(config, settings, aside)
+                aside.rename(folder)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"{folder}: the data could not be built ({error})") from None
+    return folder
+
+
+@contextmanager
+def locked(folder):
+    """Hold a directory for this process alone; a second process waits for its turn."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def data_folder(config):
+    """(folder, settings) of the data of `config`, built or not: the name is the settings' hash."""
     settings = build_settings(config)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    folder = Path(config.data_dir) / digest[:12]
-    if not (folder / "manifest.json").is_file():
-        aside = folder.with_name(folder.name + ".tmp")
-        try:
-            shutil.rmtree(aside, ignore_errors=True)
-            (aside / "held_out").mkdir(parents=True)
-            write_data(config, settings, aside)
-            aside.rename(folder)
-        except OSError as error:
-            raise UserError(f"{aside}: the data could not be written ({error})") from None
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    return folder
+    return Path(config.data_dir) / digest[:12], settings
 
 
 def build_settings(config):
@@ -561,7 +581,7 @@ def build_settings(config):
         raise UserError("sources: none; name at least one, --sources=\"{'name': 'path'}\"")
     tokenizer = config.tokenizer
     if not tokenizer.startswith("bpe:"):
-        tokenizer = sha256_of(tokenizer_file(tokenizer))
+        tokenizer = file_sha256(tokenizer_file(tokenizer))
     return {"format": FORMAT, "inputs": inputs, "tokenizer": tokenizer,
             "eval_share": config.eval_share}
 
@@ -617,6 +637,7 @@ def write_data(config, settings, folder):
         if not new_shards:
             raise nothing_in(source, path)
     identity = [settings["tokenizer"], *((shard["file"], shard["sha256"]) for shard in shards)]
+    identity += [file_sha256(folder / "held_out" / f"{source}.jsonl") for source in sources]
     manifest = {
         "sha256": hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
         "vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos_token_id,
@@ -670,7 +691,7 @@ class TokenShards:
     def __init__(self, folder, seq_len):
         manifest = json.loads((Path(folder) / "manifest.json").read_text())
         dtype = np.dtype(manifest["dtype"])
-        self.files, sizes = [], []
+        self.files, sizes, self.tail_tokens = [], [], 0
         for shard in manifest["shards"]:
             path = Path(folder) / shard["file"]
             size = path.stat().st_size if path.is_file() else 0
@@ -681,6 +702,7 @@ class TokenShards:
             tokens = np.memmap(path, dtype, "r")[:n * seq_len]
             self.files.append(tokens.reshape(n, seq_len))
             sizes.append(n)
+            self.tail_tokens += shard["tokens"] % seq_len
         self.seq_len, self.sha256 = seq_len, manifest["sha256"]
         self.ends = np.cumsum(sizes)  # of each file, in instances
 
@@ -727,10 +749,11 @@ class Batches:
         if epoch not in self.orders:
             n = len(self.shards)
             path = self.order_dir / f"order-n{n}-seed{self.seed}-epoch{epoch}.bin"
-            if not path.is_file() or path.stat().st_size != 4 * n:
-                aside = path.with_name(path.name + ".tmp")
-                instance_order(n, self.seed, epoch).tofile(aside)
-                aside.rename(path)
+            with locked(self.order_dir):
+                if not path.is_file() or path.stat().st_size != 4 * n:
+                    aside = path.with_name(path.name + ".tmp")
+                    aside.write_bytes(instance_order(n, self.seed, epoch).tobytes())
+                    aside.rename(path)
             self.orders = {epoch: np.memmap(path, np.uint32, "r")}
         return self.orders[epoch]
 

@@ -17,8 +17,8 @@ from typing import Literal
 import torch
 
 from configs import UserError, load_config, run_main
-from data import DataConfig, Tokenizer, build_data, read_documents
-from model import choose_device, generate, load_model, next_token_loss
+from data import DataConfig, Tokenizer, data_folder, read_documents
+from model import choose_device, generate, load_model, next_token_loss, read_json
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,13 @@ class EvalConfig:
     """Sample from the smallest set of tokens that holds this much of the probability."""
     sample_seed: int = 1
     """Seed of the sample."""
+
+    def __post_init__(self):
+        if not (self.temperature >= 0 and 0 < self.top_p <= 1):
+            raise UserError(f"temperature={self.temperature} must be at least 0 and "
+                            f"top_p={self.top_p} above 0 and at most 1")
+        if min(self.max_new_tokens, self.eval_batch_tokens) < 1:
+            raise UserError("max_new_tokens and eval_batch_tokens must be at least 1")
 
 
 # ---- Perplexity ----------------------------------------------------------------------------------
@@ -202,8 +209,11 @@ def suite_domains(run, suite):
         raise UserError(f"{run}: not a run directory, so it has no held-out text; name a file or "
                         "folder of documents: --suite=PATH")
     [config] = load_config([str(run / "config.json")], DataConfig)
-    folder = build_data(config)
-    built, trained = (json.loads((place / "manifest.json").read_text()) for place in (folder, run))
+    folder, _ = data_folder(config)
+    if not (folder / "manifest.json").is_file():
+        raise UserError(f"{folder}: the run's held-out text is not there, or its sources have "
+                        f"changed; python data.py {run / 'config.json'} builds it from them")
+    built, trained = (read_json(place / "manifest.json") for place in (folder, run))
     if built["sha256"] != trained["sha256"]:
         raise UserError(f"{folder}: not the data that {run} was trained on; was Python or a source "
                         "changed since? Train anew, or name documents with --suite=PATH")

@@ -25,7 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
-from configs import UserError, run_main
+from configs import UserError, file_sha256, run_main
 
 LAYER_NORM_EPS = 1e-5
 
@@ -117,6 +117,11 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
+def at_least_float32(x):
+    """bfloat16 is upcast, float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def layer_norm(x):
     """LayerNorm without gain or bias (paper 2.1): (..., D) -> (..., D); statistics in float32."""
     return F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
@@ -133,7 +138,7 @@ def rope_table(start, length, head_dim, theta, device):
 
 def apply_rope(x, cos, sin):
     """Rotate each pair (x[k], x[k + K/2]) of x (B, H, T, K) by its angle, in float32 at least."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = at_least_float32(x)
     first, second = wide.chunk(2, dim=-1)
     rotated = torch.cat((-second, first), dim=-1)
     return (wide * cos + rotated * sin).to(x.dtype)
@@ -237,9 +242,8 @@ def causal_mask(start, length, device):
 def head_nats(x, head, targets):
     """Nats (B, T) of `targets` under the final norm, the head and a softmax in at least float32."""
     logits = F.linear(layer_norm(x), head.to(x.dtype))  # (B, T, V)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-    return nats.view_as(targets)
+    logits = at_least_float32(logits).flatten(0, 1)
+    return F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)
 
 
 # ---- Initialisation ------------------------------------------------------------------------------
@@ -286,12 +290,12 @@ def build_model(config, seed, device="cpu"):
 
 def next_token_loss(nats, loss_mask):
     """Summed nats and count of the targets that `loss_mask` (B, T) bool keeps, of `nats` (B, T)."""
-    return (nats * loss_mask).sum(), loss_mask.sum()
+    return (at_least_float32(nats) * loss_mask).sum(), loss_mask.sum()
 
 
 def sequence_log_probs(nats, loss_mask):
     """Log-probability (B,) in nats of each row's kept targets, and their counts (B,)."""
-    return -(nats * loss_mask).sum(-1), loss_mask.sum(-1)
+    return -(at_least_float32(nats) * loss_mask).sum(-1), loss_mask.sum(-1)
 
 
 # ---- Generation ----------------------------------------------------------------------------------
@@ -331,7 +335,8 @@ def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, stop_id
         raise ValueError(f"a prompt of {T} ids leaves no room in max_seq_len={config.max_seq_len}")
     if temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(f"temperature={temperature} must be at least 0, top_p={top_p} in (0, 1]")
-    capacity = T + max_new_tokens
+    room = config.max_seq_len - min(map(len, prompts))  # of the shortest prompt
+    capacity = T + min(max_new_tokens, room)
     tokens = torch.full((B, T), config.pad_token_id)
     visible = torch.ones(B, capacity, dtype=torch.bool)  # the left padding is not
     for row, prompt in enumerate(prompts):  # rotary positions are relative: padding shifts nothing
@@ -490,23 +495,20 @@ def state_digest(state):
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def file_digest(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def verify_step(path):
     """The state.json of a step directory whose every file has its recorded size and SHA-256."""
     state = read_json(path / "state.json")
     if state.get("sha256") != state_digest(state):
         raise UserError(f"{path / 'state.json'}: damaged, its digest differs")
+    if not isinstance(state.get("files"), dict):
+        raise UserError(f"{path / 'state.json'}: lists no files")
     for name, record in state["files"].items():
         file = path / name
         if not file.is_file():
             raise UserError(f"{file}: missing from this checkpoint")
         if file.stat().st_size != record["size"]:
             raise UserError(f"{file}: damaged, {file.stat().st_size} bytes, not {record['size']}")
-        if file_digest(file) != record["sha256"]:
+        if file_sha256(file) != record["sha256"]:
             raise UserError(f"{file}: damaged, its SHA-256 differs")
     return state
 
@@ -538,7 +540,8 @@ class SafeReader(dcp.FileSystemReader):
         try:
             with open(file, "rb") as stream:
                 metadata = SafeUnpickler(stream).load()
-            assert isinstance(metadata, Metadata), f"it holds {type(metadata).__name__}"
+            if not isinstance(metadata, Metadata):
+                raise UserError(f"it holds {type(metadata).__name__}")
         except Exception as error:
             raise UserError(f"{file}: refused, not plain metadata ({error})") from None
         for name, entry in metadata.state_dict_metadata.items():
@@ -562,6 +565,9 @@ def read_step(path, tensors):
 
 def load_step(path, state, device):
     """The model of one step directory, whose verified state.json is `state`."""
+    lost = [key for key in ModelConfig.__dataclass_fields__ if key not in state.get("config", ())]
+    if lost:
+        raise UserError(f"{path / 'state.json'}: its config lacks {', '.join(lost)}")
     config = ModelConfig(**{key: state["config"][key] for key in ModelConfig.__dataclass_fields__})
     with torch.device("meta"):
         model = OLMo(config)
@@ -767,9 +773,11 @@ def read_model_block(path):
 
 
 def main(argv):
-    if argv[:1] != ["export"] or len(argv) != 3 or "--help" in argv:
+    if {"-h", "--help"} & set(argv):
         print(__doc__)
-        return 0 if "--help" in argv else 2
+        return
+    if argv[:1] != ["export"] or len(argv) != 3:
+        raise UserError(f"{' '.join(argv) or 'no command'}: the form is export RUN OUT")
     run, out = map(Path, argv[1:])
     refuse_existing(out)  # before the long part
     model = load_model(run)

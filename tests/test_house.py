@@ -1,5 +1,5 @@
-"""The house rules of the project, read from its sources: who imports whom, what runs at import, the
-shipped configs, and that the two lists of deviations from OLMo agree."""
+"""The house rules of the project, read from its sources: who imports whom, what runs at import, and
+the shipped configs."""
 
 import ast
 import subprocess

@@ -59,7 +59,7 @@ def test_readme_commands_run(copy):
         if needs(words) and not find_spec(needs(words)):
             continue
         if "configs/small.py" in words or "configs/olmo_7b.py" in words:
-            continue  # parsed by test_house.py: they need other hardware
+            continue  # need other hardware; test_house.py reads the configs
         words = [sys.executable, *shrink(words)[1:]]
         done = subprocess.run(words, cwd=copy, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"

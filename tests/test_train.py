@@ -1021,7 +1021,7 @@ BAD_SOURCES = {
     "a list for an object": (jsonl(GOOD, "[1]"), "bpe:512", ["part.jsonl:2", "list"]),
     "no document": (jsonl(), "own", ["mine", "no document with text"]),
     "blank documents": (jsonl('{"text": " "}'), "own", ["mine", "no document with text"]),
-    "nothing to learn from": (jsonl(), "bpe:512", ["the sources hold only enough text"]),
+    "nothing to learn from": (jsonl(), "bpe:512", ["holds no document with text"]),
     "less than a batch": (jsonl(GOOD), "own", ["fewer than one batch", "add text"])}
 
 
