@@ -31,11 +31,11 @@ class EvalConfig:
     """Tokens of one forward pass of an evaluation."""
     eval_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the forward in eval.py; in the loop, train.py's own."""
-    prompt: str = "def read_"
+    prompt: str = "class "
     """What the sample starts with."""
     max_new_tokens: int = 200
     """Longest sample in tokens; the context length ends it too."""
-    temperature: float = 0.7
+    temperature: float = 0.6
     """0 takes the likeliest token each time; 1 samples from the model as it is."""
     top_p: float = 0.95
     """Sample from the smallest set of tokens that holds this much of the probability."""

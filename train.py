@@ -490,7 +490,7 @@ def train(model_config, data_config, eval_config, config):
     print(domains_table(results))
     with torch.compiler.set_stance("force_eager"):
         print(f"\na sample:\n{sample_text(model, tokenizer, eval_config)}\n\nnext:")
-    print(f"  python eval.py {run}\n  python eval.py sample {run} --prompt=\"class \"\n"
+    print(f"  python eval.py {run}\n  python eval.py sample {run} --prompt=\"def read_\"\n"
           f"  python eval.py report {run}\n  python model.py export {run} OUT")
     return 0
 
