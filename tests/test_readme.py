@@ -14,8 +14,10 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line.strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S)
             for line in block.splitlines() if line.strip() and not line.startswith("#")]
-SMALL = ["--max_steps=4", "--eval_every_steps=0", "--compile=false", "--max_new_tokens=5",
-         "--d_model=32", "--n_layers=2", "--n_heads=2", "--mlp_hidden_size=64"]
+SMALL_DATA = ["--eval_share=0.004"]
+SMALL = [*SMALL_DATA, "--max_steps=2", "--eval_every_steps=0", "--compile=false",
+         "--max_new_tokens=5", "--d_model=32", "--n_layers=2", "--n_heads=2",
+         "--mlp_hidden_size=64"]
 INSTALL = "pip", "python -m pytest", "python -m tests.bench"  # CI's part, and a bench
 
 
@@ -26,11 +28,10 @@ def words_of(command):
 
 
 def shrink(words):
-    """A training command at a size that takes seconds; what it says itself of the shape stays."""
-    said = {word.partition("=")[0] for word in words}
-    if words[1] == "train.py" and "--resume" not in said:
-        return words + [word for word in SMALL if word.partition("=")[0] not in said]
-    return words
+    """A command that builds or trains, at a size that takes seconds; the last value counts."""
+    if words[1] == "data.py":
+        return words + SMALL_DATA
+    return words + SMALL if words[1] == "train.py" and "--resume" not in words[2] else words
 
 
 def needs(words):
