@@ -168,13 +168,13 @@ def read_metrics(run):
 
 def draw_curves(run, out):
     """Draw training loss and held-out bits per byte over tokens into the file `out`."""
+    rows = read_metrics(run)
     try:
         import matplotlib
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ImportError:
         raise UserError("report draws with matplotlib: pip install matplotlib") from None
-    rows = read_metrics(run)
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     left.plot([row["tokens"] / 1e6 for row in rows["train"]],
               [row["loss"] for row in rows["train"]], linewidth=1)
