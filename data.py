@@ -267,7 +267,7 @@ class Tokenizer:
         self.token_bytes = {rank: token for token, rank in ranks.items()}
         self.token_bytes.update((rank, token.encode()) for token, rank in added.items())
         # subtle: as tiktoken specials, runs would be cut anyhow; as plain tokens they shadow merges
-        ranks.update((run.encode(), added[run]) for run in SPACE_RUNS if run in added)
+        ranks.update((run.encode(), added[run]) for run in SPACE_RUNS)
         self.markers = {token: rank for token, rank in added.items()
                         if token not in (EOS, PAD, *SPACE_RUNS)}
         self.specials = {token: added[token] for token in (EOS, PAD)}
