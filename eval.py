@@ -17,8 +17,8 @@ from typing import Literal
 import torch
 
 from configs import UserError, load_config, run_main
-from data import DataConfig, Tokenizer, data_folder, read_documents
-from model import choose_device, generate, load_model, next_token_loss, read_json
+from data import DataConfig, Tokenizer, data_of_run, read_documents
+from model import choose_device, generate, load_model, next_token_loss
 
 
 @dataclass(frozen=True)
@@ -209,15 +209,7 @@ def suite_domains(run, suite):
         raise UserError(f"{run}: not a run directory, so it has no held-out text; name a file or "
                         "folder of documents: --suite=PATH")
     [config] = load_config([str(run / "config.json")], DataConfig)
-    folder, _ = data_folder(config)
-    if not (folder / "manifest.json").is_file():
-        raise UserError(f"{folder}: the run's held-out text is not there, or its sources have "
-                        f"changed; python data.py {run / 'config.json'} builds it from them")
-    built, trained = (read_json(place / "manifest.json") for place in (folder, run))
-    if built["sha256"] != trained["sha256"]:
-        raise UserError(f"{folder}: not the data that {run} was trained on; was Python or a source "
-                        "changed since? Train anew, or name documents with --suite=PATH")
-    return held_out_domains(folder)
+    return held_out_domains(data_of_run(run, config))
 
 
 def main(argv):

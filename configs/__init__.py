@@ -126,9 +126,10 @@ def checked(field, value, place):
             return value
         wanted = "one of " + ", ".join(map(str, typing.get_args(kind)))
     elif typing.get_origin(kind) is dict and type(value) is dict:
-        if all((type(key), type(entry)) == typing.get_args(kind) for key, entry in value.items()):
+        _, wanted = typing.get_args(kind)
+        if all(type(key) is str and isinstance(entry, wanted) for key, entry in value.items()):
             return value
-        wanted = "names and values that are both strings"
+        wanted = f"names, each with a {getattr(wanted, '__name__', wanted)}"
     elif type(value) is kind:
         return value
     else:

@@ -12,9 +12,12 @@ weight_tying = False
 eos_token_id = 4095
 pad_token_id = 4094
 
-# the data: topics, docstrings and code of the running Python
+# the data: topics, docstrings and code of the running Python, each with rules of Dolma's
 data_dir = "datasets/stdlib"
-sources = {"reference": "stdlib", "docstrings": "stdlib", "code": "stdlib"}
+sources = {
+    "reference": {"path": "stdlib", "rules": "gopher pii document"},
+    "docstrings": {"path": "stdlib", "rules": "gopher_repetition pii document"},  # short ones stay
+    "code": {"path": "stdlib", "rules": "code document"}}
 tokenizer = "bpe:4096"  # trained on them at first use, in seconds
 
 # the run
