@@ -23,6 +23,7 @@ import importlib.util
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -38,7 +39,7 @@ from collections import Counter, defaultdict, deque
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache, partial, wraps
 from pathlib import Path
 from typing import NamedTuple
 
@@ -264,11 +265,17 @@ def checked_document(entry, source, record, counts):
                         "mend or delete the line")
     if not isinstance(name, (str, int)) or not isinstance(metadata, dict):
         raise UserError(f"{place}: id must be a string and metadata an object; mend the line")
-    whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    whole = without_surrogates(text)
     counts["texts with lone surrogates repaired"] += whole != text
+    metadata = {key: value for key, value in metadata.items() if key != "edits"}  # another build's
     dates = {key: entry[key] for key in ("added", "created") if key in entry}
-    return {"id": str(name), "text": whole, "source": source, **dates,
+    return {"id": without_surrogates(str(name)), "text": whole, "source": source, **dates,
             "metadata": {**metadata, "provenance": provenance}}
+
+
+def without_surrogates(text):
+    """`text` with U+FFFD for each lone surrogate, which JSON can hold and UTF-8 cannot."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def is_held_out(document, eval_share):
@@ -381,6 +388,19 @@ class Edit(NamedTuple):
     marks: tuple  # what was taken out
 
 
+def within(least, most=math.inf):
+    """Makes a rule of a measure: documents with a value outside of least to most go."""
+    def rule_of(measure):
+        @wraps(measure)
+        def rule(page):
+            value = measure(page)
+            shown = value if isinstance(value, int) else f"{value:.3g}"
+            return None if least <= value <= most else Drop(
+                f"{measure.__doc__.splitlines()[0]} {shown}, not {least:g} to {most:g}")
+        return rule
+    return rule_of
+
+
 class Page:
     """A document as the rules look at it; what several of them measure is computed once."""
 
@@ -393,7 +413,10 @@ class Page:
 
     @cached_property
     def lines(self):
-        """# DIFFERS FROM OLMo: blank lines are none; its web text (CCNet's) has no blank lines."""
+        """Its lines with text.
+
+        # DIFFERS FROM OLMo: it counts blank lines too, but its web text (CCNet's) has none.
+        """
         return [line for line in self.text.split("\n") if line.strip()]
 
     @cached_property
@@ -427,6 +450,13 @@ def share(part, whole):
     return part / whole if whole else 0.0
 
 
+def keep(parts, stays, joint, why):
+    """The Edit that keeps the `parts` of a text that are to stay; None if all of them are."""
+    gone = tuple(part for part, stay in zip(parts, stays, strict=True) if not stay)
+    kept = joint.join(itertools.compress(parts, stays))
+    return Edit(kept, f"{len(gone)} {why}", gone) if gone else None
+
+
 def empty(page):
     """Nothing but space: Dolma v1.6's min_text_length of 1."""
     return None if page.text.strip() else Drop("no text")
@@ -456,22 +486,30 @@ def load_scorer(name):
     if name in ("none", "stand-in"):
         return english_score if name == "stand-in" else None
     module, _, function = name.partition(":")
-    sys.path.insert(0, "")
     try:
-        return getattr(importlib.import_module(module), function)
+        with searching_here():
+            return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"scorer {name}: cannot be imported as module:function ({error})") from None
+
+
+@contextmanager
+def searching_here():
+    """Modules are also found in the current directory."""
+    sys.path.insert(0, os.getcwd())
+    try:
+        yield
     finally:
-        sys.path.remove("")
+        sys.path.remove(os.getcwd())
 
 
+@within(0.5)
 def language(page):
-    """English below 0.5 (Dolma, all sources but code)."""
-    score = page.scorers["language"](page.text)
-    return Drop(f"scores {score:.2f} as English, below 0.5") if score < 0.5 else None
+    """Score as English (Dolma: of all sources but code):"""
+    return page.scorers["language"](page.text)
 
 
-SENTENCE = regex.compile(r"(?s).+?(?:[.!?]+\s+|\n\s*|\Z)")
+SENTENCE_ENDS = re.compile(r"(?<=[.!?])(?=\s)|(?=\n)|(?<=\n)")
 
 
 def content(page):
@@ -479,35 +517,25 @@ def content(page):
     score = page.scorers["content"]
     if score is None:  # the table says so
         return None
-    sentences = SENTENCE.findall(page.text)
-    bad = [score(sentence.strip()) >= 0.4 for sentence in sentences]
-    if not any(bad):
-        return None
-    kept = "".join(itertools.compress(sentences, (not is_bad for is_bad in bad)))
-    return Edit(kept, f"{sum(bad)} sentences score 0.4 or more",
-                tuple(itertools.compress(sentences, bad)))
+    sentences = SENTENCE_ENDS.split(page.text)
+    stays = [not sentence.strip() or score(sentence.strip()) < 0.4 for sentence in sentences]
+    return keep(sentences, stays, "", "sentences score 0.4 or more")
 
 
 # -- C4 (Raffel et al.); Dolma applied c4_punctuation to its web text
 
-def keep_lines(page, is_good, why):
-    lines = page.text.split("\n")
-    bad = [line for line in lines if line.strip() and not is_good(line.strip())]
-    if not bad:
-        return None
-    kept = "\n".join(line for line in lines if not line.strip() or is_good(line.strip()))
-    return Edit(kept, f"{len(bad)} lines {why}", tuple(bad))
-
-
 def c4_punctuation(page):
     """Lines that do not end in . ? ! or " are taken out."""
-    return keep_lines(page, lambda line: line.endswith((".", "?", "!", '"')),
-                      "without an end mark")
+    lines = page.text.split("\n")
+    stays = [not line.strip() or line.rstrip().endswith((".", "?", "!", '"')) for line in lines]
+    return keep(lines, stays, "\n", "lines without an end mark")
 
 
 def c4_short_lines(page):
     """Lines of fewer than 3 words are taken out."""
-    return keep_lines(page, lambda line: len(line.split()) >= 3, "of fewer than 3 words")
+    lines = page.text.split("\n")
+    return keep(lines, [len(line.split()) not in (1, 2) for line in lines], "\n",
+                "lines of fewer than 3 words")
 
 
 def c4_document(page):
@@ -521,43 +549,47 @@ def c4_document(page):
 STOP_WORDS = frozenset("the be to of and that have with".split())
 
 
+@within(50, 100_000)
 def gopher_word_count(page):
-    n = len(page.words)
-    return Drop(f"{n} words, not 50 to 100,000") if not 50 <= n <= 100_000 else None
+    """Number of words:"""
+    return len(page.words)
 
 
+@within(3, 10)
 def gopher_word_length(page):
-    """The MEDIAN length, as Dolma's code has it; the paper says mean."""
-    median = float(np.median(page.word_lengths)) if page.words else 0
-    return Drop(f"median word of {median:g} characters, not 3 to 10") if not 3 <= median <= 10 \
-        else None
+    """Median length of a word (Dolma's code; the paper says mean):"""
+    return np.median(page.word_lengths) if page.words else 0
 
 
+@within(0, 0.1)
 def gopher_symbols(page):
-    part = share(sum("#" in word or "\u2026" in word for word in page.words), len(page.words))
-    return Drop(f"# or \u2026 in {part:.2f} of the words, over 0.1", "#") if part > 0.1 else None
+    """Share of words with # or \u2026:"""
+    return share(sum("#" in word or "\u2026" in word for word in page.words), len(page.words))
 
 
+@within(0.8)
 def gopher_alphabetic(page):
+    """Share of words with a letter:"""
     letters = sum(word.isalpha() or any(map(str.isalpha, word)) for word in page.words)
-    part = share(letters, len(page.words))
-    return Drop(f"letters in {part:.2f} of the words, under 0.8") if part < 0.8 else None
+    return share(letters, len(page.words))
 
 
+@within(2)
 def gopher_stop_words(page):
-    n = sum(word in STOP_WORDS for word in page.words)
-    return Drop(f"{n} occurrences of common words, under 2") if n < 2 else None
+    """Occurrences of the, be, to, of, and, that, have, with:"""
+    return sum(word in STOP_WORDS for word in page.words)
 
 
+@within(0, 0.9)
 def gopher_bullets(page):
-    part = share(sum(line.startswith(("*", "-")) for line in page.lines), len(page.lines))
-    return Drop(f"{part:.2f} of the lines begin with * or -, over 0.9") if part > 0.9 else None
+    """Share of lines that begin with * or -:"""
+    return share(sum(line.startswith(("*", "-")) for line in page.lines), len(page.lines))
 
 
+@within(0, 0.3)
 def gopher_ellipsis(page):
-    part = share(sum(line.endswith("\u2026") for line in page.lines), len(page.lines))
-    return Drop(f"{part:.2f} of the lines end with \u2026, over 0.3", "\u2026") if part > 0.3 \
-        else None
+    """Share of lines that end with \u2026:"""
+    return share(sum(line.endswith("\u2026") for line in page.lines), len(page.lines))
 
 
 TOP_NGRAM_LIMITS = {2: 0.20, 3: 0.18, 4: 0.16}
@@ -637,7 +669,8 @@ def repeated_tokens(page):
 
 PII = {  # in re: several times as fast here as regex
     "|||EMAIL_ADDRESS|||": re.compile(r"(?<![\w.+-])[\w.+-]++@[\w-]+(?:\.[\w-]+)+", re.ASCII),
-    "|||PHONE_NUMBER|||": re.compile(r"(?<!\S)\(?\d{3}\)?[-. ]*\d{3}[-. ]?\d{4}(?!\w)", re.ASCII),
+    "|||PHONE_NUMBER|||": re.compile(r"(?<![^\s(])(?:\(\d{3}\)|\d{3})[-. ]*\d{3}[-. ]?\d{4}"
+                                     r"(?!\w|[-.]\d)", re.ASCII),
     "|||IP_ADDRESS|||": re.compile(r"(?<![\w.])(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}"
                                    r"(?:25[0-5]|2[0-4]\d|1?\d?\d)(?!\w|\.\d)", re.ASCII)}
 
@@ -662,14 +695,15 @@ def pii(page):
 # -- code (RedPajama's and StarCoder's rules, as Dolma applied them to The Stack), books, wiki
 
 DATA_EXTENSIONS = {"asm", "csv", "json", "svg"}
-HEADER = regex.compile(r"(?s)\A(?:\s*+(?:(?:#|//|--|;|%)[^\n]*+|/\*.*?\*/)(?:\n|\Z))++")
+HEADER = regex.compile(r"(?s)\A(?:\s*+(?:(?:#(?!include|define|if|pragma)|//|--|;|%)[^\n]*+"
+                       r"|/\*.*?\*/)(?:\n|\Z))++")
 
 
 def code_extension(page):
     """A file of data rather than code, by metadata.ext, or the end of metadata.path or the id."""
     metadata = page.document["metadata"]
-    name = str(metadata.get("path", page.document["id"]))
-    extension = str(metadata.get("ext", name.rpartition(".")[2])).lower().lstrip(".")
+    suffix = Path(str(metadata.get("path", page.document["id"]))).suffix
+    extension = str(metadata.get("ext", suffix)).lower().lstrip(".")
     return Drop(f"a .{extension} file") if extension in DATA_EXTENSIONS else None
 
 
@@ -681,38 +715,45 @@ def code_header(page):
     return Edit(page.text[header.end():], "its copyright header", (header[0],))
 
 
-def code_lines(page):
+@within(0, 100)
+def code_mean_line(page):
+    """Characters of a line, on average:"""
     lengths = [len(line) for line in page.text.split("\n")]
-    if sum(lengths) / len(lengths) > 100:
-        return Drop(f"lines of {sum(lengths) / len(lengths):.0f} characters on average, over 100")
-    return Drop(f"a line of {max(lengths)} characters, over 1000") if max(lengths) > 1000 else None
+    return sum(lengths) / len(lengths)
 
 
+@within(0, 1000)
+def code_longest_line(page):
+    """Characters of the longest line:"""
+    return max(map(len, page.text.split("\n")))
+
+
+@within(0.25)
 def code_alphanumeric(page):
-    part = share(sum(map(str.isalnum, page.text)), len(page.text))
-    return Drop(f"letters or digits make {part:.2f}, under 0.25") if part < 0.25 else None
+    """Share of letters and digits:"""
+    return share(sum(map(str.isalnum, page.text)), len(page.text))
 
 
+@within(1.5)
 def code_letters(page):
-    """Letters per token, tokens being pieces as in repeated_tokens."""
-    ratio = share(sum(map(str.isalpha, page.text)), len(page.pieces))
-    return Drop(f"{ratio:.2f} letters a token, under 1.5") if ratio < 1.5 else None
+    """Letters a token, tokens being pieces as in repeated_tokens:"""
+    return share(sum(map(str.isalpha, page.text)), len(page.pieces))
 
 
 WORD = re.compile(r"\w+|[^\w\s]")  # near Unicode's word segments; apostrophes and CJK differ
 
 
+@within(25)
 def min_words(page):
-    """Fewer than 25 segments (Dolma's books and wiki)."""
-    n = len(WORD.findall(page.text))
-    return Drop(f"{n} words, under 25") if n < 25 else None
+    """Word segments (Dolma: of books and wiki):"""
+    return len(WORD.findall(page.text))
 
 
-RULES = {function.__name__: function for function in (
+RULES = {function.__name__: function for function in (  # in the order in which they run
     empty, language, c4_punctuation, c4_short_lines, c4_document, code_extension, code_header,
-    code_lines, code_alphanumeric, code_letters, gopher_word_count, gopher_word_length,
-    gopher_symbols, gopher_alphabetic, gopher_stop_words, gopher_bullets, gopher_ellipsis,
-    gopher_repetition, repeated_tokens, min_words, content, pii)}  # in the order in which they run
+    code_mean_line, code_longest_line, code_alphanumeric, code_letters, gopher_word_count,
+    gopher_word_length, gopher_symbols, gopher_alphabetic, gopher_stop_words, gopher_bullets,
+    gopher_ellipsis, gopher_repetition, repeated_tokens, min_words, content, pii)}
 DEDUPLICATIONS = ("url", "document", "paragraph")
 RECIPES = {
     "gopher": " ".join(rule for rule in RULES if rule.startswith("gopher")),
@@ -764,10 +805,10 @@ class Funnel:
 
     def add(self, other):
         """Take in the funnel of the next documents."""
-        self.counts += other.counts
-        self.notes += other.notes
+        self.counts.update(other.counts)
+        self.notes.update(other.notes)
         for rule, counts in other.rules.items():
-            self.rules[rule] += counts
+            self.rules[rule].update(counts)
         for rule, examples in other.examples.items():
             self.examples[rule] += examples[:EXAMPLES - len(self.examples[rule])]
         for message in other.bad_lines:
@@ -851,23 +892,15 @@ def deduplicate(documents, seen, funnel):
             funnel.drop("document", document, Drop("an earlier document has the same text"))
             continue
         if "paragraph" in seen:
-            kept, copies = split_paragraphs(document["text"], seen["paragraph"])
-            if copies and not "".join(kept).strip():
-                funnel.drop("paragraph", document, Drop("all of it stands in earlier documents"))
+            paragraphs = document["text"].split("\n")
+            stays = [not (text.strip() and seen["paragraph"].add(text)) for text in paragraphs]
+            edit = keep(paragraphs, stays, "\n", "paragraphs seen before")
+            if edit and not edit.text.strip():
+                funnel.drop("paragraph", document, Drop("all of it was seen before"))
                 continue
-            if copies:
-                why = f"{len(copies)} paragraphs seen before"
-                document = funnel.edit("paragraph", document,
-                                       Edit("\n".join(kept), why, tuple(copies)))
+            if edit:
+                document = funnel.edit("paragraph", document, edit)
         yield document
-
-
-def split_paragraphs(text, seen):
-    """(the paragraphs that stay, those that were seen before); blank ones stay."""
-    kept, copies = [], []
-    for paragraph in text.split("\n"):
-        (copies if paragraph.strip() and seen.add(paragraph) else kept).append(paragraph)
-    return kept, copies
 
 
 def evaluation_texts(path):
@@ -1285,14 +1318,14 @@ def repetitions(config, tokens):
 def mixed_shards(folder, source, shards, repeats, dtype):
     """The shards that show a source `repeats` times: all of them, over and over, then a part.
 
-    The part, SOURCE-part-00000.bin, is of documents spread evenly over the source, as many as bring
+    The part, SOURCE+part-00000.bin, is of documents spread evenly over the source, as many as bring
     its tokens within one document of the target.
     """
     whole, part = int(repeats), repeats % 1
     mixed = shards * whole
     if part:
         mixed = mixed + write_shards(some_documents(folder, shards, part, dtype), folder,
-                                     f"{source}-part")
+                                     f"{source}+part")
     return mixed
 
 
@@ -1365,6 +1398,9 @@ def data_folder(config):
     """(folder, settings) of the data of `config`, built or not: the name is the settings' hash."""
     settings = {"format": FORMAT, "tokenizer": tokenizer_settings(config)}
     if config.token_files:
+        if not Path(config.token_files).is_file():
+            raise UserError(f"token_files={config.token_files}: no such list of token files; the "
+                            "README tells under Real Dolma how to get one")
         settings["token_files"] = input_ages(config.token_files)
     else:
         sources = config.parse_sources()
@@ -1393,16 +1429,25 @@ def clean_settings(config, source):
                                      for name, path in config.decontaminate.items()}
     for rule, name in scorer_names(config).items():
         if rule in source.rules:
-            module = sys.modules[load_scorer(name).__module__] if ":" in name else None
-            settings[rule] = name, file_sha256(module.__file__) if module else ""
+            settings[rule] = name, scorer_hash(name)
     return settings
+
+
+def scorer_hash(name):
+    """The hash of the file of a user's scorer, found without running it."""
+    try:
+        with searching_here():
+            module = importlib.util.find_spec(name.partition(":")[0]) if ":" in name else None
+    except (ImportError, ValueError):  # load_scorer says what is wrong
+        return ""
+    return file_sha256(module.origin) if module and module.has_location else ""
 
 
 @lru_cache
 def curation_code():
     """Hash of the code from the filters to the tokenizer: who edits a rule gets it run anew."""
     code = Path(__file__).read_text(encoding="utf-8")
-    return hash_of(code.split("# ---- Filters")[1].split("# ---- Tokenizer")[0])
+    return hash_of([PATTERN, code.split("# ---- Filters")[1].split("# ---- Tokenizer")[0]])
 
 
 def is_exempt(source):
@@ -1497,9 +1542,11 @@ def write_clean_documents(config, source, folder):
                 held_out.write(json.dumps(document) + "\n")
     writer.close()
     if not writer.blocks:
-        raise UserError(f"sources: {source.name} ({source.path}) holds no document to train on: of "
-                        f"{funnel.counts['documents in']}, eval_share and the rules "
-                        f"({', '.join(funnel.rules) or 'none dropped any'}) leave none")
+        dropped_by = ", ".join(funnel.rules) or "none"
+        raise UserError(
+            f"sources: {source.name} ({source.path}) holds no document with text to train on: of "
+            f"{funnel.counts['documents in']} documents and {funnel.counts['bad lines']} bad lines "
+            f"eval_share={config.eval_share} and the rules that dropped any, {dropped_by}, left 0")
     np.array(writer.blocks, "<i8").tofile(folder / f"{source.name}.blocks")
     with open(folder / "dropped" / f"{source.name}.jsonl", "w") as dropped:
         dropped.writelines(json.dumps({"rule": rule, **example}) + "\n"
@@ -1582,7 +1629,8 @@ def ordered_map(function, items, workers):
     if workers == 1:
         yield from map(function, items)
         return
-    with ProcessPoolExecutor(workers, initializer=follow_parent, initargs=[os.getpid()]) as pool:
+    start = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    with ProcessPoolExecutor(workers, start, follow_parent, [os.getpid()]) as pool:
         ahead = deque()
         for item in items:
             ahead.append(pool.submit(function, item))
@@ -1653,6 +1701,9 @@ def write_manifest(config, settings, folder):
     mix_tokens = Counter()
     for shard in mixed:
         mix_tokens[shard["source"]] += shard["tokens"]
+    for name in set(shards) - set(mix_tokens):
+        raise UserError(f"sources: {name}, shown {repeats[name]:g} times, leaves no document; give "
+                        "it more weight")
     sources = {source.name: {
         "path": source.path, "rules": source.rules,
         **read_json(folder / f"{source.name}.funnel.json"), "tokens": tokens[source.name],
@@ -1956,8 +2007,13 @@ class RunData:
 
     def steps_done(self):
         """The last step that the run has logged."""
-        with open(self.run / "metrics.jsonl", encoding="utf-8") as log:
-            return max((json.loads(row).get("step", 0) for row in log), default=0)
+        log, steps = self.run / "metrics.jsonl", [0]
+        for row in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
+            try:
+                steps.append(json.loads(row)["step"])
+            except (ValueError, KeyError, TypeError):  # torn by a crash
+                continue
+        return max(steps)
 
     def read_index(self, shard):
         """(DOCUMENT_INDEX, names) of shard number `shard`; names: of a ready token file's rows."""
@@ -2020,45 +2076,45 @@ class RunData:
         return [where for where in seen if where[0] <= last_step]
 
     def search(self, text):
-        """Yield the ids of the clean documents that hold `text`."""
+        """Yield the clean documents that hold `text`; of ready token files there are none."""
         needle = json.dumps(text)[1:-1].encode()
         for source in self.manifest["sources"]:
             for block in tqdm(blocks_of(self.folder, source), desc=f"searching {source}",
                               leave=False):
                 for row in read_block(self.folder / "documents", source, *block):
                     if needle in row and text in (document := json.loads(row))["text"]:
-                        yield document["id"]
+                        yield document
 
 
 def read_sidecar(path):
     """(DOCUMENT_INDEX, [(id, file, line)]) of a Dolma toolkit's .csv.gz; one nameless if none."""
     if not path.is_file():
-        return np.array([(0, 2**63, 0, 0, 0, 0)], DOCUMENT_INDEX), [(f"(no {path.name})", "?", "?")]
+        return np.array([(0, 2**62, 0, 0, 0, 0)], DOCUMENT_INDEX), [(f"(no {path.name})", "?", "?")]
     with gzip.open(path, "rt", newline="", encoding="utf-8") as rows:
         rows = [(int(start), int(end), name, origin, line)
                 for start, end, name, origin, line in csv.reader(rows)]
-    index = [(start, end, hash_of_id(name), 0, 0, i)
+    index = [(start, end, hash_of_id(name), 0, i, 0)
              for i, (start, end, name, _, _) in enumerate(rows)]
     return np.array(index, DOCUMENT_INDEX), [row[2:] for row in rows]
 
 
 def data_of_run(run, config):
-    """The built data folder that a run was trained on; UserError if it is not there any more."""
-    folder, _ = data_folder(config)
+    """The built data folder that a run was trained on; its raw sources are not needed for that."""
+    trained = read_json(run / "manifest.json")
+    folder = Path(config.data_dir) / hash_of(trained["settings"])[:12]
     if not (folder / "manifest.json").is_file():
-        raise UserError(f"{folder}: the run's data is not there, or its sources or data.py have "
-                        f"changed; python data.py {run / 'config.json'} builds it from them")
-    built, trained = (read_json(place / "manifest.json") for place in (folder, run))
-    if built["sha256"] != trained["sha256"]:
-        raise UserError(f"{folder}: not the data that {run} was trained on; was Python or a source "
-                        "changed since? Train anew, or restore it")
+        raise UserError(f"{folder}: the run's data is not there; if its sources and data.py are as "
+                        f"they were, python data.py {run / 'config.json'} builds it again")
+    if read_json(folder / "manifest.json")["sha256"] != trained["sha256"]:
+        raise UserError(f"{folder}: not the data that {run} was trained on; restore it "
+                        "(eval.py also takes other text, --suite=PATH)")
     return folder
 
 
 def print_trace(run, options):
     """The documents in a step, sequence by sequence."""
     data = RunData(run)
-    if not 1 <= options.step or not -1 <= options.rank < options.world_size:
+    if options.step < 1 or options.world_size < 1 or not -1 <= options.rank < options.world_size:
         raise UserError(f"--step={options.step} --rank={options.rank} --world_size="
                         f"{options.world_size}: steps count from 1, ranks from 0 to world_size - 1")
     done = data.steps_done()
@@ -2092,20 +2148,24 @@ def print_found(run, options):
     if bool(options.doc) == bool(options.text):
         raise UserError("find takes --doc=ID or --text=\"...\", one of them")
     data = RunData(run)
+    if options.text and not data.manifest["sources"]:
+        raise UserError(f"{run}: made of ready token files, whose text is not at hand; --doc=ID "
+                        "finds documents by their .csv.gz files")
+    if options.doc:
+        found = data.find(options.doc)
+    else:  # an id may stand for several documents, of which not all hold the text
+        found = ((document, instances) for wanted in data.search(options.text)
+                 for document, instances in data.find(wanted["id"]) if document == wanted)
     done, count = data.steps_done(), 0
-    names = [options.doc] if options.doc else dict.fromkeys(data.search(options.text))
-    for name in names:
-        for document, instances in data.find(name):
-            count += 1
-            if count <= options.limit:
-                steps = data.steps_of(instances, done)
-                print(f"{document['id']}  ({document['source']}, "
-                      f"{document['metadata']['provenance']})\n  {len(steps)} times in steps 1 to "
-                      f"{done}" + "".join(f"\n  step {step}, sequence {sequence}, instance {i}"
-                                          for step, sequence, i in steps))
-    wanted = options.doc or repr(options.text)
-    print(f"{count} documents of the mix " + (f"have the id {wanted}" if options.doc else
-                                              f"hold {wanted}")
+    for count, (document, instances) in enumerate(found, 1):
+        if count <= options.limit:
+            steps = data.steps_of(instances, done)
+            print(f"{document['id']}  ({document['source']}, {document['metadata']['provenance']})"
+                  f"\n  {len(steps)} times in steps 1 to {done}"
+                  + "".join(f"\n  step {step}, sequence {sequence}, instance {i}"
+                            for step, sequence, i in steps))
+    print(f"{count} documents of the mix "
+          + (f"have the id {options.doc}" if options.doc else f"hold {options.text!r}")
           + (f"; the first {options.limit} are shown" if count > options.limit else ""))
 
 

@@ -314,7 +314,7 @@ COMMANDS = {"resume", "overwrite"}  # keys that say what to do, not what the run
 def may_differ(key):
     """Whether a run may go on with another value of this key."""
     evaluation = key in EvalConfig.__dataclass_fields__  # changes no weight
-    free = {"run_dir", "max_steps", "device", "dtype", "compile", "micro_batch_size"}
+    free = {"run_dir", "max_steps", "device", "dtype", "compile", "micro_batch_size", "workers"}
     return (evaluation or key in free or key.endswith("_every_steps")
             or key.startswith(("keep_", "stop_")))
 
@@ -534,7 +534,8 @@ def train_loop(config, run, state, model, optimizer, batches, loss_fn, evaluate,
                 bits = {name: bits_per_byte(sums) for name, sums in results.items()}
                 log.write("eval", state, bits_per_byte=bits, sums=results)
                 tqdm.write(f"step {step}: held-out bits per byte: "
-                           + ", ".join(f"{name} {value:.3f}" for name, value in bits.items()))
+                           + (", ".join(f"{name} {value:.3f}" for name, value in bits.items())
+                              or "there is no held-out text"))
             if due(config.save_every_steps):
                 save_checkpoint(run, state, model, optimizer)
                 drop_old_checkpoints(run, config.keep_last)

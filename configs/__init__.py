@@ -13,6 +13,7 @@ import hashlib
 import inspect
 import itertools
 import json
+import os
 import sys
 import typing
 from pathlib import Path
@@ -197,6 +198,9 @@ def run_main(main):
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # of `... | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise

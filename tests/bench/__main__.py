@@ -1,15 +1,21 @@
 """Speed, measured side by side: python -m tests.bench VERB
 
-    data    our Tokenizer against HF `tokenizers`, one thread each, a document at a time
+    data      the tokenizer beside HF `tokenizers`, the filter chain, tokenisation, the loader
+    memory    peak memory of a build that deduplicates with Bloom filters: 100 MB and 2 GB of input
 
-Both sides run in turns in one process, so that a machine's bad minute hits both; the figures are
-medians over the rounds, the ratio the median of the rounds' ratios. Nothing is written.
+Sides that are compared run in turns in one process, so that a machine's bad minute hits both; the
+figures are medians over the rounds, a ratio is the median of the rounds' ratios. Nothing is kept.
 """
 
+import json
 import os
 import random
+import resource
+import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 from statistics import median
 
 ROUNDS = 7
@@ -41,9 +47,26 @@ def library_texts(size):
     return chosen
 
 
+def library_documents():
+    """The topics, and the docstrings of each module as one document: prose, long as pages."""
+    from data import stdlib_documents
+    texts = [document["text"] for document in stdlib_documents("reference")]
+    modules = {}
+    for document in stdlib_documents("docstrings"):
+        modules.setdefault(document["metadata"]["group"], []).append(document["text"])
+    texts += ["\n".join(docstrings) for docstrings in modules.values()]
+    return [{"id": str(i), "text": text, "source": "bench", "metadata": {"provenance": f":{i}"}}
+            for i, text in enumerate(texts)]
+
+
 # ---- Verbs ---------------------------------------------------------------------------------------
 
 def bench_data():
+    bench_tokenizer()
+    bench_stages()
+
+
+def bench_tokenizer():
     """Text to ids with OLMo's own tokenizer file. The bar: a ratio of at least 4."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import tokenizers
@@ -69,10 +92,94 @@ def bench_data():
                        if side == "data.py" else "| 1 | |"))
 
 
-VERBS = {"data": bench_data}
+def bench_stages():
+    """Filters, tokenisation from clean documents, batches; one process. The bars: 1.5 MB/s,
+    12 MB/s, 10 M tokens/s."""
+    import numpy as np
+
+    from data import (DOCUMENT_INDEX, RULES, Batches, DocumentWriter, Page, TokenShards,
+                      encode_block, english_score, olmo_tokenizer_file, write_json)
+    documents = library_documents()
+    megabytes = sum(len(document["text"].encode()) for document in documents) / 1e6
+    scorers = {"language": english_score, "content": lambda sentence: 0.0}
+    web = [rule for rule in RULES if not rule.startswith("code")]
+
+    def run_rules():
+        for document in documents:
+            page = Page(document, scorers)
+            for rule in web:
+                RULES[rule](page)  # whatever it says, the next one runs as well
+
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        writer = DocumentWriter(folder, "bench")
+        for document in documents:
+            writer.add(document)
+        writer.close()
+        tokens = np.random.default_rng(0).integers(0, 50_000, 10**8, dtype="<u2")
+        tokens.tofile(folder / "bench-00000.bin")
+        np.zeros(0, DOCUMENT_INDEX).tofile(folder / "bench-00000.index")
+        write_json(folder / "manifest.json", {"dtype": "uint16", "sha256": "", "shards": [
+            {"file": "bench-00000.bin", "tokens": len(tokens)}]})
+        batches = Batches(TokenShards(folder, 2048), 16, 0, folder)
+        seconds = alternate({
+            f"filter chain, all {len(web)} rules but code's on every document": run_rules,
+            "tokenisation, from compressed clean documents": lambda: [
+                encode_block(block, folder, "bench", olmo_tokenizer_file())
+                for block in writer.blocks],
+            "loader, batches of 16 x 2,048": lambda: [batches(step) for step in range(1, 301)]})
+    print(f"\n{len(documents)} documents, {megabytes:.2f} MB; one process\n\n| stage | speed |"
+          "\n|---|---|")
+    for name, taken in seconds.items():
+        speed = (f"{300 * 16 * 2048 / median(taken) / 1e6:,.0f} M tokens/s" if "loader" in name
+                 else f"{megabytes / median(taken):.2f} MB/s")
+        print(f"| {name} | {speed} |")
+
+
+def bench_memory():
+    """Peak memory of `build_data` with Bloom filters. The bar: flat from 100 MB to 2 GB."""
+    print("| input | peak of the main process, MB | of a worker | minutes |\n|---|---|---|---|")
+    for megabytes in (100, 2000):
+        with tempfile.TemporaryDirectory(dir=".") as folder:
+            write_random_documents(Path(folder) / "in.jsonl", megabytes)
+            start = time.perf_counter()
+            done = subprocess.run([sys.executable, "-m", "tests.bench", "build", folder],
+                                  capture_output=True, text=True, check=True)
+            own, worker = done.stdout.split()[-2:]
+            print(f"| {megabytes:,} MB | {own} | {worker} "
+                  f"| {(time.perf_counter() - start) / 60:.1f} |", flush=True)
+
+
+def write_random_documents(path, megabytes):
+    """JSONL of random words; each has an URL, and a tenth of the paragraphs stand in others too."""
+    dice, size, number = random.Random(0), 0, 0
+    words = ["".join(dice.choices("etaoinshrdlu", k=dice.randint(2, 9))) for _ in range(5000)]
+    common = [" ".join(dice.choices(words, k=30)) for _ in range(1000)]
+    with open(path, "w") as out:
+        while size < megabytes * 1e6:
+            paragraphs = [dice.choice(common) if dice.random() < 0.1 else
+                          " ".join(dice.choices(words, k=60)) for _ in range(8)]
+            size += out.write(json.dumps({"id": str(number), "text": "\n".join(paragraphs),
+                                          "metadata": {"url": f"http://site/{number}"}}) + "\n")
+            number += 1
+
+
+def build_in(folder):
+    """Build the data of `bench_memory`, print the peaks: this process's and a worker's, in MB."""
+    from data import DataConfig, build_data
+    build_data(DataConfig(
+        data_dir=f"{folder}/data", tokenizer="bpe:512", bloom_items=10_000_000, eval_share=0.001,
+        sources={"bench": {"path": f"{folder}/in.jsonl", "rules": "url document paragraph"}}))
+    print(*(round(resource.getrusage(who).ru_maxrss / 1e3)
+            for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+
+
+VERBS = {"data": bench_data, "memory": bench_memory}
 
 
 def main(argv):
+    if argv[:1] == ["build"]:  # what bench_memory starts
+        return build_in(argv[1])
     if len(argv) != 1 or argv[0] not in VERBS:
         raise SystemExit(f"{__doc__}\nverbs: {', '.join(VERBS)}")
     VERBS[argv[0]]()

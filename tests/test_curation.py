@@ -1,0 +1,743 @@
+"""data.py's curation against planted dirt, slow counters and plain string search."""
+
+import gzip
+import importlib.util
+import json
+import math
+import random
+import re
+import string
+import zlib
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import data
+from configs import UserError
+from data import RULES, BloomFilter, DataConfig, Drop, Funnel, Page, build_data, deduplicate
+
+EMAIL, PHONE, IP = (f" |||{kind}||| " for kind in ("EMAIL_ADDRESS", "PHONE_NUMBER", "IP_ADDRESS"))
+
+
+# ---- Helpers -------------------------------------------------------------------------------------
+
+def word(dice):
+    return "".join(dice.choices(string.ascii_lowercase, k=6)) + dice.choice(["", "", "", "é"])
+
+
+def filled(dice, pattern):
+    """`pattern` with a new word for each _."""
+    return re.sub("_", lambda _: word(dice), pattern)
+
+
+def prose(dice, lines=3):
+    """Clean English by every rule: 30 words a line, and no two n-grams alike."""
+    return "\n".join(filled(dice, " ".join(["The _ and _ of _ have _ with _."] * 3))
+                     for _ in range(lines))
+
+
+def paragraph(dice, n):
+    """n words as evaluation sets count them: the full stop is one."""
+    return filled(dice, " ".join(["The"] + ["_"] * (n - 2)) + ".")
+
+
+def program(dice):
+    return filled(dice, "def _(_, _):\n    _ = _ + _\n    return _\n\n\n" * 5)
+
+
+def verdict(rule, text, id="it", scorers=None, **metadata):
+    return RULES[rule](Page({"id": id, "text": text, "metadata": metadata}, scorers or {}))
+
+
+def drops(rule, text, **options):
+    return isinstance(verdict(rule, text, **options), Drop)
+
+
+def edited(rule, text, **options):
+    """The text as the rule leaves it."""
+    edit = verdict(rule, text, **options)
+    return text if edit is None else edit.text
+
+
+def documents_of(*texts):
+    return [{"id": f"d{i}", "text": text, "source": "s", "metadata": {"provenance": f"f:{i}"}}
+            for i, text in enumerate(texts)]
+
+
+def texts_of(documents):
+    return [(document["id"], document["text"]) for document in documents]
+
+
+def write_texts(path, *texts):
+    path.write_text("".join(json.dumps({"id": f"d{i}", "text": text}) + "\n"
+                            for i, text in enumerate(texts)))
+    return str(path)
+
+
+def kept_documents(folder, source):
+    """The clean documents of a built folder, in their order, read by gzip alone."""
+    return [json.loads(line) for path in sorted((folder / "documents").glob(f"{source}-*.gz"))
+            for line in gzip.open(path, "rt", encoding="utf-8")]
+
+
+def counted(folder, source):
+    return json.loads((folder / "manifest.json").read_text())["sources"][source]
+
+
+def config_of(folder, **changes):
+    return DataConfig(**{"data_dir": str(folder / "built"), "tokenizer": "bpe:300",
+                         "eval_share": 0.0, "workers": 1} | changes)
+
+
+# ---- Planted dirt --------------------------------------------------------------------------------
+
+def row(text, *steps, **metadata):
+    """A document and what becomes of it; a step is (rule, the text that it leaves, or None)."""
+    return text, steps, metadata
+
+
+def bad(text, rule, **metadata):
+    return row(text, (rule, None), **metadata)
+
+
+def web_dirt(dice):
+    """Each kind of dirt that the rules "web c4" find in a document by itself."""
+    clean, name, extra = prose(dice), word(dice).strip("é"), word(dice)
+    first, rest = clean.split("\n", 1)
+    opening, more = first.split(". ", 1)
+    yield bad(" \n\t", "empty")
+    yield bad(filled(dice, "_ " * 60 + "."), "language")
+    yield row(f"{clean}\nHome | News | {name}", ("c4_punctuation", clean))
+    yield bad(clean.replace(".", ";"), "c4_punctuation")
+    yield row(f"Read {name}.\n{clean}", ("c4_short_lines", clean))
+    yield bad("As is.\nNot now.", "c4_short_lines")
+    yield bad(f"{clean} It has a {{ brace.", "c4_document")
+    yield bad(f"{clean} It has Lorem Ipsum.", "c4_document")
+    yield bad(prose(dice, 1), "gopher_word_count")
+    yield bad(" ".join(dice.choices(["to", "be", "of", "a", "in"], k=60)) + ".",
+              "gopher_word_length")
+    yield bad(clean.replace("The ", "#The ") + " #a #b.", "gopher_symbols")
+    yield bad(clean + "".join(f" {n}" for n in dice.sample(range(100, 999), 30)) + ".",
+              "gopher_alphabetic")
+    yield bad(filled(dice, "A _ is in _ on _ for _ as _. " * 6), "gopher_stop_words")
+    yield bad("- " + clean.replace("\n", "\n- "), "gopher_bullets")
+    yield bad(f"{first}\n{clean}", "gopher_repetition")
+    yield bad(f"{clean} And {first} But {first}", "gopher_repetition")
+    yield bad(prose(dice, 50) + f" {name[:2]}" * 100 + ".", "repeated_tokens")
+    yield row(prose(dice, 50) + f" {name[:2]}" * 99 + ".")
+    yield row(f"{opening}. This is vile, {name}. {more}\n{rest}", ("content", clean))
+    yield bad(clean.replace("The", "The vile"), "content")
+    yield row(f"{clean}\nFor {extra}: {name}@example.org, 555-123-4567.",
+              ("pii", f"{clean}\nFor {extra}: {EMAIL}, {PHONE}."))
+    yield row(f"{clean}\nThe {extra} is (10.0.0.1)!\nOf {name}: yes",
+              ("c4_punctuation", f"{clean}\nThe {extra} is (10.0.0.1)!"),
+              ("pii", f"{clean}\nThe {extra} is ({IP})!"))
+    yield bad(clean + "".join(f" {name}{i}@a.example.com." for i in range(6)), "pii")
+    yield row(clean + "".join(f" {name}{i}@a.example.com." for i in range(5)),
+              ("pii", clean + f" {EMAIL}." * 5))
+
+
+def code_dirt(dice):
+    code, name = program(dice), word(dice)
+    for metadata in ({"ext": "JSON"}, {"ext": ".svg"}, {"path": "a/b.csv"}, {"path": "a.py/b.asm"}):
+        yield bad(code, "code_extension", **metadata)
+    yield row(f"# Copyright {name}\n# All rights reserved.\n{code}", ("code_header", code))
+    yield row(f"/* (c)\n copyright {name} */\n{code}", ("code_header", code))
+    yield bad(f"// Copyright {name}\n", "code_header")
+    yield bad(filled(dice, "_ = " + "_ + " * 15 + "1\n") * 9, "code_mean_line")
+    yield bad(code * 3 + "x = '" + "abcdefgh " * 112 + "'", "code_longest_line")
+    yield bad(filled(dice, "_ ++ -- (*) [[]] == != <> %% && || ~~ ^^ :: ;; {{ }} // ??\n" * 5),
+              "code_alphanumeric")
+    yield bad("\n".join(str(dice.randint(10, 999)) for _ in range(60)), "code_letters")
+
+
+def each(dirt, dice):
+    """One row of every kind, no two made of the same clean text."""
+    return [list(dirt(dice))[i] for i, _ in enumerate(dirt(dice))]
+
+
+def lines_of(rows, name):
+    """({id: row}, the JSON lines of them)."""
+    named = {f"{name}{i}": row for i, row in enumerate(rows)}
+    return named, [json.dumps({"id": key, "text": text, "metadata": {"url": key} | metadata})
+                   .encode() for key, (text, _, metadata) in named.items()]
+
+
+BAD_LINES = [b'{"text": "cut', b'["a list"]', b'{"text": 5}', b'{"id": 1}', b'{"text": "\xff"}',
+             b'{"text": "a", "id": [1]}', b'{"text": "a", "metadata": [1]}']
+
+
+def plant_web(dice, folder, paragraphs):
+    """A .jsonl, a .jsonl.gz and a .gz cut off: ({id: row}, [place of each bad line])."""
+    clean = [row(prose(dice, dice.randint(2, 5)), url=f"of {i}") for i in range(40)]
+    rows = clean + [dirt for _ in range(dice.randint(2, 3)) for dirt in each(web_dirt, dice)]
+    rows += [row(f"{prose(dice)}\n{paragraphs[12]}"), row(f"{prose(dice)}\n{paragraphs['marks']}"),
+             bad(f"{prose(dice)}\n{paragraphs[13]}", "decontaminate:paloma"),
+             bad(f"{paragraphs[14]}\n{prose(dice)}", "decontaminate:paloma")]
+    dice.shuffle(rows)
+    for one, other in zip(clean[0:10:2], clean[1:10:2], strict=True):
+        own, mixed = prose(dice), "\n".join(f"{one[0]}\n{other[0]}".split("\n")[::-1])
+        for copy in (bad(prose(dice), "url", **one[2]), bad(other[0], "document"),
+                     row(own + "\n" + one[0].split("\n")[0], ("paragraph", own)),
+                     bad(mixed, "paragraph")):  # anywhere after what it copies
+            first = max(rows.index(one), rows.index(other)) + 1
+            rows.insert(dice.randint(first, len(rows)), copy)
+    rows, lines = lines_of(rows, "w")
+    for line in BAD_LINES:
+        lines.insert(dice.randint(0, len(lines)), line)
+    lines.insert(5, b" ")  # a blank line is no document
+    parts = {"a/one.jsonl": lines[:70], "b.jsonl.gz": lines[70:]}
+    (folder / "a").mkdir(parents=True)
+    (folder / "a/one.jsonl").write_bytes(b"\n".join(lines[:70]) + b"\n")
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(b"\n".join(lines[70:])))
+    (folder / "c.pdf").write_bytes(b"%PDF")
+    tail, lines = lines_of([row(prose(dice)) for _ in range(40)], "cut")
+    cut = gzip.compress(b"\n".join(lines))[:-2000]
+    (folder / "cut.jsonl.gz").write_bytes(cut)
+    whole = zlib.decompressobj(wbits=31).decompress(cut).count(b"\n")
+    assert 10 < whole < 40
+    return rows | dict(list(tail.items())[:whole]), [
+        f"{folder}/{file}:{i}: " for file, part in parts.items()
+        for i, line in enumerate(part, 1) if line in BAD_LINES]
+
+
+SOURCES = ("web", "code", "books", "forum")
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    """(folder, {source: ({id: row}, [place of each bad line])}) of a build of everything."""
+    home, dice = tmp_path_factory.mktemp("planted"), random.Random(6198)
+    paragraphs = {n: paragraph(dice, n) for n in (12, 13, 14)} | {"marks": "! ? " * 8 + "!"}
+    write_texts(home / "paloma.jsonl", *(f"Of:\n{text}" for text in paragraphs.values()))
+    code, lines = lines_of([
+        *(row(program(dice)) for _ in range(20)), *each(code_dirt, dice), *each(code_dirt, dice),
+        row(f"# no right is reserved\n{program(dice)}"),
+        row(f"{program(dice)}\n{paragraphs[13]}")], "c")  # code is exempt from decontamination
+    (home / "code.json.gz").write_bytes(gzip.compress(b"\n".join(lines)))
+    short = filled(dice, "The " + "_ and " * 11)  # 23 words
+    books = {f"{i}.txt:1": book for i, book in enumerate([
+        row(prose(dice)), row(f"{short}_."), bad(f"{short}.", "min_words"), bad("", "empty"),
+        bad(filled(dice, "_ " * 40), "language"),
+        bad(f"{prose(dice)}\n{paragraphs[14]}", "decontaminate:paloma")])}
+    (home / "books").mkdir()
+    for name, book in books.items():
+        (home / "books" / name[:-2]).write_text(book[0], encoding="utf-8")
+    (home / "books/latin.txt").write_bytes("é".encode("latin-1"))
+    text = prose(dice)
+    forum, lines = lines_of([
+        row(prose(dice)), row(f"{text} me@a.co", ("pii", f"{text} {EMAIL}")),
+        bad(prose(dice).replace(".\n", " \u2026\n"), "gopher_ellipsis")], "f")
+    (home / "forum.jsonl").write_bytes(b"\n".join(lines))
+    (home / "vileness.py").write_text("def score(text):\n    return 0.4 if 'vile' in text else 0.3")
+    rows = {"web": plant_web(dice, home / "web", paragraphs), "code": (code, []),
+            "books": (books, [f"{home}/books/latin.txt: "]), "forum": (forum, [])}
+    settings = dict(decontaminate={"paloma": f"{home}/paloma.jsonl"}, sources={
+        "web": {"path": f"{home}/web", "rules": "web c4"},
+        "code": {"path": f"{home}/code.json.gz", "rules": "code"},
+        "books": {"path": f"{home}/books", "rules": "books"},
+        "forum": {"path": f"{home}/forum.jsonl", "rules": "gopher pii"}},
+        content_scorer="vileness:score")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        patch.setattr(data, "BATCH_BYTES", 20_000)
+        with pytest.raises(UserError, match=r"web/cut\.jsonl\.gz: corrupt or cut off after line"):
+            build_data(config_of(home, **settings))
+        return build_data(config_of(home, **settings, allow_truncated=True)), rows
+
+
+def outcome(rows):
+    """([(id, text)] of what is kept, {rule: what the funnel must count}) of {id: row}."""
+    kept, by_rule = [], defaultdict(lambda: defaultdict(int))
+    for name, (text, steps, _) in rows.items():
+        for rule, left in steps:
+            by_rule[rule]["dropped" if left is None else "edited"] += 1
+            by_rule[rule]["bytes"] += len(text.encode()) - len((left or "").encode())
+            text = left
+        kept += [(name, text)] if text is not None else []
+    return kept, by_rule
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_what_is_kept_is_exactly_the_clean_documents_in_their_order(planted, source):
+    folder, rows = planted
+    documents = kept_documents(folder, source)
+    assert texts_of(documents) == outcome(rows[source][0])[0]
+    for document in documents:
+        steps = rows[source][0][document["id"]][1]
+        assert set(document["metadata"].get("edits", {})) == {rule for rule, _ in steps}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_every_counter_is_what_was_planted(planted, source):
+    """The bytes too, which an edit may add to: masks are longer than most of what they mask."""
+    folder, rows = planted
+    (rows, places), found = rows[source], counted(folder, source)
+    kept, by_rule = outcome(rows)
+    assert found["by_rule"] == by_rule
+    assert found["documents in"] == len(rows) and found["documents"] == len(kept)
+    assert found["bytes in"] == sum(len(row[0].encode()) for row in rows.values())
+    assert found["bytes"] == sum(len(text.encode()) for _, text in kept)
+    assert found.get("bad lines", 0) == len(places) == len(found["bad_lines"])
+    for message, place in zip(found["bad_lines"], places, strict=True):
+        assert message.startswith(place)
+    assert found["notes"] == ({"files of another kind skipped": 1, "files cut off": 1}
+                              if source == "web" else {})
+
+
+def test_table_shows_every_counter_and_every_rule_was_planted(planted, capsys):
+    folder, rows = planted
+    data.print_table(folder)
+    table = {line[2:32].strip(): line[32:].split() for line in capsys.readouterr().out.splitlines()}
+    kept, by_rule = zip(*(outcome(rows[name][0]) for name in SOURCES), strict=True)
+    assert table[""] == list(SOURCES)
+    assert table["documents in"] == [str(len(rows[name][0])) for name in SOURCES]
+    assert table["bad lines left out"] == [str(len(rows[name][1]) or "-") for name in SOURCES]
+    assert table["documents kept"] == [str(len(documents)) for documents in kept]
+    shown = {key: cells for key, cells in table.items() if key.endswith((" dropped", " edited"))}
+    assert shown == {f"{rule} {what}": [str(one.get(rule, {}).get(what, "-")) for one in by_rule]
+                     for rules in by_rule for rule in rules for what in rules[rule]
+                     if what != "bytes"}
+    assert {*RULES, "url", "document", "paragraph", "decontaminate:paloma"} == set().union(*by_rule)
+
+
+# ---- Gopher and repetition -----------------------------------------------------------------------
+
+LIMITS = {2: 0.20, 3: 0.18, 4: 0.16, 5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
+
+
+def brute_shares(words):
+    """(n, share) for each n of which some n-gram occurs twice: each is counted by itself."""
+    for n in LIMITS:
+        grams = [tuple(words[i:i + n]) for i in range(len(words) - n + 1)]
+        counts = [grams.count(gram) for gram in grams]
+        if max(counts, default=1) > 1:
+            characters = [sum(map(len, gram)) for gram in grams]
+            top = counts.index(max(counts))
+            again = sum(c for c, count in zip(characters, counts, strict=True) if count > 1)
+            yield n, (counts[top] * characters[top] / sum(map(len, words)) if n < 5 else
+                      again / sum(characters))
+
+
+def brute_repetition(text):
+    """Which measure drops the text: "lines", "characters", an n, or None."""
+    words, lines = text.split(), [line for line in text.split("\n") if line.strip()]
+    again = [line for line in lines if lines.count(line) > 1]
+    if len(again) / len(lines) > 0.3:
+        return "lines"
+    if sum(map(len, again)) / sum(map(len, words)) > 0.3:
+        return "characters"
+    return next((n for n, part in brute_shares(words) if part > LIMITS[n]), None)
+
+
+def repetition(text):
+    """The same of data.py, read from its reason."""
+    drop = verdict("gopher_repetition", text)
+    found = drop and re.search(r"\d+(?=-gram)|characters(?= in repeated)|lines", drop.why)[0]
+    return int(found) if found and found.isdigit() else found
+
+
+def with_phrase(n, times, size, stretch=lambda: 0):
+    """`size` words of 4 letters, of which a phrase of n, perhaps of longer ones, comes again."""
+    words = [f"u{i:03d}" for i in range(size)]
+    phrase = [f"p{i:03d}" + "x" * stretch() for i in range(n)]
+    for i in range(times):
+        words[i * (n + 8):i * (n + 8) + n] = phrase
+    return " ".join(words)
+
+
+def test_ngram_shares_are_those_of_a_slow_counter():
+    dice = random.Random(1)
+    for _ in range(60):
+        vocabulary = [word(dice)[:dice.randint(1, 7)] for _ in range(dice.choice([2, 9, 60]))]
+        words = dice.choices(vocabulary, k=dice.randint(0, 90))
+        found = list(data.ngram_shares(words, np.array([len(w) for w in words], np.int64)))
+        expected = list(brute_shares(words))
+        assert [n for n, _, _ in found] == [n for n, _ in expected]
+        assert np.allclose([p for _, p, _ in found], [p for _, p in expected], rtol=0, atol=1e-12)
+
+
+def test_repetition_is_judged_as_by_a_slow_counter():
+    dice, seen = random.Random(2), set()
+    for i in range(300):
+        n, times = (19, 2) if i % 3 else (dice.randint(2, 5), dice.randint(2, 12))
+        text = with_phrase(n, times, dice.randint(198, 215) if i % 3 else
+                           times * (n + 8) + dice.randint(0, 40),
+                           lambda i=i: dice.randint(0, 0 if i % 3 else 6))
+        if i % 7 == 0:
+            lines = [filled(dice, "_ " * dice.randint(1, 12)) for _ in range(12)]
+            text = "\n".join(lines + dice.choices(lines, k=dice.randint(0, 3)))
+        seen.add(brute_repetition(text))
+        assert repetition(text) == brute_repetition(text), text
+    assert seen == {"lines", "characters", None, *LIMITS}
+
+
+@pytest.mark.parametrize("n, times, size, dropped_by", [
+    (2, 5, 50, None), (2, 5, 49, 2), (3, 3, 50, None), (3, 3, 49, 3), (4, 2, 50, None),
+    (4, 2, 49, 4), *((19, 2, 198 + n, n) for n in range(5, 11)), (19, 2, 209, None)])
+def test_ngrams_at_their_limit_stay(n, times, size, dropped_by):
+    """n x times of 50 words are the limit; so are, for n from 5, 2 (20 - n) n-grams of 200."""
+    assert repetition(with_phrase(n, times, size)) == dropped_by
+
+
+@pytest.mark.parametrize("lines, dropped_by", [
+    ("zz u1 u2 u3 zz u5 zz u7 u8 u9", None), ("zz u1 u2 u3 zz u5 zz u7 u8 zz", "lines"),
+    ("zz  u1  u2  zz  u3 u4 u5", None),  # blank lines are none
+    ("zzz u1 u2 zzz u3 u4 u5 u6", "characters")])
+def test_repeated_lines_at_their_limit_stay(lines, dropped_by):
+    assert repetition(lines.replace(" ", "\n")) == dropped_by
+
+
+def brute_gopher(text):
+    """{rule: whether it drops the text} by the table of Dolma's measures, repetition aside."""
+    words, lines = text.split(), [line for line in text.split("\n") if line.strip()]
+    n, ordered = len(words), sorted(len(w) for w in words)
+    stops = sum(words.count(w) for w in ("the", "be", "to", "of", "and", "that", "have", "with"))
+    return {
+        "word_count": n < 50 or n > 100_000,
+        "word_length": not 3 <= (ordered[(n - 1) // 2] + ordered[n // 2]) / 2 <= 10,
+        "symbols": len([w for w in words if "#" in w or "\u2026" in w]) / n > 0.1,
+        "alphabetic": len([w for w in words if w.lower() != w.upper()]) / n < 0.8,
+        "stop_words": stops < 2,
+        "bullets": len([line for line in lines if line[0] in "*-"]) / len(lines) > 0.9,
+        "ellipsis": len([line for line in lines if line[-1] == "\u2026"]) / len(lines) > 0.3}
+
+
+def test_gopher_rules_judge_as_the_table_of_their_measures():
+    dice, seen = random.Random(3), defaultdict(set)
+    for _ in range(300):
+        length, lines = dice.choice([2, 3, 10, 11]), []
+        symbol, number, bullet, dots = dice.choices([0, 0.1, 0.2, 0.3, 0.9, 1], k=4)
+        for _ in range(10):
+            words = ["#" + word(dice) if dice.random() < symbol else
+                     str(dice.randint(10, 9999)) if dice.random() < number / 2 else
+                     word(dice).ljust(12, "x")[:dice.choice([length, length, 5])]
+                     for _ in range(dice.randint(4, 6))]
+            lines.append("- " * (dice.random() < bullet) + " ".join(words)
+                         + " \u2026" * (dice.random() < dots))
+        text = "\n".join(lines + dice.choices(["the end", "The be", "of it", "so", ""], k=2))
+        for rule, dropped in brute_gopher(text).items():
+            seen[rule].add(dropped)
+            assert drops(f"gopher_{rule}", text) == dropped, (rule, text)
+    assert len(seen) == 7 and all(both == {False, True} for both in seen.values())
+
+
+@pytest.mark.parametrize("rule, text, dropped", [
+    ("word_count", "a " * 49, True), ("word_count", "a " * 50, False),
+    ("word_count", "a " * 100_000, False), ("word_count", "a " * 100_001, True),
+    ("word_length", "aa " * 5 + "aaaa " * 5, False),  # 3: the middle of an even number
+    ("word_length", "aa " * 5 + "aaa " * 5, True), ("word_length", "a" * 10 + " " + "a" * 11, True),
+    ("word_length", ("a" * 10 + " ") * 2 + "a" * 99, False),  # the median, not the mean
+    ("symbols", "# " * 3 + "a\u2026b " * 2 + "a " * 45, False),
+    ("symbols", "# " * 3 + "a\u2026b " * 3 + "a " * 45, True),
+    ("alphabetic", "a1 " * 30 + "é " * 10 + "12 " * 10, False),
+    ("alphabetic", "a1 " * 30 + "é " * 9 + "12 " * 10, True),
+    ("stop_words", "the cat", True), ("stop_words", "The The of.", True),
+    ("stop_words", "the the", False),  # occurrences, not kinds
+    ("bullets", "- a\n" * 9 + "\n\na", False), ("bullets", "- a\n" * 9 + "* b", True),
+    ("ellipsis", "a\u2026\n" * 3 + "b...\n" * 7, False),
+    ("ellipsis", "a\u2026\n" * 4 + "b\n" * 9, True)])
+def test_gopher_limits_are_strict(rule, text, dropped):
+    assert drops(f"gopher_{rule}", text) == dropped
+
+
+def test_repeated_tokens_are_found_as_by_a_slow_scan():
+    dice, seen = random.Random(4), []
+    for _ in range(120):
+        pattern = dice.choices([" a", " b", " c"], k=dice.randint(1, 14))
+        before, after = (dice.choices([" a", " b"], k=dice.randint(0, 40)) for _ in range(2))
+        run = (pattern * 101)[:dice.randint(98 * len(pattern), 101 * len(pattern))]
+        tokens = before + run + after
+        seen.append(any(tokens[i:i + 100 * n] == tokens[i:i + n] * 100 for n in range(1, 14)
+                        for i in range(len(tokens) - 100 * n + 1)))
+        assert drops("repeated_tokens", "".join(tokens)) == seen[-1]
+    assert 30 < sum(seen) < 90
+    for period in range(1, 15):
+        pattern = "".join(f" {chr(97 + i)}" for i in range(period))
+        assert not drops("repeated_tokens", f" z{pattern * 99} y z")
+        assert drops("repeated_tokens", f" z{pattern * 100} y z") == (period < 14)
+
+
+# ---- Small rules ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("rule, text, left", [
+    ("c4_punctuation", 'One.\nTwo\nThree?\nFour!\nHe: "5"\nSix:', 'One.\nThree?\nFour!\nHe: "5"'),
+    ("c4_punctuation", "  One.  \n\nTwo\u2026", "  One.  \n"),
+    ("c4_short_lines", "a b c\na b.\n\n a  b \tc \na-b-c", "a b c\n\n a  b \tc "),
+    ("code_header", "#!/bin/sh\n# COPYRIGHT me\n\n# more\nx = 1\n# tail\n", "x = 1\n# tail\n"),
+    ("code_header", "/* Copyright */ x = 1", "/* Copyright */ x = 1"),
+    ("code_header", "x = 1\n# Copyright", "x = 1\n# Copyright"),
+    ("code_header", "-- copyright\n; and\n% so on\nx", "x")])
+def test_rules_that_cut_leave_this(rule, text, left):
+    assert edited(rule, text) == edited(rule, left) == left
+
+
+@pytest.mark.parametrize("rule, text, dropped", [
+    ("empty", "\u2003\n\t ", True), ("empty", ".", False),
+    ("c4_document", "lorem  ipsum java script ( [", False), ("c4_document", "LOREM IPSUM", True),
+    ("c4_document", "Get javaScripts", True), ("c4_document", "x {", True),
+    ("code_mean_line", "\n".join(["x" * 100] * 9), False),
+    ("code_mean_line", "\n".join(["x" * 100] * 8 + ["x" * 101]), True),
+    ("code_longest_line", "x\n" * 20 + "x" * 1000, False),
+    ("code_longest_line", "x\n" * 20 + "x" * 1001, True),
+    ("code_alphanumeric", "a1" + "-" * 6, False), ("code_alphanumeric", "a1" + "-" * 7, True),
+    ("code_letters", "aaa +", False), ("code_letters", "aaa + -", True),
+    ("min_words", "a " * 24 + ".", False), ("min_words", "a-b " * 8, True),
+    ("language", "the naïve", False), ("language", "the наивный", True),
+    ("language", "x y z q v w u s r the", False), ("language", "x y z q v w u s r t the", True),
+    ("language", "12 34 56", True)])
+def test_rules_that_drop_do_so_from_here_on(rule, text, dropped):
+    assert drops(rule, text, scorers={"language": data.english_score}) == dropped
+
+
+@pytest.mark.parametrize("name, metadata, dropped", [
+    ("a/b.csv", {}, True), ("a/b.py", {}, False), ("a.csv", {"path": "a.py"}, False),
+    ("a.py", {"path": "a.SVG"}, True), ("a.csv", {"ext": "py"}, False), ("json", {}, False),
+    ("a.py", {"ext": ".Asm"}, True), ("a.py", {"path": "a.jsonl"}, False)])
+def test_files_of_data_are_told_by_their_extension(name, metadata, dropped):
+    assert drops("code_extension", "x", id=name, **metadata) == dropped
+
+
+def test_scores_are_compared_with_dolmas_limits():
+    for score, dropped in ((0.5, False), (0.4999, True)):
+        assert drops("language", "x", scorers={"language": lambda _, s=score: s}) == dropped
+    scores = {"Good one.": 0.1, "Bad!?": 0.4, "Fine 3.5 too.": 0.3999, "Worse.": 1.0,
+              "No stop here": 0, "End.": 0, "": 0}  # a KeyError: another sentence was asked for
+    asked = {"content": scores.__getitem__}
+    for text, lines in (
+            ("Good one. Bad!? Fine 3.5 too.\nWorse.\n\nNo stop here\nEnd.",
+             ["Good one. Fine 3.5 too.", "No stop here", "End."]),
+            ("Good one. Bad!?\nNo stop here\nEnd.", ["Good one.", "No stop here", "End."])):
+        left = edited("content", text, scorers=asked).split("\n")  # no two lines become one
+        assert [line.strip() for line in left if line.strip()] == lines
+    assert edited("content", text, scorers={"content": None}) == text
+
+
+FOUND = [("ann.b+c@mail.example.org", EMAIL), ("x_y-z@a.co", EMAIL), ("192.168.0.1", IP),
+         ("255.255.255.255", IP), ("555-123-4567", PHONE), ("(555) 123-4567", PHONE),
+         ("5551234567", PHONE), ("555.123.4567", PHONE)]
+NOT_FOUND = ["10.20.30.4567", "1.2.3.4.5", "256.1.1.1", "v1.2.3.4", "55512345678", "1-555-123-4567",
+             "555-123-456", "555-123-4567x", "a@b", "@user.name", "user@", "1.2.3", "a@.b", "12345",
+             "555-123-4567-8901"]
+
+
+@pytest.mark.parametrize("thing, mask", FOUND + [(thing, thing) for thing in NOT_FOUND])
+def test_personal_information_is_masked_and_nothing_around_it(thing, mask):
+    around = [("", ""), ("At ", ""), ("", " so"), ("At ", "."), ("At ", ", so"), ("a\n", "\nb"),
+              ("a\t", "!?"), ("At ", ").")]
+    around += [("(", ")"), ("<", ">"), ("mail:", "/"), ('"', '"')] if mask != PHONE else []
+    for before, after in around:
+        assert edited("pii", before + thing + after) == before + mask + after
+
+
+def test_masking_equals_replacing_the_spans_from_right_to_left_and_is_idempotent():
+    dice = random.Random(5)
+    for _ in range(300):
+        text, spans = "", []
+        for _ in range(dice.randint(1, 5)):
+            text += word(dice) + dice.choice([" ", "\n", ": ", " - "])
+            thing, mask = dice.choice(FOUND + [(decoy, None) for decoy in NOT_FOUND])
+            spans += [(len(text), len(text) + len(thing), mask)] if mask else []
+            text += thing + dice.choice([" ", ", ", "; ", "! "])
+        masked = text
+        for start, end, mask in reversed(spans):
+            masked = masked[:start] + mask + masked[end:]
+        assert edited("pii", text) == edited("pii", masked) == masked
+    assert edited("pii", "10.0.0.1(555) 123-4567") == f"{IP}{PHONE}"  # a mask bares a number
+
+
+def test_five_pieces_of_whatever_kind_are_masked_and_six_drop():
+    things, masks = zip(*FOUND, strict=True)
+    assert edited("pii", " and ".join(things[1:6])) == " and ".join(masks[1:6])
+    assert drops("pii", " and ".join(things[:6]))
+
+
+# ---- Deduplication and decontamination -----------------------------------------------------------
+
+@pytest.mark.parametrize("rate", [0.1, 0.01])
+def test_bloom_filter_forgets_nothing_and_is_wrong_at_the_rate_of_the_formula(rate):
+    dice, n, probes, wrong, seen = random.Random(6), 5000, 20_000, 0, set()
+    bits, bloom = -n * math.log(rate) / math.log(2) ** 2, BloomFilter(n, rate)
+    assert bits <= bloom.bits < bits + 1 and bloom.hashes == round(bits / n * math.log(2))
+    while len(seen) < n:
+        item = str(dice.randint(0, 2 * n))
+        assert bloom.add(item) or item not in seen
+        seen.add(item)
+    assert all(bloom.add(item) for item in seen)
+    full, m, k = bytes(bloom.table), bloom.bits, bloom.hashes
+    for i in range(probes):
+        wrong += bloom.add(f"new {i}")
+        bloom.table[:] = full
+    expected = (1 - (1 - 1 / m) ** (k * n)) ** k
+    assert expected == pytest.approx(rate, rel=0.05)
+    assert abs(wrong / probes - expected) < 3 * math.sqrt(expected * (1 - expected) / probes)
+
+
+def naive_deduplicate(documents, levels):
+    """[(id, text)] of what stays, level by level, each compared with all that came before."""
+    for level, key in (("url", lambda d: d["metadata"]["url"] or d["id"]),
+                       ("document", lambda d: d["text"])):
+        if level in levels:
+            documents = [d for i, d in enumerate(documents)
+                         if all(key(e) != key(d) for e in documents[:i])]
+    before, left = [], []
+    for name, text in texts_of(documents):
+        own = []
+        for line in text.split("\n"):
+            own += [line] if not line.strip() or line not in before else []
+            before += [line] if "paragraph" in levels else []
+        if "".join(own).strip() or "\n".join(own) == text:
+            left.append((name, "\n".join(own)))
+    return left
+
+
+@pytest.mark.parametrize("levels", ["url", "document", "paragraph", "url document paragraph"])
+def test_deduplication_keeps_what_a_quadratic_search_keeps(levels):
+    dice, levels = random.Random(levels), levels.split()
+    for _ in range(20):
+        lines = ["", " ", *(word(dice) for _ in range(dice.choice([5, 40])))]
+        documents = documents_of(*("\n".join(dice.choices(lines, k=dice.randint(1, 4)))
+                                   for _ in range(40)))
+        for document in documents:
+            document["metadata"]["url"] = dice.choice([None, "", *range(1, 60)])
+        for make in (data.DigestSet, lambda: BloomFilter(500, 1e-12)):
+            funnel = Funnel()
+            left = list(deduplicate(documents, {level: make() for level in levels}, funnel))
+            assert texts_of(left) == naive_deduplicate(documents, levels)
+            assert sum(n["dropped"] for n in funnel.rules.values()) == 40 - len(left)
+            assert list(deduplicate(left, {level: make() for level in levels}, funnel)) == left
+
+
+def test_no_document_with_an_evaluation_paragraph_stays_whatever_file_held_it(tmp_path):
+    dice = random.Random(7)
+    plain, paper, context, short = (paragraph(dice, n) for n in (13, 14, 6, 12))
+    continuation = " so" + filled(dice, " _" * 6)  # 13 words with the context's last line
+    (tmp_path / "plain.txt").write_text(f"Title\n{plain}\n{short}\n")
+    write_texts(tmp_path / "papers.jsonl", f"{paper}\n\n{'- ' * 20}")
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/requests.jsonl").write_text(json.dumps({"doc_id": 0, "request": {
+        "context": f"Say this:\n{context}", "continuation": continuation}}))
+    hits = [plain, paper, paper, context + continuation]
+    misses = [short, "- " * 20, context, continuation, plain + " ", plain.lower(), "Title"]
+    texts = [f"{prose(dice)}\n{line}\n{prose(dice)}" for line in hits + misses]
+    sets = {"plain": "plain.txt", "papers": "papers.jsonl", "tasks": "tasks"}
+    folder = build_data(config_of(
+        tmp_path, sources={"s": write_texts(tmp_path / "s.jsonl", *texts)},
+        decontaminate={name: f"{tmp_path}/{file}" for name, file in sets.items()}))
+    kept = [document["text"] for document in kept_documents(folder, "s")]
+    assert kept == texts[len(hits):] and not [hit for hit in hits for text in kept
+                                              if f"\n{hit}\n" in text]
+    assert {rule: n["dropped"] for rule, n in counted(folder, "s")["by_rule"].items()} == {
+        "decontaminate:plain": 1, "decontaminate:papers": 2, "decontaminate:tasks": 1}
+
+
+# ---- Builds --------------------------------------------------------------------------------------
+
+def test_builds_of_any_number_of_workers_are_byte_for_byte_the_same(tmp_path, monkeypatch):
+    dice = random.Random(8)
+    texts = [text for _ in range(4) for text, _, _ in each(web_dirt, dice)]
+    dice.shuffle(texts)
+    path = write_texts(tmp_path / "web.jsonl", *texts, *dice.sample(texts, 9))
+    monkeypatch.setattr(data, "BATCH_BYTES", 4000)
+    monkeypatch.setattr(data, "BLOCK_BYTES", 4000)
+    folders = [build_data(config_of(tmp_path, data_dir=f"{tmp_path}/{workers}", workers=workers,
+                                    eval_share=0.2, sources={"a": {"path": path, "rules": "web"}}))
+               for workers in (1, 2, 4)]
+    one, *others = [{file.relative_to(folder): file.read_bytes() for file in folder.rglob("*")
+                     if file.is_file()} for folder in folders]
+    assert len(one) > 6 and len(one[Path("a.blocks")]) > 16 * 3
+    assert others == [one, one]
+
+
+def test_only_what_depends_on_a_change_is_done_again(tmp_path, monkeypatch):
+    dice, built, folders = random.Random(9), {}, set()
+    a, b = (write_texts(tmp_path / f"{name}.jsonl", *(prose(dice) for _ in range(9)))
+            for name in "ab")
+
+    def redone(**changes):
+        """The kinds of stages that this build made."""
+        before = dict(built)
+        folders.add(build_data(config_of(tmp_path, **{"sources": {"a": a}} | changes)))
+        built.update((path.name, path.stat().st_ino)
+                     for path in (tmp_path / "built/stages").iterdir())
+        return {name.rsplit("-", 1)[0] for name in built if built[name] != before.get(name)}
+    assert redone() == {"clean-a", "tokenizer", "tokens-a"}
+    fixed = {"tokenizer": str(next(iter(folders)) / "tokenizer.json")}
+    assert redone(tokenizer="bpe:310") == {"tokenizer", "tokens-a"}
+    assert redone(sources={"a": {"path": a, "weight": 1.5}}) == set()
+    assert redone(sources={"a": a, "b": b}) == {"clean-b", "tokenizer", "tokens-a", "tokens-b"}
+    assert redone(**fixed) == {"tokenizer", "tokens-a"}
+    assert redone(**fixed, sources={"a": a, "b": b}) == {"tokens-b"}
+    monkeypatch.setattr(data, "curation_code", lambda: "an edited rule")
+    assert redone() == {"clean-a", "tokenizer", "tokens-a"}
+    assert len(folders) == 7
+
+
+def test_hash_of_the_rules_follows_their_code_alone(tmp_path):
+    code, hashes = Path(data.__file__).read_text(), []
+    for place in ("\nclass Tokenizer", "\ndef build_data(", "\ndef english_score(", "\nRULES =",
+                  "\ndef decontaminate("):
+        (tmp_path / "copy.py").write_text(code.replace(place, "\n# edited" + place, 1))
+        spec = importlib.util.spec_from_file_location("copy_of_data", tmp_path / "copy.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        hashes.append(module.curation_code())
+    assert hashes[0] == hashes[1] == data.curation_code() and len(set(hashes)) == 4
+
+
+def options(folder, path, rules, **changes):
+    settings = {"data_dir": folder / "built", "tokenizer": "bpe:300", "eval_share": 0, "workers": 1,
+                "sources": {"s": {"path": path, "rules": rules}}} | changes
+    return [f"--{key}={value}" for key, value in settings.items()]
+
+
+def test_show_prints_what_a_rule_dropped_or_edited_marked_and_why(tmp_path, call, refused):
+    path = write_texts(tmp_path / "s.jsonl", "It has lorem ipsum.", "Write to a@b.co.",
+                       "As it was.\nHead:", "As it was.\nAnd so on.", prose(random.Random(1), 9))
+    words = options(tmp_path, path, "c4 pii paragraph")
+    for rule, parts in {
+            "c4_document": ["dropped by c4_document: holds 'lorem ipsum'", "d0 (s.jsonl:1)",
+                            "It has >>>lorem ipsum<<<."],
+            "pii": ["edited by pii: 1 masked", "d1 (s.jsonl:2)", "to >>>a@b.co<<<."],
+            "paragraph": ["d3 (s.jsonl:4)", "| >>>As it was.<<<\n    | And so on."]}.items():
+        printed = call(data, *words, f"--show={rule}").stdout
+        assert printed.count(" (s.jsonl:") == 1
+        for part in parts:
+            assert part in printed
+    refused(call(data, *words, "--show=c4_dokument"), "--show=c4_dokument", "c4_document, ")
+
+
+def test_stand_ins_and_the_memory_of_bloom_filters_are_announced(tmp_path, call):
+    path = write_texts(tmp_path / "s.jsonl", *(prose(random.Random(i)) for i in range(20)))
+    words = options(tmp_path, path, "web")
+    printed = call(data, *words).stdout
+    assert "language was scored by a stand-in" in printed and "content was not scored" in printed
+    assert "Bloom" not in printed
+    printed = call(data, *words, "--bloom_items=2_000_000").stdout
+    assert printed.startswith("data: up to 3 Bloom filters at a time of 7.2 MB each")
+    assert "raise bloom_items" not in printed
+    printed = call(data, *words, "--bloom_items=10", "--bloom_fp_rate=1e-9").stdout
+    places = [printed.index(part) for part in ("Bloom filters", "filter took",
+                                               "raise bloom_items", "documents in")]
+    assert places == sorted(places)  # memory before the build, the warning before the table
+
+
+@pytest.mark.parametrize("entry, shown", [
+    ({"rules": "gohper"}, ["s has the rule 'gohper'", "did you mean gopher?"]),
+    ({"rules": "web c4_documents"}, ["'c4_documents'", "did you mean c4_document?"]),
+    ({"rules": "paragraf"}, ["did you mean paragraph?"]), ({"rules": ["web"]}, ["in one string"]),
+    ({"rule": "web"}, ["'rule'", "path, rules and weight"]), ({"path": 5}, ["s needs a path"]),
+    *(({"weight": weight}, ["s has weight", weight]) for weight in (0, -1, True, "1", 1e9))])
+def test_mistake_in_a_source_is_one_line_with_the_remedy(tmp_path, call, refused, entry, shown):
+    entry = {"path": write_texts(tmp_path / "s.jsonl", "a")} | entry
+    refused(call(data, *options(tmp_path, "", "", sources={"s": entry})), *shown)
+    assert not (tmp_path / "built").exists()
+
+
+@pytest.mark.parametrize("scorer", ["nosuch", "nosuch:f", "no.such:f", "json:nosuch"])
+def test_scorer_that_is_not_there_is_refused_by_name(tmp_path, call, refused, scorer):
+    path = write_texts(tmp_path / "s.jsonl", "a")
+    refused(call(data, *options(tmp_path, path, "language", language_scorer=scorer)),
+            f"scorer {scorer}: ")

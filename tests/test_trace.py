@@ -1,0 +1,690 @@
+"""From a step back to its text and forth, against the original files, numpy and brute force;
+ready token files, the mix, and builds that are killed."""
+
+import contextlib
+import csv
+import functools
+import gzip
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter, defaultdict
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import train
+from configs import UserError
+from data import Batches, DataConfig, RunData, TokenShards, build_data
+
+pytestmark = [pytest.mark.usefixtures("one_thread"),
+              pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
+T, B, SEED, STEPS = 32, 8, 6198, 120
+ODD_IDS = ["a b/ü…\t'\"\\n?", "日本\n語", "--doc=x", "{0}%s", "-"]
+
+
+# ---- Helpers -------------------------------------------------------------------------------------
+
+def words(dice, n):
+    return " ".join("".join(dice.choices("aeionrst", k=dice.randint(1, 6))) for _ in range(n))
+
+
+def write_jsonl(path, records):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """A tokenizer.json of 512 ids."""
+    file = tmp_path_factory.mktemp("vocabulary") / "tokenizer.json"
+    data.train_bpe([words(random.Random(0), 3000)], 512).save(file)
+    return str(file)
+
+
+def config_of(folder, tokenizer, **changes):
+    return DataConfig(**{"data_dir": str(folder / "data"), "tokenizer": tokenizer, "workers": 1,
+                         "eval_share": 0.0} | changes)
+
+
+def pretend_run(run, config, last_step, seq_len=T, batch_size=B):
+    """What train.py leaves of a run on `config`'s data, without the training; the data's folder."""
+    folder = build_data(config)
+    run.mkdir()
+    settings = {**asdict(config), "max_seq_len": seq_len, "batch_size": batch_size}
+    (run / "config.json").write_text(json.dumps(settings))
+    shutil.copy(folder / "manifest.json", run)
+    (run / "metrics.jsonl").write_text(json.dumps({"kind": "train", "step": last_step}) + "\n")
+    return folder
+
+
+def manifest_of(folder):
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def index_of(folder, shard):
+    return np.fromfile((folder / shard["file"]).with_suffix(".index"), data.DOCUMENT_INDEX)
+
+
+def official_order(n, epoch):
+    """As in OLMo's iterable_dataset.py."""
+    order = np.arange(n, dtype=np.uint32)
+    np.random.Generator(np.random.PCG64(seed=SEED + epoch)).shuffle(order)
+    return order
+
+
+def official_instances(n, step):
+    epoch, position = divmod(step - 1, n // B)
+    return official_order(n, epoch)[position * B:(position + 1) * B].tolist()
+
+
+def refusal(function, *arguments, **options):
+    with pytest.raises(UserError) as caught:
+        function(*arguments, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ---- A run ---------------------------------------------------------------------------------------
+
+def write_sources(root):
+    """Three sources that their rules edit: web (shown 2.5 times), code (0.4) and notes (once)."""
+    dice = random.Random(3)
+    menu = [words(dice, 6) + "." for _ in range(5)]  # lines that stand in many documents
+    extras = [lambda: words(dice, 4), lambda: f"Ask {words(dice, 1)}@mail.example.org, please.",
+              lambda: dice.choice(menu), lambda: "Call 555-123-4567 or 10.0.0.7."]
+
+    def page():
+        lines = [words(dice, dice.randint(2, 9)) + "." for _ in range(dice.randint(1, 5))]
+        return "\n".join(dice.sample(lines + [dice.choice(extras)()], len(lines) + 1))
+    for i in range(4):
+        write_jsonl(root / "web" / "ab"[i % 2] / f"part-{i}.jsonl{'.gz' * (i % 2)}",
+                    [{"id": f"web{i}-{j}", "text": page()} for j in range(10)])
+    for i in range(40):
+        file = root / "code" / f"lib{i % 3}" / f"m{i}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        header = f"# Copyright {words(dice, 3)}\n# all rights\n\n" if i % 3 else ""
+        file.write_bytes(f"{header}def f{i}():\r\n    return '{words(dice, 9)}'\n".encode())
+    notes = [{"id": name, "text": f" \n{words(dice, 9)} e\u0301 \n"} for name in ODD_IDS]
+    notes += [{"id": "twin", "text": f"the {n} twin {words(dice, 9)}"} for n in ("one", "two")]
+    notes += [{"id": i, "text": page()} for i in range(40)]
+    notes += [{"id": f"tail{i}", "text": "end"} for i in range(12)]
+    write_jsonl(root / "notes.jsonl", notes)
+    return {"web": {"path": str(root / "web"), "rules": "c4_punctuation pii paragraph",
+                    "weight": 2.5},
+            "code": {"path": str(root / "code"), "rules": "code_header", "weight": 0.4},
+            "notes": {"path": str(root / "notes.jsonl"), "rules": "pii"}}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory, tiny_config):
+    """RunData of a run of several epochs over those sources, in many small files and blocks."""
+    root = tmp_path_factory.mktemp("traced")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "write_shards", functools.partial(data.write_shards, shard_tokens=700))
+        patch.setattr(data, "BLOCK_BYTES", 2000)
+        patch.setattr(data, "FILE_BYTES", 2000)
+        train.main([str(tiny_config(
+            root / "run", sources=write_sources(root), data_dir=str(root / "data"), workers=1,
+            eval_share=0.05, max_steps=STEPS, eval_every_steps=0, save_every_steps=0))])
+    return RunData(root / "run")
+
+
+# ---- The round trip ------------------------------------------------------------------------------
+
+def rebuilt(found, step):
+    """The tokens of a step, from the clean documents' text alone."""
+    tokens = torch.full((B, T), -1)
+    for span in found.trace(step):
+        ids = found.tokenizer.encode(span.document["text"].strip())
+        ids.append(found.tokenizer.eos_token_id)
+        tokens[span.sequence, slice(*span.tokens)] = torch.tensor(ids[slice(*span.document_tokens)])
+    return tokens
+
+
+def original(source, provenance):
+    """The document as it lies in its own file, on its own line."""
+    name, _, line = provenance.rpartition(":")
+    file = Path(source["path"]) if name == "notes.jsonl" else Path(source["path"]) / name
+    content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+    if file.suffix == ".py":
+        return {"id": f"{name}:1", "text": content.decode()}
+    return json.loads(content.split(b"\n")[int(line) - 1])
+
+
+def check_document(document, source):
+    """The clean document is its original after the source's filters, less some paragraphs."""
+    entry = original(source, document["metadata"]["provenance"])
+    raw = {"id": str(entry["id"]), "text": entry["text"], "metadata": {"provenance": ""}}
+    rules = [rule for rule in source["rules"] if rule in data.RULES]
+    [filtered] = data.filter_documents([raw], rules, data.Funnel(), {})
+    edits = dict(document["metadata"].get("edits", {}))
+    gone = edits.pop("paragraph", 0)
+    lines, rest = document["text"].split("\n"), iter(filtered["text"].split("\n"))
+    assert document["id"] == raw["id"] and edits == filtered["metadata"].get("edits", {})
+    assert all(line in rest for line in lines)  # in this order
+    assert len(lines) == filtered["text"].count("\n") + 1 - gone
+    return set(document["metadata"].get("edits", {}))
+
+
+def test_a_step_is_the_text_of_the_files_that_trace_names(found, tmp_path):
+    """50 random steps of some epochs: text -> tokens -> batch -> hash, and text <- file:line."""
+    logged = {row["step"]: row for row in map(json.loads, open(found.run / "metrics.jsonl"))
+              if row["kind"] == "train"}
+    shards, sources = TokenShards(found.folder, T), manifest_of(found.folder)["sources"]
+    batches, edited = Batches(shards, B, SEED, tmp_path), []
+    assert len(logged) == STEPS > 2 * batches.steps_per_epoch and len(shards.files) > 8
+    assert len(shards) % B and shards.tail_tokens
+    for step in random.Random(1).sample(sorted(logged), 50):
+        tokens, spans = rebuilt(found, step), list(found.trace(step))
+        assert torch.equal(tokens, batches(step)["tokens"])
+        assert logged[step]["batch_hash"] == train.batch_hash(tokens)
+        assert [span.instance for span in spans if span.tokens[0] == 0] == official_instances(
+            len(shards), step)
+        documents = [span.document for span in spans]
+        edits = [check_document(document, sources[document["source"]]) for document in documents]
+        edited += [rules for rules in [set().union(*edits)] if rules]
+    assert len(edited) >= 10
+    assert set().union(*edited) == {"c4_punctuation", "pii", "paragraph", "code_header"}
+
+
+# ---- find and trace ------------------------------------------------------------------------------
+
+def key_of(document):
+    return document["source"], document["metadata"]["provenance"]
+
+
+@pytest.fixture(scope="module")
+def shown(found):
+    """{(source, provenance): {(step, sequence)}} of the whole run, by tracing every step."""
+    shown = defaultdict(set)
+    for step in range(1, STEPS + 1):
+        for span in found.trace(step):
+            shown[key_of(span.document)].add((step, span.sequence))
+    return shown
+
+
+def test_find_says_what_tracing_every_step_says(found, shown, call):
+    """Each clean document, over epochs' ends: those in a file's tail or cut from the mix nowhere.
+
+    Copies in the files: web has 2 or 3 of each, code none or one; the twins' hash counts twice.
+    """
+    copies = Counter(int(i) for shard in manifest_of(found.folder)["shards"]
+                     for i in index_of(found.folder, shard)["id"])
+    kinds, numbers = defaultdict(list), defaultdict(set)
+    for document in (document for source in ("web", "code", "notes")
+                     for document in data.stored_documents(found.folder, source)):
+        numbers[document["source"]].add(copies[data.hash_of_id(document["id"])])
+        places = {key_of(other): instances for other, instances in found.find(document["id"])}
+        steps = found.steps_of(places.get(key_of(document), []), STEPS)
+        assert {step[:2] for step in steps} == shown.get(key_of(document), set())
+        assert len(steps) == len({step[:2] for step in steps})
+        for step, sequence, instance in steps:
+            assert official_instances(len(found.shards), step)[sequence] == instance
+        kinds["cut out" if key_of(document) not in places else "shown" if steps else
+              "in a tail"].append(document["id"])
+    assert numbers == {"web": {2, 3}, "code": {0, 1}, "notes": {1, 2}}
+    assert len(kinds["shown"]) > 60 and len(kinds["cut out"]) > 10 and kinds["in a tail"]
+    assert call(data, "find", found.run, f"--doc={kinds['cut out'][0]}").stdout.startswith(
+        "0 documents of the mix")
+
+
+@pytest.mark.parametrize("name, lines", [
+    *([name, [line]] for line, name in enumerate(ODD_IDS, 1)), ("twin", [6, 7])])
+def test_odd_ids_and_two_documents_with_one_id_are_found(found, call, shown, name, lines):
+    """What find prints, step by step."""
+    answers, expected = list(found.find(name)), ""
+    for (document, instances), line in zip(answers, lines, strict=True):
+        steps, key = found.steps_of(instances, STEPS), ("notes", f"notes.jsonl:{line}")
+        assert key_of(document) == key and {step[:2] for step in steps} == shown[key]
+        expected += f"{name}  (notes, {key[1]})\n  {len(steps)} times in steps 1 to {STEPS}\n"
+        expected += "".join(f"  step {s}, sequence {q}, instance {i}\n" for s, q, i in steps)
+    expected += f"{len(lines)} documents of the mix have the id {name}\n"
+    assert call(data, "find", found.run, f"--doc={name}").stdout == expected
+
+
+def test_text_is_found_in_the_documents_that_hold_it_alone(found, call):
+    """Of two documents with one id but the one; an e-mail that was masked in none."""
+    out = call(data, "find", found.run, "--text=the two twin").stdout
+    assert "notes.jsonl:7)" in out and "notes.jsonl:6)" not in out
+    assert "1 documents of the mix hold 'the two twin'" in out
+    out = call(data, "find", found.run, "--text=@mail.example").stdout
+    assert out == "0 documents of the mix hold '@mail.example'\n"
+    out = call(data, "find", found.run, "--text=e\u0301", "--limit=3").stdout
+    assert "5 documents of the mix hold 'e\u0301'; the first 3 are shown" in out
+    assert out.count(f" times in steps 1 to {STEPS}") == 3
+
+
+def test_a_lone_surrogate_in_an_id_breaks_nothing(tmp_path, tokenizer, call):
+    corpus = write_jsonl(tmp_path / "a.jsonl", [{"id": "\ud800x", "text": "the text " * 90}])
+    pretend_run(tmp_path / "run", config_of(tmp_path, tokenizer, sources={"a": corpus}), 1)
+    assert "a.jsonl:1" in call(data, "trace", tmp_path / "run").stdout
+
+
+def test_find_is_fast_in_a_million_instances(tmp_path, tokenizer):
+    """Two sparse files with 600,000 documents: in seconds, and what arithmetic says."""
+    names, n, per_epoch, dice = ["x0", "x1", "x2"], 500_000, 125_000, np.random.default_rng(0)
+    corpus = write_jsonl(tmp_path / "a.jsonl", [{"id": name, "text": name} for name in names])
+    config = config_of(tmp_path, tokenizer, sources={"a": corpus})
+    folder, shards, places = build_data(config), [], {name: [] for name in names}
+    for number in range(2):
+        path, size = folder / f"big-{number}.bin", n * T + 5
+        with open(path, "wb") as file:
+            file.truncate(2 * size)
+        cuts = np.unique(np.r_[0, dice.integers(1, size, 300_000), size])
+        index = np.zeros(len(cuts) - 1, data.DOCUMENT_INDEX)
+        index["start"], index["end"] = cuts[:-1], cuts[1:]
+        index["id"] = dice.integers(0, 2**63, len(index))
+        for line, name in enumerate(names):
+            row = int(dice.integers(len(index)))
+            index["id"][row], index["line"][row] = data.hash_of_id(name), line
+            last = min((cuts[row + 1] - 1) // T, n - 1)
+            places[name] += [number * n + i for i in range(cuts[row] // T, last + 1)]
+        index.tofile(path.with_suffix(".index"))
+        shards.append({"file": path.name, "tokens": size, "source": "a"})
+    (folder / "manifest.json").write_text(json.dumps(manifest_of(folder) | {"shards": shards}))
+    pretend_run(tmp_path / "run", config, 2 * per_epoch + 9)
+    began = time.perf_counter()
+    found = RunData(tmp_path / "run")
+    answers = [list(found.find(name)) for name in names]
+    steps = [found.steps_of(instances, found.steps_done()) for [(_, instances)] in answers]
+    spans = list(found.trace(2 * per_epoch))
+    assert time.perf_counter() - began < 5
+    assert [span.instance for span in spans if span.tokens[0] == 0] == official_instances(
+        2 * n, 2 * per_epoch)
+    for name, [(document, instances)], where in zip(names, answers, steps, strict=True):
+        assert document["text"] == name and instances == places[name]
+        expected = [(epoch * per_epoch + int(position) // B + 1, int(position) % B, i)
+                    for epoch in range(3) for i in instances
+                    for position in np.flatnonzero(official_order(2 * n, epoch) == i)]
+        assert where == sorted(step for step in expected if step[0] <= 2 * per_epoch + 9)
+
+
+# ---- Ready token files ---------------------------------------------------------------------------
+
+SIZES = (1000, 77, 30, 640, 1201)  # 30 makes no instance, 640 leaves no tail
+N = 31 + 2 + 0 + 20 + 37
+
+
+def write_token_files(folder, sidecars=True):
+    """(instances, [(start, end, id)] of each file): raw uint16 .npy files, a list, csv sidecars."""
+    dice, instances, documents = np.random.default_rng(5), [], []
+    for number, size in enumerate(SIZES):
+        tokens = dice.integers(0, 512, size).astype("<u2")
+        tokens.tofile(folder / f"part-{number}.npy")
+        instances.append(tokens[:size // T * T].reshape(-1, T))
+        cuts = [0, *sorted(set(dice.integers(1, size, size // 23).tolist())), size]
+        documents.append([(start, end, f"d{number}, \"{i}\"") for i, (start, end) in enumerate(
+            zip(cuts, cuts[1:], strict=False))])
+        if sidecars:
+            with gzip.open(folder / f"part-{number}.csv.gz", "wt", newline="") as file:
+                csv.writer(file).writerows((*row, f"raw-{number}.jsonl.gz", i + 1)
+                                           for i, row in enumerate(documents[-1]))
+    (folder / "list.txt").write_text(f"# the order counts\n\npart-0.npy\n  {folder}/part-1.npy \n"
+                                     "part-2.npy\n#part-4.npy\npart-3.npy\npart-4.npy\n\n")
+    return np.concatenate(instances).astype(np.int64), documents
+
+
+def list_config(folder, tokenizer):
+    return config_of(folder, tokenizer, token_files=str(folder / "list.txt"))
+
+
+def test_token_files_are_cut_and_ordered_as_official_olmos(tmp_path, tokenizer):
+    """Each file by itself, its tail dropped; PCG64 of seed + epoch; over three epochs."""
+    instances, _ = write_token_files(tmp_path)
+    shards = TokenShards(build_data(list_config(tmp_path, tokenizer)), T)
+    batches = Batches(shards, B, SEED, tmp_path)
+    assert len(shards) == len(instances) == N and batches.steps_per_epoch == 11
+    for step in range(1, 34):
+        expected = instances[official_instances(N, step)]
+        assert batches(step)["tokens"].tolist() == expected.tolist()
+        assert batches(step, 1, 4)["tokens"].tolist() == expected[1::4].tolist()
+
+
+def test_sidecars_name_the_documents_of_token_files(tmp_path, tokenizer):
+    """trace and find against an owner of every single token, over two epochs."""
+    _, documents = write_token_files(tmp_path)
+    pretend_run(tmp_path / "run", list_config(tmp_path, tokenizer), 22)
+    found, shown, owners = RunData(tmp_path / "run"), defaultdict(set), []
+    for rows, size in zip(documents, SIZES, strict=True):
+        owner = [(name, t - start) for start, end, name in rows for t in range(start, end)]
+        owners += [owner[i:i + T] for i in range(0, size - T + 1, T)]
+    for step in range(1, 23):
+        spans = defaultdict(list)
+        for span in found.trace(step):
+            assert span.tokens[0] == len(spans[span.sequence])
+            spans[span.sequence] += [(span.document["id"], t) for t in range(*span.document_tokens)]
+            shown[span.document["id"]].add((step, span.sequence))
+        assert [spans[i] for i in range(B)] == [owners[i] for i in official_instances(N, step)]
+    for number, rows in enumerate(documents):
+        for line, (_, _, name) in enumerate(rows, 1):
+            [(document, instances)] = found.find(name)
+            assert {step[:2] for step in found.steps_of(instances, 22)} == shown[name]
+            assert document["metadata"]["provenance"] == f"raw-{number}.jsonl.gz:{line}"
+    assert not all(shown.values())  # some in a tail
+
+
+def test_trace_says_where_there_is_no_sidecar(tmp_path, tokenizer, call):
+    write_token_files(tmp_path, sidecars=False)
+    pretend_run(tmp_path / "run", list_config(tmp_path, tokenizer), 11)
+    out = call(data, "trace", tmp_path / "run", "--step=11").stdout
+    for sequence, i in enumerate(official_instances(N, 11)):
+        file = int(np.searchsorted([31, 33, 33, 53, 90], i, side="right"))
+        part = out.split(f"\nsequence {sequence}, instance {i}\n")[1].split("\nsequence")[0]
+        assert part.startswith(f"  tokens 0-{T}: ") and f"part-{file}.csv.gz" in part
+
+
+@pytest.mark.parametrize("name, damage", [
+    ("part-3.npy", Path.unlink),
+    ("part-3.npy", lambda path: np.save(path, np.zeros(99, "<u2"))),
+    ("part-3.npy", lambda path: path.write_bytes(b"\1\0\1")),
+    ("part-3.npy", lambda path: path.write_bytes(b"")),
+    ("part-3.npy", lambda path: np.full(99, 512, "<u2").tofile(path)),
+    ("list.txt", lambda path: path.write_text("# none\n\n")), ("list.txt", Path.unlink)])
+def test_token_files_that_are_none_are_refused_by_name(tmp_path, tokenizer, name, damage):
+    write_token_files(tmp_path)
+    damage(tmp_path / name)
+    assert str(tmp_path / name) in refusal(build_data, list_config(tmp_path, tokenizer))
+
+
+def test_a_run_trains_on_token_files(tmp_path, tokenizer, tiny_config, call):
+    """There is no held-out text then."""
+    instances, _ = write_token_files(tmp_path)
+    file = tiny_config(tmp_path / "run", token_files=str(tmp_path / "list.txt"), max_steps=3,
+                       tokenizer=tokenizer, data_dir=str(tmp_path / "data"), eval_every_steps=2)
+    done = call(train, file)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(row) for row in open(tmp_path / "run" / "metrics.jsonl")]
+    assert [row["batch_hash"] for row in rows if row["kind"] == "train"] == [
+        train.batch_hash(torch.from_numpy(instances[official_instances(N, step)]))
+        for step in (1, 2, 3)]
+    assert call(data, "trace", tmp_path / "run", "--step=3").stdout.startswith("step 3, epoch 0\n")
+
+
+# ---- The mix -------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def mix(tmp_path_factory, tokenizer):
+    """Makes a DataConfig of three sources with these weights; their stages are built but once."""
+    root, dice = tmp_path_factory.mktemp("mix"), random.Random(8)
+    paths = [write_jsonl(root / f"{name}.jsonl", [
+        {"id": f"{name}{i}", "text": words(dice, dice.randint(1, 60))} for i in range(n)])
+        for name, n in (("a", 120), ("b", 45), ("c", 9))]
+
+    def config(weights, names="abc", **changes):
+        sources = {name: {"path": path, "weight": weight}
+                   for name, path, weight in zip(names, paths, weights, strict=False)}
+        return config_of(root, tokenizer, sources=sources, **changes)
+    return config
+
+
+def check_mix(config):
+    """Each source has its target of tokens within a document, in copies that are spread evenly."""
+    folder, realised = build_data(config), {}
+    tokenizer, manifest = data.Tokenizer.load(config.tokenizer), manifest_of(folder)
+    TokenShards(folder, T)  # the sizes of the files are as the manifest says
+    for name, source in config.sources.items():
+        lengths = {data.hash_of_id(document["id"]): len(tokenizer.encode(document["text"])) + 1
+                   for document in data.stored_documents(folder, name)}
+        total, longest = sum(lengths.values()), max(lengths.values())
+        times = source["weight"] * (config.mix_tokens / total if config.mix_tokens else 1)
+        copies = Counter(int(i) for shard in manifest["shards"] if shard["source"] == name
+                         for i in index_of(folder, shard)["id"])
+        realised[name] = sum(np.fromfile(folder / shard["file"], "<u2").size
+                             for shard in manifest["shards"] if shard["source"] == name)
+        assert realised[name] == sum(lengths[i] * n for i, n in copies.items())
+        assert abs(realised[name] - times * total) <= longest
+        seen = kept = 0
+        for i, length in lengths.items():  # in the order of the source: no stretch has too few
+            assert int(times + 1e-9) <= copies[i] <= np.ceil(times - 1e-9)
+            seen, kept = seen + length, kept + length * copies[i]
+            assert abs(kept - times * seen) <= longest
+    for name, tokens in realised.items():
+        source = manifest["sources"][name]
+        assert (source["mix_tokens"], source["share"]) == (tokens, tokens / sum(realised.values()))
+    return [tokens / sum(realised.values()) for tokens in realised.values()]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_sources_get_their_targets_within_one_document(mix, seed):
+    """Weights as repetitions, at first whole ones, and as shares of mix_tokens."""
+    dice = np.random.default_rng(seed)
+    check_mix(mix(dice.uniform(0.1, 3.3, 3).round(3).tolist() if seed else (1, 2, 3)))
+    a, b = dice.uniform(0.2, 0.4, 2).round(3).tolist()
+    check_mix(mix((a, b, 1 - a - b), mix_tokens=4000 + 700 * seed, max_repeats=30))
+
+
+def test_the_table_prints_the_realised_shares(mix, call):
+    config = mix((1, 2.5, 0.4))
+    out = call(data, f"--data_dir={config.data_dir}", f"--sources={config.sources}",
+               f"--tokenizer={config.tokenizer}", "--eval_share=0").stdout
+    [row] = [line for line in out.splitlines() if "share of the mix" in line]
+    assert row.split()[-3:] == [f"{share:.2%}" for share in check_mix(config)]
+
+
+@pytest.mark.parametrize("weights, changes, said", [
+    ((0.3, 0.3, 0.4), {"mix_tokens": 4000, "max_repeats": 2}, " c holds "),
+    ((0.3, 0.3, 0.3), {"mix_tokens": 4000}, "not to 0.9"),
+    ((1, 1, 1), {"mix_tokens": 4000}, "not to 3"),
+    ((0.0001,), {"names": ["tiny"]}, "tiny")])  # no document is left
+def test_a_mix_that_cannot_be_is_refused(mix, weights, changes, said):
+    assert said in refusal(lambda: build_data(mix(weights, **changes)))
+
+
+def test_a_source_named_like_the_part_of_another_keeps_its_tokens(mix):
+    config = mix((0.5, 1), names=("a", "a-part"))
+    try:
+        check_mix(config)
+    except UserError as error:  # as good, if it says why
+        assert "a-part" in str(error) and "restore" not in str(error)
+
+
+# ---- Kills ---------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory, tokenizer, start):
+    """(starts a build in a data_dir, its files when nothing disturbs it, its seconds)."""
+    root, dice = tmp_path_factory.mktemp("big"), random.Random(4)
+    stock = [words(dice, dice.randint(3, 30)) + "." for _ in range(6000)]
+    sources = {name: {"weight": weight, "rules": "gopher repeated_tokens pii document paragraph",
+                      "path": write_jsonl(root / f"{name}.jsonl", [
+                          {"id": f"{name}{i}", "text": "\n".join(dice.choices(stock, k=20))
+                           + " the of"} for i in range(1200)])}
+               for name, weight in (("a", 1), ("b", 1.5))}
+
+    def build(folder):
+        return start("data.py", f"--sources={sources}", f"--data_dir={folder}", "--workers=2",
+                     f"--tokenizer={tokenizer}", "--eval_share=0.1")
+    began = time.monotonic()
+    with build(root / "data") as process:
+        assert process.wait() == 0, process.stderr.read()
+    return build, contents(root / "data"), time.monotonic() - began
+
+
+def contents(data_dir):
+    """{name: bytes} of the one built folder, after a look that nothing half-made lies there."""
+    assert not list(data_dir.rglob("*.tmp"))
+    [folder] = [path.parent for path in data_dir.glob("*/manifest.json")]
+    found = {file.relative_to(data_dir).as_posix(): file.read_bytes()
+             for file in folder.rglob("*") if file.is_file()}
+    assert {name.split("/")[1] for name in found} >= {
+        "manifest.json", "documents", "dropped", "held_out", "a-00000.bin", "b-00000.index"}
+    return found
+
+
+def processes():
+    """{(pid, when it began): its parent} of the processes that are alive."""
+    found = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, parent, *fields = stat.read_text().rpartition(")")[2].split()
+            if state not in "ZX":
+                found[int(stat.parent.name), fields[17]] = int(parent)
+    return found
+
+
+def stages_of(data_dir):
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns)
+            for path in (data_dir / "stages").glob("*") if path.suffix != ".tmp"}
+
+
+def check_kill(big, data_dir, is_time):
+    """Kill a build when `is_time`; the same command makes the same files of what is there.
+
+    Returns the stages that were finished by then, and the workers of the killed process.
+    """
+    build, expected, _ = big
+    with build(data_dir) as process:
+        while process.poll() is None and not is_time(process.pid):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGSTOP)  # so that no worker begins unseen
+        workers = {who for who, parent in processes().items() if parent == process.pid}
+        process.kill()
+    deadline = time.monotonic() + 3
+    while (left := workers & processes().keys()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for pid, _ in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left, "workers outlived their killed parent"
+    before = stages_of(data_dir)
+    with build(data_dir) as process:
+        stderr = process.communicate()[1]
+    assert process.returncode == 0, stderr
+    assert contents(data_dir) == expected
+    assert stages_of(data_dir).items() >= before.items()  # none was made anew
+    return before, workers
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="needs /proc")
+@pytest.mark.parametrize("tenth", ["after a stage", *(
+    pytest.param(i, marks=[] if i == 6 else pytest.mark.slow) for i in range(10))])
+def test_a_killed_build_is_made_whole(big, tmp_path, tenth):
+    if tenth == "after a stage":
+        before, workers = check_kill(big, tmp_path, lambda pid: pid in processes().values() and any(
+            name.startswith("clean-a") for name in stages_of(tmp_path)))
+        assert before and workers
+    else:
+        moment = time.monotonic() + big[2] * (tenth + random.random()) / 10
+        check_kill(big, tmp_path, lambda pid: time.monotonic() >= moment)
+
+
+def test_workers_start_as_python_3_14_starts_them():
+    """Its default on Linux is forkserver, whose workers are no children of this process."""
+    code = ("import multiprocessing, data; multiprocessing.set_start_method('forkserver'); "
+            "print(list(data.ordered_map(abs, [-1, 2], 2)))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(data.__file__).parent, text=True,
+                          capture_output=True, timeout=60)
+    assert done.stdout == "[1, 2]\n", done.stderr
+
+
+# ---- The commands --------------------------------------------------------------------------------
+
+def sequences_in(out):
+    """{sequence: (instance, its lines)} of what trace printed."""
+    parts = [part.split("\n", 1) for part in out.split("\nsequence ")[1:]]
+    return {int(head.split(",")[0]): (int(head.rpartition(" ")[2]), body) for head, body in parts}
+
+
+@pytest.mark.parametrize("chars", [0, 9])
+def test_trace_prints_the_step_its_documents_and_their_text(found, call, chars):
+    """A step of a later epoch; all of its tokens are printed, with where they came from."""
+    out = call(data, "trace", found.run, "--step=60", f"--chars={chars}").stdout
+    n, rows = len(found.shards), Batches(found.shards, B, SEED, found.folder)(60)["tokens"]
+    assert out.startswith(f"step 60, epoch {59 // (n // B)}\n\nsequence 0, instance ")
+    shown, expected = sequences_in(out), defaultdict(str)
+    assert [i for i, _ in shown.values()] == official_instances(n, 60)
+    for span in found.trace(60):
+        text = found.tokenizer.decode(rows[span.sequence, slice(*span.tokens)].tolist())
+        (source, place), (begin, end) = key_of(span.document), span.document_tokens
+        edits = span.document["metadata"].get("edits", {})
+        lines = [f"  tokens {span.tokens[0]}-{span.tokens[1]}: {span.document['id']}  ({source}, "
+                 f"{place}, its tokens {begin}-{end}"
+                 + "".join(f", {rule} cut {n}" for rule, n in edits.items()) + ")",
+                 *(f"    | {line}" for line in text[:chars or None].splitlines())]
+        if chars and len(text) > chars:
+            lines.append(f"    ... {len(text) - chars} more characters")
+        expected[span.sequence] += "".join(f"{line}\n" for line in lines)
+    assert {i: body.rstrip("\n") for i, (_, body) in shown.items()} == {
+        i: body.rstrip("\n") for i, body in expected.items()}
+    assert " cut " in out and ("more characters" in out) == bool(chars)
+
+
+@pytest.mark.parametrize("rank, world_size", [(0, 1), (1, 2), (3, 4), (-1, 4)])
+def test_rank_selects_its_own_sequences(found, call, rank, world_size):
+    everything = sequences_in(call(data, "trace", found.run, "--step=5").stdout)
+    own = call(data, "trace", found.run, "--step=5", f"--rank={rank}", f"--world_size={world_size}")
+    wanted = range(B) if rank < 0 else range(rank, B, world_size)
+    assert sequences_in(own.stdout + "\n").keys() == set(wanted) <= everything.keys()
+
+
+def test_a_step_to_come_is_said_to_be_so(found, call):
+    epoch = STEPS // (len(found.shards) // B)
+    assert "to come" not in call(data, "trace", found.run, f"--step={STEPS}").stdout
+    assert call(data, "trace", found.run, f"--step={STEPS + 1}").stdout.startswith(
+        f"step {STEPS + 1}, epoch {epoch} (the run is at step {STEPS}: this one is yet to come)\n")
+
+
+@pytest.mark.parametrize("command, said", [
+    ("trace --step=0", "step=0"), ("trace --step=-3", "step=-3"), ("trace --rank=-2", "rank=-2"),
+    ("trace --rank=2 --world_size=2", "rank=2"), ("trace --world_size=0", "world_size=0"),
+    ("trace --steps=1", "did you mean step"), ("find", "--doc"), ("find --doc=a --text=b", "--doc"),
+    ("trace runs/other", "one run")])
+def test_bad_words_are_refused_in_one_line(found, call, refused, command, said):
+    verb, *words = command.split()
+    refused(call(data, verb, found.run, *words), said)
+
+
+@pytest.fixture
+def small(tmp_path, tokenizer):
+    """(run, config, corpus) of 20 documents that all have the same length, to be damaged."""
+    records = [{"id": f"x{i}", "text": "some words " * 20} for i in range(20)]
+    corpus = Path(write_jsonl(tmp_path / "a.jsonl", records))
+    config = config_of(tmp_path, tokenizer, sources={"a": str(corpus)})
+    pretend_run(tmp_path / "run", config, 1)
+    return tmp_path / "run", config, corpus
+
+
+def test_a_run_or_data_that_is_gone_is_refused_in_one_line(small, call, refused):
+    """The raw source is not needed; a file of the data, all of it, the run itself are."""
+    run, config, corpus = small
+    corpus.unlink()
+    assert call(data, "trace", run).returncode == 0
+    [file] = Path(config.data_dir).glob("*/a-00000.bin")
+    file.unlink()
+    refused(call(data, "trace", run), file)
+    shutil.rmtree(config.data_dir)
+    refused(call(data, "trace", run), config.data_dir, "is not there", f"python data.py {run}")
+    (run / "manifest.json").unlink()
+    refused(call(data, "trace", run), run, "no run")
+    refused(call(data, "find", run, "--doc=x"), run, "no run")
+
+
+def test_data_that_has_changed_is_refused_in_one_line(small, call, refused):
+    """A source rewritten in its place, of the same size and age, and the data built anew."""
+    run, config, corpus = small
+    age = corpus.stat().st_mtime_ns
+    corpus.write_text(corpus.read_text().replace("words", "sword"))
+    os.utime(corpus, ns=(age, age))
+    shutil.rmtree(config.data_dir)
+    folder = build_data(config)
+    refused(call(data, "trace", run), folder, "not the data", run)
+
+
+@pytest.mark.parametrize("row", ['{"kind": "tra', None])
+def test_a_log_that_was_cut_or_not_begun_stops_no_trace(small, call, row):
+    """train.py drops such a row when it goes on; a kill may come before the first one."""
+    log = small[0] / "metrics.jsonl"
+    log.write_text(log.read_text() + row) if row else log.unlink()
+    out = call(data, "trace", small[0]).stdout
+    assert out.startswith("step 1, epoch 0" + ("\n" if row else " (the run is at step 0"))
