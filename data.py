@@ -203,7 +203,7 @@ def read_records(path, source, counts, allow_truncated=False, advance=lambda siz
             if not allow_truncated:
                 raise
             counts["files cut off"] += 1
-            tqdm.write(f"warning: {error}")
+            warn(str(error))
 
 
 def input_files(root, counts):
@@ -276,6 +276,11 @@ def checked_document(entry, source, record, counts):
 def without_surrogates(text):
     """`text` with U+FFFD for each lone surrogate, which JSON can hold and UTF-8 cannot."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def warn(message):
+    """One line on stderr, above any progress bar."""
+    tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
 def is_held_out(document, eval_share):
@@ -812,11 +817,11 @@ class Funnel:
         for rule, examples in other.examples.items():
             self.examples[rule] += examples[:EXAMPLES - len(self.examples[rule])]
         for message in other.bad_lines:
-            tqdm.write(f"warning: left out: {message}")
+            warn(f"left out: {message}")
         self.bad_lines = (self.bad_lines + other.bad_lines)[:1000]
 
     def as_json(self):
-        return {**self.counts, "notes": {note: n for note, n in self.notes.items() if n},
+        return {**self.counts, "notes": {note: n for note, n in sorted(self.notes.items()) if n},
                 "by_rule": {rule: dict(counts) for rule, counts in self.rules.items()},
                 "bad_lines": self.bad_lines}
 
@@ -874,7 +879,7 @@ class BloomFilter:
 
 
 def digest_of(item):
-    return hashlib.blake2b(item.encode(), digest_size=16).digest()
+    return hashlib.blake2b(item.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def deduplicate(documents, seen, funnel):
@@ -1419,9 +1424,9 @@ def input_ages(path):
 
 def clean_settings(config, source):
     """All that the clean documents of a source depend on, the code of the rules included."""
-    settings = {"path": source.path, "rules": source.rules, "inputs": input_ages(source.path),
-                "eval_share": config.eval_share, "allow_truncated": config.allow_truncated,
-                "code": curation_code()}
+    settings = {"format": FORMAT, "path": source.path, "rules": source.rules,
+                "inputs": input_ages(source.path), "eval_share": config.eval_share,
+                "allow_truncated": config.allow_truncated, "code": curation_code()}
     if set(source.rules) & set(DEDUPLICATIONS):
         settings["bloom"] = config.bloom_items, config.bloom_fp_rate
     if not is_exempt(source):
@@ -1575,8 +1580,8 @@ def clean_documents(config, source, funnel):
         yield from decontaminate(documents, paragraphs, funnel)
     for level, items in seen.items():
         if config.bloom_items and items.count > config.bloom_items:
-            tqdm.write(f"warning: {source.name}: the {level} filter took {items.count:,} items; "
-                       f"its false-positive rate is now {items.fp_rate():.2g}; raise bloom_items")
+            warn(f"{source.name}: the {level} filter took {items.count:,} items; its rate of false "
+                 f"positives is now {items.fp_rate():.2g}; raise bloom_items")
 
 
 BATCH_BYTES = 2**19  # of records that a worker gets at a time

@@ -59,12 +59,12 @@ def read_config_file(path, fields):
             raise UserError(f"{path}: not valid JSON of an object ({error})") from None
         return {key: checked(fields[key], value, f"{path}: ") for key, value in saved.items()
                 if key in fields}
-    values = {}
+    values, known = {}, house_keys()
     for line, key, value in read_assignments(path):
         if key in fields:
             values[key] = checked(fields[key], value, f"{path}:{line}: ")
-        elif key not in house_keys():  # one file serves every command: another room's key is fine
-            raise unknown_key(key, house_keys(), f"{path}:{line}: ")
+        elif key not in known:  # one file serves every command: another room's key is fine
+            raise unknown_key(key, known, f"{path}:{line}: ")
     return values
 
 
