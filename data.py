@@ -1016,9 +1016,14 @@ class Tokenizer:
             if specials and part in self.specials:  # cut out before NFC, as HF does
                 ids.append(self.specials[part])
                 continue
-            for piece in cut_whitespace(unicodedata.normalize("NFC", part)):
-                ids += self.encoding.encode(piece, allowed_special="all", disallowed_special=())
+            ids += self.encode_text(part).tolist()
         return ids
+
+    def encode_text(self, text):
+        """The ids, uint32 (n,), of a text in which only the PII markers are special."""
+        return np.concatenate([
+            self.encoding.encode_to_numpy(piece, allowed_special="all", disallowed_special=())
+            for piece in cut_whitespace(unicodedata.normalize("NFC", text))])
 
     def decode(self, ids):
         """The text of `ids`, U+FFFD for bytes that are no UTF-8. UserError for an unknown id."""
@@ -1243,16 +1248,18 @@ def tokenizer_at(path):
 
 def encode_block(block, folder, source, tokenizer_path):
     """(ids, index) of a block's documents, EOS after each; places count from the block's start."""
-    tokenizer, ids, index = tokenizer_at(tokenizer_path), [], []
+    tokenizer, parts, index, end = tokenizer_at(tokenizer_path), [], [], 0
+    eos = np.array([tokenizer.eos_token_id], np.uint32)
     for line, row in enumerate(read_block(folder, source, *block)):
-        document, start = json.loads(row), len(ids)
-        ids += tokenizer.encode(document["text"].strip()) + [tokenizer.eos_token_id]
-        index.append((start, len(ids), hash_of_id(document["id"]), block[0], line, block[1]))
-    # subtle: numpy wraps silently when int64 goes into uint16, so look before the cast
-    if max(ids) >= tokenizer.vocab_size:
-        raise AssertionError(f"{source}: id {max(ids)} is beyond the vocabulary")
-    return (np.array(ids).astype(token_dtype(tokenizer.vocab_size)),
-            np.array(index, DOCUMENT_INDEX))
+        document, start = json.loads(row), end
+        parts += [tokenizer.encode_text(document["text"].strip()), eos]
+        end = start + len(parts[-2]) + 1
+        index.append((start, end, hash_of_id(document["id"]), block[0], line, block[1]))
+    ids = np.concatenate(parts)
+    # subtle: numpy wraps silently when a wide id goes into uint16, so look before the cast
+    if ids.max() >= tokenizer.vocab_size:
+        raise AssertionError(f"{source}: id {ids.max()} is beyond the vocabulary")
+    return ids.astype(token_dtype(tokenizer.vocab_size)), np.array(index, DOCUMENT_INDEX)
 
 
 def hash_of_id(name):

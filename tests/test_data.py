@@ -779,7 +779,7 @@ def test_vocabulary_above_65536_goes_through_the_whole_build(tmp_path):
 def test_id_beyond_the_vocabulary_is_refused_and_never_wraps(tmp_path, vocab_size, char):
     """In uint16, 70,000 would become 4,464 and 65,536 would become 0, without a word."""
     tokenizer = SimpleNamespace(vocab_size=vocab_size, eos_token_id=0,
-                                encode=lambda text: list(map(ord, text)))
+                                encode_text=lambda text: np.array(list(map(ord, text))))
     with pytest.raises((AssertionError, ValueError), match=str(ord(char))):
         shards_of(["A", char, "B"], tokenizer, tmp_path)
     shards_of([chr(vocab_size - 1)], tokenizer, tmp_path)
