@@ -18,7 +18,6 @@ import fcntl
 import gzip
 import hashlib
 import heapq
-import importlib
 import importlib.util
 import itertools
 import json
@@ -37,6 +36,7 @@ import unicodedata
 import zlib
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial, wraps
@@ -50,8 +50,6 @@ import torch
 from tqdm import tqdm
 
 from configs import UserError, file_sha256, load_config, run_main
-
-FORMAT = 2  # of what `build_data` writes; a change makes old builds stale
 
 
 # ---- Configuration -------------------------------------------------------------------------------
@@ -84,13 +82,13 @@ class DataConfig:
     decontaminate: dict[str, str] = field(default_factory=dict)
     """Evaluation set -> file or folder; no document with a paragraph of it stays (code aside)."""
     language_scorer: str = "stand-in"
-    """module:function, text -> score of English from 0 to 1; the stand-in counts common words."""
+    """One of LANGUAGE_SCORERS in data.py; the stand-in, no model, counts common words."""
     content_scorer: str = "none"
-    """module:function, sentence -> score of hate or filth from 0 to 1; there is no built-in one."""
+    """One of CONTENT_SCORERS in data.py, where there is no built-in one."""
     bloom_items: int = 0
-    """Items (paragraphs) of a source that its Bloom filters expect; 0: exact sets of digests."""
+    """Items (URLs, texts, paragraphs) of a source that each Bloom filter expects; 0: exact sets."""
     bloom_fp_rate: float = 1e-6
-    """Share of the new items that a Bloom filter may take for old ones (Dolma's for web text)."""
+    """Share of new items that a Bloom filter may take for old ones; 1e-6 is Dolma's for the web."""
     allow_truncated: bool = False
     """Read a .gz file that is cut off as far as it goes, and count it, instead of stopping."""
     workers: int = 0
@@ -103,7 +101,13 @@ class DataConfig:
     """Share of the groups (modules, topics; else documents) held out, chosen by their hash."""
 
     def __post_init__(self):
-        wrong = [(not 0 <= self.eval_share <= 1, "eval_share", "a share between 0 and 1"),
+        wrong = [(self.language_scorer not in LANGUAGE_SCORERS, "language_scorer",
+                  "one of " + ", ".join(LANGUAGE_SCORERS)),
+                 (self.content_scorer not in CONTENT_SCORERS, "content_scorer",
+                  "one of " + ", ".join(CONTENT_SCORERS)),
+                 ("stdlib" in self.decontaminate.values(), "decontaminate",
+                  "a file or folder for each set"),
+                 (not 0 <= self.eval_share <= 1, "eval_share", "a share between 0 and 1"),
                  (not 0 < self.bloom_fp_rate < 1, "bloom_fp_rate", "a rate between 0 and 1"),
                  (not self.max_repeats > 0, "max_repeats", "more than 0"),
                  *((getattr(self, key) < 0, key, "0 or more")
@@ -165,9 +169,9 @@ TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 def read_documents(path, source, counts=None):
     """Yield {id, text, source, metadata} from a file, a folder (sorted, recursive) or "stdlib".
 
-    metadata.provenance is file:line; metadata.group, where there is one, keeps kin on one side of
-    the held-out split. `counts`, a Counter, takes in what was repaired or skipped. Raises UserError
-    with file and line for input that cannot be read.
+    metadata.provenance is file:line; metadata.split_group, where there is one, keeps kin on one
+    side of the held-out split. `counts`, a Counter, takes in what was repaired or skipped. Raises
+    UserError with file and line for input that cannot be read.
     """
     counts = Counter() if counts is None else counts
     for record in read_records(path, source, counts):
@@ -211,10 +215,15 @@ def input_files(root, counts):
     if not root.exists():
         raise UserError(f"{root}: no such file or folder; put your documents there (.jsonl, "
                         '.jsonl.gz, .txt) or name others: --sources=\'{"name": "path"}\'')
-    if root.is_file():
+    if root.is_file() and root.name.endswith(JSON_SUFFIXES + TEXT_SUFFIXES):
         return [root]
+    if root.is_file():
+        raise UserError(f"{root}: a file of another kind; read are {', '.join(JSON_SUFFIXES)} (an "
+                        f"object a line) and {', '.join(TEXT_SUFFIXES)} (a document a file)")
     files = sorted(file for file in root.rglob("*") if file.is_file())
     readable = [file for file in files if file.name.endswith(JSON_SUFFIXES + TEXT_SUFFIXES)]
+    if (root / "documents").is_dir():  # Dolma's layout: beside it lie the taggers' attributes
+        readable = [file for file in readable if root / "attributes" not in file.parents]
     counts["files of another kind skipped"] += len(files) - len(readable)
     return readable
 
@@ -224,6 +233,8 @@ def read_lines(file, advance):
     line = done = 0
     with open(file, "rb") as raw:
         try:
+            if file.suffix == ".gz" and not file.stat().st_size:
+                raise EOFError("0 bytes")
             for line, content in enumerate(gzip.open(raw) if file.suffix == ".gz" else raw, 1):
                 yield line, content
                 advance(raw.tell() - done)
@@ -267,10 +278,11 @@ def checked_document(entry, source, record, counts):
         raise UserError(f"{place}: id must be a string and metadata an object; mend the line")
     whole = without_surrogates(text)
     counts["texts with lone surrogates repaired"] += whole != text
-    metadata = {key: value for key, value in metadata.items() if key != "edits"}  # another build's
+    metadata = {**metadata, "provenance": provenance}
+    metadata.pop("edited_by", None)  # of an earlier build
     dates = {key: entry[key] for key in ("added", "created") if key in entry}
     return {"id": without_surrogates(str(name)), "text": whole, "source": source, **dates,
-            "metadata": {**metadata, "provenance": provenance}}
+            "metadata": metadata}
 
 
 def without_surrogates(text):
@@ -285,7 +297,7 @@ def warn(message):
 
 def is_held_out(document, eval_share):
     """Whether the hash of the document's group falls into the held-out share."""
-    group = str(document["metadata"].get("group", document["id"]))
+    group = str(document["metadata"].get("split_group", document["id"]))
     digest = hashlib.sha256(group.encode("utf-8", "replace")).digest()
     return int.from_bytes(digest[:8], "big") < eval_share * 2**64
 
@@ -322,7 +334,7 @@ def stdlib_documents(source):
 
 def stdlib_document(source, name, text, group, provenance):
     return {"id": f"{source}/{name}", "text": text, "source": source,
-            "metadata": {"group": group, "provenance": provenance}}
+            "metadata": {"split_group": group, "provenance": provenance}}
 
 
 @lru_cache(maxsize=1)
@@ -393,7 +405,7 @@ class Edit(NamedTuple):
     marks: tuple  # what was taken out
 
 
-def within(least, most=math.inf):
+def within(what, least, most=math.inf):
     """Makes a rule of a measure: documents with a value outside of least to most go."""
     def rule_of(measure):
         @wraps(measure)
@@ -401,7 +413,7 @@ def within(least, most=math.inf):
             value = measure(page)
             shown = value if isinstance(value, int) else f"{value:.3g}"
             return None if least <= value <= most else Drop(
-                f"{measure.__doc__.splitlines()[0]} {shown}, not {least:g} to {most:g}")
+                f"{what}: {shown}, not {least:g} to {most:g}")
         return rule
     return rule_of
 
@@ -420,7 +432,7 @@ class Page:
     def lines(self):
         """Its lines with text.
 
-        # DIFFERS FROM OLMo: it counts blank lines too, but its web text (CCNet's) has none.
+        # DIFFERS FROM OLMo: Dolma's code counts blank lines too; its web text (CCNet's) has none.
         """
         return [line for line in self.text.split("\n") if line.strip()]
 
@@ -485,32 +497,13 @@ def english_score(text):
     return share(sum(map(str.isascii, letters)), len(letters)) * min(1.0, 5 * common)
 
 
-@lru_cache
-def load_scorer(name):
-    """The function that a scorer's config key names; None for "none"."""
-    if name in ("none", "stand-in"):
-        return english_score if name == "stand-in" else None
-    module, _, function = name.partition(":")
-    try:
-        with searching_here():
-            return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"scorer {name}: cannot be imported as module:function ({error})") from None
+# put your own model here: text -> score of English, sentence -> score of hate or filth, 0 to 1
+LANGUAGE_SCORERS = {"stand-in": english_score}
+CONTENT_SCORERS = {"none": None}
 
 
-@contextmanager
-def searching_here():
-    """Modules are also found in the current directory."""
-    sys.path.insert(0, os.getcwd())
-    try:
-        yield
-    finally:
-        sys.path.remove(os.getcwd())
-
-
-@within(0.5)
+@within("Score as English (Dolma: of all sources but code)", 0.5)
 def language(page):
-    """Score as English (Dolma: of all sources but code):"""
     return page.scorers["language"](page.text)
 
 
@@ -554,46 +547,39 @@ def c4_document(page):
 STOP_WORDS = frozenset("the be to of and that have with".split())
 
 
-@within(50, 100_000)
+@within("Number of words", 50, 100_000)
 def gopher_word_count(page):
-    """Number of words:"""
     return len(page.words)
 
 
-@within(3, 10)
+@within("Median length of a word (Dolma's code; the paper says mean)", 3, 10)
 def gopher_word_length(page):
-    """Median length of a word (Dolma's code; the paper says mean):"""
     return np.median(page.word_lengths) if page.words else 0
 
 
-@within(0, 0.1)
+@within("Share of words with # or \u2026", 0, 0.1)
 def gopher_symbols(page):
-    """Share of words with # or \u2026:"""
     return share(sum("#" in word or "\u2026" in word for word in page.words), len(page.words))
 
 
-@within(0.8)
+@within("Share of words with a letter", 0.8)
 def gopher_alphabetic(page):
-    """Share of words with a letter:"""
     letters = sum(word.isalpha() or any(map(str.isalpha, word)) for word in page.words)
     return share(letters, len(page.words))
 
 
-@within(2)
+@within("Occurrences of the, be, to, of, and, that, have, with", 2)
 def gopher_stop_words(page):
-    """Occurrences of the, be, to, of, and, that, have, with:"""
     return sum(word in STOP_WORDS for word in page.words)
 
 
-@within(0, 0.9)
+@within("Share of lines that begin with * or -", 0, 0.9)
 def gopher_bullets(page):
-    """Share of lines that begin with * or -:"""
     return share(sum(line.startswith(("*", "-")) for line in page.lines), len(page.lines))
 
 
-@within(0, 0.3)
+@within("Share of lines that end with \u2026", 0, 0.3)
 def gopher_ellipsis(page):
-    """Share of lines that end with \u2026:"""
     return share(sum(line.endswith("\u2026") for line in page.lines), len(page.lines))
 
 
@@ -700,8 +686,9 @@ def pii(page):
 # -- code (RedPajama's and StarCoder's rules, as Dolma applied them to The Stack), books, wiki
 
 DATA_EXTENSIONS = {"asm", "csv", "json", "svg"}
-HEADER = regex.compile(r"(?s)\A(?:\s*+(?:(?:#(?!include|define|if|pragma)|//|--|;|%)[^\n]*+"
-                       r"|/\*.*?\*/)(?:\n|\Z))++")
+HEADER = regex.compile(  # comments of many languages; # also begins C's and Rust's directives
+    r"(?s)\A(?:\s*+(?:(?:#(?!include|define|undef|if|el|end|pragma|import|!?\[)|//|--|;|%)[^\n]*+"
+    r"|/\*(?:(?!\*/).)*+\*/[ \t\r]*)(?:\n|\Z))++")
 
 
 def code_extension(page):
@@ -720,37 +707,32 @@ def code_header(page):
     return Edit(page.text[header.end():], "its copyright header", (header[0],))
 
 
-@within(0, 100)
+@within("Characters of a line, on average", 0, 100)
 def code_mean_line(page):
-    """Characters of a line, on average:"""
     lengths = [len(line) for line in page.text.split("\n")]
     return sum(lengths) / len(lengths)
 
 
-@within(0, 1000)
+@within("Characters of the longest line", 0, 1000)
 def code_longest_line(page):
-    """Characters of the longest line:"""
     return max(map(len, page.text.split("\n")))
 
 
-@within(0.25)
+@within("Share of letters and digits", 0.25)
 def code_alphanumeric(page):
-    """Share of letters and digits:"""
     return share(sum(map(str.isalnum, page.text)), len(page.text))
 
 
-@within(1.5)
+@within("Letters a token, tokens being pieces as in repeated_tokens", 1.5)
 def code_letters(page):
-    """Letters a token, tokens being pieces as in repeated_tokens:"""
     return share(sum(map(str.isalpha, page.text)), len(page.pieces))
 
 
 WORD = re.compile(r"\w+|[^\w\s]")  # near Unicode's word segments; apostrophes and CJK differ
 
 
-@within(25)
+@within("Word segments (Dolma: of books and wiki)", 25)
 def min_words(page):
-    """Word segments (Dolma: of books and wiki):"""
     return len(WORD.findall(page.text))
 
 
@@ -767,7 +749,7 @@ RECIPES = {
     # Dolma's choice for its sources
     "web": "language c4_punctuation gopher repeated_tokens content pii url document paragraph",
     "books": "language min_words",
-    "wiki": "min_words",
+    "wiki": "language min_words",
 }
 
 
@@ -789,13 +771,13 @@ class Funnel:
         self.show(rule, document, "dropped", verdict.why, [verdict.mark] if verdict.mark else [])
 
     def edit(self, rule, document, verdict):
-        """The edited document; its metadata.edits says how many cuts each rule made in it."""
+        """The edited document; its metadata.edited_by says how many cuts each rule made in it."""
         change = size_of(document["text"]) - size_of(verdict.text)
         self.rules[rule].update(edited=1, bytes=change)
         self.show(rule, document, "edited", verdict.why, list(verdict.marks))
-        edits = {**document["metadata"].get("edits", {}), rule: len(verdict.marks)}
+        edits = {**document["metadata"].get("edited_by", {}), rule: len(verdict.marks)}
         return {**document, "text": verdict.text,
-                "metadata": {**document["metadata"], "edits": edits}}
+                "metadata": {**document["metadata"], "edited_by": edits}}
 
     def show(self, rule, document, outcome, why, marks):
         if len(self.examples[rule]) < EXAMPLES:
@@ -909,15 +891,36 @@ def deduplicate(documents, seen, funnel):
 
 
 def evaluation_texts(path):
-    """The texts of an evaluation set: documents, plain text, or a task's request file."""
+    """The texts of an evaluation set: documents, plain text, or a task's request file.
+
+    Of a request that is the rendered prompt with its answer, and each text in the raw `doc`.
+    """
     for record in read_records(path, "", Counter()):
         entry = parse(record)
         if isinstance(entry, dict) and isinstance(entry.get("request"), dict):
-            entry = {"text": "".join(str(entry["request"].get(part, ""))
-                                     for part in ("context", "continuation"))}
-        yield checked_document(entry, "", record, Counter())["text"]
+            yield "".join(str(entry["request"].get(part, ""))
+                          for part in ("context", "continuation"))
+            yield from strings_in(entry.get("doc"))
+        else:
+            yield checked_document(entry, "", record, Counter())["text"]
 
 
+def strings_in(value):
+    """Every string in a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from strings_in(part)
+
+
+def evaluation_sets(config, source):
+    """((name, path, age), ...) of what a source must not hold; code is exempt (Dolma, Paloma)."""
+    return () if "code_extension" in source.rules else tuple(
+        (name, path, tuple(input_ages(path))) for name, path in config.decontaminate.items())
+
+
+@lru_cache(maxsize=1)  # workers that are forked inherit it
 def evaluation_paragraphs(sets):
     """{digest: name of its set} of each paragraph that no document may hold (Paloma, sec. 3.1).
 
@@ -925,10 +928,10 @@ def evaluation_paragraphs(sets):
     exact: other spaces at its ends, or another Unicode form, are another paragraph.
     """
     paragraphs = {}
-    for name, path in sets.items():
+    for name, path, _ in sets:
         for text in evaluation_texts(path):
             for paragraph in text.split("\n"):
-                if len(WORD.findall(paragraph)) >= 13 and any(map(str.isalnum, paragraph)):
+                if len(WORD.findall(paragraph)) >= 13 and re.search("[A-Za-z0-9]", paragraph):
                     paragraphs.setdefault(digest_of(paragraph), name)
     return paragraphs
 
@@ -949,7 +952,7 @@ def decontaminate(documents, paragraphs, funnel):
 # ---- Tokenizer -----------------------------------------------------------------------------------
 
 EOS, PAD = "<|endoftext|>", "<|padding|>"
-PII_MARKERS = ("|||EMAIL_ADDRESS|||", "|||PHONE_NUMBER|||", "|||IP_ADDRESS|||")
+PII_MARKERS = tuple(PII)
 SPACE_RUNS = [" " * length for length in range(24, 1, -1)]  # a token each, longest first
 # GPT-2's pattern, but runs of 2 to 24 spaces are cut out first and no other branch eats into one
 PATTERN = (r" {2,24}|'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++"
@@ -1330,8 +1333,8 @@ def repetitions(config, tokens):
 def mixed_shards(folder, source, shards, repeats, dtype):
     """The shards that show a source `repeats` times: all of them, over and over, then a part.
 
-    The part, SOURCE+part-00000.bin, is of documents spread evenly over the source, as many as bring
-    its tokens within one document of the target.
+    The part, SOURCE+part-00000.bin, is of documents drawn by the hash of their ids, as many as
+    bring its tokens within one document of the target.
     """
     whole, part = int(repeats), repeats % 1
     mixed = shards * whole
@@ -1343,16 +1346,16 @@ def mixed_shards(folder, source, shards, repeats, dtype):
 
 def some_documents(folder, shards, part, dtype):
     """(ids, index) of each shard's documents that make `part` of the source's tokens."""
-    seen = kept = 0
-    for shard in shards:
-        path, chosen = folder / shard["file"], []
-        index = np.fromfile(path.with_suffix(".index"), DOCUMENT_INDEX)
-        for i, length in enumerate((index["end"] - index["start"]).tolist()):
-            seen += length
-            if kept + length / 2 <= part * seen:
-                chosen.append(i)
-                kept += length
-        yield np.memmap(path, dtype, "r"), index[chosen]
+    paths = [folder / shard["file"] for shard in shards]
+    indexes = [np.fromfile(path.with_suffix(".index"), DOCUMENT_INDEX) for path in paths]
+    every = np.concatenate(indexes)
+    lengths, order = every["end"] - every["start"], np.argsort(every["id"], kind="stable")
+    reached = np.concatenate([[0], np.cumsum(lengths[order])])
+    chosen = np.zeros(len(every), bool)
+    chosen[order[:np.abs(reached - part * lengths.sum()).argmin()]] = True
+    for path, index in zip(paths, indexes, strict=True):
+        yield np.memmap(path, dtype, "r"), index[chosen[:len(index)]]
+        chosen = chosen[len(index):]
 
 
 # ---- Building: stages ----------------------------------------------------------------------------
@@ -1371,10 +1374,15 @@ def build_data(config):
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with locked(folder.parent):  # a second process waits, and finds it built
+            for leftover in (*folder.parent.glob("*.tmp"), *folder.parent.glob("stages/*.tmp")):
+                shutil.rmtree(leftover)
             if not (folder / "manifest.json").is_file():
                 shutil.rmtree(folder, ignore_errors=True)
             build = write_token_list if config.token_files else write_data
             return finished(folder, partial(build, config, settings))
+    except BrokenProcessPool:
+        raise UserError("a worker process was killed, most likely for want of memory; try fewer: "
+                        "--workers=1") from None
     except OSError as error:
         raise UserError(f"{folder}: the data could not be built ({error})") from None
 
@@ -1384,7 +1392,11 @@ def locked(folder):
     """Hold a directory for this process alone; a second process waits for its turn."""
     with open(folder / ".lock", "w") as handle:
         # subtle: forked workers do not inherit a POSIX lock; it ends with this very process
-        fcntl.lockf(handle, fcntl.LOCK_EX)
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"data: waiting for the process that works in {folder}")
+            fcntl.lockf(handle, fcntl.LOCK_EX)
         yield
 
 
@@ -1408,12 +1420,10 @@ def hash_of(settings):
 
 def data_folder(config):
     """(folder, settings) of the data of `config`, built or not: the name is the settings' hash."""
-    settings = {"format": FORMAT, "tokenizer": tokenizer_settings(config)}
+    settings = {"code": building_code(), "tokenizer": tokenizer_settings(config)}
     if config.token_files:
-        if not Path(config.token_files).is_file():
-            raise UserError(f"token_files={config.token_files}: no such list of token files; the "
-                            "README tells under Real Dolma how to get one")
-        settings["token_files"] = input_ages(config.token_files)
+        settings["token_files"] = [(str(path), path.stat().st_size, path.stat().st_mtime_ns)
+                                   for path in listed_token_files(config)]
     else:
         sources = config.parse_sources()
         settings["clean"] = {source.name: clean_settings(config, source) for source in sources}
@@ -1431,40 +1441,23 @@ def input_ages(path):
 
 def clean_settings(config, source):
     """All that the clean documents of a source depend on, the code of the rules included."""
-    settings = {"format": FORMAT, "path": source.path, "rules": source.rules,
-                "inputs": input_ages(source.path), "eval_share": config.eval_share,
-                "allow_truncated": config.allow_truncated, "code": curation_code()}
+    settings = {"path": source.path, "rules": source.rules, "inputs": input_ages(source.path),
+                "eval_share": config.eval_share, "allow_truncated": config.allow_truncated,
+                "code": building_code()}
     if set(source.rules) & set(DEDUPLICATIONS):
         settings["bloom"] = config.bloom_items, config.bloom_fp_rate
-    if not is_exempt(source):
-        settings["decontaminate"] = {name: input_ages(path)
-                                     for name, path in config.decontaminate.items()}
-    for rule, name in scorer_names(config).items():
-        if rule in source.rules:
-            settings[rule] = name, scorer_hash(name)
+    if sets := evaluation_sets(config, source):
+        settings["decontaminate"] = sets
+    settings.update((rule, name) for rule, name in scorer_names(config).items()
+                    if rule in source.rules)
     return settings
 
 
-def scorer_hash(name):
-    """The hash of the file of a user's scorer, found without running it."""
-    try:
-        with searching_here():
-            module = importlib.util.find_spec(name.partition(":")[0]) if ":" in name else None
-    except (ImportError, ValueError):  # load_scorer says what is wrong
-        return ""
-    return file_sha256(module.origin) if module and module.has_location else ""
-
-
 @lru_cache
-def curation_code():
-    """Hash of the code from the filters to the tokenizer: who edits a rule gets it run anew."""
+def building_code():
+    """Hash of the code from the documents to the batches: who edits a rule has it run anew."""
     code = Path(__file__).read_text(encoding="utf-8")
-    return hash_of([PATTERN, code.split("# ---- Filters")[1].split("# ---- Tokenizer")[0]])
-
-
-def is_exempt(source):
-    """Code is not decontaminated (Dolma, Paloma)."""
-    return any(rule.startswith("code") for rule in source.rules)
+    return hash_of(code.split("\n# ---- Documents")[1].split("\n# ---- Batches")[0])
 
 
 def scorer_names(config):
@@ -1493,7 +1486,7 @@ def write_data(config, settings, folder):
         stages / f"clean-{source.name}-{hash_of(clean[source.name])[:12]}",
         partial(write_clean_documents, config, source)) for source in sources}
     # a trained tokenizer depends on all the clean documents, another one on none
-    made = [FORMAT, settings["tokenizer"], config.tokenizer.startswith("bpe:") and clean]
+    made = [settings["code"], settings["tokenizer"], config.tokenizer.startswith("bpe:") and clean]
     tokenizer = finished(stages / f"tokenizer-{hash_of(made)[:12]}",
                          partial(write_tokenizer, config, cleaned))
     tokenised = {name: finished(
@@ -1536,7 +1529,7 @@ def read_json(path):
 # -- the clean stage of a source
 
 def write_clean_documents(config, source, folder):
-    """Filter, deduplicate and decontaminate a source, and set its held-out share aside."""
+    """Decontaminate, filter and deduplicate a source, and set its held-out share aside."""
     funnel, counts = Funnel(), Counter()
     for name in ("documents", "held_out", "dropped"):
         (folder / name).mkdir()
@@ -1571,20 +1564,20 @@ def is_leaked(document, source, config):
 
 
 def clean_documents(config, source, funnel):
-    """Yield what filters, deduplication and decontamination leave of a source, in its order."""
+    """Yield what decontamination, filters and deduplication leave of a source, in its order."""
     seen = {level: BloomFilter(config.bloom_items, config.bloom_fp_rate) if config.bloom_items
             else DigestSet() for level in source.rules if level in DEDUPLICATIONS}
-    paragraphs = {} if is_exempt(source) else evaluation_paragraphs(config.decontaminate)
+    sets = evaluation_sets(config, source)
+    evaluation_paragraphs(sets)
     ages = input_ages(source.path)
     total = None if source.path == "stdlib" else sum(size for _, size, _ in ages)
     with tqdm(desc=f"cleaning {source.name}", total=total, unit="B", unit_scale=True,
               leave=False) as bar:
         records = read_records(source.path, source.name, funnel.notes, config.allow_truncated,
                                bar.update)
-        filtered = ordered_map(partial(filter_batch, source=source, scorers=scorer_names(config)),
-                               in_batches(records), config.workers)
-        documents = deduplicate(taken(filtered, funnel), seen, funnel)
-        yield from decontaminate(documents, paragraphs, funnel)
+        filtered = ordered_map(partial(filter_batch, source=source, scorers=scorer_names(config),
+                                       sets=sets), in_batches(records), config.workers)
+        yield from deduplicate(taken(filtered, funnel), seen, funnel)
     for level, items in seen.items():
         if config.bloom_items and items.count > config.bloom_items:
             warn(f"{source.name}: the {level} filter took {items.count:,} items; its rate of false "
@@ -1607,12 +1600,14 @@ def in_batches(records):
         yield batch
 
 
-def filter_batch(records, source, scorers):
+def filter_batch(records, source, scorers, sets):
     """(documents that stay, funnel of the rest) of a batch of records: what workers do."""
     funnel = Funnel()
-    scorers = {rule: load_scorer(name) for rule, name in scorers.items()}
+    scorers = {"language": LANGUAGE_SCORERS[scorers["language"]],
+               "content": CONTENT_SCORERS[scorers["content"]]}
     rules = [rule for rule in source.rules if rule in RULES]
-    documents = sound_documents(records, source.name, funnel)
+    documents = decontaminate(sound_documents(records, source.name, funnel),
+                              evaluation_paragraphs(sets), funnel)
     return list(filter_documents(documents, rules, funnel, scorers)), funnel
 
 
@@ -1721,19 +1716,37 @@ def write_manifest(config, settings, folder):
         **read_json(folder / f"{source.name}.funnel.json"), "tokens": tokens[source.name],
         "repeats": repeats[source.name], "mix_tokens": mix_tokens[source.name],
         "share": mix_tokens[source.name] / mix_tokens.total(),
-        "decontaminated": [] if is_exempt(source) else list(config.decontaminate)}
+        "decontaminated": [name for name, _, _ in evaluation_sets(config, source)]}
         for source in config.parse_sources()}
     identity = [file_sha256(folder / "tokenizer.json"),
                 [(shard["file"], shard["sha256"]) for shard in mixed],
                 [file_sha256(folder / "held_out" / f"{name}.jsonl") for name in sources]]
     write_json(folder / "manifest.json", {
         "sha256": hash_of(identity), **vocabulary, "sources": sources,
-        "scorers": scorer_names(config), "shards": mixed, "settings": settings})
+        "scorers": scorer_names(config), "decontaminate": config.decontaminate, "shards": mixed,
+        "settings": settings})
 
 
 def vocabulary_of(tokenizer):
     return {"vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id, "dtype": token_dtype(tokenizer.vocab_size).name}
+
+
+def listed_token_files(config):
+    """The paths in the list of token files, which is relative to its own folder."""
+    if not Path(config.token_files).is_file():
+        raise UserError(f"token_files={config.token_files}: no such list of token files; the "
+                        "README tells under Real Dolma how to get one")
+    root, paths = Path(config.token_files).absolute().parent, []
+    for line in map(str.strip, Path(config.token_files).read_text().splitlines()):
+        if line and not line.startswith("#"):
+            paths.append(root / line)
+            if not paths[-1].is_file():
+                raise UserError(f"{paths[-1]}: named in {config.token_files} but not there; fetch "
+                                "it")
+    if not paths:
+        raise UserError(f"token_files={config.token_files}: names no file; write one path a line")
+    return paths
 
 
 def write_token_list(config, settings, folder):
@@ -1743,12 +1756,7 @@ def write_token_list(config, settings, folder):
     """
     tokenizer = Tokenizer.load(tokenizer_file(config.tokenizer))
     tokenizer.save(folder / "tokenizer.json")
-    root, shards = Path(config.token_files).absolute().parent, []
-    for line in map(str.strip, Path(config.token_files).read_text().splitlines()):
-        if line and not line.startswith("#"):
-            shards.append(token_file(root / line, tokenizer))
-    if not shards:
-        raise UserError(f"token_files={config.token_files}: names no file; write one path a line")
+    shards = [token_file(path, tokenizer) for path in listed_token_files(config)]
     identity = [[shard["tokens"], shard["ends"]] for shard in shards]
     write_json(folder / "manifest.json", {
         "sha256": hash_of([settings["tokenizer"], identity]), **vocabulary_of(tokenizer),
@@ -1758,8 +1766,6 @@ def write_token_list(config, settings, folder):
 def token_file(path, tokenizer):
     """The record of a raw token file, with a hash of its two ends; UserError if it is none."""
     dtype, sample = token_dtype(tokenizer.vocab_size), 2**20
-    if not path.is_file():
-        raise UserError(f"{path}: named in the list of token files, but not there; fetch it")
     with open(path, "rb") as file:
         first = file.read(sample)
         size = file.seek(0, os.SEEK_END)
@@ -1767,7 +1773,7 @@ def token_file(path, tokenizer):
         last = file.read()
     if not size or size % dtype.itemsize or first.startswith(b"\x93NUMPY"):
         raise UserError(f"{path}: not a raw file of {dtype.name} ids, as the Dolma toolkit writes")
-    most = np.frombuffer(first, dtype).max()
+    most = max(np.frombuffer(part, dtype).max() for part in (first, last))
     if most >= tokenizer.vocab_size:
         raise UserError(f"{path}: id {most} is beyond the tokenizer's {tokenizer.vocab_size}")
     return {"file": str(path), "tokens": size // dtype.itemsize,
@@ -1781,8 +1787,11 @@ def print_table(folder):
     manifest = read_json(folder / "manifest.json")
     print(f"data: {folder}  ({manifest['vocab_size']} ids, {manifest['dtype']})")
     if manifest["sources"]:
-        for label, cells in funnel_rows(manifest["sources"]):
-            print(f"  {label:<30}" + "".join(f"{cell:>13}" for cell in cells))
+        rows = list(funnel_rows(manifest["sources"]))
+        wide = max(len(label) for label, _ in rows)
+        cell_wide = max(10, *(len(cell) for _, cells in rows for cell in cells))
+        for label, cells in rows:
+            print(f"  {label:<{wide}}" + "".join(f"  {cell:>{cell_wide}}" for cell in cells))
         for remark in remarks(manifest):
             print(textwrap.fill(remark, 98, initial_indent="  ", subsequent_indent="    "))
     else:
@@ -1835,8 +1844,9 @@ def remarks(manifest):
     if "content" in chosen and manifest["scorers"]["content"] == "none":
         yield "content was not scored: there is no built-in model; content_scorer names one"
     for name, source in sources.items():
-        if source["decontaminated"]:
-            yield f"{name}: decontaminated against {', '.join(source['decontaminated'])}"
+        if manifest["decontaminate"]:
+            against = ", ".join(source["decontaminated"]) or "nothing: it is code"
+            yield f"{name}: decontaminated against {against}"
         for note, n in source["notes"].items():
             yield f"{name}: {n:,} {note}"
 
@@ -2015,7 +2025,7 @@ class RunData:
         self.shards = TokenShards(self.folder, settings["max_seq_len"])
         self.batches = Batches(self.shards, settings["batch_size"], config.seed, self.folder)
         self.tokenizer = Tokenizer.load(self.folder / "tokenizer.json")
-        self.index, self.block = lru_cache(self.read_index), lru_cache(self.read_block)
+        self.index, self.block = lru_cache(8)(self.read_index), lru_cache(self.read_block)
 
     def steps_done(self):
         """The last step that the run has logged."""
@@ -2034,10 +2044,11 @@ class RunData:
             return np.memmap(path.with_suffix(".index"), DOCUMENT_INDEX, "r"), None
         return read_sidecar(path.with_suffix(".csv.gz"))
 
-    def trace(self, step):
-        """Yield the Spans of a step's global batch, sequence by sequence."""
-        for sequence, instance in enumerate(self.batches.instances(step).tolist()):
-            yield from self.spans(sequence, instance)
+    def trace(self, step, rank=0, world_size=1):
+        """The Spans of a rank's share of a step, sequence by sequence."""
+        sequences = list(enumerate(self.batches.instances(step).tolist()))[rank::world_size]
+        sequences.sort(key=lambda entry: entry[1])  # each shard's index is then read once
+        return sorted(span for entry in sequences for span in self.spans(*entry))
 
     def spans(self, sequence, instance):
         shard, row = self.shards.locate(instance)
@@ -2133,18 +2144,17 @@ def print_trace(run, options):
     print(f"step {options.step}, epoch {(options.step - 1) // data.batches.steps_per_epoch}"
           + (f" (the run is at step {done}: this one is yet to come)"
              if options.step > done else ""))
-    sequence = None
-    for span in data.trace(options.step):
-        if options.rank in (-1, span.sequence % options.world_size):
-            if span.sequence != sequence:
-                sequence = span.sequence
-                print(f"\nsequence {sequence}, instance {span.instance}")
+    share = (0, 1) if options.rank == -1 else (options.rank, options.world_size)
+    for sequence, spans in itertools.groupby(data.trace(options.step, *share),
+                                             key=lambda span: span[:2]):
+        print("\nsequence {}, instance {}".format(*sequence))
+        for span in spans:
             print_span(data, span, options.chars)
 
 
 def print_span(data, span, chars):
     document, (begin, end) = span.document, span.document_tokens
-    edits = document["metadata"].get("edits", {})
+    edits = document["metadata"].get("edited_by", {})
     print(f"  tokens {span.tokens[0]}-{span.tokens[1]}: {document['id']}  ({document['source']}, "
           f"{document['metadata']['provenance']}, its tokens {begin}-{end}"
           + "".join(f", {rule} cut {n}" for rule, n in edits.items()) + ")")
@@ -2164,21 +2174,27 @@ def print_found(run, options):
         raise UserError(f"{run}: made of ready token files, whose text is not at hand; --doc=ID "
                         "finds documents by their .csv.gz files")
     if options.doc:
-        found = data.find(options.doc)
-    else:  # an id may stand for several documents, of which not all hold the text
-        found = ((document, instances) for wanted in data.search(options.text)
-                 for document, instances in data.find(wanted["id"]) if document == wanted)
-    done, count = data.steps_done(), 0
-    for count, (document, instances) in enumerate(found, 1):
-        if count <= options.limit:
-            steps = data.steps_of(instances, done)
-            print(f"{document['id']}  ({document['source']}, {document['metadata']['provenance']})"
-                  f"\n  {len(steps)} times in steps 1 to {done}"
-                  + "".join(f"\n  step {step}, sequence {sequence}, instance {i}"
-                            for step, sequence, i in steps))
-    print(f"{count} documents of the mix "
-          + (f"have the id {options.doc}" if options.doc else f"hold {options.text!r}")
+        found = list(data.find(options.doc))
+        print(f"{len(found)} documents of the mix have the id {options.doc}")
+        print_steps(data, found)
+        return
+    count = 0
+    for count, wanted in enumerate(data.search(options.text), 1):
+        if count <= options.limit:  # an id may stand for several documents
+            print_steps(data, [entry for entry in data.find(wanted["id"]) if entry[0] == wanted])
+    print(f"{count} clean documents hold {options.text!r}"
           + (f"; the first {options.limit} are shown" if count > options.limit else ""))
+
+
+def print_steps(data, found):
+    """Where each (document, instances) was seen so far."""
+    done = data.steps_done()
+    for document, instances in found:
+        steps = data.steps_of(instances, done)
+        print(f"{document['id']}  ({document['source']}, {document['metadata']['provenance']})\n"
+              f"  in {len(steps)} sequences of steps 1 to {done}"
+              + "".join(f"\n  step {step}, sequence {sequence}, instance {instance}"
+                        for step, sequence, instance in steps))
 
 
 def print_dropped(folder, rule):
@@ -2195,14 +2211,23 @@ def print_dropped(folder, rule):
     for example in chosen:
         print(f"\n{example['outcome']} by {example['rule']}: {example['why']}\n  "
               f"{example['id']} ({example['provenance']})")
-        text = example["text"]
-        for mark in sorted(filter(None, set(example["marks"])), key=len, reverse=True):
-            text = text.replace(mark, f"{on}{mark}{off}")
-        lines = text.splitlines()
-        for line in lines[:SHOWN_LINES]:
+        lines = marked(example["text"], example["marks"], on, off).splitlines()
+        begin = max(0, next((i for i, line in enumerate(lines) if on in line), 0) - 5)
+        for line in lines[begin:begin + SHOWN_LINES]:
             print(f"    | {line}")
         if len(lines) > SHOWN_LINES:
-            print(f"    ... {len(lines) - SHOWN_LINES} more lines")
+            print(f"    (lines {begin + 1} to {min(len(lines), begin + SHOWN_LINES)} of "
+                  f"{len(lines)})")
+
+
+def marked(text, marks, on, off):
+    """`text` with every whole mark in it between `on` and `off`, however its words are spaced."""
+    for mark in sorted(filter(str.strip, set(marks)), key=len, reverse=True):
+        pattern = r"\s+".join(map(re.escape, mark.split()))
+        if mark[0].isalnum() and mark[-1].isalnum():  # no part of a longer word
+            pattern = rf"(?<!\w){pattern}(?!\w)"
+        text = re.sub(pattern, lambda found: f"{on}{found[0]}{off}", text)
+    return text
 
 
 SHOWN_LINES = 30

@@ -231,7 +231,6 @@ def planted(tmp_path_factory):
         row(prose(dice)), row(f"{text} me@a.co", ("pii", f"{text} {EMAIL}")),
         bad(prose(dice).replace(".\n", " \u2026\n"), "gopher_ellipsis")], "f")
     (home / "forum.jsonl").write_bytes(b"\n".join(lines))
-    (home / "vileness.py").write_text("def score(text):\n    return 0.4 if 'vile' in text else 0.3")
     rows = {"web": plant_web(dice, home / "web", paragraphs), "code": (code, []),
             "books": (books, [f"{home}/books/latin.txt: "]), "forum": (forum, [])}
     settings = dict(decontaminate={"paloma": f"{home}/paloma.jsonl"}, sources={
@@ -239,9 +238,9 @@ def planted(tmp_path_factory):
         "code": {"path": f"{home}/code.json.gz", "rules": "code"},
         "books": {"path": f"{home}/books", "rules": "books"},
         "forum": {"path": f"{home}/forum.jsonl", "rules": "gopher pii"}},
-        content_scorer="vileness:score")
+        content_scorer="vileness")
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(home)
+        patch.setitem(data.CONTENT_SCORERS, "vileness", lambda text: 0.4 if "vile" in text else 0.3)
         patch.setattr(data, "BATCH_BYTES", 20_000)
         with pytest.raises(UserError, match=r"web/cut\.jsonl\.gz: corrupt or cut off after line"):
             build_data(config_of(home, **settings))
@@ -267,7 +266,7 @@ def test_what_is_kept_is_exactly_the_clean_documents_in_their_order(planted, sou
     assert texts_of(documents) == outcome(rows[source][0])[0]
     for document in documents:
         steps = rows[source][0][document["id"]][1]
-        assert set(document["metadata"].get("edits", {})) == {rule for rule, _ in steps}
+        assert set(document["metadata"].get("edited_by", {})) == {rule for rule, _ in steps}
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -469,7 +468,10 @@ def test_repeated_tokens_are_found_as_by_a_slow_scan():
     ("code_header", "#!/bin/sh\n# COPYRIGHT me\n\n# more\nx = 1\n# tail\n", "x = 1\n# tail\n"),
     ("code_header", "/* Copyright */ x = 1", "/* Copyright */ x = 1"),
     ("code_header", "x = 1\n# Copyright", "x = 1\n# Copyright"),
-    ("code_header", "-- copyright\n; and\n% so on\nx", "x")])
+    ("code_header", "-- copyright\n; and\n% so on\nx", "x"),
+    ("code_header", "/* Copyright */ \r\nint f();\n/* end */\n", "int f();\n/* end */\n"),
+    *(("code_header", f"// Copyright\n{line}\nx", f"{line}\nx") for line in (
+        "#include <a>", "#define A", "#import <a>", "#undef A", "#![no_std]", "#[derive(A)]"))])
 def test_rules_that_cut_leave_this(rule, text, left):
     assert edited(rule, text) == edited(rule, left) == left
 
@@ -612,14 +614,15 @@ def test_deduplication_keeps_what_a_quadratic_search_keeps(levels):
 
 def test_no_document_with_an_evaluation_paragraph_stays_whatever_file_held_it(tmp_path):
     dice = random.Random(7)
-    plain, paper, context, short = (paragraph(dice, n) for n in (13, 14, 6, 12))
+    plain, paper, bare, context, short = (paragraph(dice, n) for n in (13, 14, 15, 6, 12))
     continuation = " so" + filled(dice, " _" * 6)  # 13 words with the context's last line
     (tmp_path / "plain.txt").write_text(f"Title\n{plain}\n{short}\n")
     write_texts(tmp_path / "papers.jsonl", f"{paper}\n\n{'- ' * 20}")
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks/requests.jsonl").write_text(json.dumps({"doc_id": 0, "request": {
-        "context": f"Say this:\n{context}", "continuation": continuation}}))
-    hits = [plain, paper, paper, context + continuation]
+        "context": f"Say this:\n{context}", "continuation": continuation},
+        "doc": {"id": 7, "choices": [{"text": f"A word.\n{bare}"}]}}))
+    hits = [plain, paper, paper, context + continuation, bare]
     misses = [short, "- " * 20, context, continuation, plain + " ", plain.lower(), "Title"]
     texts = [f"{prose(dice)}\n{line}\n{prose(dice)}" for line in hits + misses]
     sets = {"plain": "plain.txt", "papers": "papers.jsonl", "tasks": "tasks"}
@@ -630,7 +633,21 @@ def test_no_document_with_an_evaluation_paragraph_stays_whatever_file_held_it(tm
     assert kept == texts[len(hits):] and not [hit for hit in hits for text in kept
                                               if f"\n{hit}\n" in text]
     assert {rule: n["dropped"] for rule, n in counted(folder, "s")["by_rule"].items()} == {
-        "decontaminate:plain": 1, "decontaminate:papers": 2, "decontaminate:tasks": 1}
+        "decontaminate:plain": 1, "decontaminate:papers": 2, "decontaminate:tasks": 2}
+
+
+def test_decontamination_sees_the_text_as_it_came(tmp_path):
+    """Before a mask hides a paragraph, or a copy in a document that goes costs another document."""
+    dice = random.Random(9)
+    mail, plain, clean = f"{paragraph(dice, 14)} me@a.co", paragraph(dice, 15), prose(dice)
+    (tmp_path / "set.txt").write_text(f"{mail}\n{plain}")
+    texts = [f"{prose(dice)}\n{mail}", f"{clean}\n{plain}", f"{prose(dice)}\n{plain}", clean]
+    folder = build_data(config_of(
+        tmp_path, decontaminate={"set": f"{tmp_path}/set.txt"}, sources={"s": {
+            "path": write_texts(tmp_path / "s.jsonl", *texts), "rules": "pii paragraph"}}))
+    assert [document["text"] for document in kept_documents(folder, "s")] == [clean]
+    assert counted(folder, "s")["by_rule"] == {"decontaminate:set": {
+        "dropped": 3, "bytes": len("".join(texts[:3]).encode())}}
 
 
 # ---- Builds --------------------------------------------------------------------------------------
@@ -670,21 +687,21 @@ def test_only_what_depends_on_a_change_is_done_again(tmp_path, monkeypatch):
     assert redone(sources={"a": a, "b": b}) == {"clean-b", "tokenizer", "tokens-a", "tokens-b"}
     assert redone(**fixed) == {"tokenizer", "tokens-a"}
     assert redone(**fixed, sources={"a": a, "b": b}) == {"tokens-b"}
-    monkeypatch.setattr(data, "curation_code", lambda: "an edited rule")
+    monkeypatch.setattr(data, "building_code", lambda: "an edited rule")
     assert redone() == {"clean-a", "tokenizer", "tokens-a"}
     assert len(folders) == 7
 
 
-def test_hash_of_the_rules_follows_their_code_alone(tmp_path):
+def test_hash_of_the_code_follows_what_builds_alone(tmp_path):
     code, hashes = Path(data.__file__).read_text(), []
-    for place in ("\nclass Tokenizer", "\ndef build_data(", "\ndef english_score(", "\nRULES =",
-                  "\ndef decontaminate("):
+    for place in ("\nclass TokenShards", "\ndef print_trace(", "\ndef english_score(", "\nRULES =",
+                  "\ndef decontaminate(", "\ndef stdlib_documents(", "\ndef write_shards("):
         (tmp_path / "copy.py").write_text(code.replace(place, "\n# edited" + place, 1))
         spec = importlib.util.spec_from_file_location("copy_of_data", tmp_path / "copy.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        hashes.append(module.curation_code())
-    assert hashes[0] == hashes[1] == data.curation_code() and len(set(hashes)) == 4
+        hashes.append(module.building_code())
+    assert hashes[0] == hashes[1] == data.building_code() and len(set(hashes)) == 6
 
 
 def options(folder, path, rules, **changes):
@@ -735,8 +752,10 @@ def test_mistake_in_a_source_is_one_line_with_the_remedy(tmp_path, call, refused
     assert not (tmp_path / "built").exists()
 
 
-@pytest.mark.parametrize("scorer", ["nosuch", "nosuch:f", "no.such:f", "json:nosuch"])
-def test_scorer_that_is_not_there_is_refused_by_name(tmp_path, call, refused, scorer):
+@pytest.mark.parametrize("key, scorer, known", [
+    ("language_scorer", "none", "stand-in"), ("language_scorer", "os:system", "stand-in"),
+    ("content_scorer", "stand-in", "none")])
+def test_scorer_that_is_not_there_is_refused_by_name(tmp_path, call, refused, key, scorer, known):
     path = write_texts(tmp_path / "s.jsonl", "a")
-    refused(call(data, *options(tmp_path, path, "language", language_scorer=scorer)),
-            f"scorer {scorer}: ")
+    refused(call(data, *options(tmp_path, path, "language content", **{key: scorer})),
+            f"{key}={scorer}: one of {known}")

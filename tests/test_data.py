@@ -485,6 +485,23 @@ def test_folder_is_read_sorted_and_deep_and_other_kinds_are_counted(tmp_path):
     assert +counts == {"files of another kind skipped": 2}
 
 
+def test_single_file_of_another_kind_is_refused(tmp_path):
+    (tmp_path / "data.json").write_text("[]")
+    with pytest.raises(UserError, match="data.json: a file of another kind"):
+        list(read_documents(tmp_path / "data.json", "web"))
+
+
+def test_dolmas_folder_is_read_without_its_attributes(tmp_path):
+    for part in ("documents", "attributes/gopher"):
+        (tmp_path / part).mkdir(parents=True)
+        write_jsonl(tmp_path / part / "0.jsonl", [{"id": part, "text": "one"}])
+    counts = Counter()
+    assert [d["id"] for d in read_documents(tmp_path, "web", counts)] == ["documents"]
+    assert +counts == {"files of another kind skipped": 1}
+    (tmp_path / "documents").rename(tmp_path / "other")  # then it is a folder like any
+    assert len(list(read_documents(tmp_path, "web"))) == 2
+
+
 def test_source_that_is_nowhere_is_refused_by_name(tmp_path):
     assert "nowhere" in refusal(list, read_documents(tmp_path / "nowhere", "web"))
     assert "docstrings" in refusal(list, read_documents("stdlib", "books"))
@@ -506,7 +523,7 @@ def test_bad_line_is_refused_with_file_and_line(tmp_path, line):
 GZIPPED = gzip.compress(b"".join(b'{"text": "%d"}\n' % (3**i % 10**30) for i in range(2000)))
 
 
-@pytest.mark.parametrize("cut, flipped", [(5, 0), (30_000, 0), (-4, 0), (None, slice(0, 4)),
+@pytest.mark.parametrize("cut, flipped", [(0, 0), (5, 0), (30_000, 0), (-4, 0), (None, slice(0, 4)),
                                           (None, slice(10, 14)), (None, slice(5000, 5004)),
                                           (None, slice(-8, -4))])
 def test_cut_or_corrupt_gz_is_refused_by_name_never_silently_short(tmp_path, cut, flipped):
@@ -573,10 +590,10 @@ def test_held_out_share_is_a_hash_of_the_id():
 
 def test_groups_stay_on_one_side_of_the_build_which_their_hash_decides(tmp_path):
     write_jsonl(tmp_path / "corpus.jsonl", [
-        {"id": f"doc-{i}", "text": f"words and more words {i}", "metadata": {"group": i % 40}}
+        {"id": f"doc-{i}", "text": f"words and more words {i}", "metadata": {"split_group": i % 40}}
         for i in range(400)])
     folder = build_data(small_config(tmp_path, eval_share=0.3))
-    training, held_out = (Counter(row["metadata"]["group"] for row in rows)
+    training, held_out = (Counter(row["metadata"]["split_group"] for row in rows)
                           for rows in (rows_of(folder), held_out_of(folder)))
     assert training and held_out == {i: 10 for i in range(40) if in_share(str(i), 0.3)}
     assert training + held_out == dict.fromkeys(range(40), 10)
@@ -671,8 +688,8 @@ def test_topics_are_pydocs_and_docstrings_those_of_inspect(embedded):
     """json's, as the running interpreter holds them."""
     from pydoc_data.topics import topics
     library = embedded.library
-    assert {d["metadata"]["group"]: d["text"] for d in library["reference"]} == dict(topics)
-    found = {d["text"] for d in library["docstrings"] if d["metadata"]["group"] == "json"}
+    assert {d["metadata"]["split_group"]: d["text"] for d in library["reference"]} == dict(topics)
+    found = {d["text"] for d in library["docstrings"] if d["metadata"]["split_group"] == "json"}
     assert f"module json\n\n{inspect.getdoc(json)}\n" in found
     assert any(text.startswith("json.dumps(obj, *, skipkeys=False") and
                text.endswith(f"\n\n{inspect.getdoc(json.dumps)}\n") for text in found)
@@ -939,7 +956,7 @@ def test_what_is_built_serves_until_what_it_is_made_of_changes(tmp_path, monkeyp
     assert stages_made(tokenizer=str(tokenizer), **two) == ["clean-two", "tokens-two"]
     assert stages_made(tokenizer=str(tokenizer), eval_share=0.2) == ["clean-main", "tokens-main"]
     assert stages_made(**two) == ["tokenizer", "tokens-main", "tokens-two"]
-    monkeypatch.setattr(data, "FORMAT", "another")
+    monkeypatch.setattr(data, "building_code", lambda: "another")
     assert stages_made() == ["clean-main", "tokenizer", "tokens-main"]
 
 

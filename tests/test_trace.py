@@ -169,13 +169,13 @@ def check_document(document, source):
     raw = {"id": str(entry["id"]), "text": entry["text"], "metadata": {"provenance": ""}}
     rules = [rule for rule in source["rules"] if rule in data.RULES]
     [filtered] = data.filter_documents([raw], rules, data.Funnel(), {})
-    edits = dict(document["metadata"].get("edits", {}))
+    edits = dict(document["metadata"].get("edited_by", {}))
     gone = edits.pop("paragraph", 0)
     lines, rest = document["text"].split("\n"), iter(filtered["text"].split("\n"))
-    assert document["id"] == raw["id"] and edits == filtered["metadata"].get("edits", {})
+    assert document["id"] == raw["id"] and edits == filtered["metadata"].get("edited_by", {})
     assert all(line in rest for line in lines)  # in this order
     assert len(lines) == filtered["text"].count("\n") + 1 - gone
-    return set(document["metadata"].get("edits", {}))
+    return set(document["metadata"].get("edited_by", {}))
 
 
 def test_a_step_is_the_text_of_the_files_that_trace_names(found, tmp_path):
@@ -248,9 +248,10 @@ def test_odd_ids_and_two_documents_with_one_id_are_found(found, call, shown, nam
     for (document, instances), line in zip(answers, lines, strict=True):
         steps, key = found.steps_of(instances, STEPS), ("notes", f"notes.jsonl:{line}")
         assert key_of(document) == key and {step[:2] for step in steps} == shown[key]
-        expected += f"{name}  (notes, {key[1]})\n  {len(steps)} times in steps 1 to {STEPS}\n"
+        expected += f"{name}  ({', '.join(key)})\n"
+        expected += f"  in {len(steps)} sequences of steps 1 to {STEPS}\n"
         expected += "".join(f"  step {s}, sequence {q}, instance {i}\n" for s, q, i in steps)
-    expected += f"{len(lines)} documents of the mix have the id {name}\n"
+    expected = f"{len(lines)} documents of the mix have the id {name}\n{expected}"
     assert call(data, "find", found.run, f"--doc={name}").stdout == expected
 
 
@@ -258,12 +259,12 @@ def test_text_is_found_in_the_documents_that_hold_it_alone(found, call):
     """Of two documents with one id but the one; an e-mail that was masked in none."""
     out = call(data, "find", found.run, "--text=the two twin").stdout
     assert "notes.jsonl:7)" in out and "notes.jsonl:6)" not in out
-    assert "1 documents of the mix hold 'the two twin'" in out
+    assert "1 clean documents hold 'the two twin'" in out
     out = call(data, "find", found.run, "--text=@mail.example").stdout
-    assert out == "0 documents of the mix hold '@mail.example'\n"
+    assert out == "0 clean documents hold '@mail.example'\n"
     out = call(data, "find", found.run, "--text=e\u0301", "--limit=3").stdout
-    assert "5 documents of the mix hold 'e\u0301'; the first 3 are shown" in out
-    assert out.count(f" times in steps 1 to {STEPS}") == 3
+    assert "5 clean documents hold 'e\u0301'; the first 3 are shown" in out
+    assert out.count(f" sequences of steps 1 to {STEPS}") == 3
 
 
 def test_a_lone_surrogate_in_an_id_breaks_nothing(tmp_path, tokenizer, call):
@@ -398,6 +399,15 @@ def test_token_files_that_are_none_are_refused_by_name(tmp_path, tokenizer, name
     assert str(tmp_path / name) in refusal(build_data, list_config(tmp_path, tokenizer))
 
 
+def test_a_token_file_replaced_by_another_makes_other_data(tmp_path, tokenizer):
+    write_token_files(tmp_path)
+    folder = build_data(list_config(tmp_path, tokenizer))
+    tokens = np.fromfile(tmp_path / "part-0.npy", "<u2")
+    tokens[::-1].tofile(tmp_path / "part-0.npy")
+    other = build_data(list_config(tmp_path, tokenizer))
+    assert other != folder and manifest_of(other)["sha256"] != manifest_of(folder)["sha256"]
+
+
 def test_a_run_trains_on_token_files(tmp_path, tokenizer, tiny_config, call):
     """There is no held-out text then."""
     instances, _ = write_token_files(tmp_path)
@@ -430,7 +440,7 @@ def mix(tmp_path_factory, tokenizer):
 
 
 def check_mix(config):
-    """Each source has its target of tokens within a document, in copies that are spread evenly."""
+    """Each source has its target of tokens within a document; a part, those of least hashes."""
     folder, realised = build_data(config), {}
     tokenizer, manifest = data.Tokenizer.load(config.tokenizer), manifest_of(folder)
     TokenShards(folder, T)  # the sizes of the files are as the manifest says
@@ -445,15 +455,24 @@ def check_mix(config):
                              for shard in manifest["shards"] if shard["source"] == name)
         assert realised[name] == sum(lengths[i] * n for i, n in copies.items())
         assert abs(realised[name] - times * total) <= longest
-        seen = kept = 0
-        for i, length in lengths.items():  # in the order of the source: no stretch has too few
-            assert int(times + 1e-9) <= copies[i] <= np.ceil(times - 1e-9)
-            seen, kept = seen + length, kept + length * copies[i]
-            assert abs(kept - times * seen) <= longest
+        drawn = [copies[i] for i in sorted(lengths)]  # by hash: it knows nothing of their lengths
+        assert drawn == sorted(drawn, reverse=True)
+        assert int(times + 1e-9) <= drawn[-1] and drawn[0] <= np.ceil(times - 1e-9)
     for name, tokens in realised.items():
         source = manifest["sources"][name]
         assert (source["mix_tokens"], source["share"]) == (tokens, tokens / sum(realised.values()))
     return [tokens / sum(realised.values()) for tokens in realised.values()]
+
+
+def test_a_part_has_its_share_of_long_documents(tmp_path, tokenizer):
+    """Of 600 long ones among 6,000 short ones a fifth, within 4 sigma of 9.8."""
+    path = write_jsonl(tmp_path / "a.jsonl", [
+        {"id": str(i), "text": "word " * (10 if i % 11 else 300)} for i in range(6600)])
+    config = config_of(tmp_path, tokenizer, sources={"a": {"path": path, "weight": 0.2}})
+    [shard] = manifest_of(folder := build_data(config))["shards"]
+    index = index_of(folder, shard)
+    long = int((index["end"] - index["start"] > 100).sum())
+    assert abs(long - 120) < 40
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -607,7 +626,7 @@ def test_trace_prints_the_step_its_documents_and_their_text(found, call, chars):
     for span in found.trace(60):
         text = found.tokenizer.decode(rows[span.sequence, slice(*span.tokens)].tolist())
         (source, place), (begin, end) = key_of(span.document), span.document_tokens
-        edits = span.document["metadata"].get("edits", {})
+        edits = span.document["metadata"].get("edited_by", {})
         lines = [f"  tokens {span.tokens[0]}-{span.tokens[1]}: {span.document['id']}  ({source}, "
                  f"{place}, its tokens {begin}-{end}"
                  + "".join(f", {rule} cut {n}" for rule, n in edits.items()) + ")",
