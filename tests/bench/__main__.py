@@ -53,7 +53,7 @@ def library_documents():
     texts = [document["text"] for document in stdlib_documents("reference")]
     modules = {}
     for document in stdlib_documents("docstrings"):
-        modules.setdefault(document["metadata"]["group"], []).append(document["text"])
+        modules.setdefault(document["metadata"]["split_group"], []).append(document["text"])
     texts += ["\n".join(docstrings) for docstrings in modules.values()]
     return [{"id": str(i), "text": text, "source": "bench", "metadata": {"provenance": f":{i}"}}
             for i, text in enumerate(texts)]
@@ -97,8 +97,9 @@ def bench_stages():
     12 MB/s, 10 M tokens/s."""
     import numpy as np
 
-    from data import (DOCUMENT_INDEX, RULES, Batches, DocumentWriter, Page, TokenShards,
-                      encode_block, english_score, olmo_tokenizer_file, write_json)
+    from data import (DOCUMENT_INDEX, RULES, Batches, DataConfig, DocumentWriter, Page, TokenShards,
+                      encode_block, english_score, olmo_tokenizer_file, write_clean_documents,
+                      write_json)
     documents = library_documents()
     megabytes = sum(len(document["text"].encode()) for document in documents) / 1e6
     scorers = {"language": english_score, "content": lambda sentence: 0.0}
@@ -122,8 +123,16 @@ def bench_stages():
         write_json(folder / "manifest.json", {"dtype": "uint16", "sha256": "", "shards": [
             {"file": "bench-00000.bin", "tokens": len(tokens)}]})
         batches = Batches(TokenShards(folder, 2048), 16, 0, folder)
+        write_random_documents(folder / "in.jsonl", 20)
+        config = DataConfig(bloom_items=10**7, sources={
+            "random": {"path": f"{folder}/in.jsonl", "rules": "url document paragraph"}})
+
+        def write_clean():
+            with tempfile.TemporaryDirectory(dir=folder) as aside:
+                write_clean_documents(config, *config.parse_sources(), Path(aside))
         seconds = alternate({
             f"filter chain, all {len(web)} rules but code's on every document": run_rules,
+            "reading, Bloom deduplication, writing, beside workers that parse": write_clean,
             "tokenisation, from compressed clean documents": lambda: [
                 encode_block(block, folder, "bench", olmo_tokenizer_file())
                 for block in writer.blocks],
@@ -132,7 +141,7 @@ def bench_stages():
           "\n|---|---|")
     for name, taken in seconds.items():
         speed = (f"{300 * 16 * 2048 / median(taken) / 1e6:,.0f} M tokens/s" if "loader" in name
-                 else f"{megabytes / median(taken):.2f} MB/s")
+                 else f"{(20 if 'reading' in name else megabytes) / median(taken):.2f} MB/s")
         print(f"| {name} | {speed} |")
 
 
