@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from configs import load_config
+from data import DEDUPLICATIONS, RULES, DataConfig
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line.strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S)
@@ -74,6 +77,18 @@ def test_readme_names_what_exists():
         text = (ROOT / room).read_text()
         for name in re.findall(r"`(\w+)`", names):
             assert re.search(rf"(def|class) {name}\b", text), f"{room} has no {name}"
+
+
+def test_readme_configs_load(tmp_path):
+    [block] = re.findall(r"```python\n(.*?)```", README, re.S)
+    (tmp_path / "config.py").write_text(block)
+    [config] = load_config([str(tmp_path / "config.py")], DataConfig)
+    assert len(config.parse_sources()) == 3 and config.decontaminate and config.bloom_items
+
+
+def test_readme_lists_every_rule():
+    named = set(re.findall(r"`(\w+)`", README.split("| rule |")[1].split("\n\n")[0]))
+    assert named - {"LANGUAGE_SCORERS", "CONTENT_SCORERS"} == {*RULES, *DEDUPLICATIONS} - {"empty"}
 
 
 def test_readme_lists_every_deviation():
