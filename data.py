@@ -1376,7 +1376,7 @@ def build_data(config):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with locked(folder.parent):  # a second process waits, and finds it built
             for leftover in (*folder.parent.glob("*.tmp"), *folder.parent.glob("stages/*.tmp")):
-                shutil.rmtree(leftover)
+                shutil.rmtree(leftover, ignore_errors=True)
             if not (folder / "manifest.json").is_file():
                 shutil.rmtree(folder, ignore_errors=True)
             build = write_token_list if config.token_files else write_data
@@ -1421,7 +1421,7 @@ def hash_of(settings):
 
 def data_folder(config):
     """(folder, settings) of the data of `config`, built or not: the name is the settings' hash."""
-    settings = {"code": building_code(), "tokenizer": tokenizer_settings(config)}
+    settings = {"code": building_code()}
     if config.token_files:
         settings["token_files"] = [(str(path), path.stat().st_size, path.stat().st_mtime_ns)
                                    for path in listed_token_files(config)]
@@ -1429,6 +1429,7 @@ def data_folder(config):
         sources = config.parse_sources()
         settings["clean"] = {source.name: clean_settings(config, source) for source in sources}
         settings["mix"] = [(source.name, source.weight) for source in sources], config.mix_tokens
+    settings["tokenizer"] = tokenizer_settings(config)
     return Path(config.data_dir) / hash_of(settings)[:12], settings
 
 
