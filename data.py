@@ -5,6 +5,8 @@
     python data.py trace runs/tiny --step=100               # the documents in that step
     python data.py find runs/tiny --text="Return a new"     # the steps that saw such documents
 
+`trace --help` and `find --help` print their options.
+
 Paper: OLMo (arXiv 2402.00838), section 2.2, and Dolma (arXiv 2402.00159), whose curation this is.
 Parts, in order: configuration, documents, the embedded corpus, filters, deduplication and
 decontamination, tokenizer, shards, building, batches, trace.
@@ -143,14 +145,14 @@ def parse_source(name, entry):
     if not isinstance(path, str) or not isinstance(rules, str):
         raise UserError(f"sources: {name} needs a path, and its rules are words in one string")
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < 1e6:
-        raise UserError(f"sources: {name} has weight {weight}; a number above 0 is wanted")
+        raise UserError(f"sources: {name} has weight {weight!r}; a number above 0 is wanted")
     return Source(name, path, spelled_out(rules, name), float(weight))
 
 
 def spelled_out(words, source):
     """The rules that `words` name, each once, in the order in which they run; "empty" is always."""
     chosen = {"empty"}
-    for word in words.split():
+    for word in words.replace(",", " ").split():
         if word not in (*RECIPES, *RULES, *DEDUPLICATIONS):
             known = [*RECIPES, *RULES, *DEDUPLICATIONS]
             near = difflib.get_close_matches(word, known, n=1)
@@ -916,6 +918,9 @@ def strings_in(value):
 
 def evaluation_sets(config, source):
     """((name, path, age), ...) of what a source must not hold; code is exempt (Dolma, Paloma)."""
+    for name, path in config.decontaminate.items():
+        if not Path(path).exists():
+            raise UserError(f"decontaminate: {name}: {path}: no such file or folder")
     return () if "code_extension" in source.rules else tuple(
         (name, path, tuple(input_ages(path))) for name, path in config.decontaminate.items())
 
@@ -1096,7 +1101,7 @@ def train_bpe(texts, vocab_size):
     merges = learn_merges(words, vocab_size - 256 - len(added))
     if len(merges) < vocab_size - 256 - len(added):
         raise UserError(f"tokenizer=bpe:{vocab_size}: the sources hold only enough text for "
-                        f"{256 + len(merges) + len(added)} ids")
+                        f"{256 + len(merges) + len(added)} ids; lower bpe:N to that or less")
     return Tokenizer(tokenizer_spec(merges, added))
 
 
@@ -1551,9 +1556,10 @@ def write_clean_documents(config, source, folder):
     if not writer.blocks:
         dropped_by = ", ".join(funnel.rules) or "none"
         raise UserError(
-            f"sources: {source.name} ({source.path}) holds no document with text to train on: of "
+            f"sources: {source.name} ({source.path}) holds no document with text to train on: "
             f"{funnel.counts['documents in']} documents and {funnel.counts['bad lines']} bad lines "
-            f"eval_share={config.eval_share} and the rules that dropped any, {dropped_by}, left 0")
+            f"were read; eval_share={config.eval_share} and the rules (those that dropped some: "
+            f"{dropped_by}) left none")
     np.array(writer.blocks, "<i8").tofile(folder / f"{source.name}.blocks")
     with open(folder / "dropped" / f"{source.name}.jsonl", "w") as dropped:
         dropped.writelines(json.dumps({"rule": rule, **example}) + "\n"
@@ -1829,8 +1835,8 @@ def funnel_rows(sources):
 def rules_that_acted(sources):
     order = [*RULES, *DEDUPLICATIONS]
     acted = {rule for source in sources.values() for rule in source["by_rule"]}
-    return sorted(acted, key=lambda rule: (
-        order.index(rule) if rule in order else len(order), rule))
+    return sorted(acted, key=lambda rule: (  # as they run: decontamination, rules, the leaked
+        order.index(rule) if rule in order else len(order) if rule == "leaked" else -1, rule))
 
 
 def remarks(manifest):
@@ -1851,6 +1857,8 @@ def remarks(manifest):
             yield f"{name}: decontaminated against {against}"
         for note, n in source["notes"].items():
             yield f"{name}: {n:,} {note}"
+        for message in source["bad_lines"][:3]:
+            yield f"{name}: left out: {message}"
 
 
 # ---- Batches -------------------------------------------------------------------------------------
@@ -1997,7 +2005,7 @@ class FindOptions:
 
 @dataclass(frozen=True)
 class ShowOptions:
-    """What `python data.py CONFIG` shows besides the funnel."""
+    """What `python data.py CONFIG` shows instead of the funnel."""
 
     show: str = ""
     """A rule: a few of the documents that it dropped or edited, with the reason."""
@@ -2030,8 +2038,10 @@ class RunData:
         self.index, self.block = lru_cache(8)(self.read_index), lru_cache(self.read_block)
 
     def steps_done(self):
-        """The last step that the run has logged."""
-        log, steps = self.run / "metrics.jsonl", [0]
+        """The last step that the run has logged or saved."""
+        log = self.run / "metrics.jsonl"
+        steps = [0, *(int(step.name[4:]) for step in self.run.glob("step*")
+                      if step.name[4:].isdigit())]
         for row in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
             try:
                 steps.append(json.loads(row)["step"])
@@ -2077,8 +2087,10 @@ class RunData:
     def read_block(self, source, file, begin):
         return read_block(self.folder / "documents", source, file, begin)
 
-    def find(self, name):
-        """Yield (document, [instance]) of each document with the id `name`."""
+    def find(self, name, text=""):
+        """Yield (document, [instance]) of each document with the id `name`: the instances that hold
+        any of it, or of `text` in it.
+        """
         found = {}
         for shard in range(len(self.shards.files)):
             index, _ = self.index(shard)
@@ -2086,9 +2098,22 @@ class RunData:
                 document = self.document(shard, entry)
                 key = document["source"], document["metadata"]["provenance"]
                 if document["id"] == name:
-                    found.setdefault(key, (document, []))[1].extend(
-                        self.shards.instances_of(shard, int(entry["start"]), int(entry["end"])))
+                    start, end = int(entry["start"]), int(entry["end"])
+                    ranges = self.token_ranges(document, text) if text else [(0, end - start)]
+                    instances = found.setdefault(key, (document, []))[1]
+                    for first, last in ranges:
+                        instances += self.shards.instances_of(shard, start + first, start + last)
         yield from found.values()
+
+    def token_ranges(self, document, text):
+        """[(begin, end)] of the document's tokens in which `text` stands."""
+        whole, part = (unicodedata.normalize("NFC", string).encode()
+                       for string in (document["text"].strip(), text))
+        ids = self.tokenizer.encode_text(document["text"].strip()).tolist()
+        ends = np.cumsum([len(self.tokenizer.token_bytes[i]) for i in ids])  # bytes of the text
+        return [(int(np.searchsorted(ends, match.start(), side="right")),
+                 int(np.searchsorted(ends, match.end())) + 1)
+                for match in re.finditer(re.escape(part), whole)]
 
     def steps_of(self, instances, last_step):
         """[(step, sequence, instance)] up to `last_step` of the batches that hold `instances`."""
@@ -2144,7 +2169,7 @@ def print_trace(run, options):
                         f"{options.world_size}: steps count from 1, ranks from 0 to world_size - 1")
     done = data.steps_done()
     print(f"step {options.step}, epoch {(options.step - 1) // data.batches.steps_per_epoch}"
-          + (f" (the run is at step {done}: this one is yet to come)"
+          + (f" (not seen: the run is at step {done} of {data.settings.get('max_steps', '?')})"
              if options.step > done else ""))
     share = (0, 1) if options.rank == -1 else (options.rank, options.world_size)
     for sequence, spans in itertools.groupby(data.trace(options.step, *share),
@@ -2179,11 +2204,15 @@ def print_found(run, options):
         found = list(data.find(options.doc))
         print(f"{len(found)} documents of the mix have the id {options.doc}")
         print_steps(data, found)
+        for path in sorted((data.folder / "held_out").glob("*.jsonl")):
+            if any(json.loads(row)["id"] == options.doc for row in path.open()):
+                print(f"one of {path.stem} is held out")
         return
     count = 0
     for count, wanted in enumerate(data.search(options.text), 1):
         if count <= options.limit:  # an id may stand for several documents
-            print_steps(data, [entry for entry in data.find(wanted["id"]) if entry[0] == wanted])
+            print_steps(data, [entry for entry in data.find(wanted["id"], options.text)
+                               if entry[0] == wanted])
     print(f"{count} clean documents hold {options.text!r}"
           + (f"; the first {options.limit} are shown" if count > options.limit else ""))
 

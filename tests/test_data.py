@@ -1168,7 +1168,7 @@ def test_number_that_makes_no_sense_is_refused(key, value):
     ({}, "sources"), ({"../../outside": "corpus.jsonl"}, "../../outside"), ({"a/b": "x"}, "a/b"),
     ({"": "x"}, "''"), *(({"a": {"path": "x"} | entry}, word) for entry, word in [
         ({"path": 3}, "path"), ({"rules": 3}, "rules"), ({"weigth": 1}, "weigth"),
-        ({"weight": 0}, "weight 0"), ({"weight": "1"}, "weight 1"), ({"weight": True}, "True")])])
+        ({"weight": 0}, "weight 0"), ({"weight": "1"}, "weight '1'"), ({"weight": True}, "True")])])
 def test_sources_that_make_no_sense_are_refused_by_name(sources, word):
     """A source's name becomes that of its files, which must stay in the folder of the build."""
     assert word in refusal(DataConfig, sources=sources)

@@ -267,6 +267,22 @@ def test_text_is_found_in_the_documents_that_hold_it_alone(found, call):
     assert out.count(f" sequences of steps 1 to {STEPS}") == 3
 
 
+def test_text_is_found_in_the_sequences_that_hold_it(tmp_path, tokenizer):
+    """Of 400 numbered words, each where it stands and nowhere else; one may lie across two."""
+    text = " ".join(f"<{i}é>" for i in range(400))
+    corpus = write_jsonl(tmp_path / "a.jsonl", [{"id": "long", "text": f"  {text}"}])
+    folder = pretend_run(tmp_path / "run", config_of(tmp_path, tokenizer, sources={"a": corpus}), 1,
+                         batch_size=1)
+    found, shards = RunData(tmp_path / "run"), TokenShards(folder, T)
+    tokens = data.Tokenizer.load(folder / "tokenizer.json")
+    rows = [tokens.decode(shards[i].tolist()) for i in range(len(shards))]
+    for i in range(0, 390, 7):
+        [(_, instances)] = found.find("long", f"<{i}é>")
+        inside = [row for row, content in enumerate(rows) if f"<{i}é>" in content]
+        assert instances == inside if inside else len(instances) == 2
+    assert [instances for _, instances in found.find("long", "absent")] == [[]]
+
+
 def test_a_lone_surrogate_in_an_id_breaks_nothing(tmp_path, tokenizer, call):
     corpus = write_jsonl(tmp_path / "a.jsonl", [{"id": "\ud800x", "text": "the text " * 90}])
     pretend_run(tmp_path / "run", config_of(tmp_path, tokenizer, sources={"a": corpus}), 1)
@@ -647,11 +663,11 @@ def test_rank_selects_its_own_sequences(found, call, rank, world_size):
     assert sequences_in(own.stdout + "\n").keys() == set(wanted) <= everything.keys()
 
 
-def test_a_step_to_come_is_said_to_be_so(found, call):
+def test_a_step_not_seen_is_said_to_be_so(found, call):
     epoch = STEPS // (len(found.shards) // B)
-    assert "to come" not in call(data, "trace", found.run, f"--step={STEPS}").stdout
+    assert "not seen" not in call(data, "trace", found.run, f"--step={STEPS}").stdout
     assert call(data, "trace", found.run, f"--step={STEPS + 1}").stdout.startswith(
-        f"step {STEPS + 1}, epoch {epoch} (the run is at step {STEPS}: this one is yet to come)\n")
+        f"step {STEPS + 1}, epoch {epoch} (not seen: the run is at step {STEPS} of {STEPS})\n")
 
 
 @pytest.mark.parametrize("command, said", [
@@ -706,4 +722,4 @@ def test_a_log_that_was_cut_or_not_begun_stops_no_trace(small, call, row):
     log = small[0] / "metrics.jsonl"
     log.write_text(log.read_text() + row) if row else log.unlink()
     out = call(data, "trace", small[0]).stdout
-    assert out.startswith("step 1, epoch 0" + ("\n" if row else " (the run is at step 0"))
+    assert out.startswith("step 1, epoch 0" + ("\n" if row else " (not seen: the run is at step 0"))
