@@ -2149,16 +2149,14 @@ def read_sidecar(path):
 
 
 def data_of_run(run, config):
-    """The built data folder that a run was trained on; its raw sources are not needed for that."""
-    trained = read_json(run / "manifest.json")
-    folder = Path(config.data_dir) / hash_of(trained["settings"])[:12]
-    if not (folder / "manifest.json").is_file():
-        raise UserError(f"{folder}: the run's data is not there; if its sources and data.py are as "
-                        f"they were, python data.py {run / 'config.json'} builds it again")
-    if read_json(folder / "manifest.json")["sha256"] != trained["sha256"]:
-        raise UserError(f"{folder}: not the data that {run} was trained on; restore it "
-                        "(eval.py also takes other text, --suite=PATH)")
-    return folder
+    """A built data folder that holds what a run was trained on; the raw sources are not needed."""
+    wanted = read_json(run / "manifest.json")["sha256"]
+    for manifest in sorted(Path(config.data_dir).glob("*/manifest.json")):
+        if read_json(manifest)["sha256"] == wanted:
+            return manifest.parent
+    raise UserError(f"{config.data_dir}: not the data that {run} was trained on, or none; restore "
+                    f"it, or if its sources are as they were: python data.py {run / 'config.json'} "
+                    "builds it again (eval.py also takes other text, --suite=PATH)")
 
 
 def print_trace(run, options):

@@ -699,7 +699,7 @@ def test_a_run_or_data_that_is_gone_is_refused_in_one_line(small, call, refused)
     file.unlink()
     refused(call(data, "trace", run), file)
     shutil.rmtree(config.data_dir)
-    refused(call(data, "trace", run), config.data_dir, "is not there", f"python data.py {run}")
+    refused(call(data, "trace", run), config.data_dir, "not the data", f"python data.py {run}")
     (run / "manifest.json").unlink()
     refused(call(data, "trace", run), run, "no run")
     refused(call(data, "find", run, "--doc=x"), run, "no run")
@@ -712,8 +712,18 @@ def test_data_that_has_changed_is_refused_in_one_line(small, call, refused):
     corpus.write_text(corpus.read_text().replace("words", "sword"))
     os.utime(corpus, ns=(age, age))
     shutil.rmtree(config.data_dir)
-    folder = build_data(config)
-    refused(call(data, "trace", run), folder, "not the data", run)
+    build_data(config)
+    refused(call(data, "trace", run), config.data_dir, "not the data", run)
+
+
+def test_data_built_again_by_other_code_serves_its_run(small, call, monkeypatch):
+    """Its folder has another name then, and the same tokens."""
+    run, config, _ = small
+    before = call(data, "trace", run).stdout
+    shutil.rmtree(config.data_dir)
+    monkeypatch.setattr(data, "building_code", lambda: "edited")
+    build_data(config)
+    assert call(data, "trace", run).stdout == before
 
 
 @pytest.mark.parametrize("row", ['{"kind": "tra', None])
