@@ -8,8 +8,8 @@
 `trace --help` and `find --help` print their options.
 
 Paper: OLMo (arXiv 2402.00838), section 2.2, and Dolma (arXiv 2402.00159), whose curation this is.
-Parts, in order: configuration, documents, the embedded corpus, filters, deduplication and
-decontamination, tokenizer, shards, building, batches, trace.
+Parts, in order: configuration, documents, the embedded corpus, filters, the funnel, deduplication
+and decontamination, tokenizer, clean documents and shards, the mix, building, batches, trace.
 """
 
 import ast
@@ -51,7 +51,7 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
-from configs import UserError, file_sha256, load_config, run_main
+from configs import UserError, file_sha256, load_config, read_json, run_main, write_json
 
 
 # ---- Configuration -------------------------------------------------------------------------------
@@ -618,12 +618,11 @@ def ngram_shares(words, lengths):
     # DIFFERS FROM OLMo: an n-gram that occurs once is no repetition, however long its words are;
     and these rules work: Dolma's configs misspell the first kind, so that it never fires there.
     """
-    number = {}
-    ids = np.array([number.setdefault(word, len(number)) for word in words], np.int64)
+    ids, kinds = numbered(words)
     codes, characters = ids, lengths
     for n in range(2, min(10, len(words)) + 1):
         # an n-gram is an (n-1)-gram and a word; np.unique numbers them anew, so codes stay small
-        _, codes, counts = np.unique(codes[:-1] * len(number) + ids[n - 1:], return_inverse=True,
+        _, codes, counts = np.unique(codes[:-1] * kinds + ids[n - 1:], return_inverse=True,
                                      return_counts=True)
         characters = characters[:-1] + lengths[n - 1:]
         occurrences = counts[codes]
@@ -637,23 +636,29 @@ def ngram_shares(words, lengths):
         yield n, float(part), first
 
 
+def numbered(strings):
+    """(ids, kinds): equal strings get the same id, int64, of 0 to kinds - 1."""
+    number = {}
+    ids = np.array([number.setdefault(string, len(number)) for string in strings], np.int64)
+    return ids, len(number)
+
+
 def repeated_tokens(page):
     """A pattern of up to 13 tokens 100 times in a row (Dolma v1.6).
 
     # DIFFERS FROM OLMo: tokens are the pieces that the tokenizer's pattern cuts, before any merge,
     for a bpe:N tokenizer is trained only on what is clean.
     """
-    pieces = page.pieces
-    number = {}
-    ids = np.array([number.setdefault(piece, len(number)) for piece in pieces], np.int64)
+    ids, _ = numbered(page.pieces)
     for period in range(1, min(13, len(ids) // 100) + 1):
         same = ids[period:] == ids[:-period]
         if same.sum() < 99 * period:
             continue
         edges = np.flatnonzero(np.concatenate(([True], ~same, [True])))
-        run = int(np.argmax(np.diff(edges)))
-        if np.diff(edges)[run] - 1 >= 99 * period:
-            pattern = "".join(pieces[edges[run]:edges[run] + period])
+        runs = np.diff(edges) - 1
+        begin = edges[runs.argmax()]
+        if runs.max() >= 99 * period:
+            pattern = "".join(page.pieces[begin:begin + period])
             return Drop(f"{pattern!r} 100 times in a row or more", pattern)
     return None
 
@@ -1428,8 +1433,7 @@ def data_folder(config):
     """(folder, settings) of the data of `config`, built or not: the name is the settings' hash."""
     settings = {"code": building_code()}
     if config.token_files:
-        settings["token_files"] = [(str(path), path.stat().st_size, path.stat().st_mtime_ns)
-                                   for path in listed_token_files(config)]
+        settings["token_files"] = ages_of(listed_token_files(config))
     else:
         sources = config.parse_sources()
         settings["clean"] = {source.name: clean_settings(config, source) for source in sources}
@@ -1442,8 +1446,11 @@ def input_ages(path):
     """[(name, size, age)] of the input files at a path; for "stdlib" the Python that it is of."""
     if path == "stdlib":
         return sys.version
-    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns)
-            for file in input_files(Path(path), Counter())]
+    return ages_of(input_files(Path(path), Counter()))
+
+
+def ages_of(files):
+    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def clean_settings(config, source):
@@ -1523,14 +1530,6 @@ def link_files(stage, folder):
             os.link(file, target)
         except OSError:
             shutil.copy(file, target)
-
-
-def write_json(path, content):
-    path.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def read_json(path):
-    return json.loads(path.read_text())
 
 
 # -- the clean stage of a source
@@ -1707,7 +1706,7 @@ def write_tokens(config, source, cleaned, tokenizer_path, folder):
 def write_manifest(config, settings, folder):
     """Mix the shards and write manifest.json; its sha256 stands for all that training reads."""
     vocabulary = vocabulary_of(Tokenizer.load(folder / "tokenizer.json"))
-    shards = {source.name: read_json(folder / f"{source.name}.shards.json")
+    shards = {source.name: json.loads((folder / f"{source.name}.shards.json").read_text())
               for source in config.parse_sources()}
     tokens = {name: sum(shard["tokens"] for shard in shards[name]) for name in shards}
     repeats = repetitions(config, tokens)
@@ -1724,7 +1723,8 @@ def write_manifest(config, settings, folder):
         **read_json(folder / f"{source.name}.funnel.json"), "tokens": tokens[source.name],
         "repeats": repeats[source.name], "mix_tokens": mix_tokens[source.name],
         "share": mix_tokens[source.name] / mix_tokens.total(),
-        "decontaminated": [name for name, _, _ in evaluation_sets(config, source)]}
+        "decontaminated": [name for name, *_ in settings["clean"][source.name].get(
+            "decontaminate", ())]}
         for source in config.parse_sources()}
     identity = [file_sha256(folder / "tokenizer.json"),
                 [(shard["file"], shard["sha256"]) for shard in mixed],
@@ -2195,13 +2195,14 @@ def print_found(run, options):
     if bool(options.doc) == bool(options.text):
         raise UserError("find takes --doc=ID or --text=\"...\", one of them")
     data = RunData(run)
+    done = data.steps_done()
     if options.text and not data.manifest["sources"]:
         raise UserError(f"{run}: made of ready token files, whose text is not at hand; --doc=ID "
                         "finds documents by their .csv.gz files")
     if options.doc:
         found = list(data.find(options.doc))
         print(f"{len(found)} documents of the mix have the id {options.doc}")
-        print_steps(data, found)
+        print_steps(data, found, done)
         for path in sorted((data.folder / "held_out").glob("*.jsonl")):
             if any(json.loads(row)["id"] == options.doc for row in path.open()):
                 print(f"one of {path.stem} is held out")
@@ -2210,14 +2211,13 @@ def print_found(run, options):
     for count, wanted in enumerate(data.search(options.text), 1):
         if count <= options.limit:  # an id may stand for several documents
             print_steps(data, [entry for entry in data.find(wanted["id"], options.text)
-                               if entry[0] == wanted])
+                               if entry[0] == wanted], done)
     print(f"{count} clean documents hold {options.text!r}"
           + (f"; the first {options.limit} are shown" if count > options.limit else ""))
 
 
-def print_steps(data, found):
-    """Where each (document, instances) was seen so far."""
-    done = data.steps_done()
+def print_steps(data, found, done):
+    """Where each (document, instances) was seen in the steps 1 to `done`."""
     for document, instances in found:
         steps = data.steps_of(instances, done)
         print(f"{document['id']}  ({document['source']}, {document['metadata']['provenance']})\n"

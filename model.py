@@ -25,7 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
-from configs import UserError, file_sha256, run_main
+from configs import UserError, file_sha256, read_json, run_main, write_json
 
 LAYER_NORM_EPS = 1e-5
 
@@ -431,17 +431,6 @@ def load_model(path, device="cpu"):
                     "directory or an official OLMo directory (model.pt, config.yaml) is wanted")
 
 
-def read_json(path):
-    """The JSON object in a file; UserError names the file that holds none."""
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: holds {type(value).__name__}, not a JSON object")
-    return value
-
-
 def assemble(config, tensors, place, device):
     """An OLMo filled with `tensors`, {our name: tensor}; every name and shape must fit."""
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -706,13 +695,6 @@ def copy_tokenizer(file, out, config):
     write_json(out / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.max_seq_len,
         "clean_up_tokenization_spaces": False, **special})
-
-
-def write_json(path, value):
-    """Write a JSON file; a crash leaves the old one or the new one, never half of it."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(json.dumps(value, indent=1) + "\n")
-    aside.replace(path)
 
 
 # -- Official OLMo --

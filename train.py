@@ -28,13 +28,13 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
-from configs import UserError, file_sha256, flat, load_config, run_main
+from configs import (UserError, file_sha256, flat, load_config, read_json, run_main,
+                     write_json)
 from data import Batches, DataConfig, Tokenizer, TokenShards, build_data, print_table
 from eval import (EvalConfig, bits_per_byte, domains_table, evaluate_domains, held_out_domains,
                   sample_text)
 from model import (ModelConfig, build_model, choose_device, choose_dtype, head_nats, newest_step,
-                   next_token_loss, read_json, read_step, state_digest, step_directories,
-                   write_json)
+                   next_token_loss, read_step, state_digest, step_directories)
 
 
 # ---- Configuration -------------------------------------------------------------------------------

@@ -59,11 +59,13 @@ def read_config_file(path, fields):
             raise UserError(f"{path}: not valid JSON of an object ({error})") from None
         return {key: checked(fields[key], value, f"{path}: ") for key, value in saved.items()
                 if key in fields}
-    values, known = {}, house_keys()
+    values, known = {}, None
     for line, key, value in read_assignments(path):
         if key in fields:
             values[key] = checked(fields[key], value, f"{path}:{line}: ")
-        elif key not in known:  # one file serves every command: another room's key is fine
+            continue
+        known = known or house_keys()  # read once, and only where a key of another room comes
+        if key not in known:  # one file serves every command: another room's key is fine
             raise unknown_key(key, known, f"{path}:{line}: ")
     return values
 
@@ -188,6 +190,24 @@ def flat(*configs):
 def file_sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path):
+    """The JSON object in a file; UserError names the file that holds none."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds {type(value).__name__}, not a JSON object")
+    return value
+
+
+def write_json(path, value):
+    """Write a JSON file; a crash leaves the old one or the new one, never half of it."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(json.dumps(value, indent=1) + "\n")
+    aside.replace(path)
 
 
 def run_main(main):
