@@ -1985,8 +1985,8 @@ class TraceOptions:
     """The step, counted from 1."""
     rank: int = -1
     """Only the sequences of this rank of world_size; -1 for all."""
-    world_size: int = 1
-    """How many ranks the run had."""
+    world_size: int = 0
+    """How many ranks the step had; 0 is what the log says."""
     chars: int = 200
     """Characters of each document's part that are printed; 0 for all."""
 
@@ -2037,17 +2037,24 @@ class RunData:
         self.tokenizer = Tokenizer.load(self.folder / "tokenizer.json")
         self.index, self.block = lru_cache(8)(self.read_index), lru_cache(self.read_block)
 
-    def steps_done(self):
-        """The last step that the run has logged or saved."""
+    def log_rows(self):
+        """The whole rows of the run's log; a crash may have torn one."""
         log = self.run / "metrics.jsonl"
-        steps = [0, *(int(step.name[4:]) for step in self.run.glob("step*")
-                      if step.name[4:].isdigit())]
         for row in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
             try:
-                steps.append(json.loads(row)["step"])
-            except (ValueError, KeyError, TypeError):  # torn by a crash
+                yield {"step": 0, **json.loads(row)}
+            except (ValueError, TypeError):
                 continue
-        return max(steps)
+
+    def steps_done(self):
+        """The last step that the run has logged or saved."""
+        saved = [int(step.name[4:]) for step in self.run.glob("step*") if step.name[4:].isdigit()]
+        return max([0, *saved, *(row["step"] for row in self.log_rows())])
+
+    def ranks_at(self, step):
+        """How many ranks took a step: those of the first logged one from it on; 1 if none is."""
+        return next((row["world_size"] for row in self.log_rows()
+                     if row["step"] >= step and "world_size" in row), 1)
 
     def read_index(self, shard):
         """(DOCUMENT_INDEX, names) of shard number `shard`; names: of a ready token file's rows."""
@@ -2162,14 +2169,15 @@ def data_of_run(run, config):
 def print_trace(run, options):
     """The documents in a step, sequence by sequence."""
     data = RunData(run)
-    if options.step < 1 or options.world_size < 1 or not -1 <= options.rank < options.world_size:
-        raise UserError(f"--step={options.step} --rank={options.rank} --world_size="
-                        f"{options.world_size}: steps count from 1, ranks from 0 to world_size - 1")
+    ranks = options.world_size or data.ranks_at(options.step)
+    if options.step < 1 or options.world_size < 0 or not -1 <= options.rank < ranks:
+        raise UserError(f"--step={options.step} --rank={options.rank} --world_size={ranks}: steps "
+                        "count from 1, ranks from 0 to world_size - 1")
     done = data.steps_done()
     print(f"step {options.step}, epoch {(options.step - 1) // data.batches.steps_per_epoch}"
           + (f" (not seen: the run is at step {done} of {data.settings.get('max_steps', '?')})"
              if options.step > done else ""))
-    share = (0, 1) if options.rank == -1 else (options.rank, options.world_size)
+    share = (0, 1) if options.rank == -1 else (options.rank, ranks)
     for sequence, spans in itertools.groupby(data.trace(options.step, *share),
                                              key=lambda span: span[:2]):
         print("\nsequence {}, instance {}".format(*sequence))

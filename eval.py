@@ -69,11 +69,12 @@ def rolling_windows(ids, eos_token_id, max_seq_len):
 
 
 @torch.no_grad()
-def evaluate_perplexity(model, tokenizer, documents, batch_tokens=8192):
+def evaluate_perplexity(model, tokenizer, documents, batch_tokens=8192, rank=0, world_size=1):
     """Sums over `documents` ({text, ...}): {documents, tokens, bytes, nats}.
 
     Documents are never joined; `bytes` are those of the raw UTF-8 text and `nats` is the total
     negative log-likelihood, so that bits per byte = nats / ln 2 / bytes over any set (paper 2.4).
+    With a rank, `nats` is of its share of the forward passes; each rank makes as many.
     """
     sums = {"documents": 0, "tokens": 0, "bytes": 0, "nats": 0.0}
     windows = []
@@ -84,29 +85,46 @@ def evaluate_perplexity(model, tokenizer, documents, batch_tokens=8192):
         sums["bytes"] += len(document["text"].encode())
         windows += rolling_windows(ids, tokenizer.eos_token_id, model.config.max_seq_len)
         if len(windows) > 4096:  # enough to sort by length; text streams
-            sums["nats"] += score_windows(model, windows, batch_tokens)
+            sums["nats"] += score_windows(model, windows, batch_tokens, rank, world_size)
             windows = []
-    sums["nats"] += score_windows(model, windows, batch_tokens)
+    sums["nats"] += score_windows(model, windows, batch_tokens, rank, world_size)
     return sums
 
 
-def score_windows(model, windows, batch_tokens):
-    """Total nats (float) of the scored targets, in batches of windows of like length."""
-    device, nats = model.wte.weight.device, 0.0
+def score_windows(model, windows, batch_tokens, rank=0, world_size=1):
+    """Total nats (float) of the scored targets, in batches of windows of like length.
+
+    With a rank, of the batches rank, rank + world_size, ...; where they are one fewer than another
+    rank's, the last batch comes once more, for nothing: a sharded model needs all its ranks.
+    """
+    batches = list(length_batches(windows, batch_tokens))
+    nats = 0.0
+    for number in range(rank, -(-len(batches) // world_size) * world_size, world_size):
+        batch_nats = score_batch(model, batches[min(number, len(batches) - 1)])
+        nats += batch_nats if number < len(batches) else 0.0
+    return nats
+
+
+def length_batches(windows, batch_tokens):
+    """Lists of windows of like length, longest first, each within `batch_tokens` when padded."""
     windows = sorted(windows, key=lambda window: -len(window[0]))
     while windows:
-        longest = len(windows[0][0])
-        n = max(1, batch_tokens // longest)
-        rows, windows = windows[:n], windows[n:]
-        tokens = torch.full((len(rows), longest), model.config.pad_token_id)
-        targets, loss_mask = tokens.clone(), torch.zeros_like(tokens, dtype=torch.bool)
-        for row, (inputs, wanted, scored) in enumerate(rows):
-            tokens[row, :len(inputs)] = torch.tensor(inputs)
-            targets[row, :len(inputs)] = torch.tensor(wanted)
-            loss_mask[row, len(inputs) - scored:len(inputs)] = True
-        row_nats = model(tokens.to(device), targets=targets.to(device))
-        nats += next_token_loss(row_nats, loss_mask.to(device))[0].item()
-    return nats
+        n = max(1, batch_tokens // len(windows[0][0]))
+        yield windows[:n]
+        windows = windows[n:]
+
+
+def score_batch(model, windows):
+    """Total nats (float) of the scored targets of windows, the longest first, in one forward."""
+    device, longest = model.wte.weight.device, len(windows[0][0])
+    tokens = torch.full((len(windows), longest), model.config.pad_token_id)
+    targets, loss_mask = tokens.clone(), torch.zeros_like(tokens, dtype=torch.bool)
+    for row, (inputs, wanted, scored) in enumerate(windows):
+        tokens[row, :len(inputs)] = torch.tensor(inputs)
+        targets[row, :len(inputs)] = torch.tensor(wanted)
+        loss_mask[row, len(inputs) - scored:len(inputs)] = True
+    row_nats = model(tokens.to(device), targets=targets.to(device))
+    return next_token_loss(row_nats, loss_mask.to(device))[0].item()
 
 
 def bits_per_byte(sums):
@@ -120,9 +138,10 @@ def held_out_domains(folder):
             for path in sorted((folder / "held_out").glob("*.jsonl"))}
 
 
-def evaluate_domains(model, tokenizer, domains, batch_tokens):
+def evaluate_domains(model, tokenizer, domains, batch_tokens, rank=0, world_size=1):
     """{domain: sums} for {domain: documents}; a domain without documents is left out."""
-    results = {name: evaluate_perplexity(model, tokenizer, documents, batch_tokens)
+    results = {name: evaluate_perplexity(model, tokenizer, documents, batch_tokens, rank,
+                                         world_size)
                for name, documents in domains.items()}
     return {name: sums for name, sums in results.items() if sums["documents"]}
 
@@ -158,7 +177,7 @@ def read_metrics(run):
     path = Path(run) / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"{path}: missing; name a run directory that train.py wrote")
-    rows = {"train": [], "eval": [], "end": []}
+    rows = {"train": [], "eval": [], "end": [], "not_finite": []}
     for line in path.read_text().splitlines(keepends=True):
         if line.endswith("\n"):  # a run on its way may be writing its last row
             row = json.loads(line)

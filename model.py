@@ -249,14 +249,16 @@ def head_nats(x, head, targets):
 # ---- Initialisation ------------------------------------------------------------------------------
 
 @torch.no_grad()
-def init_weights(model, seed):
+def init_weights(model, seed, part=lambda tensor, parameter: tensor):
     """Fill every parameter with its Mitchell start, the same on any device and number of ranks.
+
+    part(tensor, parameter): of the full tensor, drawn one at a time, what the parameter holds.
 
     # DIFFERS FROM OLMo: official OLMo draws from one running stream, so that its start depends on
     # the number of ranks. Here each full tensor has a stream of its own, seeded by (seed, name).
     """
     for name, parameter in model.named_parameters():
-        parameter.copy_(initial_tensor(name, parameter.shape, seed))
+        parameter.copy_(part(initial_tensor(name, parameter.shape, seed), parameter))
 
 
 def initial_tensor(name, shape, seed):
@@ -468,11 +470,11 @@ def step_directories(run):
     return sorted(steps, key=lambda path: int(path.name[4:]))
 
 
-def newest_step(run):
+def newest_step(run, digests=True):
     """(path, state) of a run's newest whole step directory; damaged ones are named and skipped."""
     for path in reversed(step_directories(run)):
         try:
-            return path, verify_step(path)
+            return path, verify_step(path, digests)
         except UserError as error:
             print(f"warning: {error}; trying the step before it")
     raise UserError(f"{run}: holds no whole step directory")
@@ -484,8 +486,11 @@ def state_digest(state):
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def verify_step(path):
-    """The state.json of a step directory whose every file has its recorded size and SHA-256."""
+def verify_step(path, digests=True):
+    """The state.json of a step directory whose every file has its recorded size and SHA-256.
+
+    digests=False leaves the files' SHA-256 out.
+    """
     state = read_json(path / "state.json")
     if state.get("sha256") != state_digest(state):
         raise UserError(f"{path / 'state.json'}: damaged, its digest differs")
@@ -497,7 +502,7 @@ def verify_step(path):
             raise UserError(f"{file}: missing from this checkpoint")
         if file.stat().st_size != record["size"]:
             raise UserError(f"{file}: damaged, {file.stat().st_size} bytes, not {record['size']}")
-        if file_sha256(file) != record["sha256"]:
+        if digests and file_sha256(file) != record["sha256"]:
             raise UserError(f"{file}: damaged, its SHA-256 differs")
     return state
 

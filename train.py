@@ -1,40 +1,59 @@
-"""Training: the machine, the optimiser, the schedule, checkpoints and the loop.
+"""Training: ranks, optimiser, schedule, the step, checkpoints, the log, the plan and the loop.
 
     python train.py configs/tiny.py [--key=value ...]   # train; on a run that exists, go on from it
     python train.py --resume=RUN [--key=value ...]      # the same, the config read from the run
+    torchrun --nproc_per_node=8 train.py CONFIG         # the same batches and losses on 8 GPUs
+    python train.py CONFIG --plan --gpus=256            # train nothing: memory, days, kWh, CO2
 
 Ctrl-C or SIGTERM finishes the step, saves and leaves. Exit code 0 means finished, any other: run
 the same command again. Paper: OLMo (arXiv 2402.00838), section 3. Parts, in order: configuration,
-the machine, optimiser and schedule, the step, checkpoints, the run directory, the loop.
+the machine, ranks, optimiser and schedule, the step, checkpoints, the run directory, the log, the
+plan, the loop.
 """
 
 import ctypes
+import fcntl
+import functools
 import hashlib
 import json
 import math
 import os
+import resource
 import shutil
 import signal
+import socket
+import sys
 import sysconfig
 import textwrap
+import threading
 import time
+import types
+import uuid
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import (CheckpointPolicy, checkpoint,
+                                    create_selective_checkpoint_contexts)
 from tqdm import tqdm
 
-from configs import (UserError, file_sha256, flat, load_config, read_json, run_main,
+from configs import (HOUSE, ROOMS, UserError, file_sha256, flat, load_config, read_json, run_main,
                      write_json)
-from data import Batches, DataConfig, Tokenizer, TokenShards, build_data, print_table
+from data import Batches, DataConfig, RunData, Tokenizer, TokenShards, build_data, print_table
 from eval import (EvalConfig, bits_per_byte, domains_table, evaluate_domains, held_out_domains,
                   sample_text)
-from model import (ModelConfig, build_model, choose_device, choose_dtype, head_nats, newest_step,
-                   next_token_loss, read_step, state_digest, step_directories)
+from model import (Block, ModelConfig, OLMo, choose_device, choose_dtype, head_nats, init_weights,
+                   newest_step, next_token_loss, parameter_shapes, read_step, state_digest,
+                   step_directories, verify_step)
 
 
 # ---- Configuration -------------------------------------------------------------------------------
@@ -44,17 +63,28 @@ class TrainConfig:
     """How the model is trained; paper, section 3."""
 
     run_dir: str = "runs/tiny"
-    """The directory of this run: config, metrics, checkpoints."""
+    """The directory of this run: config, metrics, checkpoints; one that all nodes see."""
     resume: str = ""
     """Go on with the run in this directory; its config is used."""
     overwrite: bool = False
     """Start anew where run_dir already holds a run."""
+    accept_changes: bool = False
+    """Go on although the config or the data is not what it was; says what changed."""
+    start_from: str = ""
+    """Begin with the weights, optimiser and data position of this RUN/step... (an anneal)."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto is cuda where there is one, else cpu; mps is untried."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of the forward; auto is bfloat16 where the chip is fast at it. Weights stay float32."""
     compile: Literal["auto", "true", "false"] = "auto"
     """Compile the blocks and the head; auto does so where the machine can."""
+    shard: Literal["all", "hybrid"] = "all"
+    """Split the weights over all ranks, or over those of a node, with a copy on every node."""
+    activation_checkpointing: Literal["none", "one_in_four", "one_in_three", "one_in_two",
+                                      "fine_grained", "whole_layer"] = "none"
+    """What the backward computes again instead of keeping: OLMo's choices, by memory saved."""
+    reduce_every_micro_batch: bool = False
+    """Reduce gradients after each micro-batch, as OLMo did: slower, with less memory."""
     batch_size: int = 16
     """Sequences per step, over all ranks."""
     micro_batch_size: int = 0
@@ -85,14 +115,32 @@ class TrainConfig:
     """OLMo-7B's early rule: from step 2 to the one after this the limit is larger; 0 is no rule."""
     grad_clip_warmup_factor: float = 10.0
     """By how much it is larger."""
+    not_finite: Literal["stop", "skip"] = "stop"
+    """What to do with a step whose loss or gradient is not finite; its documents are logged."""
     log_every_steps: int = 10
     """Write a row of metrics.jsonl every so many steps."""
     eval_every_steps: int = 300
     """Evaluate the held-out text every so many steps, and at the end; 0 is at the end alone."""
     save_every_steps: int = 300
     """Save a checkpoint every so many steps, and at the end; 0 is at the end alone."""
+    save_every_minutes: float = 0.0
+    """Save a checkpoint when so many minutes have passed since the last one; 0 is never."""
     keep_last: int = 2
     """How many checkpoints to keep; 0 keeps all."""
+    keep_every: int = 0
+    """Keep those of each multiple of so many steps as well; 0 is none."""
+    verify: Literal["sha256", "size"] = "sha256"
+    """How a checkpoint is checked before it is loaded; size is for huge ones."""
+    stop_after_minutes: float = 0.0
+    """Save and leave after so many minutes, with an exit code that is not 0; 0 is never."""
+    tensorboard: bool = False
+    """Write the log for TensorBoard too, into RUN/tensorboard."""
+    watts: float = 0.0
+    """Power of one rank's share of the machine, where no meter of a GPU is read; 0 is unknown."""
+    pue: float = 1.1
+    """What the data centre uses by what its machines use; paper, section 4.4."""
+    kg_co2_per_kwh: float = 0.610
+    """Carbon intensity of the grid; the paper's for its A100 run."""
 
     def __post_init__(self):
         for key, value in vars(self).items():
@@ -103,6 +151,31 @@ class TrainConfig:
             raise UserError(f"beta1={self.beta1} and beta2={self.beta2} must be below 1")
 
 
+# GPU: (bf16 TFLOP/s, dense; GiB; watts), from the makers' data sheets; MI250X by half, as torch
+# sees it
+GPUS = {"a100-40": (312, 40, 400), "a100": (312, 80, 400), "h100": (989, 80, 700),
+        "h200": (989, 141, 700), "mi250x": (191.5, 64, 280)}
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """What --plan reckons with."""
+
+    plan: bool = False
+    """Train nothing: print memory per GPU, tokens, days, energy and carbon of the config."""
+    gpus: int = 8
+    """How many GPUs."""
+    gpu: Literal["a100-40", "a100", "h100", "h200", "mi250x"] = "h100"
+    """Which GPU; of an MI250X, one of its two halves."""
+    assumed_mfu: float = 0.4
+    """Share of the GPU's peak that training reaches; 0.4 to 0.5 is what others report for 7B."""
+
+    def __post_init__(self):
+        if self.gpus < 1 or not 0 < self.assumed_mfu <= 1:
+            raise UserError(f"gpus={self.gpus} must be at least 1 and "
+                            f"assumed_mfu={self.assumed_mfu} above 0 and at most 1")
+
+
 # ---- The machine ---------------------------------------------------------------------------------
 
 def can_compile():
@@ -111,9 +184,8 @@ def can_compile():
     return bool(compiler) and (Path(sysconfig.get_path("include")) / "Python.h").is_file()
 
 
-def choose_machine(config):
-    """The device, the forward's dtype and whether to compile; prints what was chosen, and why."""
-    device = choose_device(config.device)
+def choose_machine(config, device):
+    """The forward's dtype and whether to compile on `device`; prints what was chosen, and why."""
     dtype = choose_dtype(config.dtype, device)
     compiled = config.compile == "true"
     why = "as asked"
@@ -121,18 +193,20 @@ def choose_machine(config):
         compiled = device.type in ("cpu", "cuda") and can_compile()
         why = ("the first time takes about half a minute" if compiled else
                "untried" if device.type == "mps" else "no C++ compiler or Python headers")
-    print(f"machine: {device.type} with {torch.get_num_threads()} threads; forward in {dtype} "
+    print(f"machine: {device.type} with {torch.get_num_threads()} threads"
+          + (f", {world_size()} ranks" if world_size() > 1 else "") + f"; forward in {dtype} "
           f"({'as asked' if config.dtype != 'auto' else 'what this chip multiplies best'}); "
           f"{'compiled' if compiled else 'not compiled'} ({why})")
-    return device, dtype, compiled
+    return dtype, compiled
 
 
-def choose_micro_batch(config, seq_len):
-    """Sequences per forward: as set, or the most that divide the batch within 16,384 tokens."""
+def choose_micro_batch(config, seq_len, ranks=1):
+    """Sequences per forward: as set, or the most that divide a rank's share in 16,384 tokens."""
+    share = max(1, config.batch_size // ranks)
     if config.micro_batch_size:
-        return min(config.micro_batch_size, config.batch_size)
-    return max(n for n in range(1, config.batch_size + 1)
-               if config.batch_size % n == 0 and (n * seq_len <= 16384 or n == 1))
+        return min(config.micro_batch_size, share)
+    return max(n for n in range(1, share + 1)
+               if share % n == 0 and (n * seq_len <= 16384 or n == 1))
 
 
 def keep_freed_memory():
@@ -143,6 +217,167 @@ def keep_freed_memory():
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nor shrink the heap
 
 
+# ---- Ranks ---------------------------------------------------------------------------------------
+# The scaling layer: model.py, data.py and eval.py know nothing of it. A process that torchrun
+# started is a rank; without torchrun there is one, and no process group.
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def setup_distributed(name):
+    """(rank, world size, device named `name`) of this process, from torchrun's environment."""
+    device = choose_device(name)
+    if device.type == "cuda":
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        if local >= torch.cuda.device_count():
+            raise UserError(f"--nproc_per_node is above the {torch.cuda.device_count()} GPUs of "
+                            f"{socket.gethostname()}")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if device.type == "mps":
+            raise UserError("device=mps works for one process; --device=cpu for several")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        if rank():  # one rank speaks; the others' errors go to stderr
+            sys.stdout = open(os.devnull, "w")
+    return rank(), world_size(), device
+
+
+def reduce_sum(tensor):
+    """The sum of a tensor over all ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def largest(*numbers):
+    """The largest of each of `numbers` over all ranks, so that all of them decide alike."""
+    if not dist.is_initialized():
+        return list(numbers)
+    tensor = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor.tolist()
+
+
+def gather(value):
+    """[value of rank 0, of rank 1, ...] on every rank."""
+    values = [value] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
+@functools.cache
+def patient_group():
+    """A group whose waits may last, while rank 0 builds the data; the usual limit is minutes."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=30))
+
+
+def on_main(work):
+    """What `work()` returns on rank 0, on every rank; its UserError ends them all."""
+    if not dist.is_initialized():
+        return work()
+    outcome = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = work()
+        except UserError as error:
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome, group=patient_group())
+    if outcome[1]:
+        raise UserError(outcome[1])
+    return outcome[0]
+
+
+def check_agreement(facts):
+    """UserError on every rank if the dict `facts` is not the same on all of them."""
+    everyone = gather((socket.gethostname(), facts))
+    wanted = everyone[0][1]
+    for number, (host, theirs) in enumerate(everyone):
+        differing = [f"{key}: {wanted.get(key)} on rank 0, {theirs.get(key)} on rank {number}"
+                     for key in {**wanted, **theirs} if wanted.get(key) != theirs.get(key)]
+        if differing:
+            raise UserError(f"rank {number} ({host}) is not on the same run: "
+                            f"{'; '.join(differing)}. Give every node the same code, config and "
+                            "data")
+
+
+def code_version():
+    """One hash over the code that every rank must share."""
+    rooms = [HOUSE / room for room in ROOMS if (HOUSE / room).is_file()]
+    return hashlib.sha256("".join(map(file_sha256, rooms)).encode()).hexdigest()[:12]
+
+
+def check_shared(run):
+    """UserError where a rank does not see rank 0's run directory, as on a node's own disk."""
+    mark = run / on_main(lambda: f".seen-{uuid.uuid4().hex}")
+    on_main(mark.touch)
+    blind = [host for host in gather("" if mark.exists() else socket.gethostname()) if host]
+    on_main(mark.unlink)
+    if blind:
+        raise UserError(f"run_dir={run} is not the same directory on "
+                        f"{', '.join(sorted(set(blind)))}; name one on a disk that all nodes share")
+
+
+def shard_model(model, config, device, dtype, compiled):
+    """Make an OLMo on the meta device ready for training on `device`: empty, and in this order.
+
+    Recomputation goes inside of the compiled region, so that the compiler plans it; FSDP's hooks
+    stay outside, where they can gather a block's weights just before it and free them after.
+    Weights, gradients' sums and optimiser are float32 slices; a block gathered is `dtype`.
+    """
+    model.compute_dtype = dtype
+    checkpoint_activations(model, config.activation_checkpointing)
+    if compiled:
+        compile_model(model)
+    if dist.is_initialized():
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
+                                      cast_forward_inputs=False)  # RoPE's table stays float32
+        mesh = build_mesh(config.shard, device)
+        for module in (*model.blocks, model):  # the root, last, takes embedding and head
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+        # It warns that nobody may write into the nats, a view, in place; nobody does.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module")
+    return model.to_empty(device=device)
+
+
+def build_mesh(shard, device):
+    """All ranks in a row, or for hybrid sharding a row of ranks for each node."""
+    if shard == "all":
+        return init_device_mesh(device.type, (world_size(),))
+    node = int(os.environ["LOCAL_WORLD_SIZE"])
+    return init_device_mesh(device.type, (world_size() // node, node),
+                            mesh_dim_names=("replicate", "shard"))
+
+
+CHECKPOINTED_BLOCKS = {"none": 0, "one_in_four": 4, "one_in_three": 3, "one_in_two": 2,
+                       "fine_grained": 1, "whole_layer": 1}  # one in so many
+
+
+def checkpoint_activations(model, policy):
+    """Let blocks keep their input alone, or with fine_grained the two big projections too."""
+    every = CHECKPOINTED_BLOCKS[policy]
+    options = dict(use_reentrant=False, preserve_rng_state=False)  # there is no dropout
+    if policy == "fine_grained":
+        widths = {3 * model.config.d_model, 2 * model.config.mlp_hidden_size}
+
+        def keep_wide_products(context, op, *args, **kwargs):
+            wide = op == torch.ops.aten.mm.default and args[1].shape[1] in widths
+            return CheckpointPolicy.MUST_SAVE if wide else CheckpointPolicy.PREFER_RECOMPUTE
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts,
+                                                  keep_wide_products)
+
+    def forward(block, *args):  # one function for all blocks, so that it compiles once
+        return checkpoint(lambda *inputs: Block.forward(block, *inputs), *args, **options)
+    for block in model.blocks[::every] if every else ():
+        block.forward = types.MethodType(forward, block)
+
+
 def compile_model(model):
     """Compile each block, and the head with its loss.
 
@@ -150,8 +385,16 @@ def compile_model(model):
     # and a resumed run could not be bit-exact.
     """
     for block in model.blocks:
-        block.compile()
+        block.forward = torch.compile(block.forward)
     model.head_nats = torch.compile(head_nats)
+
+
+def own_part(tensor, parameter):
+    """Of a full tensor, what this rank holds of the parameter."""
+    if not isinstance(parameter, DTensor):
+        return tensor
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements,
+                             src_data_rank=None)  # every rank has it: nothing is sent
 
 
 # ---- Optimiser and schedule ----------------------------------------------------------------------
@@ -203,23 +446,32 @@ def clip_at_step(step, config):
 
 # ---- The step ------------------------------------------------------------------------------------
 
-def train_step(model, optimizer, micro_batches, loss_fn, lr, max_norm):
-    """One update from `micro_batches`; returns {loss, grad_norm}, the norm before clipping.
+def train_step(model, optimizer, micro_batches, loss_fn, lr, max_norm, reduce_every=False):
+    """One update from this rank's `micro_batches`; returns {loss, grad_norm} of the global batch.
 
     `loss_fn(model, batch)` gives (summed loss, count). The loss is the sum over all micro-batches
-    by their whole count, so that no way of cutting the batch changes it. Raises FloatingPointError
-    before the weights are touched if the loss or the gradient is not finite.
+    and ranks by their whole count, so that no way of cutting the batch changes it. grad_norm is the
+    global L2 norm before clipping. reduce_every: sum the gradients over the ranks after each
+    micro-batch, not only the last. Raises FloatingPointError on every rank, before the weights are
+    touched, if the loss or the gradient is not finite.
     """
     total, count = 0.0, 0
-    for batch in micro_batches:
+    for i, batch in enumerate(micro_batches):
+        if isinstance(model, FSDPModule):
+            # subtle: it counts when the forward begins, not at backward()
+            model.set_requires_gradient_sync(reduce_every or i == len(micro_batches) - 1)
         summed, n = loss_fn(model, batch)
         summed.backward()
         total, count = total + summed.detach(), count + n
+    total, count = reduce_sum(torch.stack([total, count.to(total)]))
     for p in model.parameters():
-        p.grad.div_(count)
+        p.grad.mul_(world_size() / count)  # FSDP has averaged over the ranks; a sum is wanted
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    if isinstance(grad_norm, DTensor):
+        grad_norm = grad_norm.full_tensor()
     metrics = {"loss": (total / count).item(), "grad_norm": grad_norm.item()}
     if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
+        optimizer.zero_grad()
         raise FloatingPointError(f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}")
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -242,9 +494,11 @@ def cut_batch(batch, rows, device):
 
 
 def batch_hash(tokens):
-    """A hash of tokens (B, T) that no order of the rows changes: the sum of the rows' hashes."""
+    """A hash of the tokens (B, T) of all ranks, whose rows may come in any order: their sum."""
     digests = [hashlib.sha256(row.tobytes()).digest()[:8] for row in tokens.numpy()]
-    return f"{sum(int.from_bytes(digest, 'big') for digest in digests) % 2**64:016x}"
+    own = sum(int.from_bytes(digest, "big", signed=True) for digest in digests)
+    wrapped = (own + 2**63) % 2**64 - 2**63  # int64 sums wrap around, in torch as here
+    return f"{reduce_sum(torch.tensor(wrapped)).item() % 2**64:016x}"
 
 
 # ---- Checkpoints ---------------------------------------------------------------------------------
@@ -262,28 +516,50 @@ def training_tensors(model, optimizer):
 def save_checkpoint(run, state, model, optimizer):
     """Write RUN/step000500: tensors through DCP, and state.json with each file's size and SHA-256.
 
-    It is written under another name and renamed: one that exists is whole, a failed one is gone.
+    Every rank writes and hashes its own slices; another number of ranks can load them. It is
+    written under another name and renamed when all are done: one that exists is whole, a failed one
+    is gone.
     """
     path = Path(run) / f"step{state['step']:06d}"
-    if path.exists():
+    if on_main(path.exists):
         return path
     aside = path.with_name(path.name + ".tmp")
+    on_main(lambda: shutil.rmtree(aside, ignore_errors=True))
+    files, fault = {}, None
     try:
-        shutil.rmtree(aside, ignore_errors=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that there is but one process
             dcp.save(training_tensors(model, optimizer), checkpoint_id=aside)
-        files = {file.name: {"size": file.stat().st_size, "sha256": file_sha256(file)}
-                 for file in sorted(aside.iterdir())}
-        state = {**state, "files": files}
+        files = records(aside.glob(f"__{rank()}_*"))
+    except (OSError, CheckpointException) as error:
+        fault = root_cause(error)
+    everyone = gather((files, fault))
+    on_main(lambda: finish_checkpoint(path, aside, state, everyone))
+    return path
+
+
+def finish_checkpoint(path, aside, state, everyone):
+    """Write state.json over what all ranks have written, and give the checkpoint its name."""
+    try:
+        faults = [fault for _, fault in everyone if fault]
+        if faults:
+            raise OSError(faults[0])
+        files = {name: record for theirs, _ in everyone for name, record in theirs.items()}
+        files |= records(file for file in aside.iterdir() if file.name not in files)  # .metadata
+        state = {**state, "files": dict(sorted(files.items()))}
         write_json(aside / "state.json", {**state, "sha256": state_digest(state)})
         aside.rename(path)
-    except (OSError, CheckpointException) as error:
+    except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise UserError(f"{path}: the checkpoint could not be written ({root_cause(error)}); make "
-                        "room, then go on from the one before: "
-                        f"python train.py --resume={run}") from None
-    return path
+        raise UserError(f"{path}: the checkpoint could not be written ({error}); make room, then "
+                        "go on from the one before: "
+                        f"python train.py --resume={path.parent}") from None
+
+
+def records(files):
+    """{name: its size and SHA-256}."""
+    return {file.name: {"size": file.stat().st_size, "sha256": file_sha256(file)}
+            for file in files}
 
 
 def root_cause(error):
@@ -294,70 +570,117 @@ def root_cause(error):
 
 
 def load_checkpoint(path, model, optimizer):
-    """Restore weights and optimiser in place from a step directory."""
+    """Restore weights and optimiser in place from a step directory, of any number of ranks."""
     read_step(path, training_tensors(model, optimizer))
 
 
-def drop_old_checkpoints(run, keep_last):
-    """Delete all but the newest `keep_last` steps, renamed first: a step's name means whole."""
+def drop_old_checkpoints(run, keep_last, keep_every):
+    """Delete all but the newest `keep_last` steps and the multiples of `keep_every`.
+
+    They are renamed first: a step's name means whole.
+    """
     if keep_last:
         for path in step_directories(run)[:-keep_last]:
-            doomed = path.rename(path.with_name(path.name + ".tmp"))
-            shutil.rmtree(doomed)
+            if not keep_every or int(path.name[4:]) % keep_every:
+                doomed = path.rename(path.with_name(path.name + ".tmp"))
+                shutil.rmtree(doomed)
 
 
 # ---- The run directory ---------------------------------------------------------------------------
 
-COMMANDS = {"resume", "overwrite"}  # keys that say what to do, not what the run is
+COMMANDS = {"resume", "overwrite", "accept_changes", "tensorboard", "verify"}  # not what a run is
 
 
 def may_differ(key):
     """Whether a run may go on with another value of this key."""
     evaluation = key in EvalConfig.__dataclass_fields__  # changes no weight
-    free = {"run_dir", "max_steps", "device", "dtype", "compile", "micro_batch_size", "workers"}
+    free = {"run_dir", "max_steps", "device", "dtype", "compile", "micro_batch_size", "workers",
+            "shard", "activation_checkpointing", "reduce_every_micro_batch", "not_finite",
+            "save_every_minutes", "watts", "pue", "kg_co2_per_kwh"}
     return (evaluation or key in free or key.endswith("_every_steps")
             or key.startswith(("keep_", "stop_")))
 
 
-def open_run(run, settings, fingerprint, overwrite):
-    """Make or reopen the run directory; returns (newest whole step or None, its state).
+def open_run(config, settings, fingerprint):
+    """Look at what the run directory holds; returns (step directory to load or None, state).
 
-    Raises UserError that names the keys, or the part of the data, that differ from the run's.
+    That is the newest whole step of the run, or for a new run the one of start_from. Raises
+    UserError that names the keys, or the part of the data, that differ from the run's.
     """
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"run_dir={run}: no directory can be made there ({error})") from None
-    if overwrite:
+    run, fresh = Path(config.run_dir), {"step": 0, "tokens": 0, "seconds": 0.0, "kwh": 0.0}
+    # subtle: torchrun restarts the very command, and must not overwrite the run a second time
+    if config.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         clear_run(run)
     for leftover in run.glob("step*.tmp"):
         shutil.rmtree(leftover)
     if not step_directories(run):
-        return None, {"step": 0, "tokens": 0, "seconds": 0.0}
+        if not config.start_from:
+            return None, fresh
+        start = Path(config.start_from)
+        saved = verify_step(start, config.verify == "sha256")
+        check_changes(start, saved, {}, fingerprint, config)
+        return start, fresh | {"step": saved["step"], "tokens": saved["tokens"]}
     try:
-        step, state = newest_step(run)
+        step, saved = newest_step(run, config.verify == "sha256")
     except UserError as error:
         raise UserError(f"{error}; --overwrite starts the run anew") from None
-    saved = state["config"]
-    changed = [f"{key}: {saved[key]} there, {value} now" for key, value in settings.items()
-               if key in saved and saved[key] != value and not may_differ(key)]
-    if changed:
-        raise UserError(f"{run} holds another run ({'; '.join(changed)}); choose another "
-                        "--run_dir, or --overwrite it")
-    moved = [f"{key}: {state['data'].get(key)} then, {value} now"
-             for key, value in fingerprint.items() if state["data"].get(key) != value]
-    if moved:
-        raise UserError(f"{run}: its data has changed ({'; '.join(moved)}); restore it, or "
-                        "--overwrite the run")
+    check_changes(run, saved, settings, fingerprint, config)
+    say_new_schedule(saved, config)
     for damaged in step_directories(run)[step_directories(run).index(step) + 1:]:
         shutil.rmtree(run / f"damaged-{damaged.name}", ignore_errors=True)
         damaged.rename(run / f"damaged-{damaged.name}")  # make way for the same step, done anew
-    return step, {key: state[key] for key in ("step", "tokens", "seconds")}
+    return step, fresh | {key: saved[key] for key in fresh if key in saved}
+
+
+def check_changes(place, saved, settings, fingerprint, config):
+    """UserError if settings or data are not those of a saved state; with accept_changes a line."""
+    before = saved["config"]
+    changed = [f"{key}: {before[key]} there, {value} now" for key, value in settings.items()
+               if key in before and before[key] != value and not may_differ(key)]
+    moved = [f"{key}: {saved['data'].get(key)} then, {value} now"
+             for key, value in fingerprint.items() if saved["data"].get(key) != value]
+    if config.accept_changes and changed + moved:
+        print(f"{place}: goes on with changes: {'; '.join(changed + moved)}")
+    elif changed:
+        raise UserError(f"{place} holds another run ({'; '.join(changed)}); choose another "
+                        "--run_dir, or --overwrite it, or --accept_changes")
+    elif moved:
+        raise UserError(f"{place}: its data has changed ({'; '.join(moved)}); restore it, or "
+                        "--overwrite the run, or --accept_changes")
+
+
+def say_new_schedule(saved, config):
+    """Print it if the next step's learning rate is not what the run so far would have had there."""
+    keys = TrainConfig.__dataclass_fields__
+    before = TrainConfig(**{key: value for key, value in saved["config"].items() if key in keys})
+    step = saved["step"] + 1
+    then, now = lr_at_step(step, before), lr_at_step(step, config)
+    if then != now and config.max_steps > saved["step"]:
+        print(f"the schedule is another one: step {step} has the learning rate {now:.3g}, where "
+              f"with max_steps={before.max_steps} it would have had {then:.3g}")
+
+
+def hold_run(run):
+    """Make the run directory, and keep other processes from training in it until this one ends."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        handle = open(run / ".lock", "w")
+    except OSError as error:
+        raise UserError(f"run_dir={run}: no directory can be made there ({error})") from None
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{run}: another process trains there; wait for it, or choose another "
+                        "--run_dir") from None
+    except OSError:
+        print(f"{run}: its disk knows no locks; see to it that one process alone trains there")
+    return handle
 
 
 def clear_run(run):
     """Delete what a run writes, and nothing else that may lie in its directory."""
-    for path in [*step_directories(run), *run.glob("step*.tmp"), *run.glob("damaged-step*")]:
+    for path in [*step_directories(run), *run.glob("step*.tmp"), *run.glob("damaged-step*"),
+                 *run.glob("tensorboard")]:
         shutil.rmtree(path)
     for name in ("config.json", "tokenizer.json", "manifest.json", "metrics.jsonl"):
         (run / name).unlink(missing_ok=True)
@@ -370,10 +693,18 @@ def describe_run(run, settings, folder, fingerprint):
     write_json(run / "manifest.json", {**read_json(folder / "manifest.json"), "order": fingerprint})
 
 
-class Log:
-    """RUN/metrics.jsonl, one object a row; rows of steps to be done again are dropped."""
+# ---- The log -------------------------------------------------------------------------------------
 
-    def __init__(self, run, step):
+class Log:
+    """RUN/metrics.jsonl, one object a row; rows of steps to be done again are dropped.
+
+    Rank 0 writes it, and TensorBoard's files if asked to; elsewhere it is silent.
+    """
+
+    def __init__(self, run, step, tensorboard=False):
+        self.file = self.board = None
+        if rank():
+            return
         path = run / "metrics.jsonl"
         rows = path.read_text().splitlines(keepends=True) if path.is_file() else []
         kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step
@@ -382,9 +713,13 @@ class Log:
         aside.write_text("".join(kept))
         aside.rename(path)
         self.file = open(path, "a")
+        if tensorboard:
+            self.board = open_tensorboard(run / "tensorboard", step)
 
     def write(self, kind, state, **row):
         """Append a row of one kind with the step, tokens and seconds of `state`."""
+        if not self.file:
+            return
         where = {key: state[key] for key in ("step", "tokens", "seconds")}
         try:
             self.file.write(json.dumps({"kind": kind, **where, **row}) + "\n")
@@ -392,28 +727,225 @@ class Log:
         except OSError as error:
             raise UserError(f"{self.file.name}: could not be written ({error}); make room, then "
                             "run the same command again") from None
+        if self.board:
+            numbers = {**row, **row.get("bits_per_byte", {})}
+            for key, value in numbers.items():
+                if type(value) in (int, float):
+                    self.board.add_scalar(f"{kind}/{key}", value, state["step"])
+            self.board.flush()
+
+
+def open_tensorboard(folder, step):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs a package: pip install tensorboard") from None
+    return SummaryWriter(folder, purge_step=step + 1)
+
+
+def flops_per_token(config):
+    """Of a forward and a backward: 6 a weight of the matrices, the head too, and attention's."""
+    weights = sum(math.prod(shape) for name, shape in parameter_shapes(config).items()
+                  if name != "wte.weight" or config.weight_tying)
+    return 6 * weights + 12 * config.n_layers * config.d_model * config.max_seq_len
+
+
+def peak_flops(device):
+    """The bf16 peak of this GPU a second, or None if it is none of the table."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device).lower().replace(" ", "")
+    known = [flops for gpu, (flops, _, _) in GPUS.items() if gpu in name]
+    return known[0] * 1e12 if known else None
+
+
+def peak_memory(device):
+    """The most GB that this rank has held: of the GPU's memory, or without one of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+class PowerMeter:
+    """The energy of this rank's device: NVML's power each second, or else `watts` by the clock.
+
+    As in the paper (section 4.4) power is sampled and averaged over the time; unlike there it is
+    the GPU's alone, not the node's. `metered` says which of the two it is.
+    """
+
+    def __init__(self, device, watts):
+        self.device, self.watts, self.joules = device, watts, 0.0
+        self.metered = device.type == "cuda" and self.read() is not None
+        self.began = time.monotonic()
+        if self.metered:
+            threading.Thread(target=self.sample, daemon=True).start()
+
+    def read(self):
+        """The power now in watts, or None where no meter can be read."""
+        try:
+            return torch.cuda.power_draw(self.device) / 1000
+        except Exception:  # no pynvml, no driver, no right: as many kinds of errors
+            return None
+
+    def sample(self):
+        then = time.monotonic()
+        while True:
+            time.sleep(1.0)
+            now, watts = time.monotonic(), self.read()
+            self.joules += (self.watts if watts is None else watts) * (now - then)
+            then = now
+
+    def kwh(self):
+        joules = self.joules if self.metered else self.watts * (time.monotonic() - self.began)
+        return joules / 3.6e6
+
+
+def energy_line(kwh, metered, config):
+    """Energy and carbon of a run, as in the paper's section 4.4."""
+    if not kwh:
+        return "energy: unknown; --watts=... states the power of a rank where no meter is read"
+    source = "of the GPUs, metered" if metered else f"at {config.watts:g} W a rank, as stated"
+    return (f"energy: {kwh:.4g} kWh ({source}) x {config.pue:g} (PUE) x "
+            f"{config.kg_co2_per_kwh:g} kg/kWh = "
+            f"{kwh * config.pue * config.kg_co2_per_kwh:.3g} kg CO2eq")
 
 
 class StopSignal:
-    """While open, keeps the first Ctrl-C or SIGTERM in `number`; a second one acts at once."""
+    """While open, keeps the first Ctrl-C, SIGTERM or alarm in `number`.
+
+    Alone, a second signal acts at once. Under torchrun it does not: the launcher passes on what the
+    terminal has sent already, and kills who is still there after 30 s.
+    """
+
+    def __init__(self, deadline=math.inf):
+        self.deadline = deadline  # of time.monotonic(): then an alarm rings
 
     def __enter__(self):
         self.number, self.before = 0, {}
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
             self.before[number] = signal.signal(number, self.receive)
+        if self.deadline < math.inf:
+            signal.setitimer(signal.ITIMER_REAL, max(0.001, self.deadline - time.monotonic()))
         return self
 
     def receive(self, number, frame):
+        if self.number:
+            return
         self.number = number
-        tqdm.write("stopping after this step; once more stops at once")
-        self.restore()
+        if number == signal.SIGALRM:
+            tqdm.write("stop_after_minutes: stopping after this step")
+        elif world_size() == 1:
+            tqdm.write("stopping after this step; once more stops at once")
+            self.restore()
 
     def restore(self):
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
     def __exit__(self, *exception):
         self.restore()
+
+
+# ---- The plan ------------------------------------------------------------------------------------
+
+def plan_memory(model_config, config, ranks, rows):
+    """{part: bytes} that one GPU holds at the worst moment of a step of `rows` sequences a pass.
+
+    Reckoned from what autograd keeps of the eager model; compiled it needs less. The tests hold it
+    within 15 % of torch's own memory trackers. On top of it come the driver and fragments: 2 GB.
+    """
+    D, F, L = model_config.d_model, model_config.mlp_hidden_size, model_config.n_layers
+    V, tokens = model_config.embedding_size, rows * model_config.max_seq_len
+    width = 4 if config.dtype == "float32" else 2  # bytes of an activation or a gathered weight
+    weights = sum(math.prod(shape) for shape in parameter_shapes(model_config).values())
+    block = 4 * D * D + 3 * D * F
+    root = weights - L * block  # embedding and head
+    slices = ranks if config.shard == "all" else min(ranks, 8)  # the node has 8
+    whole_gradients = ranks > 1 and not config.reduce_every_micro_batch
+
+    # What a block keeps for the backward. With one rank that includes its weights' bf16 copies.
+    casts = width * block if ranks == 1 and width == 2 else 0
+    everything = (10 * D + 4 * F) * width * tokens + casts
+    every = CHECKPOINTED_BLOCKS[config.activation_checkpointing]
+    fine = config.activation_checkpointing == "fine_grained"
+    little = (4 * D + 2 * F if fine else D) * width * tokens
+    few = -(-L // every) if every else 0
+    kept = (L - few) * everything + few * little
+
+    # The worst moment is the loss, with three float32 tensors the size of the logits, or the
+    # backward of the last block, where it is computed again and its gradients reduced.
+    gathered = 2 * width * block if ranks > 1 else 0  # this block's weights and the next one's
+    at_the_loss = 3 * 4 * V * tokens + (gathered / 2 or width * V * D)
+    in_the_block = (everything if every else 0) + gathered + (width + 4) * block + width * V * D
+    return {"weights": 4 * weights / slices, "AdamW": 8 * weights / slices,
+            "gradients": 4 * weights / slices + (4 * weights if whole_gradients else 0),
+            "gathered weights": width * root if ranks > 1 else 0,
+            "activations": kept, "at the worst moment": max(at_the_loss, in_the_block)}
+
+
+def print_plan(model_config, config, plan):
+    """Memory per GPU by part, tokens, days, energy, carbon and disk of a config; trains nothing."""
+    tflops, capacity, watts = GPUS[plan.gpu]
+    weights = sum(math.prod(shape) for shape in parameter_shapes(model_config).values())
+    tokens = config.max_steps * config.batch_size * model_config.max_seq_len
+    print(f"{weights:,} parameters; {config.max_steps:,} steps of {config.batch_size:,} x "
+          f"{model_config.max_seq_len:,} tokens: {tokens / 1e9:,.4g} G tokens")
+    if config.batch_size % plan.gpus:
+        near = [n for n in range(1, config.batch_size + 1) if config.batch_size % n == 0]
+        near = sorted(near, key=lambda n: abs(n - plan.gpus))[:2]
+        print(f"  batch_size={config.batch_size} does not divide by {plan.gpus} GPUs: use "
+              f"{' or '.join(map(str, sorted(near)))}, or --batch_size="
+              f"{max(1, round(config.batch_size / plan.gpus)) * plan.gpus}, another run")
+    rows = choose_micro_batch(config, model_config.max_seq_len, plan.gpus)
+    print(f"\nmemory of each of {plan.gpus:,} {plan.gpu} ({capacity} GiB), {rows} sequences at a "
+          f"time, activation_checkpointing={config.activation_checkpointing}:")
+    parts = plan_memory(model_config, config, plan.gpus, rows)
+    for part, size in [*parts.items(), ("peak", sum(parts.values()))]:
+        print(f"  {part:<20}{size / 2**30:>9.2f} GiB")
+    print(advice(model_config, config, plan, rows))
+    seconds = tokens * flops_per_token(model_config) / (plan.gpus * tflops * 1e12
+                                                        * plan.assumed_mfu)
+    kwh = plan.gpus * watts / 1000 * seconds / 3600
+    print(f"\nat {plan.assumed_mfu:.0%} MFU of {tflops} TFLOP/s (assumed; --assumed_mfu):\n"
+          f"  {tokens / seconds:,.0f} tokens/s, {tokens / seconds / plan.gpus:,.0f} a GPU\n"
+          f"  {seconds / 86400:,.1f} days, {plan.gpus * seconds / 3600:,.0f} GPU hours\n"
+          f"  {kwh:,.0f} kWh at {watts} W a GPU x {config.pue:g} (PUE) x "
+          f"{config.kg_co2_per_kwh:g} kg/kWh = "
+          f"{kwh * config.pue * config.kg_co2_per_kwh / 1000:,.2f} t CO2eq")
+    saved = config.max_steps // config.save_every_steps if config.save_every_steps else 1
+    kept = min(saved, config.keep_last or saved)
+    if config.keep_last and config.keep_every:
+        kept += config.max_steps // config.keep_every
+    print(f"  {12 * weights / 1e9:,.1f} GB a checkpoint, {12 * weights * kept / 1e12:,.2f} TB for "
+          f"the {kept:,} that are kept")
+
+
+def advice(model_config, config, plan, rows):
+    """One line: that it fits, or the mildest setting with which it would."""
+    room = 2**30 * GPUS[plan.gpu][1] - 2e9  # of the driver and fragments
+
+    def fits(rows, ranks=plan.gpus, **changes):
+        parts = plan_memory(model_config, replace(config, **changes), ranks, rows)
+        return sum(parts.values()) < room
+    if fits(rows):
+        return "  it fits" + ("" if rows * 2 > config.batch_size // plan.gpus or not fits(rows * 2)
+                              else f"; so would --micro_batch_size={rows * 2}")
+    smaller = [n for n in (rows, rows // 2, rows // 4, 1) if n]
+    for n in dict.fromkeys(smaller):
+        for reduce_every in (config.reduce_every_micro_batch, True):
+            for policy in CHECKPOINTED_BLOCKS:
+                if fits(n, activation_checkpointing=policy, reduce_every_micro_batch=reduce_every):
+                    return (f"  it does not fit; --activation_checkpointing={policy} "
+                            f"--micro_batch_size={n}"
+                            + " --reduce_every_micro_batch" * (reduce_every and plan.gpus > 1)
+                            + " would")
+    least = next((n for n in range(plan.gpus, 8 * plan.gpus + 1) if fits(
+        1, n, activation_checkpointing="whole_layer", reduce_every_micro_batch=True,
+        shard="all")), None)
+    return ("  it does not fit, whatever is computed again"
+            + (f"; it would on {least} GPUs" if least else "; take many more GPUs"))
 
 
 # ---- The loop ------------------------------------------------------------------------------------
@@ -431,41 +963,52 @@ def check_vocabulary(config, tokenizer):
 
 def train(model_config, data_config, eval_config, config):
     """Train a run from its start, or its newest checkpoint, to max_steps; returns the exit code."""
-    run = Path(config.run_dir)
+    began, run = time.monotonic(), Path(config.run_dir)
     settings = flat(model_config, data_config, eval_config, config)
     settings = {key: value for key, value in settings.items() if key not in COMMANDS}
-    print(textwrap.fill("config: " + ", ".join(f"{key}={value}" for key, value in settings.items()),
-                        width=100, subsequent_indent="  "))
 
     # The machine
-    device, dtype, compiled = choose_machine(config)
-    rows = choose_micro_batch(config, model_config.max_seq_len)
+    number, ranks, device = setup_distributed(config.device)
+    print(textwrap.fill("config: " + ", ".join(f"{key}={value}" for key, value in settings.items()),
+                        width=100, subsequent_indent="  "))
+    check_agreement({**settings, "code": code_version(), "torch": torch.__version__})
+    dtype, compiled = choose_machine(config, device)
+    rows = choose_micro_batch(config, model_config.max_seq_len, ranks)
     keep_freed_memory()
 
-    # The data
+    # The data: built by one rank, found by the others (or built, on a disk of their own)
+    on_main(lambda: build_data(data_config) and None)
     folder = build_data(data_config)
     print_table(folder)
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     check_vocabulary(model_config, tokenizer)
     shards = TokenShards(folder, model_config.max_seq_len)
     batches = Batches(shards, config.batch_size, data_config.seed, folder)
+    batches(1, number, ranks)  # what is wrong with its size is said before the run begins
     fingerprint = batches.fingerprint()
+    check_agreement(fingerprint)
 
-    # The model and its optimiser, new or as the run left them
-    start, state = open_run(run, settings, fingerprint, config.overwrite)
+    # The run: new, or as it was left
+    held = []  # until this process ends
+    on_main(lambda: held.append(hold_run(run)))
+    check_shared(run)
+    start, state = on_main(lambda: open_run(config, settings, fingerprint))
     if state["step"] >= config.max_steps:
         print(f"{run}: finished, at step {state['step']} of {config.max_steps}")
         return 0
-    model = build_model(model_config, data_config.seed, device)
+    on_main(lambda: describe_run(run, settings, folder, fingerprint))
+    state.update(config=settings, data=fingerprint, torch=torch.__version__)
+
+    # The model and its optimiser
+    with torch.device("meta"):
+        model = OLMo(model_config)
+    shard_model(model, config, device, dtype, compiled)
     optimizer = build_optimizer(model, config)
     if start:
         load_checkpoint(start, model, optimizer)
         print(f"{run}: goes on after step {state['step']}")
-    describe_run(run, settings, folder, fingerprint)
-    state.update(config=settings, data=fingerprint, torch=torch.__version__)
-    model.compute_dtype = dtype
-    if compiled:
-        compile_model(model)
+    else:
+        init_weights(model, data_config.seed, own_part)
     print(f"run: {run}, {sum(p.numel() for p in model.parameters()):,} parameters, "
           f"{config.max_steps:,} steps of {config.batch_size} x {shards.seq_len} tokens, "
           f"{rows} sequences at a time\n"
@@ -475,15 +1018,23 @@ def train(model_config, data_config, eval_config, config):
     # The steps
     def evaluate():
         with torch.compiler.set_stance("force_eager"):  # its shapes vary
-            return evaluate_domains(model, tokenizer, held_out_domains(folder),
-                                    eval_config.eval_batch_tokens)
+            results = evaluate_domains(model, tokenizer, held_out_domains(folder),
+                                       eval_config.eval_batch_tokens, number, ranks)
+        for sums in results.values():  # each rank has scored its share of the windows
+            sums["nats"] = reduce_sum(torch.tensor(sums["nats"], dtype=torch.float64)).item()
+        if isinstance(model, FSDPModule):
+            model.reshard()  # subtle: a forward without a backward leaves the root gathered
+        return results
 
-    signal_number, results = train_loop(config, run, state, model, optimizer, batches,
-                                        pretraining_loss, evaluate, rows)
-    if signal_number:
+    deadline = began + 60 * config.stop_after_minutes if config.stop_after_minutes else math.inf
+    ended_by, results = train_loop(
+        config, run, state, model, optimizer,
+        functools.partial(batches, rank=number, world_size=ranks), pretraining_loss, evaluate,
+        functools.partial(documents_of, run), rows, deadline)
+    if ended_by:
         where = f"after step {state['step']}, which is saved" if state["step"] else "before step 1"
         print(f"stopped {where}; go on: python train.py --resume={run}")
-        return 128 + signal_number
+        return 128 + ended_by
 
     # What came out
     print(f"\nheld-out text after step {state['step']}, {state['seconds']:.0f} s:")
@@ -495,40 +1046,96 @@ def train(model_config, data_config, eval_config, config):
     return 0
 
 
-def train_loop(config, run, state, model, optimizer, batches, loss_fn, evaluate, rows):
+def documents_of(run, step):
+    """The documents of a step's batch, a line each, for the log of a step that went wrong."""
+    data = RunData(run)
+    if not data.manifest["sources"]:  # the side files of ready token files are slow to search
+        return [f"sequence {sequence}: instance {instance}"
+                for sequence, instance in enumerate(data.batches.instances(step).tolist())]
+    return [f"sequence {span.sequence}: {span.document['source']}/{span.document['id']} "
+            f"{span.document['metadata']['provenance']}" for span in data.trace(step)]
+
+
+def report_not_finite(log, config, state, step, error, documents):
+    """Log the documents of a step whose loss or gradient is not finite; UserError to stop at it."""
+    skipped = config.not_finite == "skip"
+    log.write("not_finite", {**state, "step": step}, error=str(error), skipped=skipped,
+              documents=documents(step))
+    if not skipped:
+        raise UserError(f"step {step}: {error}; its documents are in {log.file.name}, and the "
+                        "newest checkpoint is from before it. A lower --lr, in a run of its own, "
+                        "may hold; --not_finite=skip goes on without the step")
+    tqdm.write(f"step {step}: {error}; skipped, the weights are as they were")
+
+
+@dataclass
+class Recent:
+    """What happened since the last row of the log; evaluations and checkpoints are not timed."""
+
+    steps: int = 0
+    clipped: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def rates(self, flops, device):
+        """Speed, model FLOPs utilisation and the share of steps that were clipped."""
+        speed, peak = self.tokens / self.seconds, peak_flops(device)
+        return {"clipping_rate": self.clipped / self.steps, "tokens_per_second": round(speed, 1),
+                "tokens_per_second_per_device": round(speed / world_size(), 1),
+                "mfu": round(speed / world_size() * flops / peak, 4) if peak else None}
+
+
+def train_loop(config, run, state, model, optimizer, batches, loss_fn, evaluate, documents, rows,
+               deadline=math.inf):
     """Take the steps after state["step"] up to max_steps; log, evaluate and save as they fall due.
 
-    `batches(step)` gives a batch, `evaluate()` {domain: sums}; `state` {step, tokens, seconds, ...}
-    is kept up to date. Returns (the signal that ended it or 0, the last evaluation's result).
+    `batches(step)` gives this rank's batch, `evaluate()` {domain: sums}, `documents(step)` the
+    lines that the log gets for a batch that went wrong; `deadline` is of time.monotonic(). `state`
+    {step, tokens, seconds, kwh, ...} is kept up to date. Returns (the signal that ended it or 0,
+    the last evaluation's result); whatever ends it, all ranks end after the same step.
     """
-    log, device, results = Log(run, state["step"]), model.wte.weight.device, None
-    began, tokens_before = time.perf_counter() - state["seconds"], state["tokens"]
-    busy_seconds = 0.0  # of steps since the last row: evaluations and checkpoints aside
+    log, device = Log(run, state["step"], config.tensorboard), model.wte.weight.device
+    meter, kwh_before = PowerMeter(device, config.watts), state["kwh"]
+    began, saved_at = time.perf_counter() - state["seconds"], time.monotonic()
+    recent, flops, ended_by, results = Recent(), flops_per_token(model.config), 0, None
 
     def due(every):
         return state["step"] == config.max_steps or (every and state["step"] % every == 0)
 
-    with (StopSignal() as stop,
-          tqdm(total=config.max_steps, initial=state["step"], unit="step") as bar):
-        while state["step"] < config.max_steps and not stop.number:
+    def save():
+        save_checkpoint(run, state, model, optimizer)
+        on_main(lambda: drop_old_checkpoints(run, config.keep_last, config.keep_every))
+        return time.monotonic()
+
+    with (StopSignal(deadline) as stop, tqdm(total=config.max_steps, initial=state["step"],
+                                             unit="step", disable=rank() > 0) as bar):
+        while state["step"] < config.max_steps and not ended_by:
             tick, step = time.perf_counter(), state["step"] + 1
             batch, lr = batches(step), lr_at_step(step, config)
+            max_norm, metrics = clip_at_step(step, config), None
             try:
-                metrics = train_step(model, optimizer, cut_batch(batch, rows, device), loss_fn,
-                                     lr, clip_at_step(step, config))
+                metrics = train_step(model, optimizer, cut_batch(batch, rows, device), loss_fn, lr,
+                                     max_norm, config.reduce_every_micro_batch)
+                recent.clipped += metrics["grad_norm"] > max_norm
             except FloatingPointError as error:
-                raise UserError(f"step {step}: {error}; the newest checkpoint is from before it. "
-                                "A lower --lr, in a run of its own, may hold") from None
-            busy_seconds += time.perf_counter() - tick
-            state.update(step=step, tokens=state["tokens"] + batch["tokens"].numel(),
+                on_main(functools.partial(report_not_finite, log, config, state, step, error,
+                                          documents))
+            tokens = batch["tokens"].numel() * world_size()
+            recent.steps, recent.tokens = recent.steps + 1, recent.tokens + tokens
+            recent.seconds += time.perf_counter() - tick
+            energy = reduce_sum(torch.tensor(meter.kwh(), dtype=torch.float64)).item()
+            state.update(step=step, tokens=state["tokens"] + tokens, kwh=kwh_before + energy,
                          seconds=round(time.perf_counter() - began, 3))
             bar.update()
-            if due(config.log_every_steps):
-                speed = (state["tokens"] - tokens_before) / busy_seconds
-                tokens_before, busy_seconds = state["tokens"], 0.0
-                log.write("train", state, **metrics, lr=lr, tokens_per_second=round(speed, 1),
+            if metrics and due(config.log_every_steps):
+                rates = recent.rates(flops, device)
+                log.write("train", state, **metrics, perplexity=math.exp(min(metrics["loss"], 700)),
+                          lr=lr, **rates, peak_memory_gb=round(largest(peak_memory(device))[0], 3),
+                          kwh=state["kwh"], world_size=world_size(),
                           batch_hash=batch_hash(batch["tokens"]))
-                bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {speed:,.0f} tokens/s")
+                bar.set_postfix_str(f"loss {metrics['loss']:.3f}, "
+                                    f"{rates['tokens_per_second']:,.0f} tokens/s")
+                recent = Recent()
             if due(config.eval_every_steps):
                 results = evaluate()
                 bits = {name: bits_per_byte(sums) for name, sums in results.items()}
@@ -536,19 +1143,24 @@ def train_loop(config, run, state, model, optimizer, batches, loss_fn, evaluate,
                 tqdm.write(f"step {step}: held-out bits per byte: "
                            + (", ".join(f"{name} {value:.3f}" for name, value in bits.items())
                               or "there is no held-out text"))
-            if due(config.save_every_steps):
-                save_checkpoint(run, state, model, optimizer)
-                drop_old_checkpoints(run, config.keep_last)
+            minutes = (time.monotonic() - saved_at) / 60
+            late = bool(config.save_every_minutes) and minutes >= config.save_every_minutes
+            ended_by, late = map(int, largest(stop.number, late))  # what one rank says, all do
+            if due(config.save_every_steps) or late:
+                saved_at = save()
         if state["step"] == config.max_steps:
-            log.write("end", state)
+            carbon = state["kwh"] * config.pue * config.kg_co2_per_kwh
+            log.write("end", state, kwh=state["kwh"], kg_co2=carbon)
+            bar.close()
+            print(energy_line(state["kwh"], meter.metered, config))
             return 0, results
-        if state["step"]:  # a signal came, whenever it was
-            save_checkpoint(run, state, model, optimizer)
-        return stop.number, results
+        if state["step"]:
+            save()
+        return ended_by, results
 
 
 def main(argv):
-    schemas = (ModelConfig, DataConfig, EvalConfig, TrainConfig)
+    schemas = (ModelConfig, DataConfig, EvalConfig, TrainConfig, PlanConfig)
     resumed = [word.partition("=")[2] for word in argv if word.startswith("--resume=")]
     if resumed:
         saved = Path(resumed[-1]) / "config.json"
@@ -557,10 +1169,18 @@ def main(argv):
         argv = [str(saved), f"--run_dir={resumed[-1]}", *argv]
     if all(word.startswith("-") for word in argv) and not {"-h", "--help"} & set(argv):
         raise UserError("name a config file (python train.py configs/tiny.py) or --resume=RUN")
-    configs = load_config(argv, *schemas)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # else each rank would train a run of its own
-        raise UserError("train.py runs as one process so far; start it with python, not torchrun")
-    return train(*configs)
+    model_config, data_config, eval_config, config, plan = load_config(argv, *schemas)
+    if plan.plan:
+        return print_plan(model_config, config, plan)
+    try:
+        code = train(model_config, data_config, eval_config, config)
+    except UserError:
+        if os.environ.get("RANK", "0") != "0":  # what rank 0 met too, it says, and torchrun ends
+            time.sleep(5)  # the others; what this one met alone it must say itself
+        raise
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return code
 
 
 if __name__ == "__main__":

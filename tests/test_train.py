@@ -373,16 +373,16 @@ def test_compiling_needs_a_compiler_and_the_headers_of_python(monkeypatch, tmp_p
 def test_auto_compiles_on_a_cpu_only_where_it_can(monkeypatch, capsys, compiler, wanted):
     monkeypatch.setattr(train.shutil, "which", lambda name: compiler)
     monkeypatch.setattr(train.Path, "is_file", lambda path: True)
-    _, _, compiled = train.choose_machine(train.TrainConfig(device="cpu", dtype="float32"))
+    _, compiled = train.choose_machine(train.TrainConfig(dtype="float32"), torch.device("cpu"))
     assert compiled == wanted
     printed = capsys.readouterr().out
     assert ("compiler" in printed and "not compiled" in printed) != wanted
 
 
 def test_what_was_chosen_is_printed(capsys):
-    device, dtype, compiled = train.choose_machine(train.TrainConfig(
-        device="cpu", dtype="bfloat16", compile="true"))
-    assert (device.type, dtype, compiled) == ("cpu", torch.bfloat16, True)
+    dtype, compiled = train.choose_machine(train.TrainConfig(dtype="bfloat16", compile="true"),
+                                           torch.device("cpu"))
+    assert (dtype, compiled) == (torch.bfloat16, True)
     [line] = capsys.readouterr().out.splitlines()
     for word in ("cpu", "1 threads", "torch.bfloat16 (as asked)", "; compiled (as asked)"):
         assert word in line
@@ -405,10 +405,12 @@ def test_metrics_have_their_rows_and_keys(finished):
     assert steps(finished) == list(range(1, 21))
     assert steps(finished, "eval") == [10, 20] and steps(finished, "end") == [20]
     assert list(json.loads((finished / "metrics.jsonl").read_text().splitlines()[-1])) == [
-        "kind", "step", "tokens", "seconds"]
+        "kind", "step", "tokens", "seconds", "kwh", "kg_co2"]
     for row in rows(finished):
-        assert {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "seconds",
-                "batch_hash"} <= row.keys()
+        assert row.keys() == {
+            "kind", "step", "tokens", "seconds", "loss", "perplexity", "grad_norm", "clipping_rate",
+            "lr", "tokens_per_second", "tokens_per_second_per_device", "mfu", "peak_memory_gb",
+            "kwh", "world_size", "batch_hash"}
         assert row["tokens"] == row["step"] * 8 * 32 and row["tokens_per_second"] > 0
     seconds = [row["seconds"] for row in rows(finished)]
     assert seconds == sorted(seconds) and seconds[0] > 0
@@ -431,7 +433,7 @@ def test_the_run_directory_says_what_the_run_is(finished):
     batches, configs = batches_of(finished.with_suffix(".py"))
     assert load_config([str(finished / "config.json")], *SCHEMAS) == configs
     saved = json.loads((finished / "config.json").read_text())
-    commands = {"resume", "overwrite"}
+    commands = {"resume", "overwrite", "accept_changes", "tensorboard", "verify"}
     assert saved.keys() == {field.name for s in SCHEMAS for field in fields(s)} - commands
     manifest = json.loads((finished / "manifest.json").read_text())
     order = np.arange(len(batches.shards), dtype=np.uint32)
@@ -628,10 +630,10 @@ def test_whenever_the_signal_comes_the_step_that_it_ends_is_saved(tmp_path):
         for countdown in range(1, 50):
             run = tmp_path / f"run{countdown}"
             run.mkdir()
-            state = Knocking(step=0, tokens=0, seconds=0.0)
+            state = Knocking(step=0, tokens=0, seconds=0.0, kwh=0.0)
             state.countdown = countdown
             number, _ = train.train_loop(config, run, state, model, optimizer, lambda _: batch,
-                                         train.pretraining_loss, dict, 8)
+                                         train.pretraining_loss, dict, list, 8)
             ended.add((number, state["step"]))
             saved = saved_steps(run)
             assert (saved[-1] if saved else 0) == state["step"], f"at read {countdown}"
