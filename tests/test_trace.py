@@ -672,7 +672,7 @@ def test_a_step_not_seen_is_said_to_be_so(found, call):
 
 @pytest.mark.parametrize("command, said", [
     ("trace --step=0", "step=0"), ("trace --step=-3", "step=-3"), ("trace --rank=-2", "rank=-2"),
-    ("trace --rank=2 --world_size=2", "rank=2"), ("trace --world_size=-1", "world_size=0"),
+    ("trace --rank=2 --world_size=2", "rank=2"), ("trace --world_size=-1", "world_size=-1"),
     ("trace --steps=1", "did you mean step"), ("find", "--doc"), ("find --doc=a --text=b", "--doc"),
     ("trace runs/other", "one run")])
 def test_bad_words_are_refused_in_one_line(found, call, refused, command, said):
