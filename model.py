@@ -23,6 +23,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from configs import UserError, file_sha256, read_json, run_main, write_json
@@ -554,7 +555,17 @@ def read_step(path, tensors):
                            if name.split(".")[0] in prefixes}, path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that there is but one process
-        dcp.load(tensors, storage_reader=reader)
+        try:
+            dcp.load(tensors, storage_reader=reader)
+        except CheckpointException as error:
+            raise UserError(f"{path}: its tensors cannot be read ({root_cause(error)})") from None
+
+
+def root_cause(error):
+    """The error inside DCP's wrapper, in one line."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def load_step(path, state, device):

@@ -52,8 +52,8 @@ from data import Batches, DataConfig, RunData, Tokenizer, TokenShards, build_dat
 from eval import (EvalConfig, bits_per_byte, domains_table, evaluate_domains, held_out_domains,
                   sample_text)
 from model import (Block, ModelConfig, OLMo, choose_device, choose_dtype, head_nats, init_weights,
-                   newest_step, next_token_loss, parameter_shapes, read_step, state_digest,
-                   step_directories, verify_step)
+                   newest_step, next_token_loss, parameter_shapes, read_step, root_cause,
+                   state_digest, step_directories, verify_step)
 
 
 # ---- Configuration -------------------------------------------------------------------------------
@@ -562,13 +562,6 @@ def records(files):
             for file in files}
 
 
-def root_cause(error):
-    """The OSError inside DCP's wrapper, in one line."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
 def load_checkpoint(path, model, optimizer):
     """Restore weights and optimiser in place from a step directory, of any number of ranks."""
     read_step(path, training_tensors(model, optimizer))
@@ -880,7 +873,7 @@ def plan_memory(model_config, config, ranks, rows):
     at_the_loss = 3 * 4 * V * tokens + (gathered / 2 or width * V * D)
     in_the_block = (everything if every else 0) + gathered + (width + 4) * block + width * V * D
     return {"weights": 4 * weights / slices, "AdamW": 8 * weights / slices,
-            "gradients": 4 * weights / slices + (4 * weights if whole_gradients else 0),
+            "gradients": 4 * weights / (1 if whole_gradients else slices),
             "gathered weights": width * root if ranks > 1 else 0,
             "activations": kept, "at the worst moment": max(at_the_loss, in_the_block)}
 
@@ -934,12 +927,13 @@ def advice(model_config, config, plan, rows):
                               else f"; so would --micro_batch_size={rows * 2}")
     smaller = [n for n in (rows, rows // 2, rows // 4, 1) if n]
     for n in dict.fromkeys(smaller):
-        for reduce_every in (config.reduce_every_micro_batch, True):
+        for reduce_every in sorted({config.reduce_every_micro_batch, plan.gpus > 1}):
             for policy in CHECKPOINTED_BLOCKS:
                 if fits(n, activation_checkpointing=policy, reduce_every_micro_batch=reduce_every):
                     return (f"  it does not fit; --activation_checkpointing={policy} "
                             f"--micro_batch_size={n}"
-                            + " --reduce_every_micro_batch" * (reduce_every and plan.gpus > 1)
+                            + " --reduce_every_micro_batch" * (
+                                reduce_every and not config.reduce_every_micro_batch)
                             + " would")
     least = next((n for n in range(plan.gpus, 8 * plan.gpus + 1) if fits(
         1, n, activation_checkpointing="whole_layer", reduce_every_micro_batch=True,
@@ -1176,7 +1170,7 @@ def main(argv):
         code = train(model_config, data_config, eval_config, config)
     except UserError:
         if os.environ.get("RANK", "0") != "0":  # what rank 0 met too, it says, and torchrun ends
-            time.sleep(5)  # the others; what this one met alone it must say itself
+            time.sleep(3)  # the others; what this one met alone it must say itself
         raise
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -30,3 +30,4 @@ warmup_steps = 100
 schedule = "linear"
 eval_every_steps = 200
 save_every_steps = 200
+watts = 20.0  # a guess for two busy cores

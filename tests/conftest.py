@@ -1,9 +1,10 @@
-"""What test_train.py and test_eval.py share: a tiny corpus and config, ways to run a command."""
+"""What the tests of train.py and eval.py share: a tiny corpus, config and run, ways to call."""
 
 import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,21 @@ def tiny_config(tmp_path_factory, sources):
                                 for key, value in (settings | changes).items()))
         return file
     return write
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, tiny_config):
+    """A finished run of 20 steps with steps 10, 15 and 20 saved; copy it before changing it."""
+    import train
+    run = tmp_path_factory.mktemp("finished") / "run"
+    train.main([str(tiny_config(run, save_every_steps=5, keep_last=3))])
+    return run
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of it; --resume=COPY works, the directory may move."""
+    return shutil.copytree(finished, tmp_path / "copied")
 
 
 @pytest.fixture(scope="module")

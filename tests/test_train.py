@@ -66,20 +66,6 @@ def batches_of(file):
     return data.Batches(shards, configs[3].batch_size, configs[1].seed, folder), configs
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, tiny_config):
-    """A finished run of 20 steps with steps 10, 15 and 20 saved; copy it before changing it."""
-    run = tmp_path_factory.mktemp("finished") / "run"
-    train.main([str(tiny_config(run, save_every_steps=5, keep_last=3))])
-    return run
-
-
-@pytest.fixture
-def copied(finished, tmp_path):
-    """A copy of it; --resume=COPY works, the directory may move."""
-    return shutil.copytree(finished, tmp_path / "copied")
-
-
 # ---- Parity --------------------------------------------------------------------------------------
 
 def oracle_rows(hf, batches, schedule):

@@ -2,6 +2,9 @@
 
     data      the tokenizer beside HF `tokenizers`, the filter chain, tokenisation, the loader
     memory    peak memory of a build that deduplicates with Bloom filters: 100 MB and 2 GB of input
+    checkpoint  what saving every 100 steps costs a run of configs/tiny.py
+    plan      the memory that --plan reckons beside that of real processes on a CPU
+    gpu       the official 1B and 7B on one GPU: tokens/s, MFU, peak memory
 
 Sides that are compared run in turns in one process, so that a machine's bad minute hits both; the
 figures are medians over the rounds, a ratio is the median of the rounds' ratios. Nothing is kept.
@@ -184,13 +187,17 @@ def build_in(folder):
 
 
 VERBS = {"data": bench_data, "memory": bench_memory}
+TRAINING = ("checkpoint", "plan", "gpu")  # in a file of their own, which imports train.py
 
 
 def main(argv):
     if argv[:1] == ["build"]:  # what bench_memory starts
         return build_in(argv[1])
-    if len(argv) != 1 or argv[0] not in VERBS:
-        raise SystemExit(f"{__doc__}\nverbs: {', '.join(VERBS)}")
+    if len(argv) != 1 or argv[0] not in (*VERBS, *TRAINING):
+        raise SystemExit(f"{__doc__}\nverbs: {', '.join((*VERBS, *TRAINING))}")
+    if argv[0] in TRAINING:
+        from tests.bench import gpu
+        return getattr(gpu, f"bench_{argv[0]}")()
     VERBS[argv[0]]()
 
 

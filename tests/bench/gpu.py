@@ -1,0 +1,144 @@
+"""Benches that run train.py itself, as a user starts it, and read its log: `gpu`, `plan`."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+import train
+from configs import HOUSE, load_config
+from model import ModelConfig
+
+QUIET = ["--eval_every_steps=0", "--save_every_steps=0", "--log_every_steps=1", "--eval_share=0",
+         "--max_steps=100000"]
+
+
+def write_random_tokens(folder, ids, tokens):
+    """A list of one ready token file of random ids; the data of a bench."""
+    np.random.default_rng(0).integers(2, ids - 1, tokens, dtype="<u2").tofile(folder / "random.npy")
+    (folder / "list.txt").write_text(f"{folder}/random.npy\n")
+    return f"--token_files={folder}/list.txt"
+
+
+def logged_rows(options, steps, ranks=1, config="configs/olmo_1b.py", minutes=9):
+    """The train rows of the first `steps` steps of a run on random tokens.
+
+    It is killed then: its end would save a checkpoint, of 83 GB for the 7B.
+    """
+    [model_config] = load_config([str(HOUSE / config), *(
+        word for word in options if word[2:].split("=")[0] in ModelConfig.__dataclass_fields__)],
+        ModelConfig)
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        tokens = write_random_tokens(folder, model_config.vocab_size, 2**24)
+        log = folder / "run/metrics.jsonl"
+        process = subprocess.Popen(
+            [sys.executable, *launcher, HOUSE / "train.py", HOUSE / config, tokens, *options,
+             *QUIET, f"--run_dir={folder}/run", f"--data_dir={folder}/data"],
+            start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 60 * minutes
+        while process.poll() is None and time.monotonic() < deadline:
+            if log.is_file() and log.read_bytes().count(b"\n") >= steps:
+                break
+            time.sleep(0.2)
+        if process.poll() is None:
+            os.killpg(process.pid, 9)
+        errors = process.communicate()[1]
+        rows = log.read_text().splitlines(keepends=True) if log.is_file() else []
+        if len(rows) < steps:
+            raise SystemExit(f"only {len(rows)} of {steps} steps: {errors[-2000:]}")
+        return [json.loads(row) for row in rows[:steps]]
+
+
+def bench_gpu():
+    """The official 1B and 7B on one GPU through train.py: tokens/s, MFU and peak memory.
+
+    The issue's bars: it fits, and is within 15 % of the plan. Each row is a run of 20 steps, the
+    median of the last 10; the loss is checked to begin near ln V + 1/2.
+    """
+    import torch
+    if not torch.cuda.is_available():
+        raise SystemExit("this bench needs a CUDA GPU")
+    room = torch.cuda.get_device_properties(0).total_memory
+    print(f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}\n\n| config | sequences a "
+          "pass | checkpointing | tokens/s | MFU | peak, GB | plan (eager), GB |\n"
+          "|---|---|---|---|---|---|---|")
+    cases = [("olmo_1b", 8, "none"), ("olmo_1b", 16, "fine_grained")]
+    if room > 130e9:
+        cases += [("olmo_7b", rows, policy) for rows, policy in (
+            (2, "fine_grained"), (4, "whole_layer"))]
+    for name, rows, policy in cases:
+        config = f"configs/{name}.py"
+        row = measured(config, rows, policy, [])
+        model_config, settings = load_config([str(HOUSE / config)], ModelConfig,
+                                             train.TrainConfig)
+        plan = train.plan_memory(model_config, replace(
+            settings, activation_checkpointing=policy), 1, rows)
+        print(f"| {name} | {rows} | {policy} | {row['tokens_per_second']:,.0f} | "
+              f"{row['mfu'] or 0:.1%} | {row['peak_memory_gb']:.1f} | "
+              f"{sum(plan.values()) / 1e9:.1f} |", flush=True)
+
+
+def measured(config, rows, policy, options, ranks=1, steps=20):
+    """{key: median over the last half of the steps} of a run; two micro-batches a step."""
+    logged = logged_rows([f"--micro_batch_size={rows}", f"--batch_size={2 * rows * ranks}",
+                          f"--activation_checkpointing={policy}", *options], steps, ranks, config)
+    keys = ("tokens_per_second", "mfu", "peak_memory_gb")
+    return {key: median(row[key] or 0 for row in logged[steps // 2:]) for key in keys}
+
+
+def bench_plan():
+    """The plan's memory beside the resident memory of real processes on a CPU, in float32.
+
+    From both sides the memory of a process with next to no model is taken off.
+    """
+    shape = ["--d_model=512", "--n_heads=8", "--mlp_hidden_size=1408", "--n_layers=16",
+             "--max_seq_len=512", "--weight_tying=false"]
+    speck = ["--d_model=32", "--n_heads=2", "--mlp_hidden_size=32", "--n_layers=1",
+             "--max_seq_len=32"]
+    common = ["--device=cpu", "--dtype=float32", "--compile=false"]
+    print("| processes | checkpointing | plan, GB | measured, GB | plan / measured |\n"
+          "|---|---|---|---|---|")
+    for ranks, policy in ((1, "none"), (1, "whole_layer"), (2, "none"), (2, "fine_grained")):
+        small, large = (measured("configs/olmo_1b.py", 4, policy, [*size, *common], ranks, 4)[
+            "peak_memory_gb"] for size in (speck, shape))
+        plans = [plan_of([*size, *common, f"--activation_checkpointing={policy}"], ranks)
+                 for size in (speck, shape)]
+        print(f"| {ranks} | {policy} | {plans[1] - plans[0]:.2f} | {large - small:.2f} | "
+              f"{(plans[1] - plans[0]) / (large - small):.2f} |", flush=True)
+
+
+def plan_of(options, ranks):
+    configs = load_config([str(HOUSE / "configs/olmo_1b.py"), *options], ModelConfig,
+                          train.TrainConfig)
+    return sum(train.plan_memory(*configs, ranks, 4).values()) / 1e9
+
+
+def bench_checkpoint():
+    """What a checkpoint costs: seconds of saving against seconds of 100 steps of configs/tiny.py.
+
+    The bar: less than 2 %. The model, its compiled step and its files are those of the real run.
+    """
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        folder = Path(folder)
+        subprocess.run([sys.executable, HOUSE / "train.py", HOUSE / "configs/tiny.py",
+                        f"--run_dir={folder}/run", "--max_steps=300", "--save_every_steps=100",
+                        "--eval_every_steps=0", "--log_every_steps=50"], check=True,
+                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        rows = [json.loads(row) for row in open(folder / "run/metrics.jsonl")]
+        rows = [row for row in rows if row["kind"] == "train"]
+        # A row before a checkpoint is due holds steps alone; the next row's wall time the saving.
+        steps = sum(50 * 4096 / row["tokens_per_second"] for row in rows)
+        wall = rows[-2]["seconds"] - rows[0]["seconds"]
+        alone = sum(50 * 4096 / row["tokens_per_second"] for row in rows[1:-1])
+        saving = (wall - alone) / 2  # two checkpoints lie between these rows
+        print(f"100 steps {steps / 3:.2f} s, a checkpoint {saving:.2f} s: "
+              f"{saving / (steps / 3):.2%} of the time")
