@@ -41,6 +41,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import (CheckpointPolicy, checkpoint,
                                     create_selective_checkpoint_contexts)
@@ -242,10 +243,36 @@ def setup_distributed(name):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if device.type == "mps":
             raise UserError("device=mps works for one process; --device=cpu for several")
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                **fresh_rendezvous())
         if rank():  # one rank speaks; the others' errors go to stderr
             sys.stdout = open(os.devnull, "w")
     return rank(), world_size(), device
+
+
+def fresh_rendezvous():
+    """The store, rank and world size of this attempt, for init_process_group.
+
+    # subtle: torchrun keeps one store over its restarts, and who finds a dead rank's address in it
+    # waits for ever (pytorch/pytorch#135712). So rank 0 names each attempt anew, and tells the name
+    # to those who ask under a new name of their own; they meet in a store of the attempt's name.
+    """
+    store, number, ranks = next(rendezvous("env://"))
+    name = uuid.uuid4().hex
+    if number:
+        store.set(f"asking {number}", name)
+        attempt = store.get(f"attempt for {name}").decode()  # waits for it
+        store.set(f"{attempt} has {number}", "")
+        return dict(store=dist.PrefixStore(attempt, store), rank=number, world_size=ranks)
+    missing, deadline = set(range(1, ranks)), time.monotonic() + 1800
+    while missing and time.monotonic() < deadline:
+        for other in sorted(missing):
+            if store.check([f"asking {other}"]):
+                store.set(f"attempt for {store.get(f'asking {other}').decode()}", name)
+            if store.check([f"{name} has {other}"]):
+                missing.remove(other)
+        time.sleep(0.02)
+    return dict(store=dist.PrefixStore(name, store), rank=number, world_size=ranks)
 
 
 def reduce_sum(tensor):
