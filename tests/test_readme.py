@@ -34,7 +34,17 @@ def shrink(words):
     """A command that builds or trains, at a size that takes seconds; the last value counts."""
     if words[1] == "data.py" and words[2].startswith("configs/"):
         return words + SMALL_DATA
-    return words + SMALL if words[1] == "train.py" and "--resume" not in words[2] else words
+    if "train.py" not in words or "--plan" in words:
+        return words
+    resumed = any(word.startswith("--resume") for word in words)
+    return words + (["--max_steps=4"] * ("--max_steps=200" in words) if resumed else SMALL)
+
+
+def program(words):
+    """The words with this Python for `python`, and its launcher for `torchrun`."""
+    launcher = {"python": [], "torchrun": ["-m", "torch.distributed.run"]}
+    assert words[0] in launcher, f"the test does not know how to run: {' '.join(words)}"
+    return [sys.executable, *launcher[words[0]], *words[1:]]
 
 
 def needs(words):
@@ -59,16 +69,45 @@ def test_readme_commands_run(copy):
         words = words_of(command)
         if " ".join(words).startswith(INSTALL):
             continue
-        assert words[0] == "python", f"the test does not know how to run: {command}"
         if needs(words) and not find_spec(needs(words)):
             continue
-        if "configs/small.py" in words or "configs/olmo_7b.py" in words:
-            continue  # need other hardware; test_house.py reads the configs
-        words = [sys.executable, *shrink(words)[1:]]
-        done = subprocess.run(words, cwd=copy, capture_output=True, text=True, timeout=300)
+        if "configs/small.py" in words:
+            continue  # needs other hardware; test_house.py reads the config
+        done = subprocess.run(program(shrink(words)), cwd=copy, capture_output=True, text=True,
+                              timeout=300)
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
         ran += 1
     assert ran >= 8
+
+
+def test_readme_commands_for_other_hardware_are_read():
+    """`bash` blocks: torchrun's options by its own parser, ours by load_config, shell by bash."""
+    from torch.distributed.run import get_args_parser
+
+    from eval import EvalConfig
+    from model import ModelConfig
+    from train import TrainConfig
+    blocks, commands = re.findall(r"```bash\n(.*?)```", README, re.S), []
+    for block in blocks:
+        assert subprocess.run(["bash", "-n"], input=block, text=True).returncode == 0
+        lines = block.replace("\\\n", " ").splitlines()
+        commands += [shlex.split(line) for line in lines if "train.py" in line]
+    for words in commands:
+        cut = words.index("train.py")
+        configs = load_config([word for word in words[cut + 1:]], ModelConfig, DataConfig,
+                              EvalConfig, TrainConfig)
+        assert len(configs) == 4
+        if "torchrun" in words:
+            options = get_args_parser().parse_args(words[words.index("torchrun") + 1:])
+            assert options.training_script == "train.py"
+    assert len(blocks) >= 2 and len(commands) >= 5
+
+
+def test_readme_shows_the_plan_as_it_is(capsys):
+    import train
+    [command] = [words_of(line) for line in COMMANDS if "--plan" in line]
+    train.main(command[2:])
+    assert capsys.readouterr().out.strip() in README
 
 
 def test_readme_names_what_exists():
