@@ -842,7 +842,7 @@ class StopSignal:
         self.deadline = deadline  # of time.monotonic(): then an alarm rings
 
     def __enter__(self):
-        self.number, self.before = 0, {}
+        self.number, self.before, self.parent = 0, {}, os.getppid()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
             self.before[number] = signal.signal(number, self.receive)
         if self.deadline < math.inf:
@@ -858,6 +858,11 @@ class StopSignal:
         elif world_size() == 1:
             tqdm.write("stopping after this step; once more stops at once")
             self.restore()
+
+    def reason(self):
+        """The signal to leave by, or 0; a rank whose launcher was killed leaves too."""
+        orphaned = world_size() > 1 and os.getppid() != self.parent
+        return self.number or (signal.SIGTERM if orphaned else 0)
 
     def restore(self):
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -1166,7 +1171,7 @@ def train_loop(config, run, state, model, optimizer, batches, loss_fn, evaluate,
                               or "there is no held-out text"))
             minutes = (time.monotonic() - saved_at) / 60
             late = bool(config.save_every_minutes) and minutes >= config.save_every_minutes
-            ended_by, late = map(int, largest(stop.number, late))  # what one rank says, all do
+            ended_by, late = map(int, largest(stop.reason(), late))  # what one rank says, all do
             if due(config.save_every_steps) or late:
                 saved_at = save()
         if state["step"] == config.max_steps:

@@ -38,11 +38,12 @@ def torchrun(ranks, *words, options=(), file=HOUSE / "train.py"):
 
 
 def end_of(process):
-    """(exit code, stdout, stderr) of a process that must end within two minutes."""
+    """(exit code, stdout, stderr) of a launcher that must end within two minutes."""
     try:
         stdout, stderr = process.communicate(timeout=120)
     except subprocess.TimeoutExpired:
-        process.kill()
+        for pid in (*children_of(process.pid), process.pid):
+            os.kill(pid, signal.SIGKILL)
         raise
     return process.returncode, stdout, stderr
 
@@ -142,10 +143,32 @@ def test_a_dead_rank_ends_the_others_and_torchrun_brings_the_run_back(tmp_path, 
     [victim] = [pid for pid in children_of(process.pid)
                 if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
     os.kill(victim, signal.SIGKILL)
+    began = time.monotonic()
+    while victim in children_of(process.pid) or len(children_of(process.pid)) < 2:
+        assert time.monotonic() < began + 30  # both are new
+        time.sleep(0.05)
     code, stdout, stderr = end_of(process)
     assert code == 0, stderr
     assert "goes on after step" in stdout and str(victim) in stderr
     agree(run, fifty[0])
+
+
+def test_ranks_whose_launcher_was_killed_save_and_leave(tmp_path, fifty):
+    """They would else go on, unseen, and hold the run."""
+    run = tmp_path / "run"
+    process = torchrun(2, fifty[1], f"--run_dir={run}", "--max_steps=100000",
+                       "--save_every_steps=0")
+    deadline = time.monotonic() + 60
+    while not (run / "metrics.jsonl").is_file() or len(steps(run)) < 3:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    ranks = children_of(process.pid)
+    process.kill()
+    while any(Path(f"/proc/{pid}").is_dir() for pid in ranks) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.communicate()
+    assert not any(Path(f"/proc/{pid}").is_dir() for pid in ranks)
+    assert saved_steps(run) == steps(run)[-1:]
 
 
 def saved_or_none(run):

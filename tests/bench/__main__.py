@@ -193,6 +193,9 @@ TRAINING = ("checkpoint", "plan", "gpu")  # in a file of their own, which import
 def main(argv):
     if argv[:1] == ["build"]:  # what bench_memory starts
         return build_in(argv[1])
+    if argv[:1] == ["allocated"]:  # what the bench of the plan starts
+        from tests.bench import gpu
+        return gpu.print_allocated(argv[1])
     if len(argv) != 1 or argv[0] not in (*VERBS, *TRAINING):
         raise SystemExit(f"{__doc__}\nverbs: {', '.join((*VERBS, *TRAINING))}")
     if argv[0] in TRAINING:

@@ -27,21 +27,18 @@ def write_random_tokens(folder, ids, tokens):
     return f"--token_files={folder}/list.txt"
 
 
-def logged_rows(options, steps, ranks=1, config="configs/olmo_1b.py", minutes=9):
-    """The train rows of the first `steps` steps of a run on random tokens.
+def logged_rows(config, options, steps, minutes=9):
+    """The train rows of the first `steps` steps of a run of `config` on random tokens.
 
     It is killed then: its end would save a checkpoint, of 83 GB for the 7B.
     """
-    [model_config] = load_config([str(HOUSE / config), *(
-        word for word in options if word[2:].split("=")[0] in ModelConfig.__dataclass_fields__)],
-        ModelConfig)
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    [model_config] = load_config([str(HOUSE / config)], ModelConfig)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         tokens = write_random_tokens(folder, model_config.vocab_size, 2**24)
         log = folder / "run/metrics.jsonl"
         process = subprocess.Popen(
-            [sys.executable, *launcher, HOUSE / "train.py", HOUSE / config, tokens, *options,
+            [sys.executable, HOUSE / "train.py", HOUSE / config, tokens, *options,
              *QUIET, f"--run_dir={folder}/run", f"--data_dir={folder}/data"],
             start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         deadline = time.monotonic() + 60 * minutes
@@ -77,7 +74,7 @@ def bench_gpu():
             (2, "fine_grained"), (4, "whole_layer"))]
     for name, rows, policy in cases:
         config = f"configs/{name}.py"
-        row = measured(config, rows, policy, [])
+        row = measured(config, rows, policy)
         model_config, settings = load_config([str(HOUSE / config)], ModelConfig,
                                              train.TrainConfig)
         plan = train.plan_memory(model_config, replace(
@@ -87,39 +84,55 @@ def bench_gpu():
               f"{sum(plan.values()) / 1e9:.1f} |", flush=True)
 
 
-def measured(config, rows, policy, options, ranks=1, steps=20):
+def measured(config, rows, policy, steps=20):
     """{key: median over the last half of the steps} of a run; two micro-batches a step."""
-    logged = logged_rows([f"--micro_batch_size={rows}", f"--batch_size={2 * rows * ranks}",
-                          f"--activation_checkpointing={policy}", *options], steps, ranks, config)
+    logged = logged_rows(config, [f"--micro_batch_size={rows}", f"--batch_size={2 * rows}",
+                                  f"--activation_checkpointing={policy}"], steps)
     keys = ("tokens_per_second", "mfu", "peak_memory_gb")
     return {key: median(row[key] or 0 for row in logged[steps // 2:]) for key in keys}
 
 
 def bench_plan():
-    """The plan's memory beside the resident memory of real processes on a CPU, in float32.
+    """The plan's memory beside what real processes on a CPU allocate, by torch's profiler.
 
-    From both sides the memory of a process with next to no model is taken off.
+    (Their resident memory is a third more: glibc keeps what is freed, in fragments.)
     """
-    shape = ["--d_model=512", "--n_heads=8", "--mlp_hidden_size=1408", "--n_layers=16",
-             "--max_seq_len=512", "--weight_tying=false"]
-    speck = ["--d_model=32", "--n_heads=2", "--mlp_hidden_size=32", "--n_layers=1",
-             "--max_seq_len=32"]
-    common = ["--device=cpu", "--dtype=float32", "--compile=false"]
-    print("| processes | checkpointing | plan, GB | measured, GB | plan / measured |\n"
+    print("| processes | checkpointing | plan, MB | measured, MB | plan / measured |\n"
           "|---|---|---|---|---|")
     for ranks, policy in ((1, "none"), (1, "whole_layer"), (2, "none"), (2, "fine_grained")):
-        small, large = (measured("configs/olmo_1b.py", 4, policy, [*size, *common], ranks, 4)[
-            "peak_memory_gb"] for size in (speck, shape))
-        plans = [plan_of([*size, *common, f"--activation_checkpointing={policy}"], ranks)
-                 for size in (speck, shape)]
-        print(f"| {ranks} | {policy} | {plans[1] - plans[0]:.2f} | {large - small:.2f} | "
-              f"{(plans[1] - plans[0]) / (large - small):.2f} |", flush=True)
+        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"] * (ranks > 1)
+        done = subprocess.run([sys.executable, *launcher, "-m", "tests.bench", "allocated", policy],
+                              capture_output=True, text=True, check=True, cwd=HOUSE)
+        plan, measured = (float(word) / 1e6 for word in done.stdout.split()[-2:])
+        print(f"| {ranks} | {policy} | {plan:,.0f} | {measured:,.0f} | {plan / measured:.2f} |",
+              flush=True)
 
 
-def plan_of(options, ranks):
-    configs = load_config([str(HOUSE / "configs/olmo_1b.py"), *options], ModelConfig,
-                          train.TrainConfig)
-    return sum(train.plan_memory(*configs, ranks, 4).values()) / 1e9
+def print_allocated(policy):
+    """In a process of `bench_plan`: bytes by the plan, and allocated at the peak of two steps."""
+    import torch
+    rows, model_config = 4, ModelConfig(
+        d_model=256, n_heads=4, mlp_hidden_size=704, n_layers=8, max_seq_len=256, vocab_size=8192,
+        embedding_size=8192)
+    config = train.TrainConfig(device="cpu", dtype="float32", activation_checkpointing=policy)
+    _, ranks, device = train.setup_distributed("cpu")
+    with torch.device("meta"):
+        model = train.OLMo(model_config)
+    tokens = torch.zeros(2 * rows, 256, dtype=torch.long)
+    batch = {"tokens": tokens, "targets": tokens, "loss_mask": tokens == 0}
+    with (tempfile.TemporaryDirectory() as folder,
+          torch.profiler.profile(profile_memory=True, acc_events=True) as profiler):
+        train.shard_model(model, config, device, torch.float32, False)
+        train.init_weights(model, 0, train.own_part)
+        optimizer = train.build_optimizer(model, config)
+        for _ in range(2):
+            train.train_step(model, optimizer, train.cut_batch(batch, rows, device),
+                             train.pretraining_loss, 1e-3, 1.0)
+        profiler.stop()
+        profiler.export_chrome_trace(f"{folder}/trace.json")
+        events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
+    peak = max(event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]")
+    print(sum(train.plan_memory(model_config, config, ranks, rows).values()), peak)
 
 
 def bench_checkpoint():
