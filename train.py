@@ -302,7 +302,7 @@ def gather(value):
 @functools.cache
 def patient_group():
     """A group whose waits may last, while rank 0 builds the data; the usual limit is minutes."""
-    return dist.new_group(backend="gloo", timeout=timedelta(days=30))
+    return dist.new_group(backend="gloo", timeout=timedelta(days=2))
 
 
 def on_main(work):
@@ -338,17 +338,6 @@ def code_version():
     """One hash over the code that every rank must share."""
     rooms = [HOUSE / room for room in ROOMS if (HOUSE / room).is_file()]
     return hashlib.sha256("".join(map(file_sha256, rooms)).encode()).hexdigest()[:12]
-
-
-def check_shared(run):
-    """UserError where a rank does not see rank 0's run directory, as on a node's own disk."""
-    mark = run / on_main(lambda: f".seen-{uuid.uuid4().hex}")
-    on_main(mark.touch)
-    blind = [host for host in gather("" if mark.exists() else socket.gethostname()) if host]
-    on_main(mark.unlink)
-    if blind:
-        raise UserError(f"run_dir={run} is not the same directory on "
-                        f"{', '.join(sorted(set(blind)))}; name one on a disk that all nodes share")
 
 
 def shard_model(model, config, device, dtype, compiled):
@@ -681,20 +670,39 @@ def say_new_schedule(saved, config):
 
 
 def hold_run(run):
-    """Make the run directory, and keep other processes from training in it until this one ends."""
+    """Make the run directory and lock it against other processes; returns the open lock, its text.
+
+    The text is this process's own, so that other ranks can tell whether they see the same file.
+    """
     try:
         run.mkdir(parents=True, exist_ok=True)
-        handle = open(run / ".lock", "w")
+        lock = open(run / ".lock", "a+")
     except OSError as error:
         raise UserError(f"run_dir={run}: no directory can be made there ({error})") from None
     try:
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"{run}: another process trains there; wait for it, or choose another "
-                        "--run_dir") from None
+        lock.seek(0)
+        raise UserError(f"{run}: another process trains there ({lock.read()}); wait for it, or "
+                        "choose another --run_dir") from None
     except OSError:
         print(f"{run}: its disk knows no locks; see to it that one process alone trains there")
-    return handle
+    text = f"process {os.getpid()} on {socket.gethostname()}, {uuid.uuid4().hex}"
+    lock.truncate(0)
+    lock.write(text)
+    lock.flush()
+    os.fsync(lock.fileno())
+    return lock, text
+
+
+def check_shared(run, text):
+    """UserError where a rank does not see rank 0's run directory, as on a node's own disk."""
+    lock = run / ".lock"  # subtle: rank 0 must not open it again, for closing it would unlock it
+    seen = rank() == 0 or (lock.is_file() and lock.read_text() == text)
+    blind = {host for host in gather("" if seen else socket.gethostname()) if host}
+    if blind:
+        raise UserError(f"run_dir={run} is not the same directory on {', '.join(sorted(blind))}; "
+                        "name one on a disk that all nodes share")
 
 
 def clear_run(run):
@@ -1015,9 +1023,13 @@ def train(model_config, data_config, eval_config, config):
     check_agreement(fingerprint)
 
     # The run: new, or as it was left
-    held = []  # until this process ends
-    on_main(lambda: held.append(hold_run(run)))
-    check_shared(run)
+    locks = []  # held until this process ends
+
+    def hold():
+        lock, text = hold_run(run)
+        locks.append(lock)
+        return text
+    check_shared(run, on_main(hold))
     start, state = on_main(lambda: open_run(config, settings, fingerprint))
     if state["step"] >= config.max_steps:
         print(f"{run}: finished, at step {state['step']} of {config.max_steps}")
