@@ -1408,6 +1408,8 @@ def locked(folder):
         except BlockingIOError:
             print(f"data: waiting for the process that works in {folder}")
             fcntl.lockf(handle, fcntl.LOCK_EX)
+        except OSError:
+            print(f"data: {folder} knows no locks; see to it that one process alone builds there")
         yield
 
 
@@ -2020,6 +2022,18 @@ class Span(NamedTuple):
     document: dict  # id, text, source, metadata: the clean document
 
 
+def log_rows(run):
+    """The rows of RUN/metrics.jsonl; one that a crash has torn is left out."""
+    log = Path(run) / "metrics.jsonl"
+    for line in log.read_text(errors="replace").splitlines() if log.is_file() else ():
+        try:
+            row = json.loads(line)
+            if row["kind"] and row["step"] >= 0:
+                yield row
+        except (ValueError, KeyError, TypeError):
+            continue
+
+
 class RunData:
     """The data of a run as it was trained on, for looking things up in it."""
 
@@ -2037,23 +2051,14 @@ class RunData:
         self.tokenizer = Tokenizer.load(self.folder / "tokenizer.json")
         self.index, self.block = lru_cache(8)(self.read_index), lru_cache(self.read_block)
 
-    def log_rows(self):
-        """The whole rows of the run's log; a crash may have torn one."""
-        log = self.run / "metrics.jsonl"
-        for row in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
-            try:
-                yield {"step": 0, **json.loads(row)}
-            except (ValueError, TypeError):
-                continue
-
     def steps_done(self):
         """The last step that the run has logged or saved."""
         saved = [int(step.name[4:]) for step in self.run.glob("step*") if step.name[4:].isdigit()]
-        return max([0, *saved, *(row["step"] for row in self.log_rows())])
+        return max([0, *saved, *(row["step"] for row in log_rows(self.run))])
 
     def ranks_at(self, step):
-        """How many ranks took a step: those of the first logged one from it on; 1 if none is."""
-        return next((row["world_size"] for row in self.log_rows()
+        """How many ranks took a step, by the log's first row from it on; 1 if there is none."""
+        return next((row["world_size"] for row in log_rows(self.run)
                      if row["step"] >= step and "world_size" in row), 1)
 
     def read_index(self, shard):

@@ -8,7 +8,6 @@ RUN is a run directory, one of its step directories, or a Hugging Face directory
 2402.00838), section 2.4.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Literal
 import torch
 
 from configs import UserError, load_config, run_main
-from data import DataConfig, Tokenizer, data_of_run, read_documents
+from data import DataConfig, Tokenizer, data_of_run, log_rows, read_documents
 from model import choose_device, generate, load_model, next_token_loss
 
 
@@ -177,11 +176,9 @@ def read_metrics(run):
     path = Path(run) / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"{path}: missing; name a run directory that train.py wrote")
-    rows = {"train": [], "eval": [], "end": [], "not_finite": []}
-    for line in path.read_text().splitlines(keepends=True):
-        if line.endswith("\n"):  # a run on its way may be writing its last row
-            row = json.loads(line)
-            rows[row["kind"]].append(row)
+    rows = {"train": [], "eval": [], "end": []}
+    for row in log_rows(run):
+        rows.setdefault(row["kind"], []).append(row)
     return rows
 
 

@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -47,9 +48,10 @@ from torch.utils.checkpoint import (CheckpointPolicy, checkpoint,
                                     create_selective_checkpoint_contexts)
 from tqdm import tqdm
 
-from configs import (HOUSE, ROOMS, UserError, file_sha256, flat, load_config, read_json, run_main,
-                     write_json)
-from data import Batches, DataConfig, RunData, Tokenizer, TokenShards, build_data, print_table
+from configs import (HOUSE, ROOMS, UserError, file_sha256, flat, fsync, load_config, read_json,
+                     run_main, write_json)
+from data import (Batches, DataConfig, RunData, Tokenizer, TokenShards, build_data, log_rows,
+                  print_table)
 from eval import (EvalConfig, bits_per_byte, domains_table, evaluate_domains, held_out_domains,
                   sample_text)
 from model import (Block, ModelConfig, OLMo, choose_device, choose_dtype, head_nats, init_weights,
@@ -244,7 +246,7 @@ def setup_distributed(name):
         if device.type == "mps":
             raise UserError("device=mps works for one process; --device=cpu for several")
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                **fresh_rendezvous())
+                                timeout=timedelta(minutes=10), **fresh_rendezvous())
         if rank():  # one rank speaks; the others' errors go to stderr
             sys.stdout = open(os.devnull, "w")
     return rank(), world_size(), device
@@ -299,23 +301,21 @@ def gather(value):
     return values
 
 
-@functools.cache
-def patient_group():
-    """A group whose waits may last, while rank 0 builds the data; the usual limit is minutes."""
-    return dist.new_group(backend="gloo", timeout=timedelta(days=2))
+def on_main(work, patience=None):
+    """What `work()` returns on rank 0, on every rank; its UserError or OSError ends them all.
 
-
-def on_main(work):
-    """What `work()` returns on rank 0, on every rank; its UserError ends them all."""
+    patience: how long the others wait, where 10 minutes may not do.
+    """
     if not dist.is_initialized():
         return work()
+    group = dist.new_group(backend="gloo", timeout=patience) if patience else None
     outcome = [None, None]
     if rank() == 0:
         try:
             outcome[0] = work()
-        except UserError as error:
+        except (UserError, OSError) as error:
             outcome[1] = str(error)
-    dist.broadcast_object_list(outcome, group=patient_group())
+    dist.broadcast_object_list(outcome, group=group)
     if outcome[1]:
         raise UserError(outcome[1])
     return outcome[0]
@@ -336,7 +336,7 @@ def check_agreement(facts):
 
 def code_version():
     """One hash over the code that every rank must share."""
-    rooms = [HOUSE / room for room in ROOMS if (HOUSE / room).is_file()]
+    rooms = [HOUSE / room for room in ("configs/__init__.py", *ROOMS) if (HOUSE / room).is_file()]
     return hashlib.sha256("".join(map(file_sha256, rooms)).encode()).hexdigest()[:12]
 
 
@@ -534,7 +534,8 @@ def save_checkpoint(run, state, model, optimizer):
 
     Every rank writes and hashes its own slices; another number of ranks can load them. It is
     written under another name and renamed when all are done: one that exists is whole, a failed one
-    is gone.
+    is gone. There is no random state to save: training draws nothing, and the data's order is a
+    function of the step.
     """
     path = Path(run) / f"step{state['step']:06d}"
     if on_main(path.exists):
@@ -565,6 +566,7 @@ def finish_checkpoint(path, aside, state, everyone):
         state = {**state, "files": dict(sorted(files.items()))}
         write_json(aside / "state.json", {**state, "sha256": state_digest(state)})
         aside.rename(path)
+        fsync(path.parent)  # an older one may now be deleted: the new name must be on the disk
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(f"{path}: the checkpoint could not be written ({error}); make room, then "
@@ -617,15 +619,20 @@ def open_run(config, settings, fingerprint):
     UserError that names the keys, or the part of the data, that differ from the run's.
     """
     run, fresh = Path(config.run_dir), {"step": 0, "tokens": 0, "seconds": 0.0, "kwh": 0.0}
-    # subtle: torchrun restarts the very command, and must not overwrite the run a second time
-    if config.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+    start = Path(config.start_from) if config.start_from else None
+    if config.overwrite:
+        if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+            raise UserError("--overwrite with --max-restarts would delete the run at each restart; "
+                            "leave one of them away")
+        if start and start.resolve().parent == run.resolve():
+            raise UserError(f"--overwrite would delete {start}, which start_from names; choose "
+                            "another --run_dir")
         clear_run(run)
     for leftover in run.glob("step*.tmp"):
         shutil.rmtree(leftover)
     if not step_directories(run):
-        if not config.start_from:
+        if not start:
             return None, fresh
-        start = Path(config.start_from)
         saved = verify_step(start, config.verify == "sha256")
         check_changes(start, saved, {}, fingerprint, config)
         return start, fresh | {"step": saved["step"], "tokens": saved["tokens"]}
@@ -679,14 +686,21 @@ def hold_run(run):
         lock = open(run / ".lock", "a+")
     except OSError as error:
         raise UserError(f"run_dir={run}: no directory can be made there ({error})") from None
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        raise UserError(f"{run}: another process trains there ({lock.read()}); wait for it, or "
-                        "choose another --run_dir") from None
-    except OSError:
-        print(f"{run}: its disk knows no locks; see to it that one process alone trains there")
+    # torchrun's restart waits, as a network's disk forgets a dead node's lock after a minute or two
+    deadline = time.monotonic() + (150 if "TORCHELASTIC_RUN_ID" in os.environ else 0)
+    while True:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                lock.seek(0)
+                raise UserError(f"{run}: another process trains there ({lock.read()}); wait for "
+                                "it, or choose another --run_dir") from None
+            time.sleep(0.5)
+        except OSError:
+            print(f"{run}: its disk knows no locks; see to it that one process alone trains there")
+            break
     text = f"process {os.getpid()} on {socket.gethostname()}, {uuid.uuid4().hex}"
     lock.truncate(0)
     lock.write(text)
@@ -695,14 +709,25 @@ def hold_run(run):
     return lock, text
 
 
-def check_shared(run, text):
-    """UserError where a rank does not see rank 0's run directory, as on a node's own disk."""
-    lock = run / ".lock"  # subtle: rank 0 must not open it again, for closing it would unlock it
-    seen = rank() == 0 or (lock.is_file() and lock.read_text() == text)
+def share_run(run):
+    """Hold the run directory for this process and its fellow ranks; returns the lock, to be kept.
+
+    UserError where a rank does not see rank 0's directory, as on a node's own disk.
+    """
+    locks = []
+
+    def hold():
+        lock, text = hold_run(run)
+        locks.append(lock)
+        return text
+    text, file = on_main(hold), run / ".lock"
+    # subtle: rank 0 must not open the file again, for closing it would unlock it
+    seen = rank() == 0 or (file.is_file() and file.read_text() == text)
     blind = {host for host in gather("" if seen else socket.gethostname()) if host}
     if blind:
         raise UserError(f"run_dir={run} is not the same directory on {', '.join(sorted(blind))}; "
                         "name one on a disk that all nodes share")
+    return locks
 
 
 def clear_run(run):
@@ -733,12 +758,9 @@ class Log:
         self.file = self.board = None
         if rank():
             return
-        path = run / "metrics.jsonl"
-        rows = path.read_text().splitlines(keepends=True) if path.is_file() else []
-        kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step
-                and json.loads(row)["kind"] != "end"]
-        aside = run / "metrics.jsonl.tmp"
-        aside.write_text("".join(kept))
+        path, aside = run / "metrics.jsonl", run / "metrics.jsonl.tmp"
+        aside.write_text("".join(json.dumps(row) + "\n" for row in log_rows(run)
+                                 if row["step"] <= step and row["kind"] != "end"))
         aside.rename(path)
         self.file = open(path, "a")
         if tensorboard:
@@ -783,6 +805,8 @@ def peak_flops(device):
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device).lower().replace(" ", "")
+    if "h100" in name and ("pcie" in name or "nvl" in name):
+        return None  # slower than the table's, which has the SXM board
     known = [flops for gpu, (flops, _, _) in GPUS.items() if gpu in name]
     return known[0] * 1e12 if known else None
 
@@ -812,7 +836,8 @@ class PowerMeter:
     def read(self):
         """The power now in watts, or None where no meter can be read."""
         try:
-            return torch.cuda.power_draw(self.device) / 1000
+            power = torch.cuda.power_draw(self.device)
+            return power if torch.version.hip else power / 1000  # AMD's comes in watts
         except Exception:  # no pynvml, no driver, no right: as many kinds of errors
             return None
 
@@ -858,7 +883,7 @@ class StopSignal:
         return self
 
     def receive(self, number, frame):
-        if self.number:
+        if self.number and (self.number != signal.SIGALRM or world_size() > 1):
             return
         self.number = number
         if number == signal.SIGALRM:
@@ -896,7 +921,8 @@ def plan_memory(model_config, config, ranks, rows):
     block = 4 * D * D + 3 * D * F
     root = weights - L * block  # embedding and head
     slices = ranks if config.shard == "all" else min(ranks, 8)  # the node has 8
-    whole_gradients = ranks > 1 and not config.reduce_every_micro_batch
+    one_pass = rows * ranks >= config.batch_size
+    whole_gradients = ranks > 1 and not one_pass and not config.reduce_every_micro_batch
 
     # What a block keeps for the backward. With one rank that includes its weights' bf16 copies.
     casts = width * block if ranks == 1 and width == 2 else 0
@@ -922,8 +948,10 @@ def print_plan(model_config, config, plan):
     """Memory per GPU by part, tokens, days, energy, carbon and disk of a config; trains nothing."""
     tflops, capacity, watts = GPUS[plan.gpu]
     weights = sum(math.prod(shape) for shape in parameter_shapes(model_config).values())
-    tokens = config.max_steps * config.batch_size * model_config.max_seq_len
-    print(f"{weights:,} parameters; {config.max_steps:,} steps of {config.batch_size:,} x "
+    before = re.fullmatch(r"step(\d+)", Path(config.start_from).name)  # an anneal's first part
+    steps = config.max_steps - (int(before[1]) if before else 0)
+    tokens = steps * config.batch_size * model_config.max_seq_len
+    print(f"{weights:,} parameters; {steps:,} steps of {config.batch_size:,} x "
           f"{model_config.max_seq_len:,} tokens: {tokens / 1e9:,.4g} G tokens")
     if config.batch_size % plan.gpus:
         near = [n for n in range(1, config.batch_size + 1) if config.batch_size % n == 0]
@@ -947,10 +975,10 @@ def print_plan(model_config, config, plan):
           f"  {kwh:,.0f} kWh at {watts} W a GPU x {config.pue:g} (PUE) x "
           f"{config.kg_co2_per_kwh:g} kg/kWh = "
           f"{kwh * config.pue * config.kg_co2_per_kwh / 1000:,.2f} t CO2eq")
-    saved = config.max_steps // config.save_every_steps if config.save_every_steps else 1
+    saved = -(-steps // config.save_every_steps) if config.save_every_steps else 1
     kept = min(saved, config.keep_last or saved)
-    if config.keep_last and config.keep_every:
-        kept += config.max_steps // config.keep_every
+    if config.keep_every and config.save_every_steps:
+        kept = min(saved, kept + steps // math.lcm(config.keep_every, config.save_every_steps))
     print(f"  {12 * weights / 1e9:,.1f} GB a checkpoint, {12 * weights * kept / 1e12:,.2f} TB for "
           f"the {kept:,} that are kept")
 
@@ -1005,14 +1033,15 @@ def train(model_config, data_config, eval_config, config):
     number, ranks, device = setup_distributed(config.device)
     print(textwrap.fill("config: " + ", ".join(f"{key}={value}" for key, value in settings.items()),
                         width=100, subsequent_indent="  "))
-    check_agreement({**settings, "code": code_version(), "torch": torch.__version__})
+    check_agreement({**settings, "code": code_version(), "torch": torch.__version__,
+                     "ranks a node": config.shard == "all" or os.environ.get("LOCAL_WORLD_SIZE")})
     dtype, compiled = choose_machine(config, device)
     rows = choose_micro_batch(config, model_config.max_seq_len, ranks)
+    check_agreement({"device": device.type, "dtype": str(dtype), "compile": compiled})
     keep_freed_memory()
 
-    # The data: built by one rank, found by the others (or built, on a disk of their own)
-    on_main(lambda: build_data(data_config) and None)
-    folder = build_data(data_config)
+    # The data: rank 0 builds it, on a disk that all nodes see
+    folder = on_main(lambda: build_data(data_config), patience=timedelta(days=2))
     print_table(folder)
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     check_vocabulary(model_config, tokenizer)
@@ -1023,18 +1052,11 @@ def train(model_config, data_config, eval_config, config):
     check_agreement(fingerprint)
 
     # The run: new, or as it was left
-    locks = []  # held until this process ends
-
-    def hold():
-        lock, text = hold_run(run)
-        locks.append(lock)
-        return text
-    check_shared(run, on_main(hold))
+    lock = share_run(run)  # noqa: F841  held until this process ends
     start, state = on_main(lambda: open_run(config, settings, fingerprint))
     if state["step"] >= config.max_steps:
         print(f"{run}: finished, at step {state['step']} of {config.max_steps}")
         return 0
-    on_main(lambda: describe_run(run, settings, folder, fingerprint))
     state.update(config=settings, data=fingerprint, torch=torch.__version__)
 
     # The model and its optimiser
@@ -1047,11 +1069,8 @@ def train(model_config, data_config, eval_config, config):
         print(f"{run}: goes on after step {state['step']}")
     else:
         init_weights(model, data_config.seed, own_part)
-    print(f"run: {run}, {sum(p.numel() for p in model.parameters()):,} parameters, "
-          f"{config.max_steps:,} steps of {config.batch_size} x {shards.seq_len} tokens, "
-          f"{rows} sequences at a time\n"
-          f"  an epoch: {batches.steps_per_epoch:,} steps; {len(shards) % config.batch_size} "
-          f"sequences and {shards.tail_tokens} tokens at the ends of files do not fill one")
+    on_main(lambda: describe_run(run, settings, folder, fingerprint))
+    print_run(run, model, config, batches, rows)
 
     # The steps
     def evaluate():
@@ -1070,11 +1089,10 @@ def train(model_config, data_config, eval_config, config):
         functools.partial(batches, rank=number, world_size=ranks), pretraining_loss, evaluate,
         functools.partial(documents_of, run), rows, deadline)
     if ended_by:
-        where = f"after step {state['step']}, which is saved" if state["step"] else "before step 1"
-        print(f"stopped {where}; go on: python train.py --resume={run}")
+        print(f"stopped after step {state['step']}, which is saved; go on: python train.py "
+              f"--resume={run}")
         return 128 + ended_by
 
-    # What came out
     print(f"\nheld-out text after step {state['step']}, {state['seconds']:.0f} s:")
     print(domains_table(results))
     with torch.compiler.set_stance("force_eager"):
@@ -1082,6 +1100,15 @@ def train(model_config, data_config, eval_config, config):
     print(f"  python eval.py {run}\n  python eval.py sample {run} --prompt=\"def read_\"\n"
           f"  python eval.py report {run}\n  python model.py export {run} OUT")
     return 0
+
+
+def print_run(run, model, config, batches, rows):
+    shards = batches.shards
+    print(f"run: {run}, {sum(p.numel() for p in model.parameters()):,} parameters, "
+          f"{config.max_steps:,} steps of {config.batch_size} x {shards.seq_len} tokens, "
+          f"{rows} sequences at a time\n"
+          f"  an epoch: {batches.steps_per_epoch:,} steps; {len(shards) % config.batch_size} "
+          f"sequences and {shards.tail_tokens} tokens at the ends of files do not fill one")
 
 
 def documents_of(run, step):
@@ -1097,8 +1124,12 @@ def documents_of(run, step):
 def report_not_finite(log, config, state, step, error, documents):
     """Log the documents of a step whose loss or gradient is not finite; UserError to stop at it."""
     skipped = config.not_finite == "skip"
+    try:
+        lines = documents(step)
+    except Exception as fault:  # what is wrong with the data must not hide what is with the step
+        lines = [f"not traced: {fault}"]
     log.write("not_finite", {**state, "step": step}, error=str(error), skipped=skipped,
-              documents=documents(step))
+              documents=lines)
     if not skipped:
         raise UserError(f"step {step}: {error}; its documents are in {log.file.name}, and the "
                         "newest checkpoint is from before it. A lower --lr, in a run of its own, "
@@ -1115,12 +1146,31 @@ class Recent:
     tokens: int = 0
     seconds: float = 0.0
 
+    def add(self, clipped, tokens, seconds):
+        self.steps, self.clipped = self.steps + 1, self.clipped + clipped
+        self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
+
     def rates(self, flops, device):
         """Speed, model FLOPs utilisation and the share of steps that were clipped."""
         speed, peak = self.tokens / self.seconds, peak_flops(device)
         return {"clipping_rate": self.clipped / self.steps, "tokens_per_second": round(speed, 1),
                 "tokens_per_second_per_device": round(speed / world_size(), 1),
                 "mfu": round(speed / world_size() * flops / peak, 4) if peak else None}
+
+
+def log_step(log, state, row, device, batch):
+    """A row of kind train: what all ranks have seen of a step, the peak memory of the fullest."""
+    log.write("train", state, **row, perplexity=math.exp(min(row["loss"], 700)),
+              peak_memory_gb=round(largest(peak_memory(device))[0], 3), kwh=state["kwh"],
+              world_size=world_size(), batch_hash=batch_hash(batch["tokens"]))
+
+
+def log_evaluation(log, state, results):
+    bits = {name: bits_per_byte(sums) for name, sums in results.items()}
+    log.write("eval", state, bits_per_byte=bits, sums=results)
+    tqdm.write(f"step {state['step']}: held-out bits per byte: "
+               + (", ".join(f"{name} {value:.3f}" for name, value in bits.items())
+                  or "there is no held-out text"))
 
 
 def train_loop(config, run, state, model, optimizer, batches, loss_fn, evaluate, documents, rows,
@@ -1140,7 +1190,12 @@ def train_loop(config, run, state, model, optimizer, batches, loss_fn, evaluate,
     def due(every):
         return state["step"] == config.max_steps or (every and state["step"] % every == 0)
 
+    def count_energy():
+        own = torch.tensor(meter.kwh(), dtype=torch.float64)
+        state["kwh"] = kwh_before + reduce_sum(own).item()
+
     def save():
+        count_energy()
         save_checkpoint(run, state, model, optimizer)
         on_main(lambda: drop_old_checkpoints(run, config.keep_last, config.keep_every))
         return time.monotonic()
@@ -1154,46 +1209,39 @@ def train_loop(config, run, state, model, optimizer, batches, loss_fn, evaluate,
             try:
                 metrics = train_step(model, optimizer, cut_batch(batch, rows, device), loss_fn, lr,
                                      max_norm, config.reduce_every_micro_batch)
-                recent.clipped += metrics["grad_norm"] > max_norm
             except FloatingPointError as error:
                 on_main(functools.partial(report_not_finite, log, config, state, step, error,
                                           documents))
             tokens = batch["tokens"].numel() * world_size()
-            recent.steps, recent.tokens = recent.steps + 1, recent.tokens + tokens
-            recent.seconds += time.perf_counter() - tick
-            energy = reduce_sum(torch.tensor(meter.kwh(), dtype=torch.float64)).item()
-            state.update(step=step, tokens=state["tokens"] + tokens, kwh=kwh_before + energy,
+            clipped = bool(metrics) and metrics["grad_norm"] > max_norm
+            recent.add(clipped, tokens, time.perf_counter() - tick)
+            state.update(step=step, tokens=state["tokens"] + tokens,
                          seconds=round(time.perf_counter() - began, 3))
             bar.update()
-            if metrics and due(config.log_every_steps):
-                rates = recent.rates(flops, device)
-                log.write("train", state, **metrics, perplexity=math.exp(min(metrics["loss"], 700)),
-                          lr=lr, **rates, peak_memory_gb=round(largest(peak_memory(device))[0], 3),
-                          kwh=state["kwh"], world_size=world_size(),
-                          batch_hash=batch_hash(batch["tokens"]))
-                bar.set_postfix_str(f"loss {metrics['loss']:.3f}, "
-                                    f"{rates['tokens_per_second']:,.0f} tokens/s")
-                recent = Recent()
-            if due(config.eval_every_steps):
-                results = evaluate()
-                bits = {name: bits_per_byte(sums) for name, sums in results.items()}
-                log.write("eval", state, bits_per_byte=bits, sums=results)
-                tqdm.write(f"step {step}: held-out bits per byte: "
-                           + (", ".join(f"{name} {value:.3f}" for name, value in bits.items())
-                              or "there is no held-out text"))
             minutes = (time.monotonic() - saved_at) / 60
             late = bool(config.save_every_minutes) and minutes >= config.save_every_minutes
             ended_by, late = map(int, largest(stop.reason(), late))  # what one rank says, all do
+            if metrics and due(config.log_every_steps):
+                count_energy()
+                row = {**metrics, "lr": lr, **recent.rates(flops, device)}
+                log_step(log, state, row, device, batch)
+                bar.set_postfix_str("loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s"
+                                    .format(**row))
+                recent = Recent()
+            if ended_by:  # first of all, for torchrun gives it 30 s
+                save()
+            if due(config.eval_every_steps):
+                results = evaluate()
+                log_evaluation(log, state, results)
             if due(config.save_every_steps) or late:
                 saved_at = save()
+        count_energy()
+        bar.close()
+        print(energy_line(state["kwh"], meter.metered, config))
         if state["step"] == config.max_steps:
-            carbon = state["kwh"] * config.pue * config.kg_co2_per_kwh
-            log.write("end", state, kwh=state["kwh"], kg_co2=carbon)
-            bar.close()
-            print(energy_line(state["kwh"], meter.metered, config))
+            log.write("end", state, kwh=state["kwh"],
+                      kg_co2=state["kwh"] * config.pue * config.kg_co2_per_kwh)
             return 0, results
-        if state["step"]:
-            save()
         return ended_by, results
 
 
@@ -1207,11 +1255,11 @@ def main(argv):
         argv = [str(saved), f"--run_dir={resumed[-1]}", *argv]
     if all(word.startswith("-") for word in argv) and not {"-h", "--help"} & set(argv):
         raise UserError("name a config file (python train.py configs/tiny.py) or --resume=RUN")
-    model_config, data_config, eval_config, config, plan = load_config(argv, *schemas)
-    if plan.plan:
-        return print_plan(model_config, config, plan)
     try:
-        code = train(model_config, data_config, eval_config, config)
+        *configs, plan = load_config(argv, *schemas)
+        if plan.plan:
+            return print_plan(configs[0], configs[3], plan)
+        code = train(*configs)
     except UserError:
         if os.environ.get("RANK", "0") != "0":  # what rank 0 met too, it says, and torchrun ends
             time.sleep(3)  # the others; what this one met alone it must say itself

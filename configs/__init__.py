@@ -207,7 +207,17 @@ def write_json(path, value):
     """Write a JSON file; a crash leaves the old one or the new one, never half of it."""
     aside = path.with_name(path.name + ".tmp")
     aside.write_text(json.dumps(value, indent=1) + "\n")
+    fsync(aside)
     aside.replace(path)
+
+
+def fsync(path):
+    """Wait until a file, or the names in a directory, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def run_main(main):

@@ -1,6 +1,6 @@
 """The end of OLMo-7B: 1,000 steps down to almost nothing, from step 556,000 of configs/olmo_7b.py.
 
-    torchrun ... train.py configs/olmo_7b_anneal.py --start_from=runs/olmo_7b/step556000
+    torchrun ... train.py configs/olmo_7b_anneal.py [--start_from=RUN/step556000]
 
 It goes on with that step's weights, optimiser and place in the data; the released OLMo-7B is its
 last step. Settings: allenai/OLMo, configs/mcli/v1_5-mix-medium-mitch-ish.yaml at commit 87a8b702.
@@ -27,6 +27,7 @@ seed = 6198  # yaml
 
 # the run
 run_dir = "runs/olmo_7b_anneal"
+start_from = "runs/olmo_7b/step556000"
 dtype = "bfloat16"  # yaml, precision: mixed
 batch_size = 2160  # the run's; the yaml's, and that of the LUMI twin, is 2048
 micro_batch_size = 2  # yaml; paper 3.1; five times on each of the run's 216 GPUs

@@ -135,7 +135,7 @@ def test_a_dead_rank_ends_the_others_and_torchrun_brings_the_run_back(tmp_path, 
     """Rank 1 is killed; with --max-restarts the same command goes on from the last checkpoint."""
     run = tmp_path / "run"
     process = torchrun(2, fifty[1], f"--run_dir={run}", "--save_every_steps=5",
-                       "--overwrite", options=["--max-restarts=2"])
+                       options=["--max-restarts=2"])
     deadline = time.monotonic() + 60
     while not saved_or_none(run):
         assert process.poll() is None and time.monotonic() < deadline
@@ -212,12 +212,12 @@ def test_ranks_that_disagree_are_told_apart(tmp_path, fifty, body, words):
 
 @pytest.mark.slow
 def test_a_directory_that_a_node_does_not_share_is_named(tmp_path, fifty):
-    body = f'os.environ["RANK"] == "1" and os.chdir({str(tmp_path)!r})'
-    code, _, stderr = run_differently(tmp_path, body, fifty[1], "--run_dir=elsewhere/run")
-    try:
-        assert code != 0 and "run_dir=elsewhere/run is not the same directory" in stderr
-    finally:
-        subprocess.run(["rm", "-rf", "elsewhere"], check=True)
+    folders = {rank: str(tmp_path / f"node{rank}") for rank in "01"}
+    for folder in folders.values():
+        os.mkdir(folder)
+    body = f'os.chdir({folders}[os.environ["RANK"]])'
+    code, _, stderr = run_differently(tmp_path, body, fifty[1], "--run_dir=run")
+    assert code != 0 and "run_dir=run is not the same directory" in stderr
 
 
 def test_a_gradient_that_is_not_finite_on_one_rank_stops_all_before_the_weights(tmp_path, fifty):
@@ -355,6 +355,31 @@ def test_an_anneal_on_other_data_is_refused(tmp_path, finished, tiny_config, cal
             "seed: 6198 then, 1 now")
 
 
+def test_overwrite_never_deletes_what_it_needs(copied, call, refused, monkeypatch):
+    words = [f"--resume={copied}", "--overwrite", "--lr=0.001"]
+    refused(call(train, *words, f"--start_from={copied / 'step000015'}"), "would delete")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    refused(call(train, *words), "--max-restarts would delete")
+    assert saved_steps(copied) == [10, 15, 20]
+
+
+def test_changes_that_do_not_fit_leave_the_run_as_it_was(copied, call, refused):
+    before = (copied / "config.json").read_bytes()
+    refused(call(train, f"--resume={copied}", "--d_model=64", "--max_steps=22",
+                 "--accept_changes"), "do not fit")
+    assert (copied / "config.json").read_bytes() == before
+
+
+def test_a_torn_log_does_not_stop_a_run(copied, call):
+    """As a power cut leaves it: zeros in the middle, half a row at the end."""
+    log = copied / "metrics.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_bytes("".join(lines[:5]).encode() + b"\0" * 300 + b"\n"
+                    + "".join(lines[6:]).encode() + b'{"kind": "tr')
+    assert call(train, f"--resume={copied}", "--max_steps=22").returncode == 0
+    assert steps(copied) == [1, 2, 3, 4, 5, *range(7, 23)]
+
+
 def test_the_shipped_anneal_ends_where_olmo_7b_ended():
     """2.3e-5 at step 556,000, half at 556,500, 2.3e-8 at 557,000 (facts/recipe.md, 2.4)."""
     [config] = load_config([str(HOUSE / "configs/olmo_7b_anneal.py")], train.TrainConfig)
@@ -412,23 +437,25 @@ def test_damage_that_keeps_the_size_passes_verify_size_only(copied, call):
     assert "warning" not in seal_size.stdout
 
 
-@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "state.json"])
-def test_a_bomb_in_any_file_of_a_checkpoint_does_not_go_off(copied, tmp_path, call, name):
-    """With the digests made to fit, as a stranger would who wrote the whole of it."""
+def test_a_bomb_in_place_of_a_tensor_does_not_go_off(copied, tmp_path, call, refused):
+    """Where the metadata says that the tensors lie, and with digests that fit; it is a real one."""
     marker, step = tmp_path / "boom", copied / "step000020"
-    (step / name).write_bytes(pickle.dumps(Bomb(marker)))
-    if name != "state.json":
-        seal(step)
-    result = call(train, f"--resume={copied}", "--max_steps=22", "--keep_last=0")
+    torch.save(Bomb(marker), step / "__0_0.distcp")
+    metadata = pickle.loads((step / ".metadata").read_bytes())
+    for info in metadata.storage_data.values():
+        info.offset, info.length = 0, (step / "__0_0.distcp").stat().st_size
+    (step / ".metadata").write_bytes(pickle.dumps(metadata))
+    seal(step)
+    refused(call(train, f"--resume={copied}", "--max_steps=22"), step, "cannot be read")
     assert not marker.exists()
-    assert result.returncode != 0 or "warning: " in result.stdout
+    torch.load(step / "__0_0.distcp", weights_only=False)
+    assert marker.exists()
 
 
 def test_byte_entries_are_refused(copied, call, refused):
     """DCP unpickles what is no tensor without limits; a checkpoint that has such is refused."""
     step = copied / "step000020"
-    with pytest.MonkeyPatch.context():
-        metadata = pickle.loads((step / ".metadata").read_bytes())
+    metadata = pickle.loads((step / ".metadata").read_bytes())
     name = next(iter(metadata.state_dict_metadata))
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata
     metadata.state_dict_metadata[name] = BytesStorageMetadata()
@@ -508,7 +535,6 @@ def test_energy_is_the_papers_arithmetic():
     """104 MWh x 1.1 x 0.610 = 69.78 t (facts/recipe.md, 7)."""
     line = train.energy_line(104_000, True, train.TrainConfig())
     assert line.endswith("= 6.98e+04 kg CO2eq") and "metered" in line
-    assert 104_000 * 1.1 * 0.610 / 1000 == pytest.approx(69.78, abs=0.01)
     assert "unknown" in train.energy_line(0.0, False, train.TrainConfig())
 
 
@@ -521,7 +547,7 @@ def test_stated_watts_count_by_the_clock(tmp_path, tiny_config, call):
     [end] = rows(run, "end")
     assert end["kg_co2"] == pytest.approx(end["kwh"] * 1.1 * 0.610)
     call(train, f"--resume={run}", "--max_steps=40")  # it goes on from there
-    assert rows(run)[30]["kwh"] > end["kwh"]
+    assert rows(run)[30]["kwh"] > rows(run)[29]["kwh"]
 
 
 def test_a_meter_adds_up_its_power(monkeypatch):
@@ -582,7 +608,7 @@ with FakeTensorMode():
     ranks > 1 or tracker.track_external(model, optimizer)
     tokens = torch.zeros(rows, model_config.max_seq_len, dtype=torch.long)
     with tracker:
-        for last in (False, True):
+        for last in (False, True)[rows * ranks >= config.batch_size:]:
             if ranks > 1:
                 model.set_requires_gradient_sync(last or config.reduce_every_micro_batch)
             model(tokens, targets=tokens).sum().backward()
@@ -602,9 +628,9 @@ def tracked_peak(tmp_path, *case):
 
 
 SEVEN_B, ONE_B = (str(HOUSE / f"configs/olmo_{size}.py") for size in ("7b", "1b"))
-PLANS = [(SEVEN_B, 256, 2, {})]
+PLANS = [(SEVEN_B, 256, 2, {"reduce_every_micro_batch": False, "batch_size": 512})]
 SLOW_PLANS = [
-    (SEVEN_B, 8, 2, {}),
+    (SEVEN_B, 8, 2, {}), (SEVEN_B, 256, 2, {}),
     *((SEVEN_B, ranks, 2, {"activation_checkpointing": policy}) for ranks in (1, 8, 256)
       for policy in ("none", "one_in_two", "whole_layer")),
     (SEVEN_B, 8, 4, {"activation_checkpointing": "whole_layer"}),
@@ -643,6 +669,12 @@ def test_the_plan_states_its_figures(call):
 def test_the_plan_advises(call, words, advice):
     result = call(train, SEVEN_B, "--plan", *words)
     assert result.returncode == 0 and advice in result.stdout, result.stdout
+
+
+def test_the_plan_of_the_anneal_is_of_its_1000_steps(call):
+    result = call(train, HOUSE / "configs/olmo_7b_anneal.py", "--plan", "--gpus=216", "--gpu=a100")
+    assert "1,000 steps" in result.stdout and "4.424 G tokens" in result.stdout
+    assert "for the 2 that are kept" in result.stdout
 
 
 def test_the_plan_of_a_run_needs_no_data_and_makes_no_directory(tmp_path, tiny_config, call):

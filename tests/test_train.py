@@ -665,8 +665,9 @@ def test_a_second_signal_acts_at_once():
 # ---- A run directory that exists -----------------------------------------------------------------
 
 def content(run):
-    """Every file of a directory, with its bytes."""
-    return {path.relative_to(run): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    """Every file of a directory but its lock, with its bytes."""
+    return {path.relative_to(run): path.read_bytes() for path in run.rglob("*")
+            if path.is_file() and path.name != ".lock"}
 
 
 @pytest.mark.parametrize("form", ["config", "resume"])
