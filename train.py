@@ -15,6 +15,7 @@ import ctypes
 import fcntl
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -993,21 +994,18 @@ def advice(model_config, config, plan, rows):
     if fits(rows):
         return "  it fits" + ("" if rows * 2 > config.batch_size // plan.gpus or not fits(rows * 2)
                               else f"; so would --micro_batch_size={rows * 2}")
-    smaller = [n for n in (rows, rows // 2, rows // 4, 1) if n]
-    for n in dict.fromkeys(smaller):
-        for reduce_every in sorted({config.reduce_every_micro_batch, plan.gpus > 1}):
-            for policy in CHECKPOINTED_BLOCKS:
-                if fits(n, activation_checkpointing=policy, reduce_every_micro_batch=reduce_every):
-                    return (f"  it does not fit; --activation_checkpointing={policy} "
-                            f"--micro_batch_size={n}"
-                            + " --reduce_every_micro_batch" * (
-                                reduce_every and not config.reduce_every_micro_batch)
-                            + " would")
-    least = next((n for n in range(plan.gpus, 8 * plan.gpus + 1) if fits(
-        1, n, activation_checkpointing="whole_layer", reduce_every_micro_batch=True,
-        shard="all")), None)
-    return ("  it does not fit, whatever is computed again"
-            + (f"; it would on {least} GPUs" if least else "; take many more GPUs"))
+    fewer = dict.fromkeys(n for n in (rows, rows // 2, rows // 4, 1) if n)
+    reduces = sorted({config.reduce_every_micro_batch, plan.gpus > 1})
+    for n, reduce_every, policy in itertools.product(fewer, reduces, CHECKPOINTED_BLOCKS):
+        if fits(n, activation_checkpointing=policy, reduce_every_micro_batch=reduce_every):
+            added = reduce_every and not config.reduce_every_micro_batch
+            return (f"  it does not fit; --activation_checkpointing={policy} "
+                    f"--micro_batch_size={n}{' --reduce_every_micro_batch' * added} would")
+    for ranks in range(plan.gpus, 8 * plan.gpus + 1):
+        if fits(1, ranks, activation_checkpointing="whole_layer", reduce_every_micro_batch=True,
+                shard="all"):
+            return f"  it does not fit, whatever is computed again; it would on {ranks} GPUs"
+    return "  it does not fit, whatever is computed again; take many more GPUs"
 
 
 # ---- The loop ------------------------------------------------------------------------------------
@@ -1053,7 +1051,8 @@ def train(model_config, data_config, eval_config, config):
 
     # The run: new, or as it was left
     lock = share_run(run)  # noqa: F841  held until this process ends
-    start, state = on_main(lambda: open_run(config, settings, fingerprint))
+    start, state = on_main(lambda: open_run(config, settings, fingerprint),
+                           patience=timedelta(hours=2))  # it reads the whole checkpoint once
     if state["step"] >= config.max_steps:
         print(f"{run}: finished, at step {state['step']} of {config.max_steps}")
         return 0
@@ -1211,7 +1210,7 @@ def train_loop(config, run, state, model, optimizer, batches, loss_fn, evaluate,
                                      max_norm, config.reduce_every_micro_batch)
             except FloatingPointError as error:
                 on_main(functools.partial(report_not_finite, log, config, state, step, error,
-                                          documents))
+                                          documents), patience=timedelta(hours=2))
             tokens = batch["tokens"].numel() * world_size()
             clipped = bool(metrics) and metrics["grad_norm"] > max_norm
             recent.add(clipped, tokens, time.perf_counter() - tick)
