@@ -2057,9 +2057,10 @@ class RunData:
         return max([0, *saved, *(row["step"] for row in log_rows(self.run))])
 
     def ranks_at(self, step):
-        """How many ranks took a step, by the log's first row from it on; 1 if there is none."""
-        return next((row["world_size"] for row in log_rows(self.run)
-                     if row["step"] >= step and "world_size" in row), 1)
+        """How many ranks took a step, by the log's first row from it on, or its last; else 1."""
+        rows = [row for row in log_rows(self.run) if "world_size" in row]
+        return next((row for row in rows if row["step"] >= step),
+                    rows[-1] if rows else {"world_size": 1})["world_size"]
 
     def read_index(self, shard):
         """(DOCUMENT_INDEX, names) of shard number `shard`; names: of a ready token file's rows."""
@@ -2180,6 +2181,7 @@ def print_trace(run, options):
                         "count from 1, ranks from 0 to world_size - 1")
     done = data.steps_done()
     print(f"step {options.step}, epoch {(options.step - 1) // data.batches.steps_per_epoch}"
+          + (f", rank {options.rank} of {ranks}" if options.rank >= 0 else "")
           + (f" (not seen: the run is at step {done} of {data.settings.get('max_steps', '?')})"
              if options.step > done else ""))
     share = (0, 1) if options.rank == -1 else (options.rank, ranks)

@@ -600,7 +600,8 @@ def drop_old_checkpoints(run, keep_last, keep_every):
 
 # ---- The run directory ---------------------------------------------------------------------------
 
-COMMANDS = {"resume", "overwrite", "accept_changes", "tensorboard", "verify"}  # not what a run is
+COMMANDS = {"resume", "overwrite", "accept_changes", "stop_after_minutes", "tensorboard",
+            "verify"}  # what to do this time, not what the run is
 
 
 def may_differ(key):
@@ -610,7 +611,7 @@ def may_differ(key):
             "shard", "activation_checkpointing", "reduce_every_micro_batch", "not_finite",
             "save_every_minutes", "watts", "pue", "kg_co2_per_kwh"}
     return (evaluation or key in free or key.endswith("_every_steps")
-            or key.startswith(("keep_", "stop_")))
+            or key.startswith("keep_"))
 
 
 def open_run(config, settings, fingerprint):
@@ -1088,7 +1089,8 @@ def train(model_config, data_config, eval_config, config):
         functools.partial(batches, rank=number, world_size=ranks), pretraining_loss, evaluate,
         functools.partial(documents_of, run), rows, deadline)
     if ended_by:
-        print(f"stopped after step {state['step']}, which is saved; go on: python train.py "
+        launcher = "python" if ranks == 1 else "torchrun ..."
+        print(f"stopped after step {state['step']}, which is saved; go on: {launcher} train.py "
               f"--resume={run}")
         return 128 + ended_by
 
@@ -1257,7 +1259,9 @@ def main(argv):
     try:
         *configs, plan = load_config(argv, *schemas)
         if plan.plan:
-            return print_plan(configs[0], configs[3], plan)
+            if os.environ.get("RANK", "0") == "0":
+                print_plan(configs[0], configs[3], plan)
+            return 0
         code = train(*configs)
     except UserError:
         if os.environ.get("RANK", "0") != "0":  # what rank 0 met too, it says, and torchrun ends

@@ -419,7 +419,8 @@ def test_the_run_directory_says_what_the_run_is(finished):
     batches, configs = batches_of(finished.with_suffix(".py"))
     assert load_config([str(finished / "config.json")], *SCHEMAS) == configs
     saved = json.loads((finished / "config.json").read_text())
-    commands = {"resume", "overwrite", "accept_changes", "tensorboard", "verify"}
+    commands = {"resume", "overwrite", "accept_changes", "stop_after_minutes", "tensorboard",
+                "verify"}
     assert saved.keys() == {field.name for s in SCHEMAS for field in fields(s)} - commands
     manifest = json.loads((finished / "manifest.json").read_text())
     order = np.arange(len(batches.shards), dtype=np.uint32)
