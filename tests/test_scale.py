@@ -55,6 +55,8 @@ def agree(run, reference, tolerance=2e-5):
     assert [row["batch_hash"] for row in one] == [row["batch_hash"] for row in other]
     worst = max(abs(a["loss"] - b["loss"]) for a, b in zip(one, other, strict=True))
     assert worst < tolerance, worst
+    assert [row["grad_norm"] for row in one] == pytest.approx(
+        [row["grad_norm"] for row in other], rel=1e-3)  # AdamW alone would hide a wrong scale
     one, other = rows(run, "eval")[-1], rows(reference, "eval")[-1]
     assert one["step"] == other["step"]
     assert one["bits_per_byte"] == pytest.approx(other["bits_per_byte"], abs=1e-4)
