@@ -795,10 +795,14 @@ def open_tensorboard(folder, step):
     return SummaryWriter(folder, purge_step=step + 1)
 
 
+def count_parameters(config):
+    return sum(math.prod(shape) for shape in parameter_shapes(config).values())
+
+
 def flops_per_token(config):
     """Of a forward and a backward: 6 a weight of the matrices, the head too, and attention's."""
-    weights = sum(math.prod(shape) for name, shape in parameter_shapes(config).items()
-                  if name != "wte.weight" or config.weight_tying)
+    looked_up = 0 if config.weight_tying else config.embedding_size * config.d_model
+    weights = count_parameters(config) - looked_up
     return 6 * weights + 12 * config.n_layers * config.d_model * config.max_seq_len
 
 
@@ -856,14 +860,18 @@ class PowerMeter:
         return joules / 3.6e6
 
 
+def carbon_kg(kwh, config):
+    """kg of CO2 equivalent; paper, section 4.4."""
+    return kwh * config.pue * config.kg_co2_per_kwh
+
+
 def energy_line(kwh, metered, config):
     """Energy and carbon of a run, as in the paper's section 4.4."""
     if not kwh:
         return "energy: unknown; --watts=... states the power of a rank where no meter is read"
     source = "of the GPUs, metered" if metered else f"at {config.watts:g} W a rank, as stated"
     return (f"energy: {kwh:.4g} kWh ({source}) x {config.pue:g} (PUE) x "
-            f"{config.kg_co2_per_kwh:g} kg/kWh = "
-            f"{kwh * config.pue * config.kg_co2_per_kwh:.3g} kg CO2eq")
+            f"{config.kg_co2_per_kwh:g} kg/kWh = {carbon_kg(kwh, config):.3g} kg CO2eq")
 
 
 class StopSignal:
@@ -919,7 +927,7 @@ def plan_memory(model_config, config, ranks, rows):
     D, F, L = model_config.d_model, model_config.mlp_hidden_size, model_config.n_layers
     V, tokens = model_config.embedding_size, rows * model_config.max_seq_len
     width = 4 if config.dtype == "float32" else 2  # bytes of an activation or a gathered weight
-    weights = sum(math.prod(shape) for shape in parameter_shapes(model_config).values())
+    weights = count_parameters(model_config)
     block = 4 * D * D + 3 * D * F
     root = weights - L * block  # embedding and head
     slices = ranks if config.shard == "all" else min(ranks, 8)  # the node has 8
@@ -949,7 +957,7 @@ def plan_memory(model_config, config, ranks, rows):
 def print_plan(model_config, config, plan):
     """Memory per GPU by part, tokens, days, energy, carbon and disk of a config; trains nothing."""
     tflops, capacity, watts = GPUS[plan.gpu]
-    weights = sum(math.prod(shape) for shape in parameter_shapes(model_config).values())
+    weights = count_parameters(model_config)
     before = re.fullmatch(r"step(\d+)", Path(config.start_from).name)  # an anneal's first part
     steps = config.max_steps - (int(before[1]) if before else 0)
     tokens = steps * config.batch_size * model_config.max_seq_len
@@ -976,7 +984,7 @@ def print_plan(model_config, config, plan):
           f"  {seconds / 86400:,.1f} days, {plan.gpus * seconds / 3600:,.0f} GPU hours\n"
           f"  {kwh:,.0f} kWh at {watts} W a GPU x {config.pue:g} (PUE) x "
           f"{config.kg_co2_per_kwh:g} kg/kWh = "
-          f"{kwh * config.pue * config.kg_co2_per_kwh / 1000:,.2f} t CO2eq")
+          f"{carbon_kg(kwh, config) / 1000:,.2f} t CO2eq")
     saved = -(-steps // config.save_every_steps) if config.save_every_steps else 1
     kept = min(saved, config.keep_last or saved)
     if config.keep_every and config.save_every_steps:
@@ -1240,8 +1248,7 @@ def train_loop(config, run, state, model, optimizer, batches, loss_fn, evaluate,
         bar.close()
         print(energy_line(state["kwh"], meter.metered, config))
         if state["step"] == config.max_steps:
-            log.write("end", state, kwh=state["kwh"],
-                      kg_co2=state["kwh"] * config.pue * config.kg_co2_per_kwh)
+            log.write("end", state, kwh=state["kwh"], kg_co2=carbon_kg(state["kwh"], config))
             return 0, results
         return ended_by, results
 
