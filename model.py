@@ -128,12 +128,13 @@ def layer_norm(x):
     return F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
 
 
-def rope_table(start, length, head_dim, theta, device):
-    """Cosines and sines, (length, K) float32 each, of the rotations from position `start` on."""
+def rope_table(positions, head_dim, theta):
+    """Cosines and sines, (..., K) float32 each, of the rotations at int64 `positions` (...)."""
     # subtle: theta ** -x rounds otherwise, and a thousand tokens on that shows in the logits
-    inv_freq = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=device).float() / head_dim)
-    positions = torch.arange(start, start + length, device=device).float()
-    angles = torch.outer(positions, inv_freq).repeat(1, 2)  # both halves turn alike
+    pairs = torch.arange(0, head_dim, 2, device=positions.device)
+    inv_freq = 1.0 / theta ** (pairs.float() / head_dim)
+    angles = positions.float()[..., None] * inv_freq
+    angles = torch.cat((angles, angles), dim=-1)  # both halves turn alike
     return angles.cos(), angles.sin()
 
 
@@ -210,11 +211,13 @@ class OLMo(nn.Module):
             self.ff_out = Linear(config.d_model, config.embedding_size)
         self.head_nats = head_nats  # train.py may put its compiled self here
 
-    def forward(self, tokens, targets=None, attn_mask=None, cache=None):
+    def forward(self, tokens, targets=None, attn_mask=None, cache=None, positions=None, only=None):
         """Logits (B, T, V) of int64 `tokens` (B, T), or the nats (B, T) of int64 `targets` (B, T).
 
         attn_mask: bool, broadcastable to (B, H, T, S), True where a query may look; None is causal.
         cache: one KVCache a layer; `tokens` then follow what it holds.
+        positions: int64 (B, T), where each token stands; None is one after another.
+        only: int64 (N, 2), row and column of each token whose logits (N, V) are wanted.
         """
         B, T = tokens.shape
         config, device = self.config, tokens.device
@@ -224,10 +227,16 @@ class OLMo(nn.Module):
         if start and attn_mask is None:
             # subtle: SDPA's is_causal would align the first query with the first key
             attn_mask = causal_mask(start, T, device)
-        cos, sin = rope_table(start, T, config.head_dim, config.rope_theta, device)
+        if positions is None:
+            positions = torch.arange(start, start + T, device=device)
+        cos, sin = rope_table(positions, config.head_dim, config.rope_theta)
+        if positions.dim() == 2:
+            cos, sin = cos[:, None], sin[:, None]  # (B, 1, T, K): alike for all heads
         x = self.wte(tokens).to(self.compute_dtype or self.wte.weight.dtype)  # (B, T, D)
         for i, block in enumerate(self.blocks):
             x = block(x, cos, sin, attn_mask, cache[i] if cache else None)
+        if only is not None:
+            x = x[only[:, 0], only[:, 1]]  # (N, D)
         head = self.wte.weight if config.weight_tying else self.ff_out.weight
         if targets is None:
             return F.linear(layer_norm(x), head.to(x.dtype))  # (B, T, V)

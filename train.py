@@ -53,8 +53,8 @@ from configs import (HOUSE, ROOMS, UserError, file_sha256, flat, fsync, load_con
                      run_main, write_json)
 from data import (Batches, DataConfig, RunData, Tokenizer, TokenShards, build_data, log_rows,
                   print_table)
-from eval import (EvalConfig, bits_per_byte, domains_table, evaluate_domains, held_out_domains,
-                  sample_text)
+from eval import (EvalConfig, domains_table, evaluate_suites, held_out_files, open_suites,
+                  sample_text, tasks_table)
 from model import (Block, ModelConfig, OLMo, choose_device, choose_dtype, head_nats, init_weights,
                    newest_step, next_token_loss, parameter_shapes, read_step, root_cause,
                    state_digest, step_directories, verify_step)
@@ -737,7 +737,8 @@ def clear_run(run):
     for path in [*step_directories(run), *run.glob("step*.tmp"), *run.glob("damaged-step*"),
                  *run.glob("tensorboard")]:
         shutil.rmtree(path)
-    for name in ("config.json", "tokenizer.json", "manifest.json", "metrics.jsonl"):
+    for name in ("config.json", "tokenizer.json", "manifest.json", "metrics.jsonl", "eval.jsonl",
+                 "report.html"):
         (run / name).unlink(missing_ok=True)
 
 
@@ -780,7 +781,9 @@ class Log:
             raise UserError(f"{self.file.name}: could not be written ({error}); make room, then "
                             "run the same command again") from None
         if self.board:
-            numbers = {**row, **row.get("bits_per_byte", {})}
+            accuracy = {name: result.get("accuracy") for name, result
+                        in row.get("tasks", {}).items()}
+            numbers = {**row, **row.get("bits_per_byte", {}), **accuracy}
             for key, value in numbers.items():
                 if type(value) in (int, float):
                     self.board.add_scalar(f"{kind}/{key}", value, state["step"])
@@ -1052,6 +1055,7 @@ def train(model_config, data_config, eval_config, config):
     print_table(folder)
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     check_vocabulary(model_config, tokenizer)
+    suites = open_suites(eval_config, lambda: held_out_files(folder))
     shards = TokenShards(folder, model_config.max_seq_len)
     batches = Batches(shards, config.batch_size, data_config.seed, folder)
     batches(1, number, ranks)  # what is wrong with its size is said before the run begins
@@ -1083,10 +1087,10 @@ def train(model_config, data_config, eval_config, config):
     # The steps
     def evaluate():
         with torch.compiler.set_stance("force_eager"):  # its shapes vary
-            results = evaluate_domains(model, tokenizer, held_out_domains(folder),
-                                       eval_config.eval_batch_tokens, number, ranks)
-        for sums in results.values():  # each rank has scored its share of the windows
-            sums["nats"] = reduce_sum(torch.tensor(sums["nats"], dtype=torch.float64)).item()
+            results = evaluate_suites(model, tokenizer, suites, eval_config, number, ranks,
+                                      reduce_sum)
+            if ranks == 1:  # several would have to draw the same ids, to the last rounding
+                results["samples"] = [sample_text(model, tokenizer, eval_config)]
         if isinstance(model, FSDPModule):
             model.reshard()  # subtle: a forward without a backward leaves the root gathered
         return results
@@ -1103,7 +1107,9 @@ def train(model_config, data_config, eval_config, config):
         return 128 + ended_by
 
     print(f"\nheld-out text after step {state['step']}, {state['seconds']:.0f} s:")
-    print(domains_table(results))
+    print(domains_table(results["sums"]))
+    if results["tasks"]:
+        print(tasks_table(results["tasks"]))
     with torch.compiler.set_stance("force_eager"):
         print(f"\na sample:\n{sample_text(model, tokenizer, eval_config)}\n\nnext:")
     print(f"  python eval.py {run}\n  python eval.py sample {run} --prompt=\"def read_\"\n"
@@ -1175,21 +1181,26 @@ def log_step(log, state, row, device, batch):
 
 
 def log_evaluation(log, state, results):
-    bits = {name: bits_per_byte(sums) for name, sums in results.items()}
-    log.write("eval", state, bits_per_byte=bits, sums=results)
+    log.write("eval", state, **results)
+    bits, tasks = results["bits_per_byte"], results["tasks"]
     tqdm.write(f"step {state['step']}: held-out bits per byte: "
                + (", ".join(f"{name} {value:.3f}" for name, value in bits.items())
                   or "there is no held-out text"))
+    if tasks:
+        tqdm.write(f"step {state['step']}: accuracy: " + ", ".join(
+            f"{name} {100 * result.get('accuracy', result['greedy']):.1f}%"
+            for name, result in tasks.items()))
 
 
 def train_loop(config, run, state, model, optimizer, batches, loss_fn, evaluate, documents, rows,
                deadline=math.inf):
     """Take the steps after state["step"] up to max_steps; log, evaluate and save as they fall due.
 
-    `batches(step)` gives this rank's batch, `evaluate()` {domain: sums}, `documents(step)` the
-    lines that the log gets for a batch that went wrong; `deadline` is of time.monotonic(). `state`
-    {step, tokens, seconds, kwh, ...} is kept up to date. Returns (the signal that ended it or 0,
-    the last evaluation's result); whatever ends it, all ranks end after the same step.
+    `batches(step)` gives this rank's batch, `evaluate()` what evaluate_suites gives,
+    `documents(step)` the lines that the log gets for a batch that went wrong; `deadline` is of
+    time.monotonic(). `state` {step, tokens, seconds, kwh, ...} is kept up to date. Returns
+    (the signal that ended it or 0, the last evaluation's result); whatever ends it, all ranks end
+    after the same step.
     """
     log, device = Log(run, state["step"], config.tensorboard), model.wte.weight.device
     meter, kwh_before = PowerMeter(device, config.watts), state["kwh"]

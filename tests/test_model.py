@@ -148,7 +148,7 @@ def test_rotary_angles_equal_those_of_transformers_bit_for_bit(transformers):
         config = small_config(d_model=128, n_heads=heads, max_seq_len=2048)
         rotary = OlmoRotaryEmbedding(transformers.OlmoConfig(**m.config_to_hf(config)))
         cos, sin = rotary(torch.zeros(1), torch.arange(2048)[None])
-        ours = m.rope_table(0, 2048, config.head_dim, config.rope_theta, "cpu")
+        ours = m.rope_table(torch.arange(2048), config.head_dim, config.rope_theta)
         assert torch.equal(ours[0], cos[0]) and torch.equal(ours[1], sin[0])
 
 
@@ -355,12 +355,12 @@ def complex_rotation(x, start, theta):
 def test_rope_is_a_complex_rotation(head_dim, start, theta):
     """Angles are float32, so up to position 64 they are off by at most 64 * 2e-7, 1.3e-5."""
     x = torch.randn(2, 3, 33, head_dim, dtype=torch.float64)
-    cos, sin = m.rope_table(start, 33, head_dim, theta, "cpu")
+    cos, sin = m.rope_table(torch.arange(start, start + 33), head_dim, theta)
     assert cos.dtype == sin.dtype == torch.float32 and cos.shape == (33, head_dim)
     turned = m.apply_rope(x, cos, sin)
     assert turned.dtype == torch.float64
     assert difference(turned, complex_rotation(x, start, theta)) < 2e-5
-    exact = m.rope_table(start, 33, head_dim, theta, "cpu")[0].double()
+    exact = m.rope_table(torch.arange(start, start + 33), head_dim, theta)[0].double()
     assert difference(m.apply_rope(x, exact, 0 * exact), x * exact) == 0  # nothing falls to float32
 
 
@@ -368,7 +368,7 @@ def test_rope_pairs_halves_not_neighbours():
     """The unit vector of dim 1 (K = 8) turns into dims 1 and 5 by 10000^(-2/8) = 0.1 a position."""
     x = torch.zeros(1, 1, 2, 8)
     x[..., 1] = 1
-    turned = m.apply_rope(x, *m.rope_table(0, 2, 8, 10000.0, "cpu"))[0, 0, 1]
+    turned = m.apply_rope(x, *m.rope_table(torch.arange(2), 8, 10000.0))[0, 0, 1]
     expected = torch.tensor([0, math.cos(0.1), 0, 0, 0, math.sin(0.1), 0, 0])
     assert torch.allclose(turned, expected, atol=1e-7)
 
@@ -376,7 +376,7 @@ def test_rope_pairs_halves_not_neighbours():
 def test_rope_rotates_bfloat16_in_float32():
     """Rounded once, at the end: equal to the float32 rotation cast down."""
     x = torch.randn(1, 2, 20, 16).bfloat16()
-    table = m.rope_table(40, 20, 16, 10000.0, "cpu")
+    table = m.rope_table(torch.arange(40, 60), 16, 10000.0)
     turned = m.apply_rope(x, *table)
     assert turned.dtype == torch.bfloat16
     assert torch.equal(turned, complex_rotation(x, 40, 10000.0).float().bfloat16())

@@ -74,8 +74,8 @@ def bench_tokenizer():
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import tokenizers
 
-    from data import Tokenizer, olmo_tokenizer_file
-    file, texts = olmo_tokenizer_file(), library_texts(3_000_000)
+    from data import Tokenizer, tokenizer_file
+    file, texts = tokenizer_file("olmo"), library_texts(3_000_000)
     ours, theirs = Tokenizer.load(file), tokenizers.Tokenizer.from_file(str(file))
     ids = [ours.encode(text) for text in texts]
     if ids != [theirs.encode(text).ids for text in texts]:
@@ -101,7 +101,7 @@ def bench_stages():
     import numpy as np
 
     from data import (DOCUMENT_INDEX, RULES, Batches, DataConfig, DocumentWriter, Page, TokenShards,
-                      encode_block, english_score, olmo_tokenizer_file, write_clean_documents,
+                      encode_block, english_score, tokenizer_file, write_clean_documents,
                       write_json)
     documents = library_documents()
     megabytes = sum(len(document["text"].encode()) for document in documents) / 1e6
@@ -137,7 +137,7 @@ def bench_stages():
             f"filter chain, all {len(web)} rules but code's on every document": run_rules,
             "reading, Bloom deduplication, writing, beside workers that parse": write_clean,
             "tokenisation, from compressed clean documents": lambda: [
-                encode_block(block, folder, "bench", olmo_tokenizer_file())
+                encode_block(block, folder, "bench", tokenizer_file("olmo"))
                 for block in writer.blocks],
             "loader, batches of 16 x 2,048": lambda: [batches(step) for step in range(1, 301)]})
     print(f"\n{len(documents)} documents, {megabytes:.2f} MB; one process\n\n| stage | speed |"
