@@ -21,6 +21,7 @@ import time
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import torch
@@ -54,7 +55,7 @@ class EvalConfig:
     """By what a task's choices are ranked for its headline; paper is the paper's choice for it."""
     subdomain: str = ""
     """The field of a document that names its part of a domain, such as source or subdomain."""
-    eval_batch_tokens: int = 8192
+    eval_batch_tokens: int = 2048
     """Tokens of one forward pass of an evaluation."""
     eval_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the forward in eval.py; in the loop, train.py's own."""
@@ -105,7 +106,7 @@ def rolling_windows(ids, eos_token_id, max_seq_len):
 
 
 @torch.no_grad()
-def evaluate_perplexity(model, tokenizer, documents, batch_tokens=8192, rank=0, world_size=1):
+def evaluate_perplexity(model, tokenizer, documents, batch_tokens=2048, rank=0, world_size=1):
     """Sums over `documents` ({text, ...}): {documents, tokens, bytes, nats}.
 
     Documents are never joined; `bytes` are those of the raw UTF-8 text and `nats` is the total
@@ -306,7 +307,7 @@ def rows_of(group, max_seq_len):
 
 
 @torch.no_grad()
-def score_requests(model, groups, batch_tokens=8192, rank=0, world_size=1):
+def score_requests(model, groups, batch_tokens=2048, rank=0, world_size=1):
     """Float64 (N, 2): log-probability of each continuation in nats, and how many of its ids are
     the likeliest; N counts the Encoded of all `groups`, one after another.
 
@@ -361,7 +362,7 @@ def score_rows(model, rows):
     return torch.tensor(numbers, dtype=torch.int64), found.cpu().double()
 
 
-def evaluate_task(model, tokenizer, task, batch_tokens=8192, rank=0, world_size=1,
+def evaluate_task(model, tokenizer, task, batch_tokens=2048, rank=0, world_size=1,
                   reduce=lambda tensor: tensor):
     """Sums over a task's questions, which `reduce` makes whole out of those of the ranks.
 
@@ -742,8 +743,7 @@ def record(run, kind, state, **row):
 
 
 def evaluate_and_record(run, model, state, tokenizer, suites, config):
-    """Evaluate suites: add a row for each to the eval.jsonl of a run, and print the tables."""
-    sums, tasks, notes = {}, {}, []
+    """Evaluate suites one by one: add a row to the eval.jsonl of a run, and print the table."""
     for suite in suites:
         began = time.monotonic()
         results = evaluate_suites(model, tokenizer, [suite], config)
@@ -752,11 +752,8 @@ def evaluate_and_record(run, model, state, tokenizer, suites, config):
         if state:
             record(run, "eval", state, of=of, decontaminated=verdict, **results,
                    seconds=round(time.monotonic() - began, 1))
-        sums.update(results["sums"])
-        tasks.update(results["tasks"])
-        notes.append(say_decontamination(suite, verdict, why))
-    print("\n".join([*([domains_table(sums)] if sums else []),
-                     *([tasks_table(tasks)] if tasks else []), *notes]))
+        print(tasks_table(results["tasks"]) if suite.tasks else domains_table(results["sums"]))
+        print(say_decontamination(suite, verdict, why) + "\n")
 
 
 def evaluate_every_checkpoint(run, tokenizer, suites, config):
@@ -785,9 +782,9 @@ margin:2rem auto;padding:0 1.2rem}h1{font-size:1.7rem;margin:0}h2{font-size:1.2r
 .6rem;border-bottom:1px solid #d8dee4;padding-bottom:.25rem}h3{font-size:1rem;margin:1.2rem 0 .3rem}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(330px,1fr));gap:.8rem}
 figure{margin:0}svg{width:100%;height:auto}table{border-collapse:collapse;font-variant-numeric:
-tabular-nums;font-size:.88rem;margin:.5rem 0}td,th{padding:.16rem .7rem;text-align:right;
+tabular-nums;font-size:.86rem;margin:.5rem 0}td,th{padding:.16rem .5rem;text-align:right;
 border-bottom:1px solid #eaeef2}th{font-weight:600;background:#f6f8fa}td:first-child,
-th:first-child{text-align:left}pre{background:#f6f8fa;border-radius:6px;padding:.7rem .9rem;
+th:first-child{text-align:left;white-space:nowrap}pre{background:#f6f8fa;border-radius:6px;padding:.7rem .9rem;
 font-size:.82rem;line-height:1.4;white-space:pre-wrap;overflow-wrap:anywhere;margin:.3rem 0 1rem}
 .note{color:#57606a}.scroll{overflow-x:auto}"""
 
@@ -907,6 +904,7 @@ class Panel(NamedTuple):
     title: str
     lines: dict  # {run: (tokens, values)}
     level: float = None  # a dashed line, such as chance
+    errors: dict = MappingProxyType({})  # {run: standard errors}
     marker: str = None
 
 
@@ -926,9 +924,12 @@ def svg(pyplot, panel):
         every = -(-len(tokens) // 2000) or 1  # points; a page of a long run stays small
         axes.plot([count / unit for count in tokens[::every]], values[::every], label=name,
                   marker=panel.marker, markersize=3.5, linewidth=1.2)
+        if name in panel.errors:
+            axes.errorbar([count / unit for count in tokens], values, panel.errors[name],
+                          color=axes.lines[-1].get_color(), linewidth=0, elinewidth=1, capsize=2)
     if panel.level is not None:
         axes.axhline(panel.level, color="0.5", linestyle="--", linewidth=1)
-    axes.set(title=panel.title, xlabel=f"{word} tokens")
+    axes.set(title=panel.title, xlabel=f"{word} tokens", xlim=(0, 1.03 * most / unit or 1))
     if len(panel.lines) > 1:
         axes.legend(fontsize=8)
     out = io.StringIO()
@@ -965,13 +966,18 @@ def domain_panels(found):
 
 def task_panels(found):
     for task in names_in(found, "tasks"):
-        lines = {name: over_tokens(evaluations.tasks[task], lambda result: 100 * result.get(
-            "accuracy", math.nan)) for name, evaluations in found.items()
-            if task in evaluations.tasks}
-        chance = [result["chance"] for evaluations in found.values()
-                  for result in evaluations.tasks.get(task, {}).values() if "chance" in result]
-        if chance:
-            yield Panel(task, lines, 100 * chance[0], "o")
+        points = {name: evaluations.tasks[task] for name, evaluations in found.items()
+                  if task in evaluations.tasks}
+        [result, *_] = next(iter(points.values())).values()
+        if "accuracy" not in result:
+            yield Panel(f"{task}, bits per byte", {name: over_tokens(
+                results, lambda result: result["bits_per_byte"])
+                for name, results in points.items()}, marker="o")
+            continue
+        accuracy, stderr = ({name: over_tokens(results, lambda result, key=key: 100 * result[key])
+                             for name, results in points.items()} for key in ("accuracy", "stderr"))
+        yield Panel(task, accuracy, 100 * result["chance"],
+                    {name: values for name, (_, values) in stderr.items()}, "o")
 
 
 def domain_rows(found):
@@ -995,7 +1001,7 @@ def task_rows(found):
                 rows.append([task, name, f"{result['questions']:,}", result.get("metric", "-"),
                              *cells, f"{result['bits_per_byte']:.4f}"])
     return table(["last result", "run", "questions", "by", "accuracy", "+-", "chance", "centred",
-                  *METRICS, "bits per byte"], rows)
+                  *(metric.removeprefix("acc_") for metric in METRICS), "bits/byte"], rows)
 
 
 def settings_part(configs):
