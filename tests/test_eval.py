@@ -1,6 +1,7 @@
 """eval.py against lm-eval's windows, a float64 log-softmax a document at a time, and arithmetic."""
 
 import copy
+import itertools
 import json
 import math
 import random
@@ -252,10 +253,11 @@ def test_held_out_domains_are_the_sources(run, sources):
     config = json.loads((run / "config.json").read_text())
     folder = data.build_data(data.DataConfig(**{
         key: config[key] for key in data.DataConfig.__dataclass_fields__}))
-    domains = evaluation.held_out_domains(folder)
-    assert list(domains) == ["code", "web"]
-    for source, documents in domains.items():
-        held_out = [(document["id"], document["text"]) for document in documents]
+    files = evaluation.held_out_files(folder)
+    assert list(files) == ["code", "web"]
+    for source, file in files.items():
+        held_out = [(document["id"], document["text"])
+                    for document in evaluation.read_domain(file, source)]
         everything = data.read_documents(sources[source], source)
         assert held_out == [(document["id"], document["text"]) for document in everything
                             if data.is_held_out(document, 0.1)]
@@ -315,11 +317,12 @@ def test_too_long_a_prompt_is_the_users_error(model, tokenizer):
 # ---- Commands ------------------------------------------------------------------------------------
 
 def read_table(stdout):
-    """{domain: (documents, tokens, KB, nats/token, bits/byte)} of a printed table."""
+    """{domain: (documents, tokens, KB, nats/token, bits/byte)} of a printed table; (pooled) too."""
     lines = [line.split() for line in stdout.splitlines()]
     begin = [line[:1] for line in lines].index(["domain"])
+    rows = itertools.takewhile(lambda line: line and not line[0].endswith(":"), lines[begin + 1:])
     return {name: tuple(float(x.replace(",", "")) for x in numbers)
-            for name, *numbers in lines[begin + 1:]}
+            for name, *numbers in rows if name != "(macro)"}
 
 
 @pytest.fixture(scope="module")
@@ -345,6 +348,8 @@ def test_eval_prints_what_the_loop_measured_last(run, python):
     result = python("eval.py", run)
     assert result.returncode == 0, result.stderr
     table, last = read_table(result.stdout), evaluation.read_metrics(run)["eval"][-1]
+    both = table.pop("(pooled)")
+    assert both[:2] == tuple(sum(row[i] for row in table.values()) for i in (0, 1))
     assert last["step"] == 30 and set(table) == set(last["sums"]) == {"web", "code"}
     for name, (documents, tokens, kilobytes, nats, bits) in table.items():
         sums = last["sums"][name]
@@ -411,25 +416,6 @@ def test_sample_prints_the_prompt_and_goes_on(run, call, tokenizer):
     assert result.returncode == 0, result.stderr
     config = evaluation.EvalConfig(prompt="wo", max_new_tokens=9, sample_seed=3)
     assert result.stdout == evaluation.sample_text(m.load_model(run), tokenizer, config) + "\n"
-
-
-def test_report_draws_the_curves(run, python, tmp_path):
-    pytest.importorskip("matplotlib")
-    copy_of_run = shutil.copytree(run, tmp_path / "copy")
-    result = python("eval.py", "report", copy_of_run)
-    assert result.returncode == 0, result.stderr
-    picture = (copy_of_run / "curves.svg").read_text()
-    assert result.stdout.strip() == f"wrote {copy_of_run / 'curves.svg'}"
-    for word in ("<svg", "training loss", "bits per byte", "web", "code"):
-        assert word in picture
-
-
-def test_report_of_a_run_that_was_cut_off(run, tmp_path, call):
-    """A crash, or a run still on its way, may leave half a row; it is not the reader's fault."""
-    pytest.importorskip("matplotlib")
-    (tmp_path / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text()[:-30])
-    assert call(evaluation, "report", tmp_path).returncode == 0
-    assert (tmp_path / "curves.svg").is_file()
 
 
 def test_a_missing_run_is_one_clear_line(call, refused, tmp_path):

@@ -64,13 +64,17 @@ def agree(run, reference, tolerance=2e-5):
     for name, sums in other["sums"].items():
         assert {key: one["sums"][name][key] for key in ("documents", "tokens", "bytes")} == {
             key: sums[key] for key in ("documents", "tokens", "bytes")}
+    [one], [other] = one["tasks"].values(), other["tasks"].values()
+    assert one["questions"] == other["questions"] == 40
+    assert one["bits_per_byte"] == pytest.approx(other["bits_per_byte"], abs=1e-4)
+    assert one["correct"] == pytest.approx(other["correct"], abs=1)  # a tie may break otherwise
 
 
 @pytest.fixture(scope="module")
-def fifty(tmp_path_factory, tiny_config):
-    """A run of 50 steps by one process: (its directory, its config file)."""
+def fifty(tmp_path_factory, tiny_config, request_file):
+    """A run of 50 steps by one process, with a task at its end: (its directory, its config)."""
     run = tmp_path_factory.mktemp("fifty") / "run"
-    file = tiny_config(run, **FIFTY)
+    file = tiny_config(run, **FIFTY, suite=f"domains,{request_file}")
     assert train.main([str(file)]) == 0
     return run, file
 

