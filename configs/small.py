@@ -26,6 +26,7 @@ lr = 6e-4
 min_lr = 6e-5
 warmup_steps = 500
 schedule = "cosine"
+eval_batch_tokens = 8192
 eval_every_steps = 500
 save_every_steps = 500
 keep_last = 3

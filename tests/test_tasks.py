@@ -399,7 +399,8 @@ def spoil(path, change):
     (lambda rows: [row.update(label=7) for row in rows], ["label=7", "choices"]),
     (lambda rows: rows[0].update(label=1 - rows[0]["label"] % 2), ["label", "alike"]),
     (lambda rows: [row.update(label="one") for row in rows], ["label=one"]),
-    (lambda rows: rows.append({**rows[-1], "doc_id": 1_000_099, "idx": 0}), ["1000099", "twin of no document"]),
+    (lambda rows: rows.append({**rows[-1], "doc_id": 1_000_099, "idx": 0}),
+     ["1000099", "twin of no document"]),
     (lambda rows: rows[-1]["request"].update(continuation=" other"), ["other continuations"]),
     (lambda rows: rows.__setitem__(slice(None), [[1]]), [":1", "no request"])])
 def test_a_faulty_request_file_is_named_by_line(tmp_path, change, words):
@@ -656,7 +657,8 @@ def test_the_loop_evaluates_tasks_as_eval_does(run, call, request_file, tmp_path
     assert domains["bits_per_byte"] == pytest.approx(rows[-1]["bits_per_byte"], abs=1e-5)
     assert task["tasks"].keys() == rows[-1]["tasks"].keys() == {"made_up"}
     after, inside = ({**row["tasks"]["made_up"]} for row in (task, rows[-1]))
-    assert after.pop("correct") == inside.pop("correct")
+    for key in ("correct", "metric"):
+        assert after.pop(key) == inside.pop(key)
     assert after == pytest.approx(inside, rel=1e-5, abs=1e-5)
     accuracy = 100 * task["tasks"]["made_up"]["accuracy"]
     assert re.search(rf"made_up +40 +{accuracy:.1f} ", result.stdout)
