@@ -222,7 +222,9 @@ def domains_table(results):
     Pooled is all bits over all bytes; macro is the mean over domains, or over parts where there are
     some (Paloma reports both).
     """
-    wide = max(14, *(len(name) + 1 for name in results)) if results else 14
+    if not results:
+        return "there is no held-out text"
+    wide = max(14, *(len(name) + 1 for name in results))
     lines = [f"{'domain':<{wide}}{'documents':>10}{'tokens':>12}{'KB':>10}"
              f"{'nats/token':>12}{'bits/byte':>11}"]
     rows = dict(results)
@@ -474,18 +476,19 @@ def open_suites(config, held_out=None):
 
 
 def open_suite(word, config, held_out):
+    """The Suite of one word; a name comes before a path: ./core is a folder of that name."""
     kind, _, variant = word.partition(":")
     if word == "domains":
         domains = held_out() if held_out else {}
         return Suite(word, domains, [], list(domains.values()))
-    if Path(word).exists():
-        return suite_at(word, config)
     if kind == "paloma":
         return paloma(word, variant)
     if kind == "core":
         tasks = [packaged_task(name, variant or "rc_0shot", config) for name in PAPER_METRIC]
     elif kind == "mmlu":
         tasks = [mmlu(variant, config)]
+    elif Path(word).exists():
+        return suite_at(word, config)
     else:
         tasks = [packaged_task(kind, variant or "rc_0shot", config)]
     files = [file for task in tasks for file in (
