@@ -348,6 +348,14 @@ def test_unconditional_scores_are_differences(model, tokenizer, task):
     assert sums["correct"]["acc_uncond"] == right != quotients
 
 
+def test_a_characters_share_counts_the_leading_space():
+    """-2 over " a" is -1 a character, -6 over " abcd" -1.2; without the spaces -2 and -1.5."""
+    question = evaluation.Question([("q", " a"), ("q", " abcd")], 0, [])
+    scores = evaluation.rankings(question, [(-2.0, 1, 1), (-6.0, 1, 3)], [])
+    assert scores["acc_per_char"] == [-1.0, -1.2] and scores["acc_per_token"] == [-2.0, -2.0]
+    assert "acc_uncond" not in scores
+
+
 def test_permuted_labels_give_the_permuted_accuracy(model, tokenizer, task):
     """Each label moved on by one, and the choices with it: the same; the labels alone: another."""
     def turned(question, choices, label):
