@@ -4,7 +4,7 @@
     memory    peak memory of a build that deduplicates with Bloom filters: 100 MB and 2 GB of input
     checkpoint  what saving every 100 steps costs a run of configs/tiny.py
     plan      the memory that --plan reckons beside that of real processes on a CPU
-    eval      the eight core tasks beside lm-eval's HFLM (needs lm-eval); half an hour
+    eval [N]  each N-th (10th) question of the core tasks, beside lm-eval's HFLM; 10 minutes
     gpu       the official 1B and 7B on one GPU: tokens/s, MFU, peak memory
 
 Sides that are compared run in turns in one process, so that a machine's bad minute hits both; the
@@ -197,9 +197,9 @@ def main(argv):
     if argv[:1] == ["allocated"]:  # what the bench of the plan starts
         from tests.bench import gpu
         return gpu.print_allocated(argv[1])
-    if argv == ["eval"]:
+    if argv[:1] == ["eval"]:
         from tests.bench import tasks
-        return tasks.bench_eval()
+        return tasks.bench_eval(*map(int, argv[1:2]))
     if len(argv) != 1 or argv[0] not in (*VERBS, *TRAINING):
         raise SystemExit(f"{__doc__}\nverbs: {', '.join((*VERBS, *TRAINING, 'eval'))}")
     if argv[0] in TRAINING:
