@@ -269,6 +269,7 @@ class Encoded(NamedTuple):
     ids: list
     scored: int
     cut: int  # ids left out at the left, as they exceed the model's context
+    whole: bool  # whether all of the continuation is scored
 
 
 def encode_request(request, tokenizer, max_seq_len):
@@ -280,7 +281,8 @@ def encode_request(request, tokenizer, max_seq_len):
     before = tokenizer.encode(context) or [tokenizer.eos_token_id]
     after = tokenizer.encode(continuation)
     ids = (before + after)[-max_seq_len - 1:]  # the last one is only predicted
-    return Encoded(ids, min(len(after), len(ids) - 1), len(before) + len(after) - len(ids))
+    scored = min(len(after), len(ids) - 1)
+    return Encoded(ids, scored, len(before) + len(after) - len(ids), scored == len(after))
 
 
 class Row(NamedTuple):
@@ -369,26 +371,34 @@ def evaluate_task(model, tokenizer, task, batch_tokens=2048, rank=0, world_size=
     """Sums over a task's questions, which `reduce` makes whole out of those of the ranks.
 
     questions; correct {metric: how many}, ties to the first choice; by_guessing, expected correct;
-    gold_nats, gold_bytes and gold_greedy of the right continuations; requests, and how many were
-    cut to the model's context. acc_uncond needs unconditional requests for every question.
+    gold_nats, gold_bytes and gold_greedy of the right continuations, those left out (too_long) that
+    exceed the model's context; requests, and how many were cut to it. acc_uncond is there if every
+    question has unconditional requests. UserError for scores that are not finite.
     """
     groups = [q.choices for q in task.questions] + [q.unconditional for q in task.questions]
     groups = [[encode_request(request, tokenizer, model.config.max_seq_len) for request in group]
               for group in groups]
-    scores = reduce(score_requests(model, groups, batch_tokens, rank, world_size)).tolist()
+    scores = reduce(score_requests(model, groups, batch_tokens, rank, world_size))
+    if not scores.isfinite().all():
+        raise UserError(f"{task.name}: the model gives scores that are not finite; its weights are "
+                        "no good")
+    scores, twins = scores.tolist(), all(question.unconditional for question in task.questions)
     sums = {"questions": len(task.questions), "correct": Counter(), "by_guessing": 0.0,
-            "gold_nats": 0.0, "gold_bytes": 0, "gold_greedy": 0,
+            "gold_nats": 0.0, "gold_bytes": 0, "gold_greedy": 0, "too_long": 0,
             "requests": len(scores), "cut": sum(r.cut > 0 for group in groups for r in group)}
     scores = iter(scores)
     scored = [[(*next(scores), request.scored) for request in group] for group in groups]
-    for question, own, unconditional in zip(task.questions, scored,
-                                            scored[len(task.questions):], strict=False):
+    for question, requests, own, unconditional in zip(
+            task.questions, groups, scored, scored[len(task.questions):], strict=False):
         log_prob, greedy, ids = own[question.label]
         sums["by_guessing"] += 1 / len(own)
-        sums["gold_nats"] -= log_prob
-        sums["gold_bytes"] += len(question.choices[question.label][1].encode())
-        sums["gold_greedy"] += greedy == ids
-        for metric, ranked in rankings(question, own, unconditional).items():
+        if requests[question.label].whole:
+            sums["gold_nats"] -= log_prob
+            sums["gold_bytes"] += len(question.choices[question.label][1].encode())
+            sums["gold_greedy"] += greedy == ids
+        else:
+            sums["too_long"] += 1
+        for metric, ranked in rankings(question, own, unconditional if twins else []).items():
             sums["correct"][metric] += ranked.index(max(ranked)) == question.label
     return {**sums, "correct": dict(sums["correct"])}
 
@@ -456,6 +466,9 @@ def tasks_table(results):
               f"{100 * row['greedy']:>10.1f}" for name, row in others.items()]
     lines += [f"{name}: {row['cut']:,} of {row['requests']:,} requests exceed the model's context "
               "and lost their beginning" for name, row in results.items() if row["cut"]]
+    lines += [f"{name}: {row['too_long']:,} of {row['questions']:,} right answers exceed it by "
+              "themselves; bits/byte leaves them out"
+              for name, row in results.items() if row["too_long"]]
     return "\n".join(lines)
 
 
@@ -556,6 +569,8 @@ def read_task(file, config):
         choices, labels = documents.setdefault(number, ([], []))
         if [*map(type, (*request, number))] != [str, str, int]:
             raise UserError(f"{record.place}: context and continuation must be text, doc_id an int")
+        if not request[1]:
+            raise UserError(f"{record.place}: the continuation is empty; an answer is wanted")
         if choice != len(choices):
             raise UserError(f"{record.place}: idx={choice} of doc_id={number} where {len(choices)} "
                             "is due: its choices stand in order, each once")

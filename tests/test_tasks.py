@@ -184,7 +184,7 @@ def test_left_truncation_is_that_of_a_context_cut_to_fit(model, tokenizer):
     request = evaluation.encode_request((context, answer), tokenizer, T)
     ids = tokenizer.encode(context) + tokenizer.encode(answer)
     assert request.ids == ids[-T - 1:] and request.cut == len(ids) - T - 1 > 0
-    precut = evaluation.Encoded(ids[-T - 1:], request.scored, 0)
+    precut = evaluation.Encoded(ids[-T - 1:], request.scored, 0, True)
     assert evaluation.score_requests(model, [[request]]).equal(
         evaluation.score_requests(model, [[precut]]))
 
@@ -193,6 +193,34 @@ def test_of_a_continuation_beyond_the_context_the_end_is_scored(model, tokenizer
     request = evaluation.encode_request(("why", " because" * 200), tokenizer, T)
     assert len(request.ids) == T + 1 and request.scored == T and request.cut > 0
     assert evaluation.score_requests(model, [[request]])[0, 0] < 0
+
+
+def test_bits_per_byte_leave_out_answers_beyond_the_context(model, tokenizer, task):
+    """Uniform logits, one answer of over T ids among two: log2(V) x ids / bytes of the other."""
+    uniform = copy.deepcopy(model)
+    with torch.no_grad():
+        uniform.ff_out.weight.zero_()
+    questions = [evaluation.Question([("q", text)], 0, []) for text in (" one two", " why" * 300)]
+    sums = evaluation.evaluate_task(uniform, tokenizer, task._replace(questions=questions))
+    ids = len(tokenizer.encode(" one two"))
+    result = evaluation.task_result(sums, "acc_raw")
+    assert result["bits_per_byte"] == pytest.approx(math.log2(1088) * ids / 8)
+    assert sums["too_long"] == 1 and "leaves them out" in evaluation.tasks_table({"one": result})
+
+
+def test_pmi_needs_the_twins_of_every_question(model, tokenizer, task):
+    some = [question if i < 10 else question._replace(unconditional=[])
+            for i, question in enumerate(task.questions)]
+    sums = evaluation.evaluate_task(model, tokenizer, task._replace(questions=some))
+    assert set(sums["correct"]) == set(evaluation.METRICS[:3])
+
+
+def test_scores_that_are_not_finite_are_refused(model, tokenizer, task):
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.ff_out.weight.fill_(math.nan)
+    with pytest.raises(UserError, match="made_up.*not finite"):
+        evaluation.evaluate_task(broken, tokenizer, task)
 
 
 def test_log_probabilities_chain(model, tokenizer):
@@ -378,7 +406,7 @@ def test_reported_figures_are_arithmetic():
     """Of 400 questions of four choices and 100 of two, 200 right: 40 %, chance 30 %."""
     sums = {"questions": 500, "correct": {"acc_raw": 200, "acc_per_char": 150},
             "by_guessing": 400 / 4 + 100 / 2, "gold_nats": 8 * math.log(2), "gold_bytes": 4,
-            "gold_greedy": 5, "requests": 1800, "cut": 0}
+            "gold_greedy": 5, "too_long": 0, "requests": 1800, "cut": 0}
     result = evaluation.task_result(sums, "acc_raw")
     assert (result["accuracy"], result["chance"], result["acc_per_char"]) == (0.4, 0.3, 0.3)
     assert result["stderr"] == pytest.approx(math.sqrt(0.4 * 0.6 / 499))
@@ -403,6 +431,7 @@ def spoil(path, change):
     (lambda rows: rows[1].update(idx=0), [":2", "idx=0", "doc_id=0", "each once"]),
     (lambda rows: rows.pop(0), [":1", "idx=1"]),
     (lambda rows: rows[0]["request"].update(context=None), [":1", "must be text"]),
+    (lambda rows: rows[0]["request"].update(continuation=""), [":1", "empty"]),
     (lambda rows: rows[0].update(doc_id="0"), [":1", "doc_id"]),
     (lambda rows: [row.update(label=7) for row in rows], ["label=7", "choices"]),
     (lambda rows: rows[0].update(label=1 - rows[0]["label"] % 2), ["label", "alike"]),
