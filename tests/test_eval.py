@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import sharpened
 
 import data
 import eval as evaluation
@@ -72,11 +73,7 @@ def tokenizer(run):
 @pytest.fixture(scope="module")
 def model(run):
     """The run's model, its weights half as large again, for sharper predictions."""
-    model = m.load_model(run)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter *= 1.5
-    return model
+    return sharpened(m.load_model(run), 1.5)
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +254,7 @@ def test_held_out_domains_are_the_sources(run, sources):
     assert list(files) == ["code", "web"]
     for source, file in files.items():
         held_out = [(document["id"], document["text"])
-                    for document in evaluation.read_domain(file, source)]
+                    for document in data.read_documents(file, source)]
         everything = data.read_documents(sources[source], source)
         assert held_out == [(document["id"], document["text"]) for document in everything
                             if data.is_held_out(document, 0.1)]

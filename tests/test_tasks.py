@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_requests
+from conftest import sharpened, write_corpus, write_requests
 
 import data
 import eval as evaluation
@@ -43,11 +43,7 @@ def small_model(vocab_size, embedding_size, eos, pad):
     config = m.ModelConfig(d_model=48, n_layers=2, n_heads=2, mlp_hidden_size=96, max_seq_len=T,
                            vocab_size=vocab_size, embedding_size=embedding_size,
                            eos_token_id=eos, pad_token_id=pad)
-    model = m.build_model(config, 3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter *= 1.7
-    return model
+    return sharpened(m.build_model(config, 3), 1.7)
 
 
 @pytest.fixture(scope="module")
@@ -602,7 +598,6 @@ PLANTED = ("the planted paragraph that nobody else wrote says that seventeen her
 def planted(tmp_path_factory, tiny_config):
     """Two runs on sources with a planted document, 20 times in each: as it is, decontaminated."""
     folder = tmp_path_factory.mktemp("planted")
-    from conftest import write_corpus
     sources = write_corpus(folder / "corpus")
     for source, path in sources.items():
         with open(Path(path) / "part.jsonl", "a") as file:

@@ -11,6 +11,7 @@ Sides that are compared run in turns in one process, so that a machine's bad min
 figures are medians over the rounds, a ratio is the median of the rounds' ratios. Nothing is kept.
 """
 
+import importlib
 import json
 import os
 import random
@@ -188,7 +189,7 @@ def build_in(folder):
 
 
 VERBS = {"data": bench_data, "memory": bench_memory}
-TRAINING = ("checkpoint", "plan", "gpu")  # in a file of their own, which imports train.py
+FILES = {"checkpoint": "gpu", "plan": "gpu", "gpu": "gpu", "eval": "tasks"}  # imported when asked
 
 
 def main(argv):
@@ -197,15 +198,13 @@ def main(argv):
     if argv[:1] == ["allocated"]:  # what the bench of the plan starts
         from tests.bench import gpu
         return gpu.print_allocated(argv[1])
-    if argv[:1] == ["eval"]:
-        from tests.bench import tasks
-        return tasks.bench_eval(*map(int, argv[1:2]))
-    if len(argv) != 1 or argv[0] not in (*VERBS, *TRAINING):
-        raise SystemExit(f"{__doc__}\nverbs: {', '.join((*VERBS, *TRAINING, 'eval'))}")
-    if argv[0] in TRAINING:
-        from tests.bench import gpu
-        return getattr(gpu, f"bench_{argv[0]}")()
-    VERBS[argv[0]]()
+    verb, *words = argv or [""]
+    if verb not in (*VERBS, *FILES) or words and verb != "eval":
+        raise SystemExit(f"{__doc__}\nverbs: {', '.join((*VERBS, *FILES))}")
+    if verb in FILES:
+        module = importlib.import_module(f"tests.bench.{FILES[verb]}")
+        return getattr(module, f"bench_{verb}")(*map(int, words))
+    VERBS[verb]()
 
 
 if __name__ == "__main__":

@@ -8,13 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
-from configs import load_config
+from configs import HOUSE, load_config
 from data import Tokenizer, tokenizer_file, train_bpe
 from eval import PAPER_METRIC, EvalConfig, encode_request, packaged_task, score_requests
 from model import ModelConfig, build_model, load_model, save_hf
 from tests.bench.__main__ import alternate, library_texts
-
-HOUSE = Path(__file__).resolve().parent.parent.parent
 
 
 def models(folder):
