@@ -1056,6 +1056,36 @@ def cut_whitespace(text):
     return [text[begin:end] for begin, end in itertools.pairwise([0, *cuts, len(text)])]
 
 
+def render_chat(messages, tokenizer, reply=False):
+    """The ids of a chat and, as long, whether each is trained: an assistant's text and its EOS.
+
+    messages: [{role: system, user or assistant, content}]. The template is that of Tulu and OLMo
+    (paper, section 4.3; Open Instruct): EOS stands for BOS, then for each message `<|role|>`, a
+    line break, the stripped content, and a line break, with EOS before it where an assistant ends.
+    After the last EOS there is none. reply=True ends with the header of the answer that is wanted.
+
+    Each part is encoded by itself. It is as if the whole were: no token reaches over a line break
+    that stripped text stands beside.
+    """
+    ids, trained = [tokenizer.eos_token_id], [False]
+
+    def add(more, train=False):
+        ids.extend(more)
+        trained.extend([train] * len(more))
+    for number, message in enumerate(messages):
+        add(tokenizer.encode(f"<|{message['role']}|>\n"))
+        content = tokenizer.encode(message["content"].strip())
+        if message["role"] == "assistant":
+            add([*content, tokenizer.eos_token_id], train=True)
+        else:
+            add(content)
+        if message["role"] != "assistant" or reply or number < len(messages) - 1:
+            add(tokenizer.encode("\n"))
+    if reply:
+        add(tokenizer.encode("<|assistant|>\n"))
+    return ids, trained
+
+
 def check_anatomy(spec, place):
     """Refuse a tokenizer.json that would not encode here as it does in HF `tokenizers`."""
     def require(condition, trouble):

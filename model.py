@@ -330,9 +330,20 @@ class KVCache:
         return self.keys[:, :, :end], self.values[:, :, :end]
 
 
+def generate(model, prompts, *args, **options):
+    """Continue each list of ids in `prompts`; returns the new ids. See `generate_stream`."""
+    new = [[] for _ in prompts]
+    for chosen in generate_stream(model, prompts, *args, **options):
+        for row, i in chosen.items():
+            new[row].append(i)
+    return new
+
+
 @torch.no_grad()
-def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, stop_ids=(), seed=0):
-    """Continue each list of ids in `prompts` by up to `max_new_tokens` ids; returns the new ids.
+def generate_stream(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, stop_ids=(),
+                    seed=0):
+    """Continue each list of ids in `prompts` by up to `max_new_tokens` ids, yielding as they come
+    {row: its next id} of the rows that still go on.
 
     temperature 0 is greedy; otherwise sample from the smallest set of ids that holds `top_p` of the
     mass. A row ends after one of `stop_ids` (kept), or where the context length ends. Row i draws
@@ -358,7 +369,7 @@ def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, stop_id
     dtype = model.compute_dtype or model.wte.weight.dtype
     cache = [KVCache(config, B, capacity, device, dtype) for _ in range(config.n_layers)]
     streams = [torch.Generator().manual_seed(seed * 1_000_003 + row) for row in range(B)]
-    new, running = [[] for _ in prompts], set(range(B))
+    running = set(range(B))
     for length in range(T, capacity):  # `length` tokens are known, the next one is wanted
         queries = tokens.shape[1]
         attn_mask = None
@@ -366,14 +377,12 @@ def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, stop_id
             attn_mask = padded_mask(visible[:, :length], length - queries)
         logits = model(tokens, attn_mask=attn_mask, cache=cache)[:, -1, :config.vocab_size]
         chosen = choose_next(logits.float().cpu(), temperature, top_p, streams)
-        for row in sorted(running):
-            new[row].append(chosen[row])
-            if chosen[row] in stop_ids or len(prompts[row] + new[row]) == config.max_seq_len:
-                running.remove(row)
+        yield {row: chosen[row] for row in sorted(running)}
+        running -= {row for row in running if chosen[row] in stop_ids
+                    or len(prompts[row]) + length - T + 1 == config.max_seq_len}
         if not running:
             break
         tokens = torch.tensor(chosen, device=device)[:, None]
-    return new
 
 
 def padded_mask(visible, start):

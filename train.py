@@ -32,6 +32,8 @@ import time
 import types
 import uuid
 import warnings
+from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -204,6 +206,18 @@ def choose_machine(config, device):
     return dtype, compiled
 
 
+def agree_on_machine(config, settings, device):
+    """(dtype, compiled) of the forward, alike on all ranks as the settings are; prints both."""
+    print(textwrap.fill("config: " + ", ".join(f"{key}={value}" for key, value in settings.items()),
+                        width=100, subsequent_indent="  "))
+    check_agreement({**settings, "code": code_version(), "torch": torch.__version__,
+                     "ranks a node": config.shard == "all" or os.environ.get("LOCAL_WORLD_SIZE")})
+    dtype, compiled = choose_machine(config, device)
+    check_agreement({"device": device.type, "dtype": str(dtype), "compile": compiled})
+    keep_freed_memory()
+    return dtype, compiled
+
+
 def choose_micro_batch(config, seq_len, ranks=1):
     """Sequences per forward: as set, or the most that divide a rank's share in 16,384 tokens."""
     share = max(1, config.batch_size // ranks)
@@ -363,6 +377,23 @@ def shard_model(model, config, device, dtype, compiled):
     return model.to_empty(device=device)
 
 
+def build_training(model_config, config, device, dtype, compiled):
+    """An OLMo without weights yet, sharded and compiled as the config says, and its optimiser."""
+    with torch.device("meta"):
+        model = OLMo(model_config)
+    shard_model(model, config, device, dtype, compiled)
+    return model, build_optimizer(model, config)
+
+
+@contextmanager
+def evaluating(model):
+    """For forwards without a backward: eager, as their shapes vary, and the weights split again."""
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        yield
+    if isinstance(model, FSDPModule):
+        model.reshard()  # subtle: a forward without a backward leaves the root gathered
+
+
 def build_mesh(shard, device):
     """All ranks in a row, or for hybrid sharding a row of ranks for each node."""
     if shard == "all":
@@ -464,29 +495,34 @@ def clip_at_step(step, config):
 # ---- The step ------------------------------------------------------------------------------------
 
 def train_step(model, optimizer, micro_batches, loss_fn, lr, max_norm, reduce_every=False):
-    """One update from this rank's `micro_batches`; returns {loss, grad_norm} of the global batch.
+    """One update from this rank's `micro_batches`; {loss, grad_norm, ...} of the global batch.
 
-    `loss_fn(model, batch)` gives (summed loss, count). The loss is the sum over all micro-batches
-    and ranks by their whole count, so that no way of cutting the batch changes it. grad_norm is the
-    global L2 norm before clipping. reduce_every: sum the gradients over the ranks after each
-    micro-batch, not only the last. Raises FloatingPointError on every rank, before the weights are
-    touched, if the loss or the gradient is not finite.
+    `loss_fn(model, batch)` gives (summed loss, count), and may add {name: sum} of what else is to
+    be logged. The loss is the sum over all micro-batches and ranks by their whole count, so that no
+    way of cutting the batch changes it; so is what else there is. grad_norm is the global L2 norm
+    before clipping. reduce_every: sum the gradients over the ranks after each micro-batch, not only
+    the last. Raises FloatingPointError on every rank, before the weights are touched, if the loss
+    or the gradient is not finite.
     """
-    total, count = 0.0, 0
+    total, count, others = 0.0, 0, Counter()
     for i, batch in enumerate(micro_batches):
         if isinstance(model, FSDPModule):
             # subtle: it counts when the forward begins, not at backward()
             model.set_requires_gradient_sync(reduce_every or i == len(micro_batches) - 1)
-        summed, n = loss_fn(model, batch)
+        summed, n, *beside = loss_fn(model, batch)
         summed.backward()
         total, count = total + summed.detach(), count + n
-    total, count = reduce_sum(torch.stack([total, count.to(total)]))
+        for name, value in beside[0].items() if beside else ():
+            others[name] += value
+    total, count, *values = reduce_sum(torch.stack(
+        [total, *(value.to(total) for value in (count, *others.values()))]))
     for p in model.parameters():
         p.grad.mul_(world_size() / count)  # FSDP has averaged over the ranks; a sum is wanted
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     if isinstance(grad_norm, DTensor):
         grad_norm = grad_norm.full_tensor()
-    metrics = {"loss": (total / count).item(), "grad_norm": grad_norm.item()}
+    metrics = {"loss": (total / count).item(), "grad_norm": grad_norm.item(), **{
+        name: (value / count).item() for name, value in zip(others, values, strict=True)}}
     if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
         optimizer.zero_grad()
         raise FloatingPointError(f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}")
@@ -737,16 +773,22 @@ def clear_run(run):
     for path in [*step_directories(run), *run.glob("step*.tmp"), *run.glob("damaged-step*"),
                  *run.glob("tensorboard")]:
         shutil.rmtree(path)
+    for path in run.glob("reference-*.npy"):
+        path.unlink()
     for name in ("config.json", "tokenizer.json", "manifest.json", "metrics.jsonl", "eval.jsonl",
                  "report.html"):
         (run / name).unlink(missing_ok=True)
 
 
-def describe_run(run, settings, folder, fingerprint):
-    """Write config.json, tokenizer.json and manifest.json (the data's, with the order's hash)."""
+def describe_run(run, settings, folder, **facts):
+    """Write config.json and tokenizer.json, and manifest.json: the data's with some `facts` added.
+
+    folder: that of the data, or a Hugging Face directory, which has no manifest.
+    """
     write_json(run / "config.json", settings)
     shutil.copyfile(folder / "tokenizer.json", run / "tokenizer.json")
-    write_json(run / "manifest.json", {**read_json(folder / "manifest.json"), "order": fingerprint})
+    if (folder / "manifest.json").is_file():
+        write_json(run / "manifest.json", {**read_json(folder / "manifest.json"), **facts})
 
 
 # ---- The log -------------------------------------------------------------------------------------
@@ -1037,14 +1079,8 @@ def train(model_config, data_config, eval_config, config):
 
     # The machine
     number, ranks, device = setup_distributed(config.device)
-    print(textwrap.fill("config: " + ", ".join(f"{key}={value}" for key, value in settings.items()),
-                        width=100, subsequent_indent="  "))
-    check_agreement({**settings, "code": code_version(), "torch": torch.__version__,
-                     "ranks a node": config.shard == "all" or os.environ.get("LOCAL_WORLD_SIZE")})
-    dtype, compiled = choose_machine(config, device)
+    dtype, compiled = agree_on_machine(config, settings, device)
     rows = choose_micro_batch(config, model_config.max_seq_len, ranks)
-    check_agreement({"device": device.type, "dtype": str(dtype), "compile": compiled})
-    keep_freed_memory()
 
     # The data: rank 0 builds it, on a disk that all nodes see
     folder = on_main(lambda: build_data(data_config), patience=timedelta(days=2))
@@ -1068,27 +1104,22 @@ def train(model_config, data_config, eval_config, config):
     state.update(config=settings, data=fingerprint, torch=torch.__version__)
 
     # The model and its optimiser
-    with torch.device("meta"):
-        model = OLMo(model_config)
-    shard_model(model, config, device, dtype, compiled)
-    optimizer = build_optimizer(model, config)
+    model, optimizer = build_training(model_config, config, device, dtype, compiled)
     if start:
         load_checkpoint(start, model, optimizer)
         print(f"{run}: goes on after step {state['step']}")
     else:
         init_weights(model, data_config.seed, own_part)
-    on_main(lambda: describe_run(run, settings, folder, fingerprint))
+    on_main(lambda: describe_run(run, settings, folder, order=fingerprint))
     print_run(run, model, config, batches, rows)
 
     # The steps
     def evaluate():
-        with torch.compiler.set_stance("force_eager"):  # its shapes vary
+        with evaluating(model):
             results = evaluate_suites(model, tokenizer, suites, eval_config, number, ranks,
                                       reduce_sum)
             if ranks == 1:  # several would have to draw the same ids, to the last rounding
                 results["samples"] = [sample_text(model, tokenizer, eval_config)]
-        if isinstance(model, FSDPModule):
-            model.reshard()  # subtle: a forward without a backward leaves the root gathered
         return results
 
     deadline = began + 60 * config.stop_after_minutes if config.stop_after_minutes else math.inf
@@ -1179,6 +1210,9 @@ def log_step(log, state, row, device, batch):
 def log_evaluation(log, state, results):
     log.write("eval", state, **results)
     bits, tasks = results["bits_per_byte"], results["tasks"]
+    if results.get("tuned"):
+        tqdm.write(f"step {state['step']}: held-out answers: " + ", ".join(
+            f"{name} {value:.4f}" for name, value in results["tuned"].items()))
     tqdm.write(f"step {state['step']}: held-out bits per byte: "
                + (", ".join(f"{name} {value:.3f}" for name, value in bits.items())
                   or "there is no held-out text"))
@@ -1189,14 +1223,14 @@ def log_evaluation(log, state, results):
 
 
 def train_loop(config, run, state, model, optimizer, batches, loss_fn, evaluate, documents, rows,
-               deadline=math.inf):
+               deadline=math.inf, check=lambda step, metrics: None):
     """Take the steps after state["step"] up to max_steps; log, evaluate and save as they fall due.
 
     `batches(step)` gives this rank's batch, `evaluate()` what evaluate_suites gives,
-    `documents(step)` the lines that the log gets for a batch that went wrong; `deadline` is of
-    time.monotonic(). `state` {step, tokens, seconds, kwh, ...} is kept up to date. Returns
-    (the signal that ended it or 0, the last evaluation's result); whatever ends it, all ranks end
-    after the same step.
+    `documents(step)` the lines that the log gets for a batch that went wrong; `check(step,
+    metrics)` may raise at a step that cannot be right; `deadline` is of time.monotonic(). `state`
+    {step, tokens, seconds, kwh, ...} is kept up to date. Returns (the signal that ended it or 0,
+    the last evaluation's result); whatever ends it, all ranks end after the same step.
     """
     log, device = Log(run, state["step"], config.tensorboard), model.wte.weight.device
     meter, kwh_before = PowerMeter(device, config.watts), state["kwh"]
@@ -1228,7 +1262,10 @@ def train_loop(config, run, state, model, optimizer, batches, loss_fn, evaluate,
             except FloatingPointError as error:
                 on_main(functools.partial(report_not_finite, log, config, state, step, error,
                                           documents), patience=timedelta(hours=2))
-            tokens = batch["tokens"].numel() * world_size()
+            if metrics:
+                check(step, metrics)
+            padding = batch["tokens"] == model.config.pad_token_id  # there is some in tuning
+            tokens = reduce_sum((~padding).sum()).item()
             clipped = bool(metrics) and metrics["grad_norm"] > max_norm
             recent.add(clipped, tokens, time.perf_counter() - tick)
             state.update(step=step, tokens=state["tokens"] + tokens,
