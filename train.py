@@ -430,11 +430,12 @@ def compile_model(model):
     """Compile each block, and the head with its loss.
 
     # subtle: the embedding stays outside: its compiled gradient adds up atomically, in any order,
-    # and a resumed run could not be bit-exact.
+    # and a resumed run could not be bit-exact. Nor could it with one kernel for all lengths, once a
+    # second one has come.
     """
     for block in model.blocks:
-        block.forward = torch.compile(block.forward)
-    model.head_nats = torch.compile(head_nats)
+        block.forward = torch.compile(block.forward, dynamic=False)
+    model.head_nats = torch.compile(head_nats, dynamic=False)
 
 
 def own_part(tensor, parameter):
@@ -1304,6 +1305,8 @@ def main(argv):
         saved = Path(resumed[-1]) / "config.json"
         if not saved.is_file():
             raise UserError(f"--resume={resumed[-1]}: no run there; train.py CONFIG starts one")
+        if "method" in read_json(saved):
+            raise UserError(f"--resume={resumed[-1]}: a tuned run; adapt.py --resume goes on")
         argv = [str(saved), f"--run_dir={resumed[-1]}", *argv]
     if all(word.startswith("-") for word in argv) and not {"-h", "--help"} & set(argv):
         raise UserError("name a config file (python train.py configs/tiny.py) or --resume=RUN")
