@@ -42,8 +42,8 @@ from eval import (EvalConfig, domains_table, evaluate_suites, held_out_files, le
 from model import (ModelConfig, choose_device, generate, generate_stream, load_model, newest_step,
                    next_token_loss, read_step, sequence_log_probs, step_directories, verify_step)
 from train import (COMMANDS, Log, TrainConfig, agree_on_machine, build_training, check_agreement,
-                   check_vocabulary, choose_micro_batch, describe_run, evaluating, load_checkpoint,
-                   log_evaluation, on_main, open_run, own_part, rank, reduce_sum, setup_distributed,
+                   check_vocabulary, choose_micro_batch, describe_run, evaluating, lacks_evaluation,
+                   load_checkpoint, log_evaluation, on_main, open_run, own_part, rank, reduce_sum, setup_distributed,
                    share_run, train_loop, world_size)
 
 ROLES = ("system", "user", "assistant")
@@ -671,7 +671,8 @@ def adapt(adapt_config, eval_config, config):
     lock = share_run(run)  # noqa: F841  held until this process ends
     start, state = on_main(lambda: open_run(replace(config, start_from=""), settings, fingerprint),
                            patience=timedelta(hours=2))
-    if state["step"] >= config.max_steps:
+    missed = on_main(lambda: lacks_evaluation(run, state["step"]))
+    if state["step"] == config.max_steps and not missed:
         print(f"{run}: finished, at step {state['step']} of {config.max_steps}")
         return 0
     state.update(config=settings, data=fingerprint, torch=torch.__version__)
@@ -728,7 +729,7 @@ def adapt(adapt_config, eval_config, config):
     ended_by, results = train_loop(
         replace(config, start_from=""), run, state, model, optimizer,
         partial(batches, rank=number, world_size=ranks), loss_fn, evaluate, places, rows, deadline,
-        check)
+        missed, check)
     if ended_by:
         launcher = "python" if ranks == 1 else "torchrun ..."
         print(f"stopped after step {state['step']}, which is saved; go on: {launcher} adapt.py "

@@ -1236,7 +1236,7 @@ def log_evaluation(log, state, results):
     bits = results["bits_per_byte"] | {name: result["bits_per_byte"] for name, result
                                        in results["tasks"].items() if name not in accuracy}
     for what, found in (("bits per byte", {name: f"{value:.3f}" for name, value in bits.items()}),
-                        ("accuracy", accuracy)):
+                        ("accuracy", accuracy), ("held-out answers", tuned)):
         if found:
             tqdm.write(f"step {state['step']}: {what}: "
                        + ", ".join(f"{name} {value}" for name, value in found.items()))
