@@ -43,8 +43,8 @@ from model import (ModelConfig, choose_device, generate, generate_stream, load_m
                    next_token_loss, read_step, sequence_log_probs, step_directories, verify_step)
 from train import (COMMANDS, Log, TrainConfig, agree_on_machine, build_training, check_agreement,
                    check_vocabulary, choose_micro_batch, describe_run, evaluating, lacks_evaluation,
-                   load_checkpoint, log_evaluation, on_main, open_run, own_part, rank, reduce_sum, setup_distributed,
-                   share_run, train_loop, world_size)
+                   load_checkpoint, log_evaluation, on_main, open_run, own_part, rank, reduce_sum,
+                   setup_distributed, share_run, train_loop, world_size)
 
 ROLES = ("system", "user", "assistant")
 LN_2 = math.log(2)
