@@ -37,7 +37,7 @@ from tqdm import tqdm
 from configs import UserError, file_sha256, flat, load_config, read_json, run_main
 from data import (DataConfig, Tokenizer, data_of_run, instance_order, is_held_out,
                   leaked_docstrings, parse, read_records, render_chat, stdlib_documents)
-from eval import (EvalConfig, domains_table, evaluate_suites, held_out_files, length_batches,
+from eval import (EvalConfig, asked, domains_table, evaluate_suites, held_out_files, length_batches,
                   open_suites, own_batches, run_of, tasks_table)
 from model import (ModelConfig, choose_device, generate, generate_stream, load_model, newest_step,
                    next_token_loss, read_step, sequence_log_probs, step_directories, verify_step)
@@ -245,14 +245,15 @@ def stdlib_chats(held_out, eval_share):
 def stdlib_preferences(held_out, eval_share):
     """(id, {prompt, chosen, rejected}) of one question in three, in training.
 
-    Rejected is the answer to another question, half of the right one, or its words in disorder.
+    Rejected is the answer to another question, the right one without its last two words, or its
+    words in disorder.
     """
     answers = list(stdlib_answers(held_out, eval_share))
     for name, _, question, answer in answers:
         dice, words = random.Random(f"preference {name}"), answer.split()
         if not held_out and dice.random() > 1 / 3:
             continue
-        rejected = [dice.choice(answers)[3], " ".join(words[:len(words) // 2]),
+        rejected = [dice.choice(answers)[3], " ".join(words[:-2]),
                     " ".join(dice.sample(words, len(words)))][dice.randrange(3)]
         if rejected != answer:
             yield name, {"prompt": question, "chosen": answer, "rejected": rejected}
@@ -551,12 +552,11 @@ def evaluate_pairs(model, pairs, reference, batch_tokens, config):
     it does so more than the reference does.
     """
     found = shared_log_probs(model, sequences_of(pairs), batch_tokens)
-    (chosen, rejected), (n, m) = found[:, 0].view(2, -1), found[:, 1].view(2, -1)
-    reference = torch.from_numpy(reference).T
-    ones = torch.ones_like(chosen)
-    accuracy, error = mean_and_error((chosen > rejected).double(), ones)
-    scale = torch.stack((n, m)) if config.length_normalized else torch.ones(2, 1)
-    loss, metrics = dpo_loss(*(torch.stack((chosen, rejected)) / scale), *(reference / scale),
+    policy, counts = (column.view(2, -1) for column in found.T)  # (2, N): chosen, rejected
+    right = (policy[0] > policy[1]).double()
+    accuracy, error = mean_and_error(right, torch.ones_like(right))
+    scale = counts if config.length_normalized else 1
+    loss, metrics = dpo_loss(*(policy / scale), *(torch.from_numpy(reference).T / scale),
                              config.beta)
     return {"loss": loss.item(), "accuracy": accuracy, "accuracy_error": error,
             "reward_accuracy": metrics["rewards/accuracies"].item(),
@@ -564,13 +564,29 @@ def evaluate_pairs(model, pairs, reference, batch_tokens, config):
 
 
 def answer_prompts(model, tokenizer, examples, max_new_tokens, wanted):
-    """(texts of prompts and greedy answers, share that ended by themselves) of held-out prompts."""
+    """(texts of held-out prompts with their greedy answers, share of those that end)."""
     prompts = list(dict.fromkeys(tuple(example.ids[:example.prompt].tolist()) for example
                                  in examples if example.prompt < model.config.max_seq_len))[:wanted]
-    answers = generate(model, prompts, max_new_tokens, stop_ids=(tokenizer.eos_token_id,))
+    with evaluating(model):
+        answers = generate(model, prompts, max_new_tokens, stop_ids=(tokenizer.eos_token_id,))
     ended = sum(answer[-1] == tokenizer.eos_token_id for answer in answers)
     return [tokenizer.decode([*prompt[1:], *answer]) for prompt, answer
             in zip(prompts, answers, strict=True)], ended / len(prompts)
+
+
+def evaluate_tuning(model, tokenizer, eval_set, reference, adapt_config, eval_config):
+    """{tuned: what is measured of the held-out set, samples: three answers}."""
+    if not eval_set:
+        return {}
+    batch_tokens = eval_config.eval_batch_tokens
+    tuned = (evaluate_chats(model, eval_set, batch_tokens) if adapt_config.method == "sft" else
+             evaluate_pairs(model, eval_set, reference, batch_tokens, adapt_config))
+    samples = []
+    if adapt_config.eval_answers and world_size() == 1:
+        samples, tuned["ended"] = answer_prompts(model, tokenizer, sequences_of(eval_set),
+                                                 eval_config.max_new_tokens,
+                                                 adapt_config.eval_answers)
+    return {"tuned": tuned, "samples": samples[:3]}
 
 
 # ---- The run -------------------------------------------------------------------------------------
@@ -679,7 +695,7 @@ def adapt(adapt_config, eval_config, config):
 
     # The model, its optimiser, and what the reference thinks
     model, optimizer = build_training(base.model_config, config, device, dtype, compiled)
-    batch_tokens, order = eval_config.eval_batch_tokens, (config.batch_size, data_config.seed)
+    order, reference = (config.batch_size, data_config.seed), np.empty((0, 2))
     if is_dpo:
         key = json.dumps([fingerprint["base_sha256"], fingerprint["data_sha256"], str(dtype)])
         file = run / f"reference-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
@@ -687,7 +703,8 @@ def adapt(adapt_config, eval_config, config):
         fill_weights(model, base)
     base = base._replace(model=None)  # a copy less in memory
     if is_dpo:
-        reference = reference_log_probs(file, model, [*train_set, *eval_set], batch_tokens)
+        reference = reference_log_probs(file, model, [*train_set, *eval_set],
+                                        eval_config.eval_batch_tokens)
         batches = preference_batches(train_set, reference[:len(train_set)], *order, seq_len,
                                      pad_token_id, rows)
         loss_fn = partial(preference_loss, beta=adapt_config.beta,
@@ -705,20 +722,14 @@ def adapt(adapt_config, eval_config, config):
           f"{'pairs' if is_dpo else 'packed rows'} at a time")
 
     # The steps
+    of = [asked(suite, eval_config, str(dtype).removeprefix("torch.")) for suite in suites]
+
     def evaluate():
-        results, tuned = {}, {}
-        if eval_set:
-            tuned = (evaluate_pairs(model, eval_set, reference[len(train_set):], batch_tokens,
-                                    adapt_config) if is_dpo else
-                     evaluate_chats(model, eval_set, batch_tokens))
         with evaluating(model):
-            if eval_set and adapt_config.eval_answers and ranks == 1:
-                results["samples"], tuned["ended"] = answer_prompts(
-                    model, tokenizer, sequences_of(eval_set), eval_config.max_new_tokens,
-                    adapt_config.eval_answers)
-                results["samples"] = results["samples"][:3]
-            return {**evaluate_suites(model, tokenizer, suites, eval_config, number, ranks,
-                                      reduce_sum), **results, "tuned": tuned}
+            results = evaluate_suites(model, tokenizer, suites, eval_config, number, ranks,
+                                      reduce_sum) | {"of": of}
+        return results | evaluate_tuning(model, tokenizer, eval_set, reference[len(train_set):],
+                                         adapt_config, eval_config)
 
     def places(step):
         return [sequences_of(train_set)[i].place for i in examples_of_step(step, len(train_set),

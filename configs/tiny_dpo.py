@@ -1,4 +1,4 @@
-"""After configs/tiny_sft.py: prefer a docstring to another one, its half, its words in disorder."""
+"""After configs/tiny_sft.py: prefer a docstring to another, to it cut off, to it in disorder."""
 
 # what is tuned, and on what
 method = "dpo"
@@ -11,7 +11,7 @@ run_dir = "runs/tiny_dpo"
 beta = 0.1  # as the paper
 epochs = 3  # as the paper
 batch_size = 32  # pairs, as the paper
-lr = 2e-4  # a small model likes far more than the paper's 5e-7
+lr = 1e-4  # a small model likes far more than the paper's 5e-7
 min_lr = 0.0
 warmup_share = 0.1
 schedule = "linear"
