@@ -684,11 +684,21 @@ def config_to_hf(config):
     }
 
 
-def save_hf(model, out, tokenizer=None):
+# data.py's render_chat in Jinja, for transformers' apply_chat_template
+CHAT_TEMPLATE = (
+    "{{ eos_token }}{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\n' + message['content'].strip() }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{% if message['role'] != 'assistant' or not loop.last or add_generation_prompt %}{{ '\n' }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}")
+
+
+def save_hf(model, out, tokenizer=None, tuned=False):
     """Write `model`, and the tokenizer.json at `tokenizer`, as a Hugging Face directory at `out`.
 
-    AutoModelForCausalLM and AutoTokenizer load it as it is. `out` must not exist or be empty; it is
-    written under another name first, so that it is whole or not there.
+    AutoModelForCausalLM and AutoTokenizer load it as it is; if `tuned`, with the template of chats.
+    `out` must not exist or be empty; it is written under another name first, so that it is whole or
+    not there.
     """
     out, config = Path(out).resolve(), model.config
     refuse_existing(out)
@@ -707,7 +717,7 @@ def save_hf(model, out, tokenizer=None):
         write_json(aside / "config.json", config_to_hf(config))
         write_json(aside / "generation_config.json", ends)
         if tokenizer is not None:
-            copy_tokenizer(Path(tokenizer), aside, config)
+            copy_tokenizer(Path(tokenizer), aside, config, tuned)
         aside.replace(out)  # an empty directory gives way
     except OSError as error:
         raise UserError(f"{out}: could not be written ({error})") from None
@@ -721,7 +731,7 @@ def refuse_existing(out):
         raise UserError(f"{out}: exists already; choose another name or delete it")
 
 
-def copy_tokenizer(file, out, config):
+def copy_tokenizer(file, out, config, tuned):
     """Copy tokenizer.json and name its special tokens the way that AutoTokenizer reads them."""
     added = {token["id"]: token["content"] for token in read_json(file).get("added_tokens", ())}
     if not {config.eos_token_id, config.pad_token_id} <= added.keys():
@@ -732,7 +742,8 @@ def copy_tokenizer(file, out, config):
     write_json(out / "special_tokens_map.json", special)
     write_json(out / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.max_seq_len,
-        "clean_up_tokenization_spaces": False, **special})
+        "clean_up_tokenization_spaces": False, **special,
+        **({"chat_template": CHAT_TEMPLATE} if tuned else {})})
 
 
 # -- Official OLMo --
@@ -803,7 +814,8 @@ def main(argv):
     model = load_model(run)
     tokenizer = next((folder / "tokenizer.json" for folder in (run, run.parent)
                       if (folder / "tokenizer.json").is_file()), None)
-    save_hf(model, out, tokenizer)
+    tuned = tokenizer and "method" in read_json(tokenizer.with_name("config.json"))  # by adapt.py
+    save_hf(model, out, tokenizer, tuned)
     print(f"wrote {out}: {sum(p.numel() for p in model.parameters()):,} parameters"
           + ("" if tokenizer else "; no tokenizer.json was found beside the model"))
 
