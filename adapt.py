@@ -882,6 +882,7 @@ def chat(argv):
                 print(f"(the oldest {dropped} turns no longer fit and were forgotten)")
             messages = [*wanted, {"role": "assistant",
                                   "content": speak(model, tokenizer, prompt, options)}]
+            options = replace(options, sample_seed=options.sample_seed + 1)
 
 
 def prompt_of(row, place):

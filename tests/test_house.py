@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from adapt import AdaptConfig
 from configs import load_config
 from data import DataConfig
 from eval import EvalConfig
@@ -67,7 +68,7 @@ def test_nothing_runs_at_import(room):
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_config_is_read_and_says_what_it_is(name):
     path = ROOT / "configs" / name
-    load_config([str(path)], ModelConfig, DataConfig, EvalConfig, TrainConfig)
+    load_config([str(path)], ModelConfig, DataConfig, EvalConfig, TrainConfig, AdaptConfig)
     assert ast.get_docstring(ast.parse(path.read_text()))
 
 
@@ -93,7 +94,7 @@ def test_a_config_names_its_missing_folder_and_the_remedy(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("room", ["model", "data", "eval", "train"])
+@pytest.mark.parametrize("room", ["model", "data", "eval", "train", "adapt"])
 def test_every_file_answers_help(room):
     done = subprocess.run([sys.executable, str(source_of(room)), "--help"], capture_output=True,
                           text=True)

@@ -36,6 +36,8 @@ def shrink(words):
         return words + SMALL_DATA
     if "eval.py" in words and words[2] not in ("sample", "report"):
         return words + ["--limit=2", "--max_new_tokens=5"]
+    if words[1] == "adapt.py" and words[2].startswith("configs/"):
+        return words + ["--epochs=0.01", "--compile=false", "--max_new_tokens=5"]
     if "train.py" not in words or "--plan" in words:
         return words
     resumed = any(word.startswith("--resume") for word in words)
@@ -89,6 +91,7 @@ def test_readme_commands_for_other_hardware_are_read():
     """`bash` blocks: torchrun's options by its own parser, ours by load_config, shell by bash."""
     from torch.distributed.run import get_args_parser
 
+    from adapt import AdaptConfig
     from eval import EvalConfig
     from model import ModelConfig
     from train import TrainConfig
@@ -96,15 +99,14 @@ def test_readme_commands_for_other_hardware_are_read():
     for block in blocks:
         assert subprocess.run(["bash", "-n"], input=block, text=True).returncode == 0
         lines = block.replace("\\\n", " ").splitlines()
-        commands += [shlex.split(line) for line in lines if "train.py" in line]
+        commands += [shlex.split(line) for line in lines if re.search(r"(train|adapt)\.py", line)]
     for words in commands:
-        cut = words.index("train.py")
-        configs = load_config([word for word in words[cut + 1:]], ModelConfig, DataConfig,
-                              EvalConfig, TrainConfig)
-        assert len(configs) == 4
+        [file] = {"train.py", "adapt.py"} & set(words)
+        rooms = (AdaptConfig,) if file == "adapt.py" else (ModelConfig, DataConfig)
+        assert load_config(words[words.index(file) + 1:], *rooms, EvalConfig, TrainConfig)
         if "torchrun" in words:
             options = get_args_parser().parse_args(words[words.index("torchrun") + 1:])
-            assert options.training_script == "train.py"
+            assert options.training_script == file
     assert len(blocks) >= 2 and len(commands) >= 5
 
 
@@ -138,6 +140,6 @@ def test_readme_lists_every_rule():
 def test_readme_lists_every_deviation():
     """Each `# DIFFERS FROM OLMo:` in the code has a line under the README's heading."""
     marks = sum((ROOT / room).read_text().count("# DIFFERS FROM OLMo:")
-                for room in ("model.py", "data.py", "eval.py", "train.py"))
+                for room in ("model.py", "data.py", "eval.py", "train.py", "adapt.py"))
     section = README.split("## Differences from OLMo")[1].split("\n## ")[0]
     assert section.count("\n- ") == marks > 0
