@@ -43,8 +43,8 @@ from model import (ModelConfig, choose_device, generate, generate_stream, load_m
                    next_token_loss, read_step, sequence_log_probs, step_directories, verify_step)
 from train import (COMMANDS, Log, TrainConfig, agree_on_machine, build_training, check_agreement,
                    check_vocabulary, choose_micro_batch, describe_run, evaluating, lacks_evaluation,
-                   load_checkpoint, log_evaluation, on_main, open_run, own_part, rank, reduce_sum,
-                   setup_distributed, share_run, train_loop, world_size)
+                   load_checkpoint, log_evaluation, on_all_ranks, on_main, open_run, own_part, rank,
+                   reduce_sum, setup_distributed, share_run, train_loop, world_size)
 
 ROLES = ("system", "user", "assistant")
 LN_2 = math.log(2)
@@ -507,6 +507,12 @@ def shared_log_probs(model, sequences, batch_tokens):
     return reduce_sum(completion_log_probs(model, sequences, batch_tokens, rank(), world_size()))
 
 
+def reference_file(run, fingerprint, dtype):
+    """Where the reference's log-probabilities lie: under a name of its weights, data and dtype."""
+    key = json.dumps([fingerprint["base_sha256"], fingerprint["data_sha256"], str(dtype)])
+    return run / f"reference-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
+
+
 def reference_log_probs(file, model, pairs, batch_tokens):
     """Float64 (N, 2): the reference's log-probability of each pair's chosen and rejected answer.
 
@@ -697,9 +703,7 @@ def adapt(adapt_config, eval_config, config):
     # The model, its optimiser, and what the reference thinks
     model, optimizer = build_training(base.model_config, config, device, dtype, compiled)
     order, reference = (config.batch_size, data_config.seed), np.empty((0, 2))
-    if is_dpo:
-        key = json.dumps([fingerprint["base_sha256"], fingerprint["data_sha256"], str(dtype)])
-        file = run / f"reference-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
+    file = reference_file(run, fingerprint, dtype)
     if not start or is_dpo and not on_main(file.is_file):
         fill_weights(model, base)
     base = base._replace(model=None)  # a copy less in memory
@@ -942,6 +946,7 @@ def rows_done(out, rows):
 
 # ---- Commands ------------------------------------------------------------------------------------
 
+@on_all_ranks
 def main(argv):
     verbs = {"show": show, "chat": chat, "generate": generate_answers}
     if argv and argv[0] in verbs:

@@ -336,6 +336,22 @@ def on_main(work, patience=None):
     return outcome[0]
 
 
+def on_all_ranks(main):
+    """`main` so that ranks leave their group at its end, and a mistake is said once."""
+    @functools.wraps(main)
+    def run(argv):
+        try:
+            code = main(argv)
+        except UserError:
+            if os.environ.get("RANK", "0") != "0":  # what rank 0 met too, it says, and torchrun
+                time.sleep(3)  # ends the others; what this one met alone it must say itself
+            raise
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return code
+    return run
+
+
 def check_agreement(facts):
     """UserError on every rank if the dict `facts` is not the same on all of them."""
     everyone = gather((socket.gethostname(), facts))
@@ -1319,6 +1335,7 @@ def train_loop(config, run, state, model, optimizer, batches, loss_fn, evaluate,
         return ended_by, results
 
 
+@on_all_ranks
 def main(argv):
     schemas = (ModelConfig, DataConfig, EvalConfig, TrainConfig, PlanConfig)
     resumed = [word.partition("=")[2] for word in argv if word.startswith("--resume=")]
@@ -1331,20 +1348,12 @@ def main(argv):
         argv = [str(saved), f"--run_dir={resumed[-1]}", *argv]
     if all(word.startswith("-") for word in argv) and not {"-h", "--help"} & set(argv):
         raise UserError("name a config file (python train.py configs/tiny.py) or --resume=RUN")
-    try:
-        *configs, plan = load_config(argv, *schemas)
-        if plan.plan:
-            if os.environ.get("RANK", "0") == "0":
-                print_plan(configs[0], configs[3], plan)
-            return 0
-        code = train(*configs)
-    except UserError:
-        if os.environ.get("RANK", "0") != "0":  # what rank 0 met too, it says, and torchrun ends
-            time.sleep(3)  # the others; what this one met alone it must say itself
-        raise
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return code
+    *configs, plan = load_config(argv, *schemas)
+    if not plan.plan:
+        return train(*configs)
+    if os.environ.get("RANK", "0") == "0":
+        print_plan(configs[0], configs[3], plan)
+    return 0
 
 
 if __name__ == "__main__":

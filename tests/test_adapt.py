@@ -2,10 +2,15 @@
 runs that nothing disturbed."""
 
 import bisect
+import hashlib
+import io
 import itertools
+import json
 import math
 import os
 import random
+import shutil
+import signal
 from collections import Counter
 from functools import partial
 from importlib.util import find_spec
@@ -16,6 +21,7 @@ import torch
 import torch.distributed as dist
 from conftest import HOUSE
 from test_scale import end_of, torchrun
+from test_train import differing_weights, rows, saved_steps, steps
 
 import adapt
 import data
@@ -173,7 +179,8 @@ def test_the_text_of_a_chat_is_tulus_to_the_byte(tokenizer_json):
     asked, _ = data.render_chat(GOLDEN[:2], tokenizer, reply=True)
     assert tokenizer.decode(asked) == text[:text.index("Hi|")]
     if tokenizer.vocab_size == 50280:
-        assert ids[0] == ids[-1] == 50279 and ids[1:6] == [29, 93, 10394, 49651, 187]  # < | system |>
+        assert ids[0] == ids[-1] == 50279
+        assert ids[1:6] == [29, 93, 10394, 49651, 187]  # < | system |> and a line break
 
 
 def test_a_chat_is_what_transformers_makes_of_the_tulu_template(tokenizer_json):
@@ -202,7 +209,8 @@ def test_a_chat_is_what_transformers_makes_of_the_tulu_template(tokenizer_json):
 
 
 PIECES = ["a", "Word", "é", "你好", "👩‍💻", " ", "  ", "\n", "\n\n", "\t", "\u00a0", "\u2003", "|",
-          "|>", "<|", "<|user|>", "<|assistant|>", '"', "'s", "“", "**b**", "123", "-", ".", "\u200b"]
+          "|>", "<|", "<|user|>", "<|assistant|>", '"', "'s", "“", "**b**", "123", "-", ".",
+          "\u200b"]
 
 
 def fuzz(dice, more=()):
@@ -250,7 +258,7 @@ def test_an_example_is_cut_at_the_right_and_counted(bpe):
                 continue
             assert example.ids.tolist() == ids[:length] and example.prompt == prompt
             assert example.trained.tolist() == [
-                kind and not (answer_only and i < prompt) for i, kind in enumerate(trained[:length])]
+                kind and i >= answer_only * prompt for i, kind in enumerate(trained[:length])]
         assert counts["cut, so that the last answer has no end"] == 2 * (length < len(ids))
         assert counts["left out, as nothing of an answer fits"] == (length <= prompt) + (
             length <= first)
@@ -304,7 +312,8 @@ def test_packed_is_unpacked_and_no_padding_counts():
     wanted = loss.item(), gradients(model, loss)
     for seq_len, pad in ((64, PAD), (61, PAD), (90, 5), (64, EOS)):
         same(ours(model, packed(examples, seq_len, pad)), wanted, 1e-10)
-    same(ours(model, adapt.packed_rows([[example] for example in examples], 64, PAD)), wanted, 1e-10)
+    alone = adapt.packed_rows([[example] for example in examples], 64, PAD)
+    same(ours(model, alone), wanted, 1e-10)
     batch = packed(examples)
     empty = adapt.packed_rows([[], []], 64, PAD)
     same(ours(model, {key: torch.cat((empty[key], batch[key])) for key in batch}), wanted, 1e-10)
@@ -380,8 +389,9 @@ def test_bins_hold_each_example_once_and_are_as_few_as_trls():
     dice = random.Random(0)
     for case in range(150):
         room, n = dice.choice([(10, 6), (64, 40), (2048, 120)])
-        lengths = [dice.randint(1, room) if case % 2 else min(room, int(dice.expovariate(4 / room)) + 1)
-                   for _ in range(dice.randint(1, n))]
+        draw = (partial(dice.randint, 1, room) if case % 2 else
+                lambda room=room: min(room, int(dice.expovariate(4 / room)) + 1))
+        lengths = [draw() for _ in range(dice.randint(1, n))]
         bins = adapt.best_fit(lengths, room)
         assert sorted(i for numbers in bins for i in numbers) == list(range(len(lengths)))
         assert all(numbers and sum(lengths[i] for i in numbers) <= room for numbers in bins)
@@ -684,7 +694,7 @@ def test_the_learning_rate_falls_as_transformers_linear_schedule(examples, batch
     """Of one step more, and indexed by the step; the warm-up is OLMo's, from a tenth."""
     transformers = pytest.importorskip("transformers")
     config = adapt.by_epochs(adapt.AdaptConfig(epochs=epochs, warmup_share=share),
-                             train.TrainConfig(batch_size=batch_size, lr=5e-7, min_lr=0.0), examples)
+                             train.TrainConfig(batch_size=batch_size, lr=5e-7, min_lr=0), examples)
     assert config.max_steps == max(1, round(epochs * math.ceil(examples / batch_size)))
     warmup = math.ceil(share * config.max_steps)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=5e-7)
@@ -696,3 +706,572 @@ def test_the_learning_rate_falls_as_transformers_linear_schedule(examples, batch
                                            0.1 + 0.9 * step / warmup), rel=1e-9)
         assert lr > 0
     assert train.lr_at_step(config.max_steps + 1, config) == 0
+
+
+# ---- Reading -------------------------------------------------------------------------------------
+
+A_CHAT, ANSWER = say("u: q", "a: a"), say("a: b")[0]
+CHATS = [  # (what a line of a file of chats holds, words of the error)
+    ("[1", ["not JSON", "mend or delete"]), ("[]", ["messages is missing"]),
+    ("{}", ["messages is missing", "an object with a list"]), ("null", ["messages is missing"]),
+    ({"messages": "hi"}, ["messages is no list"]), ({"messages": []}, ["or an empty one"]),
+    ({"messages": {"role": "user"}}, ["messages is no list"]),
+    ({"messages": None}, ["messages is no list"]),
+    ({"messages": ["hi"]}, ["messages[0] is no object"]),
+    ({"messages": [{"role": "human", "content": "q"}]}, ["messages[0].role: 'human'", "assistant"]),
+    ({"messages": [{"content": "q"}]}, ["messages[0].role: None"]),
+    ({"messages": [{"role": "user"}]}, ["messages[0].content is no text"]),
+    ({"messages": [{"role": "user", "content": ["q"]}]}, ["messages[0].content is no text"]),
+    ({"messages": say("u: q", "a:  \n\u00a0 ")}, ["messages[1].content", "empty"]),
+    ({"messages": say("u: q", "u: q", "a: a")}, ["messages[1].role: user", "assistant is due"]),
+    ({"messages": say("a: a")}, ["messages[0].role: assistant", "system or user is due"]),
+    ({"messages": say("u: q", "a: a", "a: a")}, ["messages[2].role: assistant", "user is due"]),
+    ({"messages": say("u: q", "a: a", "s: s")}, ["messages[2].role: system", "user is due"]),
+    ({"messages": say("s: s", "a: a")}, ["messages[1].role: assistant", "user is due"]),
+    ({"messages": say("u: q")}, ["the last message is the user's, not the assistant's"]),
+    ({"messages": say("s: s")}, ["the last message is the system's"])]
+PREFERENCES = [
+    ("{", ["not JSON"]), ("3", ["chosen and rejected are wanted"]),
+    ({"chosen": "a", "prompt": "q"}, ["chosen and rejected are wanted"]),
+    ({"chosen": "a", "rejected": "b"}, ["prompt is missing"]),
+    ({"prompt": None, "chosen": "a", "rejected": "b"}, ["prompt is missing"]),
+    ({"prompt": " ", "chosen": "a", "rejected": "b"}, ["chosen[0].content", "empty"]),
+    ({"prompt": 3, "chosen": "a", "rejected": "b"}, ["chosen is no list"]),
+    ({"prompt": "q", "chosen": "a", "rejected": " "}, ["rejected[1].content", "empty"]),
+    ({"prompt": "q", "chosen": "a", "rejected": None}, ["chosen is str and rejected NoneType"]),
+    ({"prompt": "q", "chosen": "a ", "rejected": "a"}, ["chosen and rejected are the same"]),
+    ({"chosen": A_CHAT, "rejected": "b"}, ["chosen is list and rejected str"]),
+    ({"chosen": 1, "rejected": 2}, ["chosen is no list"]),
+    ({"chosen": A_CHAT, "rejected": A_CHAT}, ["chosen and rejected are the same"]),
+    ({"chosen": A_CHAT, "rejected": say("u: p", "a: b")}, ["different prompts", "last message"]),
+    ({"chosen": A_CHAT, "rejected": [*A_CHAT, *A_CHAT]}, ["different prompts"]),
+    ({"chosen": A_CHAT[:1], "rejected": say("u: p")}, ["chosen: the last message is the user's"]),
+    ({"chosen": A_CHAT, "rejected": [ANSWER]}, ["rejected[0].role: assistant"]),
+    ({"prompt": "p", "chosen": A_CHAT, "rejected": [A_CHAT[0], ANSWER]}, ["prompt is not"])]
+SOUND = {"sft": {"messages": say("s: s", "u: q", "a: a"), "id": 3},
+         "dpo": {"prompt": "q", "chosen": A_CHAT, "rejected": [A_CHAT[0], ANSWER], "score": 1}}
+
+
+def write_lines(path, lines):
+    """A JSONL file of values, or of texts as they are; returns its path."""
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n"
+                            for line in lines))
+    return path
+
+
+@pytest.mark.parametrize("method, line, words", [("sft", *case) for case in CHATS]
+                         + [("dpo", *case) for case in PREFERENCES])
+def test_a_faulty_row_is_named_with_its_place_and_the_remedy(tmp_path, method, line, words):
+    """Or left out and counted, on request; the sound rows beside it stay."""
+    file = write_lines(tmp_path / "rows.jsonl", [SOUND[method], line, "", SOUND[method], line])
+    config, counts = adapt.AdaptConfig(method=method), Counter()
+    with pytest.raises(UserError) as fault:
+        adapt.read_set(str(file), config, False, 0.1, counts)
+    message = str(fault.value)
+    for word in (f"{file}:2: ", f"{file}:5: ", "2 of 4 rows", "--faulty=skip", *words):
+        assert word in message
+    skipping = adapt.AdaptConfig(method=method, faulty="skip")
+    counts.clear()
+    found = adapt.read_set(str(file), skipping, False, 0.1, counts)
+    assert [place for place, _ in found] == [f"{file}:1", f"{file}:4"]
+    assert counts["faulty rows skipped"] == 2
+
+
+def test_many_faults_are_five_and_a_number(tmp_path):
+    file = write_lines(tmp_path / "rows.jsonl", [{}] * 9 + [SOUND["sft"]])
+    with pytest.raises(UserError, match="and 4 more; mend 9 of 10 rows") as fault:
+        adapt.read_set(str(file), adapt.AdaptConfig(), False, 0.1, Counter())
+    assert str(fault.value).count("messages is missing") == 5
+
+
+def test_all_forms_of_a_preference_are_one():
+    """Two lists with or without a prompt, two texts beside a text or beside messages."""
+    rejected = [A_CHAT[0], ANSWER]
+    forms = [{"chosen": A_CHAT, "rejected": rejected},
+             {"prompt": " q", "chosen": A_CHAT, "rejected": rejected},
+             {"prompt": "q", "chosen": "a", "rejected": "b"},
+             {"prompt": A_CHAT[:1], "chosen": "a", "rejected": "b", "score_chosen": 3}]
+    wanted = {"prompt": A_CHAT[:1], "chosen": "a", "rejected": "b"}
+    assert [adapt.checked_preference(form, "") for form in forms] == [wanted] * 4
+    longer = [*A_CHAT, *say("u: r")]
+    row = {"chosen": [*longer, ANSWER], "rejected": [*longer, *say("a: c")], "prompt": "q"}
+    assert adapt.checked_preference(row, "") == {"prompt": longer, "chosen": "b", "rejected": "c"}
+
+
+# ---- Runs ----------------------------------------------------------------------------------------
+
+WORDS = ["alpha", "beta", "gamma", "delta", "eps", "zeta", "eta", "theta"]
+
+
+def write_chats(path, n, seed=0):
+    """n different questions; in every third chat one more turn before, in every fourth a system."""
+    dice, lines = random.Random(seed), []
+    for i in range(n):
+        question, answer = (" ".join(dice.sample(WORDS, k)) for k in (2, dice.randint(1, 3)))
+        turns = [f"u: {question} {i}", f"a: {answer}"]
+        turns = ["u: hi", "a: yo"] * (i % 3 == 2) + turns
+        lines.append({"messages": say(*["s: be"] * (i % 4 == 3), *turns), "id": i})
+    return write_lines(path, lines)
+
+
+def write_pairs(path, n, seed=0):
+    dice, lines = random.Random(seed), []
+    for i in range(n):
+        chosen, rejected = dice.sample(WORDS, 2)
+        lines.append({"prompt": f"{dice.choice(WORDS)} {i}", "chosen": f"{chosen} {dice.choice('ab')}",
+                      "rejected": rejected})
+    return write_lines(path, lines)
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    """{method: (training file, held-out file)} of 11 and 5 made-up rows."""
+    folder = tmp_path_factory.mktemp("sets")
+    return {method: (write(folder / f"{method}.jsonl", 11), write(folder / f"{method}_eval.jsonl", 5, 1))
+            for method, write in (("sft", write_chats), ("dpo", write_pairs))}
+
+
+@pytest.fixture(scope="module")
+def tuning(base, sets, tiny_config):
+    """Writes the config of a tuning of `base` at RUN.py: 3 epochs of 3 steps, each of them saved."""
+    def write(run, method, **changes):
+        train_data, eval_data = map(str, sets[method])
+        return tiny_config(run, **{
+            "method": method, "start_from": str(base), "train_data": train_data,
+            "eval_data": eval_data, "epochs": 3.0, "batch_size": 4, "lr": 1e-3, "min_lr": 0.0,
+            "weight_decay": 0.0, "grad_clip": 0.0, "save_every_steps": 1, "keep_last": 0,
+            "eval_every_steps": 3, "max_new_tokens": 4, "warmup_share": 0.1, **changes})
+    return write
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, tuning):
+    """{method: a finished run of 9 steps}; copy one before changing it."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    for method in METHODS:
+        assert adapt.main([str(tuning(folder / method, method))]) == 0
+    return {method: folder / method for method in METHODS}
+
+
+def content_of(folder):
+    return {path.relative_to(folder): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"}
+
+
+def numbers_of(run):
+    """The rows of the log without what the clock gives."""
+    clock = {"seconds", "tokens_per_second", "tokens_per_second_per_device", "mfu", "kwh",
+             "peak_memory_gb", "kg_co2"}
+    return [{key: value for key, value in row.items() if key not in clock}
+            for kind in ("eval", "train") for row in rows(run, kind)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_holds_what_a_run_of_pretraining_holds(method, undisturbed, base, sets):
+    """And its log: evaluations before the first step, during and after the last; every answer's
+    figures as the model that is saved has them."""
+    run = undisturbed[method]
+    assert saved_steps(run) == list(range(1, 10)) == steps(run)
+    assert steps(run, "eval") == [0, 3, 6, 9] and len(rows(run, "end")) == 1
+    assert {path.name for path in run.iterdir()} >= {"config.json", "tokenizer.json",
+                                                     "manifest.json", "metrics.jsonl"}
+    settings = json.loads((run / "config.json").read_text())
+    assert settings["method"] == method and settings["max_steps"] == 9
+    assert settings["train_data"] == str(sets[method][0])
+    assert differing_weights(m.load_model(run / "step000001"), m.load_model(base))
+    model, tokenizer = m.load_model(run), data.Tokenizer.load(run / "tokenizer.json")
+    last = rows(run, "eval")[-1]
+    assert len(last["samples"]) == 3 and all("<|assistant|>" in text for text in last["samples"])
+    config = adapt.AdaptConfig(method=method)
+    examples = adapt.read_examples(str(sets[method][1]), config, tokenizer, 128, True, 0.1)
+    if method == "sft":
+        assert last["tuned"]["loss"] == pytest.approx(sft_by_hand(model, examples).item(), abs=1e-4)
+        assert "rewards/margins" not in rows(run)[-1]
+    else:
+        here, there = ([[-nats_of(of, side).sum().item() for side in pair] for pair in examples]
+                       for of in (model, m.load_model(base)))
+        h = [(c - d) - (r - s) for (c, r), (d, s) in zip(here, there, strict=True)]
+        assert last["tuned"]["loss"] == pytest.approx(
+            np.mean([math.log1p(math.exp(-0.1 * x)) for x in h]), abs=1e-4)
+        assert last["tuned"]["accuracy"] == np.mean([c > r for c, r in here])
+        assert last["tuned"]["reward_accuracy"] == np.mean([x > 0 for x in h])
+        assert last["tuned"]["reward_margin"] == pytest.approx(0.1 * np.mean(h), abs=1e-4)
+        assert {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
+                "logps/chosen", "logps/rejected"} <= rows(run)[-1].keys()
+        assert rows(run)[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+        assert rows(run)[-1]["loss"] < 0.69
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_stopped_by_a_signal_goes_on_as_if_it_had_not(method, tmp_path, undisturbed, tuning,
+                                                            call, monkeypatch):
+    """SIGTERM in the 5th step. The log and the weights are then the same, bit for bit, also where
+    the reference was lost: it is of the base, not of what was tuned so far."""
+    name, calls = {"sft": "sft_loss", "dpo": "preference_loss"}[method], [0]
+    loss_fn = getattr(adapt, name)
+
+    def interrupted(*args, **options):
+        calls[0] += 1
+        if calls[0] == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss_fn(*args, **options)
+    monkeypatch.setattr(adapt, name, interrupted)
+    run = tmp_path / "run"
+    stopped = call(adapt, tuning(run, method))
+    monkeypatch.undo()
+    assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr
+    last = saved_steps(run)[-1]
+    assert f"stopped after step {last}" in stopped.stdout and f"adapt.py --resume={run}" in (
+        stopped.stdout)
+    for file in run.glob("reference-*.npy"):
+        file.unlink()
+    result = call(adapt, f"--resume={run}")
+    assert result.returncode == 0 and f"goes on after step {last}" in result.stdout, result.stderr
+    assert numbers_of(run) == numbers_of(undisturbed[method])
+    assert not differing_weights(m.load_model(run), m.load_model(undisturbed[method]))
+    assert "finished, at step 9 of 9" in call(adapt, f"--resume={run}").stdout
+
+
+def lose_steps(run, after):
+    """What a crash leaves: no step directory after this one, and a log that may be ahead."""
+    for step in saved_steps(run):
+        if step > after:
+            shutil.rmtree(run / f"step{step:06d}")
+
+
+@pytest.fixture
+def tuned_copy(undisturbed, tmp_path):
+    """Copies an undisturbed run, as a crash after a step would have left it."""
+    def copy(method, after):
+        run = shutil.copytree(undisturbed[method], tmp_path / method)
+        lose_steps(run, after)
+        return run
+    return copy
+
+
+def test_a_run_resumed_from_a_checkpoint_reads_its_reference(tuned_copy, undisturbed, call, base,
+                                                             monkeypatch):
+    """No forward over all 16 pairs is made again; and the base stays as it was."""
+    passes, log_probs, before = [], adapt.completion_log_probs, content_of(base)
+
+    def counted(model, sequences, *rest):
+        passes.append(len(sequences))
+        return log_probs(model, sequences, *rest)
+    monkeypatch.setattr(adapt, "completion_log_probs", counted)
+    run = tuned_copy("dpo", 4)
+    assert call(adapt, f"--resume={run}").returncode == 0
+    assert passes == [10, 10] and numbers_of(run) == numbers_of(undisturbed["dpo"])
+    for file in run.glob("reference-*.npy"):
+        file.unlink()
+    lose_steps(run, 8)
+    assert call(adapt, f"--resume={run}").returncode == 0
+    assert passes == [10, 10, 32, 10] and numbers_of(run) == numbers_of(undisturbed["dpo"])
+    assert content_of(base) == before
+
+
+@pytest.mark.parametrize("column", [0, 1])
+def test_a_reference_of_other_weights_stops_at_the_first_step(tuned_copy, undisturbed, call, refused,
+                                                              tuning, column):
+    run = tuned_copy("dpo", 0)
+    [file] = run.glob("reference-*.npy")
+    reference = np.load(file)
+    assert reference.shape == (16, 2) and np.isfinite(reference).all() and (reference < 0).all()
+    reference[:, column] += 0.1
+    np.save(file, reference)
+    refused(call(adapt, tuning(run, "dpo")), "must be ln 2", "reference")
+    assert not saved_steps(run) and not steps(run)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_changed_data_and_another_base_are_refused(method, tmp_path, undisturbed, tuning, sets, call,
+                                                   refused):
+    """Two lines in another order are another run; a base with other weights too."""
+    run, file = tmp_path / "run", tmp_path / "mine.jsonl"
+    base = shutil.copytree(undisturbed["sft"], tmp_path / "base")
+    lines = sets[method][0].read_text().splitlines(keepends=True)
+    file.write_text("".join(lines))
+    words = [tuning(run, method, train_data=str(file), start_from=str(base))]
+    assert call(adapt, *words).returncode == 0
+    reference = numbers_of(run)
+    lose_steps(run, 4)
+    file.write_text("".join(lines[1:2] + lines[:1] + lines[2:]))
+    refused(call(adapt, *words), run, "its data has changed (data_sha256: ")
+    file.write_text("".join(lines))
+    (base / "step000009").rename(tmp_path / "aside")
+    refused(call(adapt, f"--resume={run}"), run, "its data has changed (base_sha256: ")
+    (tmp_path / "aside").rename(base / "step000009")
+    refused(call(adapt, f"--resume={run}", "--beta=0.2"), "beta: 0.1 there, 0.2 now")
+    for word in ("--max_steps=3", "--warmup_steps=1", "--decay_steps=4"):
+        refused(call(adapt, f"--resume={run}", word), word, "--epochs")
+    assert call(adapt, f"--resume={run}").returncode == 0
+    assert numbers_of(run) == reference
+
+
+def test_what_cannot_be_tuned_is_one_line(tmp_path, undisturbed, tuning, base, call, refused):
+    run, text = tmp_path / "run", tmp_path / "chat.txt"
+    text.write_text("hello")
+    faulty = write_lines(tmp_path / "faulty.jsonl", [SOUND["sft"], {"messages": []}])
+    file = tuning(run, "sft")
+    for words, wanted in (
+            ([file, f"--train_data={faulty}"], [f"{faulty}:2: messages", "--faulty=skip"]),
+            ([file, f"--eval_data={text}"], [f"{text}", "messages is missing"]),
+            ([file, f"--train_data={tmp_path / 'none.jsonl'}"], ["no such file"]),
+            ([file, "--start_from="], ["start_from: name the run"]),
+            ([file, f"--start_from={tmp_path / 'none'}"], ["no such directory"]),
+            ([file, f"--run_dir={base}"], ["is the run that is tuned"]),
+            ([file, "--epochs=0"], ["epochs=0"]), ([file, "--beta=0"], ["beta=0"]),
+            ([f"--resume={base}"], ["no run of adapt.py"]), ([], ["name a config file"])):
+        refused(call(adapt, *words), *wanted)
+        assert not saved_steps(base.parent / "none") and not list(run.glob("step*"))
+    result = call(adapt, file, f"--train_data={faulty}", "--faulty=skip", "--eval_data=")
+    assert result.returncode == 0 and "1 faulty rows skipped" in result.stdout
+    assert rows(run, "eval")[-1].get("tuned", {}) == {}
+    refused(call(train, f"--resume={run}"), "adapt.py")
+
+
+def test_what_is_cut_or_left_out_is_counted_aloud(tmp_path, tuning, call):
+    """Of four chats one is cut, one has a prompt that fills the 128 tokens."""
+    chats = write_lines(tmp_path / "chats.jsonl", [
+        *[{"messages": say("u: q", "a: a")}] * 2, {"messages": say("u: q", "a: " + "z q" * 90)},
+        {"messages": say("u: " + "z q" * 90, "a: a")}])
+    result = call(adapt, tuning(tmp_path / "run", "sft", train_data=str(chats), epochs=1.0))
+    assert result.returncode == 0
+    [line] = [line for line in result.stdout.splitlines() if line.startswith("train_data=")]
+    assert "3 chats of" in line and "1 left out, as nothing of an answer fits" in line
+    assert " cut, so that the last answer has no end" in line
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_from_a_hugging_face_directory_begins_as_from_the_run(method, tmp_path, undisturbed,
+                                                                    tuning, base, call):
+    pytest.importorskip("safetensors")
+    m.save_hf(m.load_model(base), tmp_path / "hf", base / "tokenizer.json")
+    run = tmp_path / "run"
+    result = call(adapt, tuning(run, method, start_from=str(tmp_path / "hf"), epochs=1.0,
+                                warmup_share=0.9))
+    assert result.returncode == 0, result.stderr
+    [one], [other] = rows(run)[:1], rows(undisturbed[method])[:1]
+    assert one["batch_hash"] == other["batch_hash"]
+    assert one["loss"] == pytest.approx(other["loss"], abs=1e-6)
+    assert rows(run, "eval")[0]["tuned"] == pytest.approx(rows(undisturbed[method],
+                                                               "eval")[0]["tuned"], abs=1e-6)
+
+
+def test_the_export_of_a_tuned_run_has_the_template_of_its_chats(tmp_path, undisturbed, call):
+    transformers = pytest.importorskip("transformers")
+    assert call(m, "export", undisturbed["sft"], tmp_path / "hf").returncode == 0
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    tokenizer = data.Tokenizer.load(undisturbed["sft"] / "tokenizer.json")
+    for end, reply in ((5, False), (5, True), (4, True), (2, True), (1, True)):
+        assert theirs.apply_chat_template(GOLDEN[:end], add_generation_prompt=reply)["input_ids"] == (
+            data.render_chat(GOLDEN[:end], tokenizer, reply)[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_two_ranks_tune_as_one_process(method, tmp_path, tuning, undisturbed):
+    """9 steps in float32, the last of each epoch with fewer examples than the others."""
+    run = tmp_path / "run"
+    code, stdout, stderr = end_of(torchrun(2, tuning(run, method), file=HOUSE / "adapt.py"))
+    assert code == 0, stderr
+    one, other = rows(run), rows(undisturbed[method])
+    assert [row["step"] for row in one] == [row["step"] for row in other] == list(range(1, 10))
+    for key in ("loss", "grad_norm", "lr"):
+        assert [row[key] for row in one] == pytest.approx([row[key] for row in other], abs=1e-4)
+    for one, other in zip(rows(run, "eval"), rows(undisturbed[method], "eval"), strict=True):
+        assert one["tuned"]["loss"] == pytest.approx(other["tuned"]["loss"], abs=1e-4)
+
+
+# ---- Learning ------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory, tuning):
+    """{method: (its run, its rows)}: 8 chats until they are known, then 8 pairs of the same."""
+    folder, found, start = tmp_path_factory.mktemp("learnt"), {}, None
+    chats = [{"messages": say(f"u: {word} {i}", f"a: {' '.join(WORDS[i:i + 3])}!")}
+             for i, word in enumerate(reversed(WORDS))]
+    pairs = [{"chosen": [chat["messages"][0], *say(f"a: {WORDS[i - 1]}")],
+              "rejected": chat["messages"]} for i, chat in enumerate(chats)]
+    for method, lines, epochs, lr in (("sft", chats, 150.0, 1e-2), ("dpo", pairs, 40.0, 3e-4)):
+        file = write_lines(folder / f"{method}.jsonl", lines)
+        assert adapt.main([str(tuning(
+            folder / method, method, train_data=str(file), eval_data=str(file), epochs=epochs, lr=lr,
+            batch_size=8, save_every_steps=0, eval_every_steps=0, max_new_tokens=40,
+            **({"start_from": start} if start else {})))]) == 0
+        start, found[method] = str(folder / method), (folder / method, lines)
+    return found
+
+
+def test_eight_chats_are_recited_word_for_word_and_end(learnt, tmp_path, call):
+    run, chats = learnt["sft"]
+    prompts = write_lines(tmp_path / "prompts.jsonl", [
+        {"instruction": chat["messages"][0]["content"], "id": i} for i, chat in enumerate(chats)])
+    out = tmp_path / "out.jsonl"
+    assert call(adapt, "generate", run, prompts, out, "--answer_batch=3").returncode == 0
+    answers = [json.loads(line) for line in out.read_text().splitlines()]
+    assert answers == [{"instruction": chat["messages"][0]["content"], "id": i,
+                        "output": chat["messages"][1]["content"], "ended": True, "generator": "sft"}
+                       for i, chat in enumerate(chats)]
+    last = rows(run, "eval")[-1]
+    assert last["tuned"]["ended"] == 1.0 and last["tuned"]["loss"] < 0.05
+    whole = "<|user|>\n{}\n<|assistant|>\n{}<|endoftext|>"
+    assert last["samples"] == [whole.format(*(turn["content"] for turn in chat["messages"]))
+                               for chat in chats[:3]]
+
+
+def test_eight_preferences_are_learnt(learnt):
+    """What was recited is now less liked than the other answer, and by more than the reference."""
+    run, _ = learnt["dpo"]
+    first, last = rows(run)[0], rows(run)[-1]
+    assert first["rewards/accuracies"] < 0.7 and first["loss"] == pytest.approx(0.6931, abs=1e-4)
+    assert last["rewards/accuracies"] == 1.0 and last["rewards/margins"] > 1
+    evaluations = [row["tuned"] for row in rows(run, "eval")]
+    assert evaluations[0]["accuracy"] == 0 and evaluations[-1]["accuracy"] == 1
+    assert evaluations[-1]["reward_accuracy"] == 1 and evaluations[-1]["loss"] < 0.3
+
+
+# ---- Show, generate, chat ------------------------------------------------------------------------
+
+@pytest.mark.parametrize("method", METHODS)
+def test_show_brackets_what_is_trained(method, tmp_path, tuning, sets, call):
+    result = call(adapt, "show", tuning(tmp_path / "run", method), "--examples=11")
+    assert result.returncode == 0 and not (tmp_path / "run").exists()
+    wanted = []
+    for line in map(json.loads, sets[method][0].read_text().splitlines()):
+        sides = [line["messages"]] if method == "sft" else [
+            say(f"u: {line['prompt']}", f"a: {line[side]}") for side in ("chosen", "rejected")]
+        for messages in sides:
+            wanted.append("<|endoftext|>" + "".join(
+                f"<|{turn['role']}|>\n" + ("[[{}<|endoftext|>]]\n" if turn["role"] == "assistant"
+                                           else "{}\n").format(turn["content"])
+                for turn in messages))
+    parts = result.stdout.split("\n---- ")[1:]
+    assert [part.split("\n", 1)[1] for part in parts] == wanted
+    for number, part in enumerate(parts):
+        place = f"{sets[method][0]}:{1 + number // (1 + (method == 'dpo'))}: "
+        assert place in part.split("\n")[0]
+
+
+def test_generate_goes_on_where_it_was_torn(learnt, tmp_path, call, refused):
+    """Whole lines stay as they are, half a line is done again; other prompts are refused."""
+    run, chats = learnt["sft"]
+    prompts = write_lines(tmp_path / "prompts.jsonl", [
+        {"messages": chat["messages"][:1]} for chat in chats[:5]])
+    whole, torn = tmp_path / "whole.jsonl", tmp_path / "torn.jsonl"
+    words = ["generate", run, prompts]
+    assert "wrote" in call(adapt, *words, whole, "--answer_batch=2").stdout
+    lines = whole.read_bytes().splitlines(keepends=True)
+    torn.write_bytes(lines[0].replace(b"true", b"null") + lines[1] + lines[2][:20])
+    assert "5 answers, 2 of them were there" in call(adapt, *words, torn).stdout
+    assert torn.read_bytes().splitlines(keepends=True) == [lines[0].replace(b"true", b"null"),
+                                                           *lines[1:]]
+    write_lines(prompts, [{"prompt": "another"}] * 5)
+    refused(call(adapt, *words, torn), f"{torn}:1", "another prompt", "choose another OUT")
+    for line, wanted in (("{}", "prompt[0].content"), ("[]", "no object"), ({"prompt": ""}, "empty"),
+                         ({"messages": A_CHAT}, "not the user's"), ({"prompt": "q " * 99}, "128")):
+        refused(call(adapt, "generate", run, write_lines(prompts, [line]), tmp_path / "new"),
+                f"{prompts}:1", wanted)
+    refused(call(adapt, "generate", run, prompts), "generate RUN PROMPTS.jsonl OUT.jsonl")
+
+
+def test_prompts_that_bring_an_output_are_gone_on_with(learnt, tmp_path, call):
+    """AlpacaEval's own file has the baseline's `output` and `generator`; the answer replaces it."""
+    run, chats = learnt["sft"]
+    prompts = write_lines(tmp_path / "prompts.jsonl", [
+        {"instruction": chat["messages"][0]["content"], "output": "baseline", "generator": "gpt"}
+        for chat in chats[:2]])
+    out = tmp_path / "out.jsonl"
+    for count in (0, 2):
+        result = call(adapt, "generate", run, prompts, out)
+        assert result.returncode == 0, result.stderr
+        assert f"2 answers, {count} of them were there" in result.stdout
+    assert json.loads(out.read_text().splitlines()[0])["output"] == "alpha beta gamma!"
+
+
+@pytest.fixture
+def talk(call, monkeypatch):
+    """The output of `chat RUN` after these lines."""
+    def run(path, *lines, options=()):
+        monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
+        result = call(adapt, "chat", path, *options)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+    return run
+
+
+def test_a_chat_recites_as_it_streams(learnt, talk, tmp_path):
+    run, chats = learnt["sft"]
+    said, answer = (turn["content"] for turn in chats[3]["messages"])
+    assert f"> {answer}\n> " in talk(run, said)
+    assert f"> {answer}\n> " in talk(run / f"step{saved_steps(run)[-1]:06d}", "", said, "/quit", "x")
+    pytest.importorskip("safetensors")
+    m.save_hf(m.load_model(run), tmp_path / "hf", run / "tokenizer.json")
+    assert f"> {answer}\n> " in talk(tmp_path / "hf", said, options=["--temperature=0"])
+
+
+def test_a_chat_keeps_its_history_and_obeys_its_commands(base, talk, monkeypatch):
+    """The prompts that the model gets, and at which temperature; the model's part is played."""
+    asked, tokenizer = [], data.Tokenizer.load(base / "tokenizer.json")
+
+    def speak(model, tokenizer, prompt, options):
+        asked.append((tokenizer.decode(prompt), options.temperature))
+        print("ok")
+        return "ok"
+    monkeypatch.setattr(adapt, "speak", speak)
+    shown = talk(base, "one", "two", "/temperature 0.5", "/temperature x", "/temperature -1", "/help",
+                 "/nonsense", "three", "/reset", "four", "/system be brief", "five", "six", "/reset",
+                 "seven", "/system", "eight", "w " * 200, "nine", "/quit", "never")
+    start, more = "<|endoftext|>", "<|assistant|>\nok<|endoftext|>\n"
+    user, brief = "<|user|>\n{}\n".format, "<|system|>\nbe brief\n"
+    wanted = [user("one"), user("one") + more + user("two"),
+              user("one") + more + user("two") + more + user("three"), user("four"),
+              brief + user("five"), brief + user("five") + more + user("six"),
+              brief + user("seven"), user("eight"), user("eight") + more + user("nine")]
+    assert [text for text, _ in asked] == [f"{start}{text}<|assistant|>\n" for text in wanted]
+    assert [temperature for _, temperature in asked] == [0, 0] + [0.5] * 7
+    for words in ("(temperature 0.5)", "('x' is no temperature", "('-1' is no temperature",
+                  "/nonsense is no command", "say it in fewer words", "the model sees 128"):
+        assert words in shown
+    assert shown.count("/quit ") == 2 and shown.count("(begun anew)") == 4
+    asked.clear()
+    shown = talk(base, "/system be", *(f"turn {i}" for i in range(6)))
+    room = 128 * 3 // 4
+    assert "(the oldest 1 turns no longer fit and were forgotten)" in shown
+    for i, (text, _) in enumerate(asked):
+        turns = text.count("<|user|>")
+        assert text.startswith("<|endoftext|><|system|>\nbe\n<|user|>\n")
+        assert text.endswith(f"turn {i}\n<|assistant|>\n")
+        size = len(tokenizer.encode(text, specials=True))
+        longer = size + len(tokenizer.encode(user("turn 0") + more, specials=True))
+        assert size <= room and (turns == i + 1 or longer > room)
+    assert asked[-1][0].count("<|user|>") < 6
+
+
+# ---- The embedded sets ---------------------------------------------------------------------------
+
+def test_the_embedded_sets_are_large_held_out_and_the_same_each_time():
+    """Split by the module's hash as pretraining's documents; no held-out answer in its modules."""
+    shares = {held_out: [list(make(held_out, 0.05)) for make in
+                         (adapt.stdlib_chats, adapt.stdlib_preferences)] for held_out in (False, True)}
+    documents = {document["id"]: document for document in data.stdlib_documents("docstrings")}
+    modules, answers = {}, {}
+    for held_out, (chats, pairs) in shares.items():
+        assert len(chats) >= (100 if held_out else 1000) and len(pairs) >= (100 if held_out else 1000)
+        names = [name for name, _ in chats]
+        assert len(set(names)) == len(names) and {name for name, _ in pairs} <= set(names)
+        modules[held_out] = {documents[name]["metadata"]["split_group"] for name in names}
+        for module in modules[held_out]:
+            digest = hashlib.sha256(module.encode()).digest()
+            assert (int.from_bytes(digest[:8], "big") < 0.05 * 2**64) == held_out
+        answers[held_out] = {adapt.checked_chat(chat, name)["messages"][-1]["content"]
+                             for name, chat in chats}
+        assert any(len(chat["messages"]) == 4 for _, chat in chats)
+        for name, pair in pairs:
+            assert adapt.checked_preference(pair, name) and pair["rejected"] != pair["chosen"]
+            assert pair["chosen"] in " ".join(documents[name]["text"].split())
+        assert list(adapt.stdlib_chats(held_out, 0.05)) == chats
+        assert list(adapt.stdlib_preferences(held_out, 0.05)) == pairs
+    assert not modules[False] & modules[True]
+    assert not {name for name, _ in shares[True][0]} & data.leaked_docstrings(0.05)
+    print(len(answers[True] & answers[False]))
+    assert not answers[True] & answers[False]
