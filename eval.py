@@ -1027,12 +1027,23 @@ def svg(pyplot, panel):
 
 
 def training_panels(runs):
-    for key, title in (("loss", "training loss, nats per token"), ("lr", "learning rate"),
-                       ("grad_norm", "norm of the gradient"), ("tokens_per_second", "tokens/s"),
-                       ("kwh", "energy, kWh")):
-        yield Panel(title, {name: ([row["tokens"] for row in rows["train"] if key in row],
-                                   [row[key] for row in rows["train"] if key in row])
-                            for name, rows in runs.items()})
+    """Of the rows of kind train, and what adapt.py measures of held-out answers; none is empty."""
+    for kind, key, title in (
+            ("train", "loss", "training loss, nats"), ("train", "lr", "learning rate"),
+            ("train", "grad_norm", "norm of the gradient"),
+            ("train", "tokens_per_second", "tokens/s"), ("train", "kwh", "energy, kWh"),
+            ("train", "rewards/margins", "DPO: margin of the rewards"),
+            ("eval", "loss", "loss of held-out answers, nats"),
+            ("eval", "accuracy", "held-out pairs that are told right")):
+        lines = {}
+        for name, rows in runs.items():
+            points = [(row["tokens"], measured[key]) for row in rows[kind]
+                      for measured in [row if kind == "train" else row.get("tuned", {})]
+                      if key in measured]
+            if points:
+                lines[name] = [list(column) for column in zip(*points, strict=True)]
+        if lines:
+            yield Panel(title, lines, marker="o" if kind == "eval" else None)
 
 
 def names_in(found, kind):

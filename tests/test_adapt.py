@@ -712,7 +712,8 @@ def test_the_learning_rate_falls_as_transformers_linear_schedule(examples, batch
 
 A_CHAT, ANSWER = say("u: q", "a: a"), say("a: b")[0]
 CHATS = [  # (what a line of a file of chats holds, words of the error)
-    ("[1", ["not JSON", "mend or delete"]), ("[]", ["messages is missing"]),
+    ("[1", ["not JSON", "mend or delete"]), (b'"\xff"', ["not UTF-8"]),
+    ("[]", ["messages is missing"]),
     ("{}", ["messages is missing", "an object with a list"]), ("null", ["messages is missing"]),
     ({"messages": "hi"}, ["messages is no list"]), ({"messages": []}, ["or an empty one"]),
     ({"messages": {"role": "user"}}, ["messages is no list"]),
@@ -754,8 +755,8 @@ SOUND = {"sft": {"messages": say("s: s", "u: q", "a: a"), "id": 3},
 
 def write_lines(path, lines):
     """A JSONL file of values, or of texts as they are; returns its path."""
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n"
-                            for line in lines))
+    path.write_bytes(b"".join((line if isinstance(line, bytes) else line.encode() if isinstance(
+        line, str) else json.dumps(line).encode()) + b"\n" for line in lines))
     return path
 
 
@@ -798,6 +799,21 @@ def test_all_forms_of_a_preference_are_one():
     assert adapt.checked_preference(row, "") == {"prompt": longer, "chosen": "b", "rejected": "c"}
 
 
+def test_half_a_character_in_a_row_is_no_traceback(tmp_path, bpe):
+    """A lone surrogate, which JSON can hold and UTF-8 cannot: repaired as in pretraining, or said.
+
+    BUG: fails with a UnicodeEncodeError in Tokenizer.encode.
+    """
+    file = write_lines(tmp_path / "rows.jsonl", [{"messages": say("u: \ud83d q", "a: a")}])
+    try:
+        [example] = adapt.read_examples(str(file), adapt.AdaptConfig(), data.Tokenizer.load(bpe),
+                                        128, False, 0.1)
+    except UserError as error:
+        assert f"{file}:1: messages[0].content" in str(error)
+    else:
+        assert "\ufffd q\n" in data.Tokenizer.load(bpe).decode(example.ids.tolist())
+
+
 # ---- Runs ----------------------------------------------------------------------------------------
 
 WORDS = ["alpha", "beta", "gamma", "delta", "eps", "zeta", "eta", "theta"]
@@ -818,22 +834,22 @@ def write_pairs(path, n, seed=0):
     dice, lines = random.Random(seed), []
     for i in range(n):
         chosen, rejected = dice.sample(WORDS, 2)
-        lines.append({"prompt": f"{dice.choice(WORDS)} {i}", "chosen": f"{chosen} {dice.choice('ab')}",
-                      "rejected": rejected})
+        lines.append({"prompt": f"{dice.choice(WORDS)} {i}", "rejected": rejected,
+                      "chosen": f"{chosen} {dice.choice('ab')}"})
     return write_lines(path, lines)
 
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory):
     """{method: (training file, held-out file)} of 11 and 5 made-up rows."""
-    folder = tmp_path_factory.mktemp("sets")
-    return {method: (write(folder / f"{method}.jsonl", 11), write(folder / f"{method}_eval.jsonl", 5, 1))
+    at = tmp_path_factory.mktemp("sets")
+    return {method: (write(at / f"{method}.jsonl", 11), write(at / f"{method}_eval.jsonl", 5, 1))
             for method, write in (("sft", write_chats), ("dpo", write_pairs))}
 
 
 @pytest.fixture(scope="module")
 def tuning(base, sets, tiny_config):
-    """Writes the config of a tuning of `base` at RUN.py: 3 epochs of 3 steps, each of them saved."""
+    """Writes the config of a tuning of `base` at RUN.py: 3 epochs of 3 steps, each one saved."""
     def write(run, method, **changes):
         train_data, eval_data = map(str, sets[method])
         return tiny_config(run, **{
@@ -970,8 +986,8 @@ def test_a_run_resumed_from_a_checkpoint_reads_its_reference(tuned_copy, undistu
 
 
 @pytest.mark.parametrize("column", [0, 1])
-def test_a_reference_of_other_weights_stops_at_the_first_step(tuned_copy, undisturbed, call, refused,
-                                                              tuning, column):
+def test_a_reference_of_other_weights_stops_at_the_first_step(tuned_copy, call, refused, tuning,
+                                                              column):
     run = tuned_copy("dpo", 0)
     [file] = run.glob("reference-*.npy")
     reference = np.load(file)
@@ -983,8 +999,8 @@ def test_a_reference_of_other_weights_stops_at_the_first_step(tuned_copy, undist
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_changed_data_and_another_base_are_refused(method, tmp_path, undisturbed, tuning, sets, call,
-                                                   refused):
+def test_changed_data_and_another_base_are_refused(method, tmp_path, undisturbed, tuning, sets,
+                                                   call, refused):
     """Two lines in another order are another run; a base with other weights too."""
     run, file = tmp_path / "run", tmp_path / "mine.jsonl"
     base = shutil.copytree(undisturbed["sft"], tmp_path / "base")
@@ -1063,8 +1079,8 @@ def test_the_export_of_a_tuned_run_has_the_template_of_its_chats(tmp_path, undis
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     tokenizer = data.Tokenizer.load(undisturbed["sft"] / "tokenizer.json")
     for end, reply in ((5, False), (5, True), (4, True), (2, True), (1, True)):
-        assert theirs.apply_chat_template(GOLDEN[:end], add_generation_prompt=reply)["input_ids"] == (
-            data.render_chat(GOLDEN[:end], tokenizer, reply)[0])
+        found = theirs.apply_chat_template(GOLDEN[:end], add_generation_prompt=reply)["input_ids"]
+        assert found == data.render_chat(GOLDEN[:end], tokenizer, reply)[0]
 
 
 @pytest.mark.slow
@@ -1082,6 +1098,15 @@ def test_two_ranks_tune_as_one_process(method, tmp_path, tuning, undisturbed):
         assert one["tuned"]["loss"] == pytest.approx(other["tuned"]["loss"], abs=1e-4)
 
 
+def test_held_out_chats_without_their_last_answer_have_no_samples(tmp_path, tuning, call):
+    """BUG: fails in answer_prompts, which asks generate for no prompts."""
+    chats = write_lines(tmp_path / "chats.jsonl", [
+        {"messages": say("u: q", "a: a", "u: " + "z q" * 90, "a: a")}])
+    result = call(adapt, tuning(tmp_path / "run", "sft", eval_data=str(chats), epochs=1.0))
+    assert result.returncode == 0, result.stderr
+    assert rows(tmp_path / "run", "eval")[-1]["samples"] == []
+
+
 # ---- Learning ------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -1092,11 +1117,11 @@ def learnt(tmp_path_factory, tuning):
              for i, word in enumerate(reversed(WORDS))]
     pairs = [{"chosen": [chat["messages"][0], *say(f"a: {WORDS[i - 1]}")],
               "rejected": chat["messages"]} for i, chat in enumerate(chats)]
-    for method, lines, epochs, lr in (("sft", chats, 150.0, 1e-2), ("dpo", pairs, 40.0, 3e-4)):
+    for method, lines, epochs, lr in (("sft", chats, 150.0, 1e-2), ("dpo", pairs, 60.0, 1e-3)):
         file = write_lines(folder / f"{method}.jsonl", lines)
         assert adapt.main([str(tuning(
-            folder / method, method, train_data=str(file), eval_data=str(file), epochs=epochs, lr=lr,
-            batch_size=8, save_every_steps=0, eval_every_steps=0, max_new_tokens=40,
+            folder / method, method, train_data=str(file), eval_data=str(file), epochs=epochs,
+            lr=lr, batch_size=8, save_every_steps=0, eval_every_steps=0, max_new_tokens=40,
             **({"start_from": start} if start else {})))]) == 0
         start, found[method] = str(folder / method), (folder / method, lines)
     return found
@@ -1167,15 +1192,19 @@ def test_generate_goes_on_where_it_was_torn(learnt, tmp_path, call, refused):
                                                            *lines[1:]]
     write_lines(prompts, [{"prompt": "another"}] * 5)
     refused(call(adapt, *words, torn), f"{torn}:1", "another prompt", "choose another OUT")
-    for line, wanted in (("{}", "prompt[0].content"), ("[]", "no object"), ({"prompt": ""}, "empty"),
-                         ({"messages": A_CHAT}, "not the user's"), ({"prompt": "q " * 99}, "128")):
+    for line, wanted in (("{}", "prompt[0].content"), ("[]", "no object"),
+                         ({"prompt": ""}, "empty"), ({"messages": A_CHAT}, "not the user's"),
+                         ({"prompt": "q;" * 99}, "the model sees 128")):
         refused(call(adapt, "generate", run, write_lines(prompts, [line]), tmp_path / "new"),
                 f"{prompts}:1", wanted)
     refused(call(adapt, "generate", run, prompts), "generate RUN PROMPTS.jsonl OUT.jsonl")
 
 
 def test_prompts_that_bring_an_output_are_gone_on_with(learnt, tmp_path, call):
-    """AlpacaEval's own file has the baseline's `output` and `generator`; the answer replaces it."""
+    """AlpacaEval's own file has the baseline's `output` and `generator`; the answer replaces it.
+
+    BUG: fails, as rows_done compares the baseline's output with the answer.
+    """
     run, chats = learnt["sft"]
     prompts = write_lines(tmp_path / "prompts.jsonl", [
         {"instruction": chat["messages"][0]["content"], "output": "baseline", "generator": "gpt"}
@@ -1203,7 +1232,8 @@ def test_a_chat_recites_as_it_streams(learnt, talk, tmp_path):
     run, chats = learnt["sft"]
     said, answer = (turn["content"] for turn in chats[3]["messages"])
     assert f"> {answer}\n> " in talk(run, said)
-    assert f"> {answer}\n> " in talk(run / f"step{saved_steps(run)[-1]:06d}", "", said, "/quit", "x")
+    step = run / f"step{saved_steps(run)[-1]:06d}"
+    assert f"> {answer}\n> " in talk(step, "", said, "/quit", "x")
     pytest.importorskip("safetensors")
     m.save_hf(m.load_model(run), tmp_path / "hf", run / "tokenizer.json")
     assert f"> {answer}\n> " in talk(tmp_path / "hf", said, options=["--temperature=0"])
@@ -1218,9 +1248,9 @@ def test_a_chat_keeps_its_history_and_obeys_its_commands(base, talk, monkeypatch
         print("ok")
         return "ok"
     monkeypatch.setattr(adapt, "speak", speak)
-    shown = talk(base, "one", "two", "/temperature 0.5", "/temperature x", "/temperature -1", "/help",
-                 "/nonsense", "three", "/reset", "four", "/system be brief", "five", "six", "/reset",
-                 "seven", "/system", "eight", "w " * 200, "nine", "/quit", "never")
+    shown = talk(base, "one", "two", "/temperature 0.5", "/temperature x", "/temperature -1",
+                 "/help", "/nonsense", "three", "/reset", "four", "/system be brief", "five", "six",
+                 "/reset", "seven", "/system", "eight", "w " * 200, "nine", "/quit", "never")
     start, more = "<|endoftext|>", "<|assistant|>\nok<|endoftext|>\n"
     user, brief = "<|user|>\n{}\n".format, "<|system|>\nbe brief\n"
     wanted = [user("one"), user("one") + more + user("two"),
@@ -1249,29 +1279,41 @@ def test_a_chat_keeps_its_history_and_obeys_its_commands(base, talk, monkeypatch
 
 # ---- The embedded sets ---------------------------------------------------------------------------
 
-def test_the_embedded_sets_are_large_held_out_and_the_same_each_time():
-    """Split by the module's hash as pretraining's documents; no held-out answer in its modules."""
-    shares = {held_out: [list(make(held_out, 0.05)) for make in
-                         (adapt.stdlib_chats, adapt.stdlib_preferences)] for held_out in (False, True)}
+@pytest.fixture(scope="module")
+def embedded():
+    """{held_out: (chats, preferences)}."""
+    both = adapt.stdlib_chats, adapt.stdlib_preferences
+    return {held_out: [list(make(held_out, 0.05)) for make in both] for held_out in (False, True)}
+
+
+def test_the_embedded_sets_are_sound_large_and_the_same_each_time(embedded):
+    """Split by the hash of the module, as pretraining's documents are."""
     documents = {document["id"]: document for document in data.stdlib_documents("docstrings")}
-    modules, answers = {}, {}
-    for held_out, (chats, pairs) in shares.items():
-        assert len(chats) >= (100 if held_out else 1000) and len(pairs) >= (100 if held_out else 1000)
+    for held_out, (chats, pairs) in embedded.items():
+        assert min(len(chats), len(pairs)) >= (100 if held_out else 1000)
         names = [name for name, _ in chats]
         assert len(set(names)) == len(names) and {name for name, _ in pairs} <= set(names)
-        modules[held_out] = {documents[name]["metadata"]["split_group"] for name in names}
-        for module in modules[held_out]:
+        for name, chat in chats:
+            module = documents[name]["metadata"]["split_group"]
             digest = hashlib.sha256(module.encode()).digest()
             assert (int.from_bytes(digest[:8], "big") < 0.05 * 2**64) == held_out
-        answers[held_out] = {adapt.checked_chat(chat, name)["messages"][-1]["content"]
-                             for name, chat in chats}
-        assert any(len(chat["messages"]) == 4 for _, chat in chats)
+            answer = adapt.checked_chat(chat, name)["messages"][-1]["content"]
+            assert answer in " ".join(documents[name]["text"].split())
+        assert {len(chat["messages"]) for _, chat in chats} == {2, 4}
+        answers = {name: chat["messages"][-1]["content"] for name, chat in chats}
         for name, pair in pairs:
-            assert adapt.checked_preference(pair, name) and pair["rejected"] != pair["chosen"]
-            assert pair["chosen"] in " ".join(documents[name]["text"].split())
+            assert adapt.checked_preference(pair, name)
+            assert pair["chosen"] == answers[name] != pair["rejected"]
         assert list(adapt.stdlib_chats(held_out, 0.05)) == chats
         assert list(adapt.stdlib_preferences(held_out, 0.05)) == pairs
-    assert not modules[False] & modules[True]
-    assert not {name for name, _ in shares[True][0]} & data.leaked_docstrings(0.05)
-    print(len(answers[True] & answers[False]))
-    assert not answers[True] & answers[False]
+
+
+def test_no_answer_that_is_held_out_is_in_training(embedded):
+    """Nor is its docstring in what pretraining sees.
+
+    BUG: fails; 13 of them are, as docstrings that differ can begin alike (queue, asyncio.queues).
+    """
+    trained, held_out = ({name: chat["messages"][-1]["content"] for name, chat in embedded[kind][0]}
+                         for kind in (False, True))
+    assert not held_out.keys() & data.leaked_docstrings(0.05)
+    assert not set(held_out.values()) & set(trained.values())
