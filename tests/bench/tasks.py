@@ -57,19 +57,20 @@ def sides_of(path):
 def bench_eval(every=10):
     """Requests of the eight core tasks, 0-shot, float32, a tiny model. The bar: a ratio of 2.
 
-    Which batch size suits lm-eval best is found on every 200th question; with OLMo's tokenizer,
-    for which the tasks were made, each every-th question follows, once; 1 is the full sets.
+    Which batch size suits lm-eval best is found on all requests of every 200th question (or fewer);
+    with OLMo's tokenizer each every-th question follows, once; 1 is the full sets.
     """
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory() as folder:
         for name, path in models(Path(folder)).items():
-            sides, few = sides_of(path), groups_of(200)
-            for words, groups in (("all requests", few), ("the conditional ones", [
-                    group for group in few if group[0][0] != "Answer:"])):
+            sides, fewer = sides_of(path), max(200, 10 * every)
+            few = groups_of(fewer)
+            for words, groups in (("the conditional ones", [
+                    group for group in few if group[0][0] != "Answer:"]), ("all requests", few)):
                 seconds = alternate({side: lambda function=function, groups=groups: function(groups)
                                      for side, function in sides.items()}, rounds=3)
-                print(f"{name}; {words} of every 200th question, {sum(map(len, groups)):,}:")
+                print(f"{name}; {words} of every {fewer}th question, {sum(map(len, groups)):,}:")
                 for side, times in seconds.items():
                     ratio = median(b / a for a, b in zip(seconds["ours"], times, strict=True))
                     print(f"  {side:<16} {median(times):7.2f} s   ratio {ratio:.2f}", flush=True)
