@@ -361,13 +361,13 @@ def test_only_trained_targets_count():
 # ---- Packing and batches -------------------------------------------------------------------------
 
 def best_fit_decreasing(lengths, room):
-    """How many bins TRL's packing opens: it bisects the sorted free spaces of the open ones."""
+    """The room left in each bin, sorted, as TRL packs: it bisects the rooms of the open ones."""
     free = []
     for length in sorted(lengths, reverse=True):
         place = bisect.bisect_left(free, length)
         left = free.pop(place) if place < len(free) else room
         bisect.insort(free, left - length)
-    return len(free)
+    return free
 
 
 def fewest_bins(lengths, room):
@@ -395,7 +395,8 @@ def test_bins_hold_each_example_once_and_are_as_few_as_trls():
         bins = adapt.best_fit(lengths, room)
         assert sorted(i for numbers in bins for i in numbers) == list(range(len(lengths)))
         assert all(numbers and sum(lengths[i] for i in numbers) <= room for numbers in bins)
-        assert len(bins) == best_fit_decreasing(lengths, room)
+        left = sorted(room - sum(lengths[i] for i in numbers) for numbers in bins)
+        assert left == best_fit_decreasing(lengths, room)
         assert bins == adapt.best_fit(list(lengths), room)
         if n == 6:  # the bound of best fit decreasing
             assert len(bins) <= (11 * fewest_bins(lengths, room) + 6) / 9
@@ -661,6 +662,17 @@ def test_the_first_loss_is_ln_2(tmp_path, dtype, width, normalized):
             assert (summed / count).item() == pytest.approx(math.log(2), abs=width)
             for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
                 assert (sums[name] / count).item() == pytest.approx(0, abs=width)
+
+
+def test_the_first_loss_in_bfloat16_is_within_the_width_of_its_check(tmp_path):
+    """Although one forward has other neighbours and padding than the other."""
+    model, (pairs, _) = a_model(torch.float32), some_pairs(23)
+    model.compute_dtype = torch.bfloat16
+    reference = adapt.reference_log_probs(tmp_path / "reference.npy", model, pairs, 200)
+    assert (reference != reference.astype(np.float32).astype(np.int32)).all()  # summed in float32
+    batch = adapt.preference_batches(pairs, reference, 23, 0, 64, PAD, 1)(1)
+    summed, count, _ = adapt.preference_loss(model, batch, 0.1)
+    assert abs((summed / count).item() - math.log(2)) < adapt.FIRST_LOSS_WIDTH[torch.bfloat16]
 
 
 def test_the_reference_is_computed_once_and_must_be_whole(tmp_path):
@@ -1137,6 +1149,12 @@ def test_eight_chats_are_recited_word_for_word_and_end(learnt, tmp_path, call):
     assert answers == [{"instruction": chat["messages"][0]["content"], "id": i,
                         "output": chat["messages"][1]["content"], "ended": True, "generator": "sft"}
                        for i, chat in enumerate(chats)]
+    assert call(adapt, "generate", run, prompts, tmp_path / "short.jsonl",
+                "--max_new_tokens=2").returncode == 0
+    for line, answer in zip((tmp_path / "short.jsonl").open(), answers, strict=True):
+        cut = json.loads(line)
+        assert not cut["ended"] and answer["output"].startswith(cut["output"])
+        assert cut["output"] != answer["output"]
     last = rows(run, "eval")[-1]
     assert last["tuned"]["ended"] == 1.0 and last["tuned"]["loss"] < 0.05
     whole = "<|user|>\n{}\n<|assistant|>\n{}<|endoftext|>"
@@ -1300,6 +1318,7 @@ def test_the_embedded_sets_are_sound_large_and_the_same_each_time(embedded):
             answer = adapt.checked_chat(chat, name)["messages"][-1]["content"]
             assert answer in " ".join(documents[name]["text"].split())
         assert {len(chat["messages"]) for _, chat in chats} == {2, 4}
+        assert not held_out or not set(names) & data.leaked_docstrings(0.05)
         answers = {name: chat["messages"][-1]["content"] for name, chat in chats}
         for name, pair in pairs:
             assert adapt.checked_preference(pair, name)
@@ -1308,12 +1327,17 @@ def test_the_embedded_sets_are_sound_large_and_the_same_each_time(embedded):
         assert list(adapt.stdlib_preferences(held_out, 0.05)) == pairs
 
 
-def test_no_answer_that_is_held_out_is_in_training(embedded):
-    """Nor is its docstring in what pretraining sees.
+def test_an_answer_is_never_preferred_to_itself(monkeypatch):
+    """Of 300 that are one text, those by another's answer are left out; no order of it is it."""
+    monkeypatch.setattr(adapt, "stdlib_answers", lambda *_: [
+        (str(i), "module", "q", "one two three four five six seven") for i in range(300)])
+    pairs = [pair for _, pair in adapt.stdlib_preferences(True, 0.05)]
+    assert 100 < len(pairs) < 300
+    assert all(pair["rejected"] != pair["chosen"] for pair in pairs)
 
-    BUG: fails; 13 of them are, as docstrings that differ can begin alike (queue, asyncio.queues).
-    """
+
+def test_no_answer_that_is_held_out_is_in_training(embedded):
+    """BUG: fails; 13 of them are, as docstrings that differ can begin alike (cmd, pdb)."""
     trained, held_out = ({name: chat["messages"][-1]["content"] for name, chat in embedded[kind][0]}
                          for kind in (False, True))
-    assert not held_out.keys() & data.leaked_docstrings(0.05)
     assert not set(held_out.values()) & set(trained.values())
