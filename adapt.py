@@ -36,7 +36,8 @@ from tqdm import tqdm
 
 from configs import UserError, file_sha256, flat, load_config, read_json, run_main
 from data import (DataConfig, Tokenizer, data_of_run, instance_order, is_held_out,
-                  leaked_docstrings, parse, read_records, render_chat, stdlib_documents)
+                  leaked_docstrings, parse, read_records, render_chat, stdlib_documents,
+                  without_surrogates)
 from eval import (EvalConfig, asked, domains_table, evaluate_suites, held_out_files, length_batches,
                   open_suites, own_batches, run_of, tasks_table)
 from model import (ModelConfig, choose_device, generate, generate_stream, load_model, newest_step,
@@ -166,6 +167,7 @@ def checked_messages(messages, place, last):
         role, content = message.get("role"), message.get("content")
         require(role in ROLES, f"{here}.role: {role!r} is none of {', '.join(ROLES)}")
         require(isinstance(content, str) and content.strip(), f"{here}.content is no text or empty")
+        require(content == without_surrogates(content), f"{here}.content holds half a character")
         before = checked[-1]["role"] if checked else None
         wanted = {None: ("system", "user"), "user": ("assistant",)}.get(before, ("user",))
         require(role in wanted, f"{here}.role: {role} comes where {' or '.join(wanted)} is due")
@@ -213,14 +215,18 @@ def checked_preference(row, place):
 def stdlib_answers(held_out, eval_share):
     """(id, module, question, answer): what a docstring's first paragraph says of its owner.
 
-    Held out are those of the modules whose text pretraining held out, with the same eval_share.
+    Held out are those of the modules whose text pretraining held out, with the same eval_share, but
+    none whose answer stands among the others.
     """
-    leaked = leaked_docstrings(eval_share) if held_out else ()
+    leaked, others = (), ()
+    if held_out:
+        leaked = leaked_docstrings(eval_share)
+        others = {answer for *_, answer in stdlib_answers(False, eval_share)}
     for document in stdlib_documents("docstrings"):
         heading, docstring = document["text"].split("\n\n", 1)
         answer = " ".join(docstring.strip().split("\n\n")[0].split())
         if (is_held_out(document, eval_share) != held_out or document["id"] in leaked
-                or not 6 <= len(answer.split()) <= 30):
+                or answer in others or not 6 <= len(answer.split()) <= 30):
             continue
         kind, _, name = heading.partition(" ")
         if kind in ("class", "module"):
@@ -283,13 +289,14 @@ def encode_example(messages, tokenizer, max_seq_len, place, counts, answer_only=
     """
     ids, trained = render_chat(messages, tokenizer)
     prompt = len(render_chat(messages[:-1], tokenizer, reply=True)[0])
-    counts["cut, so that the last answer has no end"] += len(ids) > max_seq_len
+    cut = len(ids) > max_seq_len
     ids, trained = np.array(ids[:max_seq_len], np.int32), np.array(trained[:max_seq_len])
     if answer_only:
         trained[:prompt] = False
     if not trained.any():
         counts["left out, as nothing of an answer fits"] += 1
         return None
+    counts["cut, so that the last answer has no end"] += cut
     return Example(ids, trained, prompt, place)
 
 
@@ -570,10 +577,8 @@ def evaluate_pairs(model, pairs, reference, batch_tokens, config):
             "reward_margin": metrics["rewards/margins"].item()}
 
 
-def answer_prompts(model, tokenizer, examples, max_new_tokens, wanted):
-    """(texts of held-out prompts with their greedy answers, share of those that end)."""
-    prompts = list(dict.fromkeys(tuple(example.ids[:example.prompt].tolist()) for example
-                                 in examples if example.prompt < model.config.max_seq_len))[:wanted]
+def answer_prompts(model, tokenizer, prompts, max_new_tokens):
+    """(texts of prompts, ids, with their greedy answers; share of the answers that end)."""
     with evaluating(model):
         answers = generate(model, prompts, max_new_tokens, stop_ids=(tokenizer.eos_token_id,))
     ended = sum(answer[-1] == tokenizer.eos_token_id for answer in answers)
@@ -588,12 +593,13 @@ def evaluate_tuning(model, tokenizer, eval_set, reference, adapt_config, eval_co
     batch_tokens = eval_config.eval_batch_tokens
     tuned = (evaluate_chats(model, eval_set, batch_tokens) if adapt_config.method == "sft" else
              evaluate_pairs(model, eval_set, reference, batch_tokens, adapt_config))
-    samples = []
-    if adapt_config.eval_answers and world_size() == 1:
-        samples, tuned["ended"] = answer_prompts(model, tokenizer, sequences_of(eval_set),
-                                                 eval_config.max_new_tokens,
-                                                 adapt_config.eval_answers)
-    return {"tuned": tuned, "samples": samples[:3]}
+    prompts = list(dict.fromkeys(
+        tuple(example.ids[:example.prompt].tolist()) for example in sequences_of(eval_set)
+        if example.prompt < model.config.max_seq_len))[:adapt_config.eval_answers]
+    if not prompts or world_size() > 1:  # several would have to choose alike, to the last rounding
+        return {"tuned": tuned}
+    texts, ended = answer_prompts(model, tokenizer, prompts, eval_config.max_new_tokens)
+    return {"tuned": {**tuned, "ended": ended}, "samples": texts[:3]}
 
 
 # ---- The run -------------------------------------------------------------------------------------
@@ -852,7 +858,7 @@ def chat(argv):
     print(f"{paths[0]}: /help shows the commands")
     while True:
         try:
-            line = input("> ").strip()
+            line = without_surrogates(input("> ")).strip()
         except EOFError:
             print()
             return
@@ -912,21 +918,27 @@ def generate_answers(argv):
     done = rows_done(out, [row for _, row in rows])
     model, tokenizer = open_assistant(run)
     with open(out, "a", encoding="utf-8") as file:
-        for begin in tqdm(range(done, len(rows), options.answer_batch), unit="batch"):
+        # a batch that is half done is drawn anew, for each has its own random streams
+        for begin in tqdm(range(done - done % options.answer_batch, len(rows),
+                                options.answer_batch), unit="batch"):
             numbers = range(begin, min(begin + options.answer_batch, len(rows)))
             ids = [render_chat(asked[i], tokenizer, reply=True)[0] for i in numbers]
             for i, prompt in zip(numbers, ids, strict=True):
                 require(len(prompt) < model.config.max_seq_len, f"{rows[i][0]}: {len(prompt):,} "
                         f"tokens, and the model sees {model.config.max_seq_len:,}; shorten it")
             answers = generate(model, ids, options.max_new_tokens, options.temperature,
-                               options.top_p, (tokenizer.eos_token_id,), options.sample_seed)
-            for i, answer in zip(numbers, answers, strict=True):
+                               options.top_p, (tokenizer.eos_token_id,),
+                               options.sample_seed + begin)
+            for i, answer in list(zip(numbers, answers, strict=True))[max(0, done - begin):]:
                 ended = answer[-1] == tokenizer.eos_token_id
                 output = tokenizer.decode(answer[:-1] if ended else answer)
-                file.write(json.dumps({**rows[i][1], "output": output, "ended": ended,
-                                       "generator": Path(run).name}, ensure_ascii=False) + "\n")
+                row = {**rows[i][1], "output": output, "ended": ended, "generator": Path(run).name}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
     print(f"wrote {out}: {len(rows):,} answers, {done:,} of them were there")
+
+
+ANSWER_KEYS = "output", "ended", "generator"
 
 
 def rows_done(out, rows):
@@ -939,7 +951,8 @@ def rows_done(out, rows):
         out.write_bytes(whole)
     done = [parse(record) for record in read_records(out, "", Counter())]
     for number, (answered, row) in enumerate(zip(done, rows, strict=False), 1):
-        require(answered == {**answered, **row},
+        asked = {key: value for key, value in row.items() if key not in ANSWER_KEYS}
+        require(answered == {**answered, **asked},
                 f"{out}:{number}: answers another prompt than the file's; choose another OUT")
     return len(done)
 
