@@ -250,20 +250,22 @@ def stdlib_chats(held_out, eval_share):
 
 
 def stdlib_preferences(held_out, eval_share):
-    """(id, {prompt, chosen, rejected}) of one question in three, in training.
+    """(id, {prompt, chosen, rejected}): in training one of a third of the questions.
 
     Rejected is the answer to another question, the right one without its last two words, or its
-    words in disorder.
+    words in disorder; held out, each question comes with all three.
     """
     answers = list(stdlib_answers(held_out, eval_share))
     for name, _, question, answer in answers:
         dice, words = random.Random(f"preference {name}"), answer.split()
         if not held_out and dice.random() > 1 / 3:
             continue
-        rejected = [dice.choice(answers)[3], " ".join(words[:-2]),
-                    " ".join(dice.sample(words, len(words)))][dice.randrange(3)]
-        if rejected != answer:
-            yield name, {"prompt": question, "chosen": answer, "rejected": rejected}
+        rejected = {"another": dice.choice(answers)[3], "cut": " ".join(words[:-2]),
+                    "disorder": " ".join(dice.sample(words, len(words)))}
+        for kind in rejected if held_out else [dice.choice(list(rejected))]:
+            if rejected[kind] != answer:
+                yield f"{name} {kind}", {"prompt": question, "chosen": answer,
+                                         "rejected": rejected[kind]}
 
 
 # ---- Examples and batches ------------------------------------------------------------------------
@@ -480,7 +482,7 @@ def check_first_loss(step, metrics, width):
     """At step 1 the policy is the reference: UserError where DPO's loss is not ln 2 +- width."""
     if step > 1:
         return
-    print(f"the first step's loss is {metrics['loss']:.4f}; ln 2 is {LN_2:.4f}")
+    tqdm.write(f"the first step's loss is {metrics['loss']:.4f}; ln 2 is {LN_2:.4f}")
     if abs(metrics["loss"] - LN_2) > width:
         raise UserError(f"the first loss must be ln 2 within {width}: the reference's log-"
                         "probabilities are not those of the weights that are tuned")

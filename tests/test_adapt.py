@@ -1299,7 +1299,8 @@ def test_the_embedded_sets_are_sound_large_and_the_same_each_time(embedded):
     for held_out, (chats, pairs) in embedded.items():
         assert min(len(chats), len(pairs)) >= (100 if held_out else 1000)
         names = [name for name, _ in chats]
-        assert len(set(names)) == len(names) and {name for name, _ in pairs} <= set(names)
+        assert len(set(names)) == len(names) == len(chats)
+        assert len({name for name, _ in pairs}) == len(pairs)
         for name, chat in chats:
             module = documents[name]["metadata"]["split_group"]
             digest = hashlib.sha256(module.encode()).digest()
@@ -1311,7 +1312,7 @@ def test_the_embedded_sets_are_sound_large_and_the_same_each_time(embedded):
         answers = {name: chat["messages"][-1]["content"] for name, chat in chats}
         for name, pair in pairs:
             assert adapt.checked_preference(pair, name)
-            assert pair["chosen"] == answers[name] != pair["rejected"]
+            assert pair["chosen"] == answers[name.rpartition(" ")[0]] != pair["rejected"]
         assert list(adapt.stdlib_chats(held_out, 0.05)) == chats
         assert list(adapt.stdlib_preferences(held_out, 0.05)) == pairs
 
@@ -1321,7 +1322,7 @@ def test_an_answer_is_never_preferred_to_itself(monkeypatch):
     monkeypatch.setattr(adapt, "stdlib_answers", lambda *_: [
         (str(i), "module", "q", "one two three four five six seven") for i in range(300)])
     pairs = [pair for _, pair in adapt.stdlib_preferences(True, 0.05)]
-    assert 100 < len(pairs) < 300
+    assert len(pairs) == 600  # cut, and in disorder
     assert all(pair["rejected"] != pair["chosen"] for pair in pairs)
 
 
