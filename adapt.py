@@ -34,14 +34,16 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from configs import UserError, file_sha256, flat, load_config, read_json, run_main
-from data import (DataConfig, Tokenizer, data_of_run, instance_order, is_held_out,
-                  leaked_docstrings, parse, read_records, render_chat, stdlib_documents,
-                  without_surrogates)
+from configs import (UserError, file_sha256, flat, load_config, read_assignments, read_json,
+                     run_main, write_json)
+from data import (DataConfig, Record, Tokenizer, data_of_run, instance_order, is_held_out,
+                  leaked_docstrings, parse, read_records, render_chat,
+                  stdlib_documents, without_surrogates)
 from eval import (EvalConfig, asked, domains_table, evaluate_suites, held_out_files, length_batches,
                   open_suites, own_batches, run_of, tasks_table)
 from model import (ModelConfig, choose_device, generate, generate_stream, load_model, newest_step,
-                   next_token_loss, read_step, sequence_log_probs, step_directories, verify_step)
+                   next_token_loss, read_model_config, read_step, sequence_log_probs,
+                   step_directories, verify_step)
 from train import (COMMANDS, Log, TrainConfig, agree_on_machine, build_training, check_agreement,
                    check_vocabulary, choose_micro_batch, describe_run, evaluating, lacks_evaluation,
                    load_checkpoint, log_evaluation, on_all_ranks, on_main, open_run, own_part, rank,
@@ -146,6 +148,8 @@ def read_set(path, config, held_out, eval_share, counts):
         more = f"\n  and {len(faults) - 5:,} more" if len(faults) > 5 else ""
         raise UserError("; ".join(faults[:5]) + more + f"; mend {len(faults):,} of "
                         f"{len(faults) + len(rows):,} rows, or leave them out: --faulty=skip")
+    for fault in faults[:1]:
+        print(f"skipped, to name one: {fault}")
     return rows
 
 
@@ -165,7 +169,7 @@ def checked_messages(messages, place, last):
         here = f"{place}[{number}]"
         require(isinstance(message, dict), f"{here} is no object with a role and content")
         role, content = message.get("role"), message.get("content")
-        require(role in ROLES, f"{here}.role: {role!r} is none of {', '.join(ROLES)}")
+        require(role in ROLES, f"{here}.role: {repr(role)[:20]} is none of {', '.join(ROLES)}")
         require(isinstance(content, str) and content.strip(), f"{here}.content is no text or empty")
         require(content == without_surrogates(content), f"{here}.content holds half a character")
         before = checked[-1]["role"] if checked else None
@@ -187,10 +191,10 @@ def checked_preference(row, place):
             f"rejected {type(rejected).__name__}; both must be lists of messages, or both texts")
     if isinstance(chosen, str):
         require(prompt is not None, f"{place}: prompt is missing; chosen and rejected are texts")
-        if isinstance(prompt, str):
+        if not isinstance(prompt, list):
             prompt = [{"role": "user", "content": prompt}]
+        prompt = checked_messages(prompt, f"{place}: prompt", "user")
         chosen, rejected = ([*prompt, {"role": "assistant", "content": answer}]
-                            if isinstance(prompt, list) else prompt
                             for answer in (chosen, rejected))
         prompt = None
     chosen = checked_messages(chosen, f"{place}: chosen", "assistant")
@@ -202,9 +206,9 @@ def checked_preference(row, place):
             f"{place}: chosen and rejected answer different prompts; they may differ in their last "
             "message alone")
     require(texts(chosen) != texts(rejected), f"{place}: chosen and rejected are the same")
-    if isinstance(prompt, str):
+    if prompt is not None:  # as UltraFeedback repeats it
         first = next(text for role, text in texts(chosen) if role == "user")
-        require(prompt.strip() == first,
+        require(isinstance(prompt, str) and prompt.strip() == first,
                 f"{place}: prompt is not the first user's message of chosen")
     return {"prompt": chosen[:-1], "chosen": chosen[-1]["content"],
             "rejected": rejected[-1]["content"]}
@@ -420,14 +424,15 @@ def preference_batches(pairs, reference, batch_size, seed, seq_len, pad_token_id
         numbers = examples_of_step(step, len(pairs), batch_size, seed)
         longest = max(len(side.ids) for i in numbers for side in pairs[i])
         length = min(seq_len, max(64, 2 ** (longest - 1).bit_length()))
-        wanted = numbers + [numbers[0]] * (-len(numbers) % (rows * world_size))
-        real = torch.arange(len(wanted)) < len(numbers)
+        wanted = numbers + [None] * (-len(numbers) % (rows * world_size))
         own = wanted[rank::world_size]
-        batch = packed_rows([[side] for i in own for side in pairs[i]], length, pad_token_id)
+        sides = [[] if i is None else [pairs[i][side]] for i in own for side in (0, 1)]
+        batch = packed_rows(sides, length, pad_token_id)
         batch = {key: batch[key].unflatten(0, (len(own), 2))
                  for key in ("tokens", "targets", "loss_mask")}
-        return {**batch, "reference": torch.from_numpy(reference[own]).float(),
-                "real": real[rank::world_size]}
+        known = [(0.0, 0.0) if i is None else reference[i].tolist() for i in own]
+        return {**batch, "reference": torch.tensor(known),
+                "real": torch.tensor([i is not None for i in own])}
     return batches
 
 
@@ -472,6 +477,7 @@ def preference_loss(model, batch, beta, length_normalized=False):
     policy, counts = (x.unflatten(0, (2, -1)) for x in (log_probs, counts))  # (2, B)
     reference = batch["reference"].T.to(policy)
     if length_normalized:
+        counts = counts.clamp(min=1)  # of what only fills up
         policy, reference = policy / counts, reference / counts
     sums = {name: (value * batch["real"]).sum()
             for name, value in dpo_terms(*policy, *reference, beta).items()}
@@ -485,7 +491,8 @@ def check_first_loss(step, metrics, width):
     tqdm.write(f"the first step's loss is {metrics['loss']:.4f}; ln 2 is {LN_2:.4f}")
     if abs(metrics["loss"] - LN_2) > width:
         raise UserError(f"the first loss must be ln 2 within {width}: the reference's log-"
-                        "probabilities are not those of the weights that are tuned")
+                        "probabilities are not those of the weights that are tuned; --overwrite "
+                         "computes them anew")
 
 
 # ---- The reference -------------------------------------------------------------------------------
@@ -519,7 +526,7 @@ def shared_log_probs(model, sequences, batch_tokens):
 def reference_file(run, fingerprint, dtype):
     """Where the reference's log-probabilities lie: under a name of its weights, data and dtype."""
     key = json.dumps([fingerprint["base_sha256"], fingerprint["data_sha256"], str(dtype)])
-    return run / f"reference-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
+    return run / f"reference-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
 def reference_log_probs(file, model, pairs, batch_tokens):
@@ -530,18 +537,11 @@ def reference_log_probs(file, model, pairs, batch_tokens):
     """
     if not on_main(file.is_file):
         log_probs = shared_log_probs(model, sequences_of(pairs), batch_tokens)[:, 0]
-        on_main(partial(save_array, file, log_probs.view(2, -1).T.numpy()))
-    reference = np.load(file, allow_pickle=False)
-    require(reference.shape == (len(pairs), 2) and np.isfinite(reference).all(),
+        on_main(lambda: write_json(file, {"log_probs": log_probs.tolist()}))
+    found = np.array(read_json(file).get("log_probs", ()), np.float64)
+    require(found.shape == (2 * len(pairs),) and np.isfinite(found).all(),
             f"{file}: does not hold a log-probability for each of {len(pairs)} pairs; delete it")
-    return reference
-
-
-def save_array(file, array):
-    aside = file.with_name(file.name + ".tmp")
-    with open(aside, "wb") as stream:
-        np.save(stream, array, allow_pickle=False)
-    aside.replace(file)
+    return found.reshape(2, -1).T
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------
@@ -562,7 +562,7 @@ def evaluate_chats(model, examples, batch_tokens):
 
 
 def evaluate_pairs(model, pairs, reference, batch_tokens, config):
-    """{loss, accuracy, ...} of held-out pairs.
+    """{dpo_loss, accuracy, ...} of held-out pairs.
 
     accuracy: share whose chosen answer the policy itself finds likelier; reward_accuracy: in which
     it does so more than the reference does.
@@ -574,7 +574,7 @@ def evaluate_pairs(model, pairs, reference, batch_tokens, config):
     scale = counts if config.length_normalized else 1
     loss, metrics = dpo_loss(*(policy / scale), *(torch.from_numpy(reference).T / scale),
                              config.beta)
-    return {"loss": loss.item(), "accuracy": accuracy, "accuracy_error": error,
+    return {"dpo_loss": loss.item(), "accuracy": accuracy, "accuracy_error": error,
             "reward_accuracy": metrics["rewards/accuracies"].item(),
             "reward_margin": metrics["rewards/margins"].item()}
 
@@ -614,35 +614,34 @@ class Base(NamedTuple):
     digest: str
     model_config: ModelConfig
     settings: dict  # of a run, those of its data
-    model: object  # loaded already, unless `weights` is a step directory
 
 
 def open_base(start_from, verify):
-    """The Base that start_from names."""
+    """The Base that start_from names; its files are checked, and not loaded yet."""
     require(start_from, "start_from: name the run to tune, --start_from=RUN, or a Hugging Face "
             "directory of an OLMo")
     home, weights = run_of(start_from), Path(start_from)
-    if step_directories(weights):
-        weights, state = newest_step(weights, verify == "sha256")
-    elif (weights / "state.json").is_file():
-        state = verify_step(weights, verify == "sha256")
-    else:
-        model = load_model(weights)
-        vocab_size = Tokenizer.load(home / "tokenizer.json").vocab_size  # HF's counts padding too
-        files = sorted([*weights.glob("*.safetensors"), *weights.glob("model.pt")])
-        digest = hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
-        return Base(weights, home, digest, replace(model.config, vocab_size=vocab_size), {}, model)
-    [model_config, data_config] = load_config([str(home / "config.json")], ModelConfig, DataConfig)
-    return Base(weights, home, state["sha256"], model_config, asdict(data_config), None)
+    if step_directories(weights) or (weights / "state.json").is_file():
+        weights, state = (newest_step(weights, verify == "sha256") if step_directories(weights)
+                          else (weights, verify_step(weights, verify == "sha256")))
+        model_config, data_config = load_config([str(home / "config.json")], ModelConfig,
+                                                DataConfig)
+        return Base(weights, home, state["sha256"], model_config, asdict(data_config))
+    files = sorted([*weights.glob("*.safetensors"), *weights.glob("model.pt"),
+                    *weights.glob("config.*")])
+    digest = hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
+    vocab_size = Tokenizer.load(home / "tokenizer.json").vocab_size  # HF's counts padding too
+    return Base(weights, home, digest, replace(read_model_config(weights), vocab_size=vocab_size),
+                {})
 
 
 def fill_weights(model, base):
     """Copy the base's weights into a model, whole or sharded."""
-    if not base.model:
+    if (base.weights / "state.json").is_file():
         read_step(base.weights, {f"model.{name}": p.detach()
                                  for name, p in model.named_parameters()})
         return
-    whole = dict(base.model.named_parameters())
+    whole = dict(load_model(base.weights).named_parameters())  # on each rank, for a moment
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(own_part(whole[name].to(parameter.device), parameter))
@@ -676,7 +675,8 @@ def adapt(adapt_config, eval_config, config):
     number, ranks, device = setup_distributed(config.device)
 
     # What is tuned, and on what
-    base = open_base(config.start_from, config.verify)
+    base = on_main(lambda: open_base(config.start_from, config.verify),
+                   patience=timedelta(hours=2))
     require(run.resolve() not in (base.home.resolve(), base.weights.resolve()),
             f"run_dir={run} is the run that is tuned; choose another --run_dir")
     tokenizer = Tokenizer.load(base.home / "tokenizer.json")
@@ -714,7 +714,6 @@ def adapt(adapt_config, eval_config, config):
     file = reference_file(run, fingerprint, dtype)
     if not start or is_dpo and not on_main(file.is_file):
         fill_weights(model, base)
-    base = base._replace(model=None)  # a copy less in memory
     if is_dpo:
         reference = reference_log_probs(file, model, [*train_set, *eval_set],
                                         eval_config.eval_batch_tokens)
@@ -722,7 +721,8 @@ def adapt(adapt_config, eval_config, config):
                                      pad_token_id, rows)
         loss_fn = partial(preference_loss, beta=adapt_config.beta,
                           length_normalized=adapt_config.length_normalized)
-        check = partial(check_first_loss, width=FIRST_LOSS_WIDTH[dtype])
+        check = partial(check_first_loss,
+                        width=FIRST_LOSS_WIDTH[dtype] * max(1, adapt_config.beta / 0.1))
     else:
         batches = sft_batches(train_set, *order, seq_len, pad_token_id, rows)
         loss_fn, check = sft_loss, lambda step, metrics: None
@@ -744,9 +744,10 @@ def adapt(adapt_config, eval_config, config):
         return results | evaluate_tuning(model, tokenizer, eval_set, reference[len(train_set):],
                                          adapt_config, eval_config)
 
+    sequences = sequences_of(train_set)
+
     def places(step):
-        return [sequences_of(train_set)[i].place for i in examples_of_step(step, len(train_set),
-                                                                           *order)]
+        return [sequences[i].place for i in examples_of_step(step, len(train_set), *order)]
     if not state["step"]:  # what the tuning starts from
         log_evaluation(Log(run, -1), state, evaluate())
     deadline = began + 60 * config.stop_after_minutes if config.stop_after_minutes else math.inf
@@ -771,7 +772,7 @@ def adapt(adapt_config, eval_config, config):
 
 def held_out_of_base(base):
     """{source: file} of the text that the base's pretraining held out; {} for others' models."""
-    if not base.settings:
+    if not (base.home / "manifest.json").is_file():
         return {}
     return held_out_files(data_of_run(base.home, DataConfig(**base.settings)))
 
@@ -857,6 +858,8 @@ def chat(argv):
     require(len(paths) == 1, "the form is chat RUN")
     model, tokenizer = open_assistant(paths[0])
     room, messages = model.config.max_seq_len * 3 // 4, []
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")
     print(f"{paths[0]}: /help shows the commands")
     while True:
         try:
@@ -907,56 +910,64 @@ def prompt_of(row, place):
 
 
 def generate_answers(argv):
-    """Write a row for each row of a prompt file: it, with `output` and whether that ended.
+    """Write a row for each row of a prompt file: it, with `output`, and whether that ended.
 
     Rows that OUT has already are not done again.
     """
     paths = [word for word in argv if not word.startswith("-")]
     [options] = load_config([word for word in argv if word.startswith("-")], AnswerOptions)
-    require(len(paths) == 3, "the form is generate RUN PROMPTS.jsonl OUT.jsonl")
-    run, prompts, out = paths[0], paths[1], Path(paths[2])
-    rows = [(record.place, parse(record)) for record in read_records(prompts, "", Counter())]
-    asked = [prompt_of(row, place) for place, row in rows]
-    done = rows_done(out, [row for _, row in rows])
+    require(len(paths) == 3 and paths[2].endswith(".jsonl"),
+            "the form is generate RUN PROMPTS.jsonl OUT.jsonl")
+    run, prompts, out = Path(paths[0]).as_posix(), paths[1], Path(paths[2])
+    require(out.resolve().parent.is_dir(), f"{out}: there is no such directory; make it")
+    records = list(read_records(prompts, "", Counter()))
+    rows = [parse(record) for record in records]
+    asked = [prompt_of(row, record.place) for row, record in zip(rows, records, strict=True)]
+    done = rows_done(out, rows, run)
     model, tokenizer = open_assistant(run)
+    ids = [render_chat(messages, tokenizer, reply=True)[0] for messages in asked]
+    for prompt, record in zip(ids, records, strict=True):
+        require(len(prompt) < model.config.max_seq_len, f"{record.place}: {len(prompt):,} tokens, "
+                f"and the model sees {model.config.max_seq_len:,}; shorten it")
     with open(out, "a", encoding="utf-8") as file:
         # a batch that is half done is drawn anew, for each has its own random streams
         for begin in tqdm(range(done - done % options.answer_batch, len(rows),
                                 options.answer_batch), unit="batch"):
-            numbers = range(begin, min(begin + options.answer_batch, len(rows)))
-            ids = [render_chat(asked[i], tokenizer, reply=True)[0] for i in numbers]
-            for i, prompt in zip(numbers, ids, strict=True):
-                require(len(prompt) < model.config.max_seq_len, f"{rows[i][0]}: {len(prompt):,} "
-                        f"tokens, and the model sees {model.config.max_seq_len:,}; shorten it")
-            answers = generate(model, ids, options.max_new_tokens, options.temperature,
-                               options.top_p, (tokenizer.eos_token_id,),
-                               options.sample_seed + begin)
-            for i, answer in list(zip(numbers, answers, strict=True))[max(0, done - begin):]:
+            answers = generate(model, ids[begin:begin + options.answer_batch],
+                               options.max_new_tokens, options.temperature, options.top_p,
+                               (tokenizer.eos_token_id,), options.sample_seed + begin)
+            drawn = list(zip(rows[begin:], answers, strict=False))
+            for row, answer in drawn[max(0, done - begin):]:
                 ended = answer[-1] == tokenizer.eos_token_id
                 output = tokenizer.decode(answer[:-1] if ended else answer)
-                row = {**rows[i][1], "output": output, "ended": ended, "generator": Path(run).name}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(json.dumps({**row, "output": output, "ended": ended,
+                                       "generator": run}) + "\n")
             file.flush()
     print(f"wrote {out}: {len(rows):,} answers, {done:,} of them were there")
 
 
-ANSWER_KEYS = "output", "ended", "generator"
+def rows_done(out, rows, run):
+    """How many of `rows` a file of this run's answers has; a last line that a crash tore is cut.
 
-
-def rows_done(out, rows):
-    """How many of `rows` a file of answers has; a last line that a crash tore is cut off."""
+    UserError, and nothing is touched, for a file that holds anything else.
+    """
     if not out.is_file():
         return 0
     content = out.read_bytes()
-    whole = content[:content.rfind(b"\n") + 1]
-    if whole != content:
+    whole, torn = content[:content.rfind(b"\n") + 1], content[content.rfind(b"\n") + 1:]
+    answered = [parse(Record(out.name, number, f"{out}:{number}", line))
+                for number, line in enumerate(whole.splitlines(), 1)]
+    own = {"output", "ended", "generator"}  # a row may bring others' of these names
+    same = len(answered) <= len(rows) and (not torn or torn.startswith(b"{")) and all(
+        isinstance(answer, dict) and answer.get("generator") == run
+        and {key: answer.get(key) for key in row if key not in own}
+        == {key: row[key] for key in row if key not in own}
+        for answer, row in zip(answered, rows, strict=False))
+    require(same, f"{out}: holds something else than answers of {run} to these prompts; choose "
+            "another OUT")
+    if torn:
         out.write_bytes(whole)
-    done = [parse(record) for record in read_records(out, "", Counter())]
-    for number, (answered, row) in enumerate(zip(done, rows, strict=False), 1):
-        asked = {key: value for key, value in row.items() if key not in ANSWER_KEYS}
-        require(answered == {**answered, **asked},
-                f"{out}:{number}: answers another prompt than the file's; choose another OUT")
-    return len(done)
+    return len(answered)
 
 
 # ---- Commands ------------------------------------------------------------------------------------
@@ -966,9 +977,13 @@ def main(argv):
     verbs = {"show": show, "chat": chat, "generate": generate_answers}
     if argv and argv[0] in verbs:
         return verbs[argv[0]](argv[1:])
-    follows = [word for word in argv if word.startswith(("--max_steps", "--warmup_steps",
-                                                         "--decay_steps"))]
+    steps = {"max_steps", "warmup_steps", "decay_steps"}
+    follows = [word for word in argv if word.removeprefix("--").partition("=")[0] in steps]
     require(not follows, f"{' '.join(follows)}: follows from --epochs and --warmup_share here")
+    for file in [word for word in argv if word.endswith(".py") and Path(word).is_file()]:
+        for line, key, _ in read_assignments(Path(file)):
+            if key in steps:
+                print(f"{file}:{line}: {key} is not used; epochs and warmup_share say it")
     resumed = [word.partition("=")[2] for word in argv if word.startswith("--resume=")]
     if resumed:
         saved = Path(resumed[-1]) / "config.json"

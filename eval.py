@@ -721,7 +721,8 @@ def evaluate_suites(model, tokenizer, suites, config, rank=0, world_size=1,
             sums.update(results)
         for task in suite.tasks:
             found = evaluate_task(model, tokenizer, task, *share, reduce, config.chat)
-            tasks[task.name] = task_result(found, task.metric)
+            name = task.name + " (chat)" * config.chat
+            tasks[name] = task_result(found, task.metric)
     return {"bits_per_byte": {name: bits_per_byte(found) for name, found in sums.items()},
             "sums": sums, "tasks": tasks}
 
@@ -1034,6 +1035,7 @@ def training_panels(runs):
             ("train", "tokens_per_second", "tokens/s"), ("train", "kwh", "energy, kWh"),
             ("train", "rewards/margins", "DPO: margin of the rewards"),
             ("eval", "loss", "loss of held-out answers, nats"),
+            ("eval", "dpo_loss", "DPO: loss of held-out pairs"),
             ("eval", "accuracy", "held-out pairs that are told right")):
         lines = {}
         for name, rows in runs.items():

@@ -330,10 +330,11 @@ class KVCache:
         return self.keys[:, :, :end], self.values[:, :, :end]
 
 
-def generate(model, prompts, *args, **options):
+def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, stop_ids=(), seed=0):
     """Continue each list of ids in `prompts`; returns the new ids. See `generate_stream`."""
     new = [[] for _ in prompts]
-    for chosen in generate_stream(model, prompts, *args, **options):
+    for chosen in generate_stream(model, prompts, max_new_tokens, temperature, top_p, stop_ids,
+                                  seed):
         for row, i in chosen.items():
             new[row].append(i)
     return new
@@ -397,7 +398,8 @@ def choose_next(logits, temperature, top_p, streams):
     """One id a row of float32 `logits` (B, V), each drawn from its row's generator."""
     if temperature == 0:
         return logits.argmax(-1).tolist()
-    probs, ids = (logits / temperature).softmax(-1).sort(descending=True, stable=True)
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the least may overflow
+    probs, ids = logits.softmax(-1).sort(descending=True, stable=True)
     mass = probs.cumsum(-1)
     kept = (mass - probs < top_p).sum(-1, keepdim=True)  # how many ids the nucleus holds
     total = mass.gather(1, kept - 1)
@@ -605,9 +607,16 @@ def load_step(path, state, device):
 
 # -- Hugging Face --
 
+def read_model_config(path):
+    """The configuration of a Hugging Face directory, or of an official OLMo checkpoint."""
+    if (path / "model.pt").is_file():
+        return official_config(path / "config.yaml")
+    return hf_to_config(read_json(path / "config.json"), path / "config.json")
+
+
 def load_hf(path, device):
     """The model of a Hugging Face directory of an OLMo 1.0."""
-    config = hf_to_config(read_json(path / "config.json"), path / "config.json")
+    config = read_model_config(path)
     found, table, shapes = read_safetensors(path), name_table(config), parameter_shapes(config)
     tied_head = found.pop("lm_head.weight", None) if config.weight_tying else None
     wanted = {name: (shapes[ours][0] // len(names), shapes[ours][1])  # the parts' rows are equal
@@ -750,7 +759,7 @@ def copy_tokenizer(file, out, config, tuned):
 
 def load_official(path, device):
     """The model of an official OLMo unsharded checkpoint: model.pt beside config.yaml."""
-    config = official_config(path / "config.yaml")
+    config = read_model_config(path)
     try:
         found = torch.load(path / "model.pt", map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # torch's message runs over lines, and advises to run what is in the file

@@ -806,7 +806,7 @@ def clear_run(run):
     for path in [*step_directories(run), *run.glob("step*.tmp"), *run.glob("damaged-step*"),
                  *run.glob("tensorboard")]:
         shutil.rmtree(path)
-    for path in run.glob("reference-*.npy"):
+    for path in run.glob("reference-*.json"):
         path.unlink()
     for name in ("config.json", "tokenizer.json", "manifest.json", "metrics.jsonl", *MEASURED):
         (run / name).unlink(missing_ok=True)
@@ -1239,7 +1239,9 @@ class Recent:
 
 def log_step(log, state, row, device, batch):
     """A row of kind train: what all ranks have seen of a step, the peak memory of the fullest."""
-    log.write("train", state, **row, perplexity=math.exp(min(row["loss"], 700)),
+    if "rewards/margins" not in row:  # DPO's loss is of pairs, not of tokens
+        row = {**row, "perplexity": math.exp(min(row["loss"], 700))}
+    log.write("train", state, **row,
               peak_memory_gb=round(largest(peak_memory(device))[0], 3), kwh=state["kwh"],
               world_size=world_size(), batch_hash=batch_hash(batch["tokens"]))
 

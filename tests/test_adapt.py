@@ -466,10 +466,13 @@ def test_an_epoch_of_pairs_has_each_once_on_any_number_of_ranks(n, batch_size, n
             for tokens, loss_mask, known, real in zip(*(whole[key].tolist() for key in (
                     "tokens", "loss_mask", "reference", "real")), strict=True):
                 sides = tuple(tuple(ids[:ids.index(PAD)] if PAD in ids else ids) for ids in tokens)
-                found[sides, tuple(known)] += real
+                if not real:  # an empty row fills up
+                    assert sides == ((), ()) and not np.any(loss_mask)
+                    continue
+                found[sides, tuple(known)] += 1
                 pair = pairs[[key[0] for key in keys].index(sides)]
                 assert [sum(side) for side in loss_mask] == [s.trained.sum() for s in pair]
-            assert +found == Counter(keys[i] for i in numbers)
+            assert found == Counter(keys[i] for i in numbers)
             seen += found
         assert seen == Counter(keys)
 
@@ -653,7 +656,7 @@ def test_the_log_prob_of_an_answer_is_transformers(tmp_path):
 def test_the_first_loss_is_ln_2(tmp_path, dtype, width, normalized):
     """Cached, live, padded; rewards and margins are then 0, within rounding."""
     model, (pairs, _) = a_model(dtype), some_pairs(23)
-    cached = adapt.reference_log_probs(tmp_path / "reference.npy", model, pairs, 200)
+    cached = adapt.reference_log_probs(tmp_path / "reference.json", model, pairs, 200)
     live = np.array([[-nats_of(model, side).sum().item() for side in pair] for pair in pairs])
     np.testing.assert_allclose(cached, live, rtol=0, atol=width)
     for reference, seq_len, n_rows in ((cached, 64, 1), (live, 64, 4), (cached, 100, 16)):
@@ -669,7 +672,7 @@ def test_the_first_loss_in_bfloat16_is_within_the_width_of_its_check(tmp_path):
     """Although one forward has other neighbours and padding than the other."""
     model, (pairs, _) = a_model(torch.float32), some_pairs(23)
     model.compute_dtype = torch.bfloat16
-    reference = adapt.reference_log_probs(tmp_path / "reference.npy", model, pairs, 200)
+    reference = adapt.reference_log_probs(tmp_path / "reference.json", model, pairs, 200)
     assert (reference != reference.astype(np.float32).astype(np.int32)).all()  # summed in float32
     batch = adapt.preference_batches(pairs, reference, 23, 0, 64, PAD, 1)(1)
     summed, count, _ = adapt.preference_loss(model, batch, 0.1)
@@ -677,14 +680,17 @@ def test_the_first_loss_in_bfloat16_is_within_the_width_of_its_check(tmp_path):
 
 
 def test_the_reference_is_computed_once_and_must_be_whole(tmp_path):
-    file, (pairs, _) = tmp_path / "reference.npy", some_pairs(5)
+    file, (pairs, _) = tmp_path / "reference.json", some_pairs(5)
     first = adapt.reference_log_probs(file, a_model(), pairs, 200)
     again = adapt.reference_log_probs(file, a_model(seed=1), pairs, 200)
     assert np.array_equal(first, again)
     for wrong in (first[:4], np.where(first == first[2, 1], -math.inf, first)):
-        np.save(file, wrong)
+        file.write_text(json.dumps({"log_probs": wrong.T.flatten().tolist()}))
         with pytest.raises(UserError, match=f"{file}: does not hold"):
             adapt.reference_log_probs(file, a_model(), pairs, 200)
+    file.write_text("")  # torn by a power cut
+    with pytest.raises(UserError, match=f"{file}: cannot be read"):
+        adapt.reference_log_probs(file, a_model(), pairs, 200)
 
 
 @pytest.mark.parametrize("loss, step, raises", [
@@ -749,8 +755,10 @@ PREFERENCES = [
     ({"chosen": "a", "prompt": "q"}, ["chosen and rejected are wanted"]),
     ({"chosen": "a", "rejected": "b"}, ["prompt is missing"]),
     ({"prompt": None, "chosen": "a", "rejected": "b"}, ["prompt is missing"]),
-    ({"prompt": " ", "chosen": "a", "rejected": "b"}, ["chosen[0].content", "empty"]),
-    ({"prompt": 3, "chosen": "a", "rejected": "b"}, ["chosen is no list"]),
+    ({"prompt": " ", "chosen": "a", "rejected": "b"}, ["prompt[0].content", "empty"]),
+    ({"prompt": 3, "chosen": "a", "rejected": "b"}, ["prompt[0].content is no text"]),
+    ({"prompt": 7, "chosen": say("u: q", "a: a"), "rejected": say("u: q", "a: b")},
+     ["prompt is not the first user's"]),
     ({"prompt": "q", "chosen": "a", "rejected": " "}, ["rejected[1].content", "empty"]),
     ({"prompt": "q", "chosen": "a", "rejected": None}, ["chosen is str and rejected NoneType"]),
     ({"prompt": "q", "chosen": "a ", "rejected": "a"}, ["chosen and rejected are the same"]),
@@ -912,7 +920,7 @@ def test_a_run_holds_what_a_run_of_pretraining_holds(method, undisturbed, base, 
         here, there = ([[-nats_of(of, side).sum().item() for side in pair] for pair in examples]
                        for of in (model, m.load_model(base)))
         h = [(c - d) - (r - s) for (c, r), (d, s) in zip(here, there, strict=True)]
-        assert last["tuned"]["loss"] == pytest.approx(
+        assert last["tuned"]["dpo_loss"] == pytest.approx(
             np.mean([math.log1p(math.exp(-0.1 * x)) for x in h]), abs=1e-4)
         assert last["tuned"]["accuracy"] == np.mean([c > r for c, r in here])
         assert last["tuned"]["reward_accuracy"] == np.mean([x > 0 for x in h])
@@ -944,7 +952,7 @@ def test_a_run_stopped_by_a_signal_goes_on_as_if_it_had_not(method, tmp_path, un
     last = saved_steps(run)[-1]
     assert f"stopped after step {last}" in stopped.stdout and f"adapt.py --resume={run}" in (
         stopped.stdout)
-    for file in run.glob("reference-*.npy"):
+    for file in run.glob("reference-*.json"):
         file.unlink()
     result = call(adapt, f"--resume={run}")
     assert result.returncode == 0 and f"goes on after step {last}" in result.stdout, result.stderr
@@ -982,7 +990,7 @@ def test_a_run_resumed_from_a_checkpoint_reads_its_reference(tuned_copy, undistu
     run = tuned_copy("dpo", 4)
     assert call(adapt, f"--resume={run}").returncode == 0
     assert passes == [10, 10] and numbers_of(run) == numbers_of(undisturbed["dpo"])
-    for file in run.glob("reference-*.npy"):
+    for file in run.glob("reference-*.json"):
         file.unlink()
     lose_steps(run, 8)
     assert call(adapt, f"--resume={run}").returncode == 0
@@ -994,11 +1002,11 @@ def test_a_run_resumed_from_a_checkpoint_reads_its_reference(tuned_copy, undistu
 def test_a_reference_of_other_weights_stops_at_the_first_step(tuned_copy, call, refused, tuning,
                                                               column):
     run = tuned_copy("dpo", 0)
-    [file] = run.glob("reference-*.npy")
-    reference = np.load(file)
-    assert reference.shape == (16, 2) and np.isfinite(reference).all() and (reference < 0).all()
-    reference[:, column] += 0.1
-    np.save(file, reference)
+    [file] = run.glob("reference-*.json")
+    reference = np.array(json.loads(file.read_text())["log_probs"])
+    assert reference.shape == (32,) and np.isfinite(reference).all() and (reference < 0).all()
+    reference.reshape(2, 16)[column] += 0.1
+    file.write_text(json.dumps({"log_probs": reference.tolist()}))
     refused(call(adapt, tuning(run, "dpo")), "must be ln 2", "reference")
     assert not saved_steps(run) and not steps(run)
 
@@ -1139,7 +1147,8 @@ def test_eight_chats_are_recited_word_for_word_and_end(learnt, tmp_path, call):
     assert call(adapt, "generate", run, prompts, out, "--answer_batch=3").returncode == 0
     answers = [json.loads(line) for line in out.read_text().splitlines()]
     assert answers == [{"instruction": chat["messages"][0]["content"], "id": i,
-                        "output": chat["messages"][1]["content"], "ended": True, "generator": "sft"}
+                        "output": chat["messages"][1]["content"], "ended": True,
+                        "generator": str(run)}
                        for i, chat in enumerate(chats)]
     assert call(adapt, "generate", run, prompts, tmp_path / "short.jsonl",
                 "--max_new_tokens=2").returncode == 0
@@ -1162,7 +1171,7 @@ def test_eight_preferences_are_learnt(learnt):
     assert last["rewards/accuracies"] == 1.0 and last["rewards/margins"] > 1
     evaluations = [row["tuned"] for row in rows(run, "eval")]
     assert evaluations[0]["accuracy"] == 0 and evaluations[-1]["accuracy"] == 1
-    assert evaluations[-1]["reward_accuracy"] == 1 and evaluations[-1]["loss"] < 0.3
+    assert evaluations[-1]["reward_accuracy"] == 1 and evaluations[-1]["dpo_loss"] < 0.3
 
 
 # ---- Show, generate, chat ------------------------------------------------------------------------
@@ -1201,12 +1210,21 @@ def test_generate_goes_on_where_it_was_torn(learnt, tmp_path, call, refused):
     assert torn.read_bytes().splitlines(keepends=True) == [lines[0].replace(b"true", b"null"),
                                                            *lines[1:]]
     write_lines(prompts, [{"prompt": "another"}] * 5)
-    refused(call(adapt, *words, torn), f"{torn}:1", "another prompt", "choose another OUT")
+    before = torn.read_bytes()
+    refused(call(adapt, *words, torn), torn, "something else than answers", "another OUT")
+    assert torn.read_bytes() == before
+    notes = tmp_path / "notes.jsonl"
+    for content in ("precious notes", '{"a": 1}\n{"prompt": "half'):
+        notes.write_text(content)
+        refused(call(adapt, *words, notes), notes, "another OUT")
+        assert notes.read_text() == content
     for line, wanted in (("{}", "prompt[0].content"), ("[]", "no object"),
                          ({"prompt": ""}, "empty"), ({"messages": A_CHAT}, "not the user's"),
                          ({"prompt": "q;" * 99}, "the model sees 128")):
-        refused(call(adapt, "generate", run, write_lines(prompts, [line]), tmp_path / "new"),
-                f"{prompts}:1", wanted)
+        refused(call(adapt, "generate", run, write_lines(prompts, [line]),
+                     tmp_path / "new.jsonl"), f"{prompts}:1", wanted)
+        assert not (tmp_path / "new.jsonl").exists()
+    refused(call(adapt, *words, tmp_path / "no" / "new.jsonl"), "no such directory")
     refused(call(adapt, "generate", run, prompts), "generate RUN PROMPTS.jsonl OUT.jsonl")
 
 
