@@ -20,6 +20,7 @@ import hashlib
 import json
 import math
 import random
+import re
 import sys
 import time
 from collections import Counter
@@ -95,6 +96,10 @@ class ShowOptions:
 
     examples: int = 3
     """How many examples, from all over the set."""
+
+    def __post_init__(self):
+        if self.examples < 1:
+            raise UserError(f"examples={self.examples} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -242,7 +247,8 @@ def stdlib_answers(held_out, eval_share):
 
 
 def stdlib_chats(held_out, eval_share):
-    """(id, {messages}); one question in four is asked after another on the same module."""
+    """(id, {messages}); one question in four is asked after another on the same module, whose
+    answer then stands in two chats."""
     before = None
     for name, module, question, answer in stdlib_answers(held_out, eval_share):
         turn = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
@@ -308,10 +314,12 @@ def encode_example(messages, tokenizer, max_seq_len, place, counts, answer_only=
 
 def encode_pair(row, tokenizer, max_seq_len, place, counts):
     """The Pair of a preference; None, and counted, if one side is None or both are cut to one."""
+    found = Counter()
     chosen, rejected = (
         encode_example([*row["prompt"], {"role": "assistant", "content": row[side]}], tokenizer,
-                       max_seq_len, place, counts, answer_only=True)
+                       max_seq_len, place, found, answer_only=True)
         for side in ("chosen", "rejected"))
+    counts.update(dict.fromkeys(+found, 1))  # a pair counts once, whichever of its sides it is
     if not (chosen and rejected):
         return None
     if np.array_equal(chosen.ids, rejected.ids):
@@ -529,19 +537,23 @@ def reference_file(run, fingerprint, dtype):
     return run / f"reference-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
-def reference_log_probs(file, model, pairs, batch_tokens):
-    """Float64 (N, 2): the reference's log-probability of each pair's chosen and rejected answer.
+def reference_log_probs(file, model, sets, batch_tokens):
+    """Float64 (N, 2) for each of some sets of pairs: the reference's log-probability of each chosen
+    and rejected answer.
 
     Computed once, with the model as it is now, and kept in `file`; then they are read from there.
     UserError if one is missing.
     """
     if not on_main(file.is_file):
-        log_probs = shared_log_probs(model, sequences_of(pairs), batch_tokens)[:, 0]
-        on_main(lambda: write_json(file, {"log_probs": log_probs.tolist()}))
-    found = np.array(read_json(file).get("log_probs", ()), np.float64)
-    require(found.shape == (2 * len(pairs),) and np.isfinite(found).all(),
-            f"{file}: does not hold a log-probability for each of {len(pairs)} pairs; delete it")
-    return found.reshape(2, -1).T
+        log_probs = [shared_log_probs(model, sequences_of(pairs), batch_tokens)[:, 0]
+                     .view(2, -1).T.tolist() for pairs in sets]
+        on_main(lambda: write_json(file, {"log_probs": log_probs}))
+    found = [np.array(own, np.float64).reshape(-1, 2)
+             for own in read_json(file).get("log_probs", ())]
+    require(list(map(len, found)) == list(map(len, sets))
+            and np.isfinite(np.concatenate(found)).all(), f"{file}: does not hold the "
+            f"log-probabilities of {sum(map(len, sets)):,} pairs; delete it")
+    return found
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------
@@ -710,15 +722,14 @@ def adapt(adapt_config, eval_config, config):
 
     # The model, its optimiser, and what the reference thinks
     model, optimizer = build_training(base.model_config, config, device, dtype, compiled)
-    order, reference = (config.batch_size, data_config.seed), np.empty((0, 2))
+    order, held_out_reference = (config.batch_size, data_config.seed), None
     file = reference_file(run, fingerprint, dtype)
     if not start or is_dpo and not on_main(file.is_file):
         fill_weights(model, base)
     if is_dpo:
-        reference = reference_log_probs(file, model, [*train_set, *eval_set],
-                                        eval_config.eval_batch_tokens)
-        batches = preference_batches(train_set, reference[:len(train_set)], *order, seq_len,
-                                     pad_token_id, rows)
+        reference, held_out_reference = reference_log_probs(
+            file, model, (train_set, eval_set), eval_config.eval_batch_tokens)
+        batches = preference_batches(train_set, reference, *order, seq_len, pad_token_id, rows)
         loss_fn = partial(preference_loss, beta=adapt_config.beta,
                           length_normalized=adapt_config.length_normalized)
         check = partial(check_first_loss,
@@ -741,7 +752,7 @@ def adapt(adapt_config, eval_config, config):
         with evaluating(model):
             results = evaluate_suites(model, tokenizer, suites, eval_config, number, ranks,
                                       reduce_sum) | {"of": of}
-        return results | evaluate_tuning(model, tokenizer, eval_set, reference[len(train_set):],
+        return results | evaluate_tuning(model, tokenizer, eval_set, held_out_reference,
                                          adapt_config, eval_config)
 
     sequences = sequences_of(train_set)
@@ -765,7 +776,7 @@ def adapt(adapt_config, eval_config, config):
     if results["tasks"]:
         print(tasks_table(results["tasks"]))
     for text in results.get("samples", ()):
-        print(f"\n{text}")
+        print(f"\n{harmless(text)}")
     print(f"\nnext:\n  python adapt.py chat {run}\n  python eval.py {run}")
     return 0
 
@@ -801,7 +812,7 @@ def show(argv):
                              base.model_config.max_seq_len, False,
                              DataConfig(**base.settings).eval_share)
     on, off = ("\033[1;32m", "\033[0m") if sys.stdout.isatty() else ("[[", "]]")
-    for example in examples[::max(1, len(examples) // max(1, options.examples))][:options.examples]:
+    for example in examples[::max(1, len(examples) // options.examples)][:options.examples]:
         for side in ("chosen", "rejected") if isinstance(example, Pair) else ("",):
             sequence = getattr(example, side) if side else example
             print(f"\n---- {side} {sequence.place}: {len(sequence.ids)} tokens, "
@@ -814,10 +825,15 @@ def coloured(example, tokenizer, on, off):
     text, begin = "", 0
     for end in range(1, len(example.ids) + 1):
         if end == len(example.ids) or example.trained[end] != example.trained[begin]:
-            part = tokenizer.decode(example.ids[begin:end])
+            part = harmless(tokenizer.decode(example.ids[begin:end]))
             text += f"{on}{part}{off}" if example.trained[begin] else part
             begin = end
     return text
+
+
+def harmless(text):
+    """`text` without the control characters that a terminal would obey."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
 
 
 def speak(model, tokenizer, prompt, options):
@@ -829,10 +845,10 @@ def speak(model, tokenizer, prompt, options):
             ids.append(chosen[0])
         text = tokenizer.decode(ids)
         if not text.endswith("\ufffd"):  # of a character's bytes there may be more to come
-            print(text[len(shown):], end="", flush=True)
+            print(harmless(text[len(shown):]), end="", flush=True)
             shown = text
     text = tokenizer.decode(ids)
-    print(text[len(shown):])
+    print(harmless(text[len(shown):]))
     return text
 
 

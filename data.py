@@ -215,8 +215,9 @@ def read_records(path, source, counts, allow_truncated=False, advance=lambda siz
 def input_files(root, counts):
     """The readable files at `root`; others in a folder are counted."""
     if not root.exists():
-        raise UserError(f"{root}: no such file or folder; put your documents there (.jsonl, "
-                        '.jsonl.gz, .txt) or name others: --sources=\'{"name": "path"}\'')
+        raise UserError(f"{root}: no such file or folder; put your files there (.jsonl, .jsonl.gz, "
+                        '.txt) or name others: --sources=\'{"name": "path"}\', of a tuning '
+                        "--train_data and --eval_data")
     if root.is_file() and root.name.endswith(JSON_SUFFIXES + TEXT_SUFFIXES):
         return [root]
     if root.is_file():

@@ -1098,9 +1098,10 @@ def check_vocabulary(config, tokenizer):
               "pad_token_id": tokenizer.pad_token_id}
     wrong = [f"--{key}={value}" for key, value in wanted.items() if getattr(config, key) != value]
     if wrong:
-        raise UserError(f"the model's ids are not the tokenizer's; set {' '.join(wrong)}"
-                        + (f" --embedding_size={tokenizer.vocab_size}"
-                           if config.embedding_size < tokenizer.vocab_size else ""))
+        room = (f" --embedding_size={tokenizer.vocab_size}"
+                if config.embedding_size < tokenizer.vocab_size else "")
+        raise UserError(f"the model's ids are not the tokenizer's; set {' '.join(wrong)}{room}, or "
+                        "mend config.json of a Hugging Face directory that is tuned")
 
 
 def train(model_config, data_config, eval_config, config):

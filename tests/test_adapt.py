@@ -656,7 +656,7 @@ def test_the_log_prob_of_an_answer_is_transformers(tmp_path):
 def test_the_first_loss_is_ln_2(tmp_path, dtype, width, normalized):
     """Cached, live, padded; rewards and margins are then 0, within rounding."""
     model, (pairs, _) = a_model(dtype), some_pairs(23)
-    cached = adapt.reference_log_probs(tmp_path / "reference.json", model, pairs, 200)
+    [cached] = adapt.reference_log_probs(tmp_path / "reference.json", model, [pairs], 200)
     live = np.array([[-nats_of(model, side).sum().item() for side in pair] for pair in pairs])
     np.testing.assert_allclose(cached, live, rtol=0, atol=width)
     for reference, seq_len, n_rows in ((cached, 64, 1), (live, 64, 4), (cached, 100, 16)):
@@ -672,7 +672,7 @@ def test_the_first_loss_in_bfloat16_is_within_the_width_of_its_check(tmp_path):
     """Although one forward has other neighbours and padding than the other."""
     model, (pairs, _) = a_model(torch.float32), some_pairs(23)
     model.compute_dtype = torch.bfloat16
-    reference = adapt.reference_log_probs(tmp_path / "reference.json", model, pairs, 200)
+    [reference] = adapt.reference_log_probs(tmp_path / "reference.json", model, [pairs], 200)
     assert (reference != reference.astype(np.float32).astype(np.int32)).all()  # summed in float32
     batch = adapt.preference_batches(pairs, reference, 23, 0, 64, PAD, 1)(1)
     summed, count, _ = adapt.preference_loss(model, batch, 0.1)
@@ -681,16 +681,19 @@ def test_the_first_loss_in_bfloat16_is_within_the_width_of_its_check(tmp_path):
 
 def test_the_reference_is_computed_once_and_must_be_whole(tmp_path):
     file, (pairs, _) = tmp_path / "reference.json", some_pairs(5)
-    first = adapt.reference_log_probs(file, a_model(), pairs, 200)
-    again = adapt.reference_log_probs(file, a_model(seed=1), pairs, 200)
-    assert np.array_equal(first, again)
-    for wrong in (first[:4], np.where(first == first[2, 1], -math.inf, first)):
-        file.write_text(json.dumps({"log_probs": wrong.T.flatten().tolist()}))
+    sets = [pairs[:3], pairs[3:]]
+    first, held_out = adapt.reference_log_probs(file, a_model(), sets, 200)
+    for before, again in zip((first, held_out),
+                             adapt.reference_log_probs(file, a_model(seed=1), sets, 200),
+                             strict=True):
+        assert np.array_equal(before, again)
+    for wrong in (first[:2], np.where(first == first[2, 1], -math.inf, first)):
+        file.write_text(json.dumps({"log_probs": [wrong.tolist(), held_out.tolist()]}))
         with pytest.raises(UserError, match=f"{file}: does not hold"):
-            adapt.reference_log_probs(file, a_model(), pairs, 200)
+            adapt.reference_log_probs(file, a_model(), sets, 200)
     file.write_text("")  # torn by a power cut
     with pytest.raises(UserError, match=f"{file}: cannot be read"):
-        adapt.reference_log_probs(file, a_model(), pairs, 200)
+        adapt.reference_log_probs(file, a_model(), sets, 200)
 
 
 @pytest.mark.parametrize("loss, step, raises", [
@@ -994,7 +997,7 @@ def test_a_run_resumed_from_a_checkpoint_reads_its_reference(tuned_copy, undistu
         file.unlink()
     lose_steps(run, 8)
     assert call(adapt, f"--resume={run}").returncode == 0
-    assert passes == [10, 10, 32, 10] and numbers_of(run) == numbers_of(undisturbed["dpo"])
+    assert passes == [10, 10, 22, 10, 10] and numbers_of(run) == numbers_of(undisturbed["dpo"])
     assert content_of(base) == before
 
 
@@ -1003,10 +1006,11 @@ def test_a_reference_of_other_weights_stops_at_the_first_step(tuned_copy, call, 
                                                               column):
     run = tuned_copy("dpo", 0)
     [file] = run.glob("reference-*.json")
-    reference = np.array(json.loads(file.read_text())["log_probs"])
-    assert reference.shape == (32,) and np.isfinite(reference).all() and (reference < 0).all()
-    reference.reshape(2, 16)[column] += 0.1
-    file.write_text(json.dumps({"log_probs": reference.tolist()}))
+    reference, held_out = map(np.array, json.loads(file.read_text())["log_probs"])
+    assert reference.shape == (11, 2) and held_out.shape == (5, 2)
+    assert np.isfinite(reference).all() and (reference < 0).all()
+    reference[:, column] += 0.1
+    file.write_text(json.dumps({"log_probs": [reference.tolist(), held_out.tolist()]}))
     refused(call(adapt, tuning(run, "dpo")), "must be ln 2", "reference")
     assert not saved_steps(run) and not steps(run)
 
@@ -1178,6 +1182,8 @@ def test_eight_preferences_are_learnt(learnt):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_show_brackets_what_is_trained(method, tmp_path, tuning, sets, call):
+    refused = call(adapt, "show", tuning(tmp_path / "run", method), "--examples=-3")
+    assert "examples=-3 must be at least 1" in refused.stderr and refused.returncode
     result = call(adapt, "show", tuning(tmp_path / "run", method), "--examples=11")
     assert result.returncode == 0 and not (tmp_path / "run").exists()
     wanted = []
@@ -1251,6 +1257,21 @@ def talk(call, monkeypatch):
         assert result.returncode == 0, result.stderr
         return result.stdout
     return run
+
+
+def test_no_control_character_reaches_the_terminal():
+    text, shown = "a\tb\n\x1b[2Jc\r\x07d\x9be\x7f é", "a\tb\n?[2Jc??d?e? é"
+    assert adapt.harmless(text) == shown.replace("?", "\ufffd")
+
+
+def test_a_pair_counts_once_whichever_of_its_sides_are_cut(tokenizer_json):
+    tokenizer, counts = data.Tokenizer.load(tokenizer_json), Counter()
+    row = {"prompt": say("u: x"), "chosen": "y " * 60, "rejected": "z " * 60}
+    assert adapt.encode_pair(row, tokenizer, 40, "here", counts)
+    assert counts == {"cut, so that the last answer has no end": 1}
+    assert adapt.encode_pair({**row, "prompt": say("u: " + "x " * 60)}, tokenizer, 40, "here",
+                             counts) is None
+    assert counts["left out, as nothing of an answer fits"] == 1
 
 
 def test_a_chat_recites_as_it_streams(learnt, talk, tmp_path):
