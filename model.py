@@ -25,6 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+from torch.utils.checkpoint import checkpoint
 
 from configs import UserError, file_sha256, read_json, run_main, write_json
 
@@ -113,9 +114,17 @@ class Linear(nn.Linear):
 
     def __init__(self, d_in, d_out):
         super().__init__(d_in, d_out, bias=False)
+        self.packed = None
 
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype))
+        return project(x, self.weight, self.packed)
+
+
+def project(x, weight, packed=None):
+    """x (..., D_in) by a weight (D_out, D_in), or by the copy of it that `packed_weights` made."""
+    if packed is None:
+        return F.linear(x, weight.to(x.dtype))
+    return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
 
 
 def at_least_float32(x):
@@ -146,6 +155,19 @@ def apply_rope(x, cos, sin):
     return (wide * cos + rotated * sin).to(x.dtype)
 
 
+def plain_attention(q, k, v):
+    """Causal attention of q on k and v, (B, H, T, K) each, in plain matrix products."""
+    hidden = ~causal_mask(0, q.shape[2], q.device)
+    scores = at_least_float32(q @ k.transpose(-2, -1)) / q.shape[-1] ** 0.5  # (B, H, T, T)
+    return scores.masked_fill(hidden, -math.inf).softmax(-1).to(q.dtype) @ v
+
+
+def suits_plain_attention(q):
+    """On a CPU in bfloat16 SDPA multiplies in small tiles; without it a step takes 0.8 times as
+    long (python -m tests.bench cpu). Of long sequences the scores would take too much memory."""
+    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= 512
+
+
 class Attention(nn.Module):
     """Causal multi-head self-attention with rotary positions and one fused q, k, v projection."""
 
@@ -157,12 +179,17 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, attn_mask=None, cache=None):
         B, T, D = x.shape
-        q, k, v = (part.view(B, T, self.n_heads, -1).transpose(1, 2)  # (B, H, T, K)
-                   for part in self.att_proj(x).split(D, dim=-1))
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        heads = self.att_proj(x).view(B, T, 3 * self.n_heads, -1).transpose(1, 2)  # (B, 3H, T, K)
+        turned, v = heads.split((2 * self.n_heads, self.n_heads), dim=1)
+        q, k = apply_rope(turned, cos, sin).chunk(2, dim=1)  # (B, H, T, K) each
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H, S, K)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask, is_causal=attn_mask is None)
+        if attn_mask is None and cache is None and suits_plain_attention(q):
+            # what is (T, T) is computed anew in the backward: 2 % slower, but not kept until then
+            y = checkpoint(plain_attention, q, k, v, use_reentrant=False, preserve_rng_state=False)
+        else:
+            causal = attn_mask is None and T > 1  # one query sees all keys
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask, is_causal=causal)
         return self.attn_out(y.transpose(1, 2).reshape(B, T, D))
 
 
@@ -209,6 +236,7 @@ class OLMo(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         if not config.weight_tying:
             self.ff_out = Linear(config.d_model, config.embedding_size)
+        self.packed_head = None
         self.head_nats = head_nats  # train.py may put its compiled self here
 
     def forward(self, tokens, targets=None, attn_mask=None, cache=None, positions=None, only=None):
@@ -224,7 +252,7 @@ class OLMo(nn.Module):
         start = cache[0].length if cache else 0
         if start + T > config.max_seq_len and attn_mask is None:  # a mask may hide padding
             raise ValueError(f"{start + T} tokens exceed max_seq_len={config.max_seq_len}")
-        if start and attn_mask is None:
+        if start and T > 1 and attn_mask is None:
             # subtle: SDPA's is_causal would align the first query with the first key
             attn_mask = causal_mask(start, T, device)
         if positions is None:
@@ -239,7 +267,7 @@ class OLMo(nn.Module):
             x = x[only[:, 0], only[:, 1]]  # (N, D)
         head = self.wte.weight if config.weight_tying else self.ff_out.weight
         if targets is None:
-            return F.linear(layer_norm(x), head.to(x.dtype))  # (B, T, V)
+            return project(layer_norm(x), head, self.packed_head)  # (B, T, V)
         return self.head_nats(x, head, targets)
 
 
@@ -251,7 +279,7 @@ def causal_mask(start, length, device):
 
 def head_nats(x, head, targets):
     """Nats (B, T) of `targets` under the final norm, the head and a softmax in at least float32."""
-    logits = F.linear(layer_norm(x), head.to(x.dtype))  # (B, T, V)
+    logits = project(layer_norm(x), head)  # (B, T, V)
     logits = at_least_float32(logits).flatten(0, 1)
     return F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)
 
@@ -366,24 +394,62 @@ def generate_stream(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, 
     for row, prompt in enumerate(prompts):  # rotary positions are relative: padding shifts nothing
         tokens[row, T - len(prompt):] = torch.tensor(prompt)
         visible[row, :T - len(prompt)] = False
+    padded = not visible.all()
     tokens, visible = tokens.to(device), visible.to(device)
     dtype = model.compute_dtype or model.wte.weight.dtype
     cache = [KVCache(config, B, capacity, device, dtype) for _ in range(config.n_layers)]
     streams = [torch.Generator().manual_seed(seed * 1_000_003 + row) for row in range(B)]
     running = set(range(B))
-    for length in range(T, capacity):  # `length` tokens are known, the next one is wanted
-        queries = tokens.shape[1]
-        attn_mask = None
-        if not visible.all() or length > T:
-            attn_mask = padded_mask(visible[:, :length], length - queries)
-        logits = model(tokens, attn_mask=attn_mask, cache=cache)[:, -1, :config.vocab_size]
-        chosen = choose_next(logits.float().cpu(), temperature, top_p, streams)
-        yield {row: chosen[row] for row in sorted(running)}
-        running -= {row for row in running if chosen[row] in stop_ids
-                    or len(prompts[row]) + length - T + 1 == config.max_seq_len}
-        if not running:
-            break
-        tokens = torch.tensor(chosen, device=device)[:, None]
+    try:
+        for length in range(T, capacity):  # `length` tokens are known, the next one is wanted
+            if length == T + (B * T < 256):  # a lone short prompt is read sooner without
+                pack_weights(model, B)
+            queries = tokens.shape[1]
+            last = torch.tensor([(row, queries - 1) for row in range(B)], device=device)
+            attn_mask = padded_mask(visible[:, :length], length - queries) if padded else None
+            logits = model(tokens, attn_mask=attn_mask, cache=cache, only=last)  # (B, V)
+            chosen = choose_next(logits[:, :config.vocab_size].float().cpu(), temperature, top_p,
+                                 streams)
+            yield {row: chosen[row] for row in sorted(running)}
+            running -= {row for row in running if chosen[row] in stop_ids
+                        or len(prompts[row]) + length - T + 1 == config.max_seq_len}
+            if not running:
+                break
+            tokens = torch.tensor(chosen, device=device)[:, None]
+    finally:
+        unpack_weights(model)
+
+
+PACKED_AT_MOST = 2**29  # weights: of a larger model a second copy costs more than it gains
+
+
+def pack_weights(model, batch_size):
+    """On a CPU, give each projection a second copy of its weight, in the order in which oneDNN
+    reads it: few rows are then multiplied 1.3 to 3 times as fast (python -m tests.bench generate).
+    """
+    weight, dtype = model.wte.weight, model.compute_dtype or model.wte.weight.dtype
+    known = dtype == torch.float32 or (dtype == torch.bfloat16
+                                       and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    whole = all(type(parameter) is nn.Parameter for parameter in model.parameters())  # not sharded
+    if (weight.device.type != "cpu" or not torch.backends.mkldnn.is_available() or not known
+            or not whole or sum(p.numel() for p in model.parameters()) > PACKED_AT_MOST):
+        return
+
+    def packed(weight):
+        return torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype), batch_size)
+    for linear in linears_of(model):
+        linear.packed = packed(linear.weight)
+    model.packed_head = packed(weight) if model.config.weight_tying else model.ff_out.packed
+
+
+def unpack_weights(model):
+    for linear in linears_of(model):
+        linear.packed = None
+    model.packed_head = None
+
+
+def linears_of(model):
+    return [module for module in model.modules() if isinstance(module, Linear)]
 
 
 def padded_mask(visible, start):

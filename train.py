@@ -533,16 +533,20 @@ def train_step(model, optimizer, micro_batches, loss_fn, lr, max_norm, reduce_ev
             others[name] += value
     total, count, *values = reduce_sum(torch.stack(
         [total, *(value.to(total) for value in (count, *others.values()))]))
-    for p in model.parameters():
-        p.grad.mul_(world_size() / count)  # FSDP has averaged over the ranks; a sum is wanted
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    gradients = [p.grad for p in model.parameters()]
+    scale = world_size() / count  # FSDP has averaged over the ranks; a sum is wanted
+    grad_norm = torch.nn.utils.get_total_norm(gradients)
     if isinstance(grad_norm, DTensor):
         grad_norm = grad_norm.full_tensor()
+    grad_norm = grad_norm * scale
     metrics = {"loss": (total / count).item(), "grad_norm": grad_norm.item(), **{
         name: (value / count).item() for name, value in zip(others, values, strict=True)}}
     if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
         optimizer.zero_grad()
         raise FloatingPointError(f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}")
+    scale *= (max_norm / (grad_norm + 1e-6)).clamp(max=1)  # as clip_grad_norm_, in the same pass
+    for gradient in gradients:
+        gradient.mul_(scale)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()

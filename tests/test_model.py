@@ -479,6 +479,64 @@ def test_generation_runs_in_bfloat16():
     assert list(map(len, m.generate(model, PROMPTS, 6))) == [6] * 4
 
 
+def test_plain_attention_is_as_near_to_float64_as_sdpa():
+    """Outputs and gradients; the scores are rounded to bfloat16, as transformers' eager ones."""
+    torch.manual_seed(0)
+    exact = [torch.randn(2, 3, 40, 16, dtype=torch.float64) for _ in range(4)]
+
+    def results(attend, dtype):
+        q, k, v, grad = (x.to(dtype).requires_grad_() for x in exact)
+        y = attend(q, k, v)
+        return [y, *torch.autograd.grad(y, (q, k, v), grad)]
+
+    def sdpa(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    wanted = results(sdpa, torch.float64)
+    for found, truth in zip(results(m.plain_attention, torch.float32), wanted, strict=True):
+        assert difference(found, truth) < 1e-5
+    for found, library, truth in zip(results(m.plain_attention, torch.bfloat16),
+                                     results(sdpa, torch.bfloat16), wanted, strict=True):
+        assert difference(found, truth) < 2 * difference(library, truth) < 0.1
+
+
+@pytest.mark.parametrize("T, dtype, plain", [
+    (16, torch.bfloat16, True), (512, torch.bfloat16, True), (513, torch.bfloat16, False),
+    (16, torch.float32, False)])
+def test_plain_attention_is_for_short_bfloat16_rows(monkeypatch, T, dtype, plain):
+    model, calls = random_model(max_seq_len=513), []
+    model.compute_dtype = dtype
+    attend = m.plain_attention
+    monkeypatch.setattr(m, "plain_attention", lambda *qkv: calls.append(1) or attend(*qkv))
+    model(random_ids(1, T))
+    assert len(calls) == plain * model.config.n_layers
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_packed_weights_are_the_weights_and_leave_with_the_generation(tied, dtype):
+    model = random_model(weight_tying=tied)
+    model.compute_dtype = dtype
+    tokens = random_ids(3, 7)
+    with torch.no_grad():
+        plain = model(tokens).float()
+        m.pack_weights(model, 3)
+        assert model.packed_head is not None and all(
+            linear.packed is not None for linear in m.linears_of(model))
+        packed = model(tokens).float()
+        assert difference(packed, plain) < (1e-5 if dtype is None else 0.05)
+        m.unpack_weights(model)
+    stream = m.generate_stream(model, PROMPTS, 9)
+    next(stream), next(stream)
+    assert model.packed_head is not None
+    stream.close()
+    assert model.packed_head is None and all(
+        linear.packed is None for linear in m.linears_of(model))
+    other = random_model(seed=1, weight_tying=tied)
+    other.compute_dtype = dtype
+    model.load_state_dict(other.state_dict())  # the packed copy of before is not used again
+    assert m.generate(model, PROMPTS, 9) == m.generate(other, PROMPTS, 9)
+
+
 def test_choose_dtype_takes_bfloat16_on_a_cpu_only_where_it_is_fast(monkeypatch):
     cpu = torch.device("cpu")
     assert m.choose_dtype("bfloat16", cpu) == torch.bfloat16

@@ -1,11 +1,14 @@
 """Speed, measured side by side: python -m tests.bench VERB
 
+    cpu [F]   our training step beside transformers', and the model of an adapter file F; the loop
+              beside its bare step; 10 minutes
+    generate  greedy answers beside transformers' generate
     data      the tokenizer beside HF `tokenizers`, the filter chain, tokenisation, the loader
     memory    peak memory of a build that deduplicates with Bloom filters: 100 MB and 2 GB of input
     checkpoint  what saving every 100 steps costs a run of configs/tiny.py
     plan      the memory that --plan reckons beside that of real processes on a CPU
     eval [N]  each N-th (10th) question of the core tasks, beside lm-eval's HFLM; 10 minutes
-    gpu       the official 1B and 7B on one GPU: tokens/s, MFU, peak memory
+    gpu       the official 1B and 7B on one GPU beside transformers': tokens/s, MFU, peak memory
 
 Sides that are compared run in turns in one process, so that a machine's bad minute hits both; the
 figures are medians over the rounds, a ratio is the median of the rounds' ratios. Nothing is kept.
@@ -189,7 +192,8 @@ def build_in(folder):
 
 
 VERBS = {"data": bench_data, "memory": bench_memory}
-FILES = {"checkpoint": "gpu", "plan": "gpu", "gpu": "gpu", "eval": "tasks"}  # imported when asked
+FILES = {"cpu": "speed", "generate": "speed", "checkpoint": "gpu", "plan": "gpu", "gpu": "gpu",
+         "eval": "tasks"}  # imported when asked
 
 
 def main(argv):
@@ -198,12 +202,19 @@ def main(argv):
     if argv[:1] == ["allocated"]:  # what the bench of the plan starts
         from tests.bench import gpu
         return gpu.print_allocated(argv[1])
+    if argv[:1] == ["peer"]:  # and that of a GPU
+        from tests.bench import gpu
+        return gpu.print_peer(*argv[1:])
+    if argv[:1] == ["side"]:  # what the benches of speed start
+        from tests.bench import speed
+        return speed.serve(argv[1])
     verb, *words = argv or [""]
-    if verb not in (*VERBS, *FILES) or words and verb != "eval":
+    if verb not in (*VERBS, *FILES) or words and verb not in ("eval", "cpu"):
         raise SystemExit(f"{__doc__}\nverbs: {', '.join((*VERBS, *FILES))}")
     if verb in FILES:
         module = importlib.import_module(f"tests.bench.{FILES[verb]}")
-        return getattr(module, f"bench_{verb}")(*map(int, words))
+        words = map(int, words) if verb == "eval" else words
+        return getattr(module, f"bench_{verb}")(*words)
     VERBS[verb]()
 
 
