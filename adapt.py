@@ -47,8 +47,9 @@ from model import (ModelConfig, choose_device, generate, generate_stream, load_m
                    step_directories, verify_step)
 from train import (COMMANDS, Log, TrainConfig, agree_on_machine, build_training, check_agreement,
                    check_vocabulary, choose_micro_batch, describe_run, evaluating, lacks_evaluation,
-                   load_checkpoint, log_evaluation, on_all_ranks, on_main, open_run, own_part, rank,
-                   reduce_sum, setup_distributed, share_run, train_loop, world_size)
+                   load_checkpoint, log_evaluation, main_ranks, on_all_ranks, on_main, open_run,
+                   own_part, rank, reduce_sum, setup_distributed, share_run, train_loop,
+                   world_size)
 
 ROLES = ("system", "user", "assistant")
 LN_2 = math.log(2)
@@ -77,9 +78,9 @@ class AdaptConfig:
     beta: float = 0.1
     """DPO: how dear it is to move away from the reference."""
     length_normalized: bool = False
-    """DPO: by log-probability a token, not a sequence; beta is then 5 (OLMo 2)."""
+    """DPO: by log-probability a token, not a sequence; set beta=5 with it, as OLMo 2 did."""
     eval_answers: int = 32
-    """Held-out prompts that are answered at each evaluation, greedily; three are logged."""
+    """Held-out prompts, at most, answered greedily at each evaluation; three are logged."""
 
     def __post_init__(self):
         if not 0 < self.epochs < math.inf or not 0 <= self.warmup_share < 1:
@@ -498,9 +499,10 @@ def check_first_loss(step, metrics, width):
         return
     tqdm.write(f"the first step's loss is {metrics['loss']:.4f}; ln 2 is {LN_2:.4f}")
     if abs(metrics["loss"] - LN_2) > width:
-        raise UserError(f"the first loss must be ln 2 within {width}: the reference's log-"
+        raise UserError(f"the first loss must be ln 2 within {width:g}: the reference's log-"
                         "probabilities are not those of the weights that are tuned; --overwrite "
-                         "computes them anew")
+                         "computes them anew. If that changes nothing, bfloat16 may round too much "
+                        "of long answers: --dtype=float32")
 
 
 # ---- The reference -------------------------------------------------------------------------------
@@ -594,7 +596,8 @@ def evaluate_pairs(model, pairs, reference, batch_tokens, config):
 def answer_prompts(model, tokenizer, prompts, max_new_tokens):
     """(texts of prompts, ids, with their greedy answers; share of the answers that end)."""
     with evaluating(model):
-        answers = generate(model, prompts, max_new_tokens, stop_ids=(tokenizer.eos_token_id,))
+        answers = generate(model, prompts, max_new_tokens, stop_ids=(tokenizer.eos_token_id,),
+                           agree=main_ranks)
     ended = sum(answer[-1] == tokenizer.eos_token_id for answer in answers)
     return [tokenizer.decode([*prompt[1:], *answer]) for prompt, answer
             in zip(prompts, answers, strict=True)], ended / len(prompts)
@@ -609,9 +612,10 @@ def evaluate_tuning(model, tokenizer, eval_set, reference, adapt_config, eval_co
              evaluate_pairs(model, eval_set, reference, batch_tokens, adapt_config))
     prompts = list(dict.fromkeys(
         tuple(example.ids[:example.prompt].tolist()) for example in sequences_of(eval_set)
-        if example.prompt < model.config.max_seq_len))[:adapt_config.eval_answers]
-    if not prompts or world_size() > 1:  # several would have to choose alike, to the last rounding
+        if example.prompt < model.config.max_seq_len))
+    if not prompts or not adapt_config.eval_answers:
         return {"tuned": tuned}
+    prompts = prompts[::-(-len(prompts) // adapt_config.eval_answers)]  # from all over the set
     texts, ended = answer_prompts(model, tokenizer, prompts, eval_config.max_new_tokens)
     return {"tuned": {**tuned, "ended": ended}, "samples": texts[:3]}
 
@@ -657,6 +661,9 @@ def fill_weights(model, base):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(own_part(whole[name].to(parameter.device), parameter))
+
+
+FOLLOWING = {"max_steps", "warmup_steps", "decay_steps"}  # from the epochs and the data
 
 
 def by_epochs(adapt_config, config, examples):
@@ -712,10 +719,11 @@ def adapt(adapt_config, eval_config, config):
 
     # The run: new, or as it was left
     lock = share_run(run)  # noqa: F841  held until this process ends
-    start, state = on_main(lambda: open_run(replace(config, start_from=""), settings, fingerprint),
+    chosen = {key: value for key, value in settings.items() if key not in FOLLOWING}
+    start, state = on_main(lambda: open_run(replace(config, start_from=""), chosen, fingerprint),
                            patience=timedelta(hours=2))
     missed = on_main(lambda: lacks_evaluation(run, state["step"]))
-    if state["step"] == config.max_steps and not missed:
+    if state["step"] > config.max_steps or state["step"] == config.max_steps and not missed:
         print(f"{run}: finished, at step {state['step']} of {config.max_steps}")
         return 0
     state.update(config=settings, data=fingerprint, torch=torch.__version__)
@@ -732,8 +740,8 @@ def adapt(adapt_config, eval_config, config):
         batches = preference_batches(train_set, reference, *order, seq_len, pad_token_id, rows)
         loss_fn = partial(preference_loss, beta=adapt_config.beta,
                           length_normalized=adapt_config.length_normalized)
-        check = partial(check_first_loss,
-                        width=FIRST_LOSS_WIDTH[dtype] * max(1, adapt_config.beta / 0.1))
+        scale = 1 if adapt_config.length_normalized else max(1, adapt_config.beta / 0.1)
+        check = partial(check_first_loss, width=FIRST_LOSS_WIDTH[dtype] * scale)
     else:
         batches = sft_batches(train_set, *order, seq_len, pad_token_id, rows)
         loss_fn, check = sft_loss, lambda step, metrics: None
@@ -777,7 +785,8 @@ def adapt(adapt_config, eval_config, config):
         print(tasks_table(results["tasks"]))
     for text in results.get("samples", ()):
         print(f"\n{harmless(text)}")
-    print(f"\nnext:\n  python adapt.py chat {run}\n  python eval.py {run}")
+    print(f"\nnext:\n  python adapt.py chat {run}"
+          + f"\n  python eval.py {run}" * (run / "manifest.json").is_file())
     return 0
 
 
@@ -928,7 +937,7 @@ def prompt_of(row, place):
 def generate_answers(argv):
     """Write a row for each row of a prompt file: it, with `output`, and whether that ended.
 
-    Rows that OUT has already are not done again.
+    Rows that OUT has already, of the same weights and options, are not done again.
     """
     paths = [word for word in argv if not word.startswith("-")]
     [options] = load_config([word for word in argv if word.startswith("-")], AnswerOptions)
@@ -939,7 +948,9 @@ def generate_answers(argv):
     records = list(read_records(prompts, "", Counter()))
     rows = [parse(record) for record in records]
     asked = [prompt_of(row, record.place) for row, record in zip(rows, records, strict=True)]
-    done = rows_done(out, rows, run)
+    drawn = {"generator": run, "weights": open_base(run, "size").digest, **asdict(options)}
+    del drawn["answer_batch"]
+    done = rows_done(out, rows, drawn)
     model, tokenizer = open_assistant(run)
     ids = [render_chat(messages, tokenizer, reply=True)[0] for messages in asked]
     for prompt, record in zip(ids, records, strict=True):
@@ -952,18 +963,17 @@ def generate_answers(argv):
             answers = generate(model, ids[begin:begin + options.answer_batch],
                                options.max_new_tokens, options.temperature, options.top_p,
                                (tokenizer.eos_token_id,), options.sample_seed + begin)
-            drawn = list(zip(rows[begin:], answers, strict=False))
-            for row, answer in drawn[max(0, done - begin):]:
+            answered = list(zip(rows[begin:], answers, strict=False))
+            for row, answer in answered[max(0, done - begin):]:
                 ended = answer[-1] == tokenizer.eos_token_id
                 output = tokenizer.decode(answer[:-1] if ended else answer)
-                file.write(json.dumps({**row, "output": output, "ended": ended,
-                                       "generator": run}) + "\n")
+                file.write(json.dumps({**row, "output": output, "ended": ended, **drawn}) + "\n")
             file.flush()
     print(f"wrote {out}: {len(rows):,} answers, {done:,} of them were there")
 
 
-def rows_done(out, rows, run):
-    """How many of `rows` a file of this run's answers has; a last line that a crash tore is cut.
+def rows_done(out, rows, drawn):
+    """How many of `rows` a file of answers `drawn` so has; a last line that a crash tore is cut.
 
     UserError, and nothing is touched, for a file that holds anything else.
     """
@@ -973,14 +983,13 @@ def rows_done(out, rows, run):
     whole, torn = content[:content.rfind(b"\n") + 1], content[content.rfind(b"\n") + 1:]
     answered = [parse(Record(out.name, number, f"{out}:{number}", line))
                 for number, line in enumerate(whole.splitlines(), 1)]
-    own = {"output", "ended", "generator"}  # a row may bring others' of these names
+    own = "output", "ended"  # a row may bring others' of these names, and of those of `drawn`
     same = len(answered) <= len(rows) and (not torn or torn.startswith(b"{")) and all(
-        isinstance(answer, dict) and answer.get("generator") == run
-        and {key: answer.get(key) for key in row if key not in own}
-        == {key: row[key] for key in row if key not in own}
+        isinstance(answer, dict) and all(answer.get(key) == value for key, value
+                                         in {**row, **drawn}.items() if key not in own)
         for answer, row in zip(answered, rows, strict=False))
-    require(same, f"{out}: holds something else than answers of {run} to these prompts; choose "
-            "another OUT")
+    require(same, f"{out}: holds something else than answers of {drawn['generator']}, as it is "
+            "now, to these prompts with these options; choose another OUT")
     if torn:
         out.write_bytes(whole)
     return len(answered)
@@ -993,12 +1002,11 @@ def main(argv):
     verbs = {"show": show, "chat": chat, "generate": generate_answers}
     if argv and argv[0] in verbs:
         return verbs[argv[0]](argv[1:])
-    steps = {"max_steps", "warmup_steps", "decay_steps"}
-    follows = [word for word in argv if word.removeprefix("--").partition("=")[0] in steps]
+    follows = [word for word in argv if word.removeprefix("--").partition("=")[0] in FOLLOWING]
     require(not follows, f"{' '.join(follows)}: follows from --epochs and --warmup_share here")
     for file in [word for word in argv if word.endswith(".py") and Path(word).is_file()]:
         for line, key, _ in read_assignments(Path(file)):
-            if key in steps:
+            if key in FOLLOWING:
                 print(f"{file}:{line}: {key} is not used; epochs and warmup_share say it")
     resumed = [word.partition("=")[2] for word in argv if word.startswith("--resume=")]
     if resumed:

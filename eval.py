@@ -289,13 +289,16 @@ def encode_request(request, tokenizer, max_seq_len, chat=False):
     context, continuation = request
     if chat:
         before, _ = render_chat([{"role": "user", "content": context}], tokenizer, reply=True)
-        continuation = continuation.strip()
     else:
         before = tokenizer.encode(context) or [tokenizer.eos_token_id]
-    after = tokenizer.encode(continuation)
+    after = tokenizer.encode(scored_text(continuation, chat))
     ids = (before + after)[-max_seq_len - 1:]  # the last one is only predicted
     scored = min(len(after), len(ids) - 1)
     return Encoded(ids, scored, len(before) + len(after) - len(ids), scored == len(after))
+
+
+def scored_text(continuation, chat):
+    return continuation.strip() if chat else continuation
 
 
 class Row(NamedTuple):
@@ -410,7 +413,8 @@ def evaluate_task(model, tokenizer, task, batch_tokens=2048, rank=0, world_size=
         sums["by_guessing"] += 1 / len(own)
         if requests[question.label].whole:
             sums["gold_nats"] -= log_prob
-            sums["gold_bytes"] += len(question.choices[question.label][1].encode())
+            _, continuation = question.choices[question.label]
+            sums["gold_bytes"] += len(scored_text(continuation, chat).encode())
             sums["gold_greedy"] += greedy == ids
         else:
             sums["too_long"] += 1
@@ -729,12 +733,15 @@ def evaluate_suites(model, tokenizer, suites, config, rank=0, world_size=1,
 
 # ---- Samples -------------------------------------------------------------------------------------
 
-def sample_text(model, tokenizer, config):
-    """The prompt and the model's continuation of it, as text; it starts a document, after EOS."""
+def sample_text(model, tokenizer, config, **options):
+    """The prompt and the model's continuation of it, as text; it starts a document, after EOS.
+
+    options: further ones of `generate`.
+    """
     ids = [tokenizer.eos_token_id, *tokenizer.encode(config.prompt)]
     try:
         [new] = generate(model, [ids], config.max_new_tokens, config.temperature, config.top_p,
-                         stop_ids=(tokenizer.eos_token_id,), seed=config.sample_seed)
+                         stop_ids=(tokenizer.eos_token_id,), seed=config.sample_seed, **options)
     except ValueError as error:
         raise UserError(f"prompt: {error}") from None
     return config.prompt + tokenizer.decode(i for i in new if i != tokenizer.eos_token_id)

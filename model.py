@@ -358,11 +358,10 @@ class KVCache:
         return self.keys[:, :, :end], self.values[:, :, :end]
 
 
-def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, stop_ids=(), seed=0):
+def generate(model, prompts, max_new_tokens, *options, **named):
     """Continue each list of ids in `prompts`; returns the new ids. See `generate_stream`."""
     new = [[] for _ in prompts]
-    for chosen in generate_stream(model, prompts, max_new_tokens, temperature, top_p, stop_ids,
-                                  seed):
+    for chosen in generate_stream(model, prompts, max_new_tokens, *options, **named):
         for row, i in chosen.items():
             new[row].append(i)
     return new
@@ -370,13 +369,15 @@ def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, stop_id
 
 @torch.no_grad()
 def generate_stream(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, stop_ids=(),
-                    seed=0):
+                    seed=0, agree=lambda chosen: chosen):
     """Continue each list of ids in `prompts` by up to `max_new_tokens` ids, yielding as they come
     {row: its next id} of the rows that still go on.
 
     temperature 0 is greedy; otherwise sample from the smallest set of ids that holds `top_p` of the
     mass. A row ends after one of `stop_ids` (kept), or where the context length ends. Row i draws
-    from a stream of its own, (seed, i): its text does not depend on its neighbours. Raises
+    from a stream of its own, (seed, i): its text does not depend on its neighbours.
+    agree(ids): what is taken of the ids chosen here, where several processes must take the same.
+    Raises
     ValueError for a prompt that is empty or fills the context.
     """
     config, device = model.config, model.wte.weight.device
@@ -408,8 +409,8 @@ def generate_stream(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, 
             last = torch.tensor([(row, queries - 1) for row in range(B)], device=device)
             attn_mask = padded_mask(visible[:, :length], length - queries) if padded else None
             logits = model(tokens, attn_mask=attn_mask, cache=cache, only=last)  # (B, V)
-            chosen = choose_next(logits[:, :config.vocab_size].float().cpu(), temperature, top_p,
-                                 streams)
+            chosen = agree(choose_next(logits[:, :config.vocab_size].float().cpu(), temperature,
+                                       top_p, streams))
             yield {row: chosen[row] for row in sorted(running)}
             running -= {row for row in running if chosen[row] in stop_ids
                         or len(prompts[row]) + length - T + 1 == config.max_seq_len}

@@ -336,6 +336,11 @@ def on_main(work, patience=None):
     return outcome[0]
 
 
+def main_ranks(value):
+    """Rank 0's `value` on every rank, which may have rounded its own otherwise."""
+    return on_main(lambda: value)
+
+
 def on_all_ranks(main):
     """`main` so that ranks leave their group at its end, and a mistake is said once."""
     @functools.wraps(main)
@@ -1159,8 +1164,7 @@ def train(model_config, data_config, eval_config, config):
         with evaluating(model):
             results = evaluate_suites(model, tokenizer, suites, eval_config, number, ranks,
                                       reduce_sum) | {"of": of}
-            if ranks == 1:  # several would have to draw the same ids, to the last rounding
-                results["samples"] = [sample_text(model, tokenizer, eval_config)]
+            results["samples"] = [sample_text(model, tokenizer, eval_config, agree=main_ranks)]
         return results
 
     deadline = began + 60 * config.stop_after_minutes if config.stop_after_minutes else math.inf
@@ -1179,8 +1183,7 @@ def train(model_config, data_config, eval_config, config):
         print(domains_table(results["sums"]))
     if results["tasks"]:
         print(tasks_table(results["tasks"]))
-    with torch.compiler.set_stance("force_eager"):
-        print(f"\na sample:\n{sample_text(model, tokenizer, eval_config)}\n\nnext:")
+    print(f"\na sample:\n{results['samples'][0]}\n\nnext:")
     print(f"  python eval.py {run}\n  python eval.py sample {run} --prompt=\"def read_\"\n"
           f"  python eval.py report {run}\n  python model.py export {run} OUT")
     return 0

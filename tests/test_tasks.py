@@ -405,6 +405,23 @@ def test_a_characters_share_counts_the_leading_space():
     assert "acc_uncond" not in scores
 
 
+def test_in_the_format_of_chats_the_answer_is_an_assistants(model, tokenizer, task):
+    """Its log-probability is that of the rendered chat; its bytes are without the leading space."""
+    sums = evaluation.evaluate_task(model, tokenizer, task, chat=True)
+    nats, size = 0.0, 0
+    for question in task.questions:
+        context, continuation = question.choices[question.label]
+        messages = [{"role": "user", "content": context},
+                    {"role": "assistant", "content": continuation}]
+        before = len(data.render_chat(messages[:1], tokenizer, reply=True)[0])
+        ids = torch.tensor(data.render_chat(messages, tokenizer)[0][:-1])  # less EOS
+        with torch.no_grad():
+            log_probs = model(ids[None])[0].double().log_softmax(-1)
+        nats -= log_probs[range(before - 1, len(ids) - 1), ids[before:]].sum().item()
+        size += len(continuation.strip().encode())
+    assert sums["gold_nats"] == pytest.approx(nats, abs=1e-3) and sums["gold_bytes"] == size
+
+
 def test_permuted_labels_give_the_permuted_accuracy(model, tokenizer, task):
     """Each label moved on by one, and the choices with it: the same; the labels alone: another."""
     def turned(question, choices, label):
