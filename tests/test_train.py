@@ -584,7 +584,7 @@ def test_compiled_gradients_are_the_same_bits_each_time_and_near_the_eager_ones(
         return {name: p.grad.clone() for name, p in model.named_parameters()}
     eager, compiled = (m.build_model(m.ModelConfig(), 0) for _ in range(2))
     eager.compute_dtype = compiled.compute_dtype = dtype
-    train.compile_model(compiled)
+    train.compile_model(compiled, torch.device("cpu"))
     first, wanted = gradients(compiled), gradients(eager)
     for _ in range(6):
         again = gradients(compiled)
