@@ -240,8 +240,9 @@ def test_evaluation_leaves_the_model_as_it_was(model, tokenizer, texts):
 def test_domains_are_evaluated_each_by_itself(model, tokenizer, texts):
     domains = {"one": as_documents(*texts[:9]), "none": [], "two": as_documents(*texts[9:])}
     results = evaluation.evaluate_domains(model, tokenizer, domains, 8192)
-    assert results == {"one": perplexity(model, tokenizer, *texts[:9]),
-                       "two": perplexity(model, tokenizer, *texts[9:])}
+    assert results == {
+        "one": perplexity(model, tokenizer, *texts[:9], batch_tokens=8192),
+        "two": perplexity(model, tokenizer, *texts[9:], batch_tokens=8192)}
 
 
 def test_held_out_domains_are_the_sources(run, sources):
