@@ -25,7 +25,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
-from torch.utils.checkpoint import checkpoint
 
 from configs import UserError, file_sha256, read_json, run_main, write_json
 
@@ -191,8 +190,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H, S, K)
         if attn_mask is None and cache is None and suits_plain_attention(q):
-            # the scores are computed anew in the backward: 3 % slower, but not kept until then
-            y = checkpoint(plain_attention, q, k, v, use_reentrant=False, preserve_rng_state=False)
+            y = plain_attention(q, k, v)
         else:
             causal = attn_mask is None and T > 1  # one query sees all keys
             y = F.scaled_dot_product_attention(q, k, v, attn_mask, is_causal=causal)
@@ -414,7 +412,8 @@ def generate_stream(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, 
             queries = tokens.shape[1]
             last = torch.tensor([(row, queries - 1) for row in range(B)], device=device)
             attn_mask = padded_mask(visible[:, :length], length - queries) if padded else None
-            logits = model(tokens, attn_mask=attn_mask, cache=cache, only=last)  # (B, V)
+            with torch.inference_mode(not is_sharded(model)):  # 1.07 times as fast at batch 1
+                logits = model(tokens, attn_mask=attn_mask, cache=cache, only=last)  # (B, V)
             chosen = agree(choose_next(logits[:, :config.vocab_size].float().cpu(), temperature,
                                        top_p, streams))
             yield {row: chosen[row] for row in sorted(running)}
@@ -437,9 +436,8 @@ def pack_weights(model, batch_size):
     weight, dtype = model.wte.weight, model.compute_dtype or model.wte.weight.dtype
     known = dtype == torch.float32 or (dtype == torch.bfloat16
                                        and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    whole = all(type(parameter) is nn.Parameter for parameter in model.parameters())  # not sharded
     if (weight.device.type != "cpu" or not torch.backends.mkldnn.is_available() or not known
-            or not whole or sum(p.numel() for p in model.parameters()) > PACKED_AT_MOST):
+            or is_sharded(model) or sum(p.numel() for p in model.parameters()) > PACKED_AT_MOST):
         return
 
     def packed(weight):
@@ -447,6 +445,10 @@ def pack_weights(model, batch_size):
     for linear in linears_of(model):
         linear.packed = packed(linear.weight)
     model.packed_head = packed(weight) if model.config.weight_tying else model.ff_out.packed
+
+
+def is_sharded(model):
+    return not all(type(parameter) is nn.Parameter for parameter in model.parameters())
 
 
 def unpack_weights(model):
