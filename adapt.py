@@ -45,12 +45,13 @@ from eval import (EvalConfig, asked, domains_table, evaluate_suites, held_out_fi
 from model import (ModelConfig, choose_device, generate, generate_stream, load_model, newest_step,
                    next_token_loss, read_model_config, read_step, sequence_log_probs,
                    step_directories, verify_step)
-from train import (COMMANDS, Log, TrainConfig, agree_on_machine, build_training, check_agreement,
-                   check_vocabulary, choose_micro_batch, describe_run, evaluating, lacks_evaluation,
-                   load_checkpoint, log_evaluation, main_ranks, on_all_ranks, on_main, open_run,
-                   own_part, rank, reduce_sum, setup_distributed, share_run, train_loop,
+from train import (COMMANDS, Log, TrainConfig, agree_on_machine, as_on_main, build_training,
+                   check_agreement, check_vocabulary, choose_micro_batch, describe_run, evaluating,
+                   lacks_evaluation, load_checkpoint, log_evaluation, on_all_ranks, on_main,
+                   open_run, own_part, rank, reduce_sum, setup_distributed, share_run, train_loop,
                    world_size)
 
+ANSWER_BATCH = 8  # prompts answered together: of a 7B their keys and values take up to 8.6 GB
 ROLES = ("system", "user", "assistant")
 LN_2 = math.log(2)
 FIRST_LOSS_WIDTH = {torch.float32: 1e-4, torch.bfloat16: 1e-2}  # of DPO's first loss around ln 2;
@@ -115,7 +116,7 @@ class AnswerOptions:
     """Longest answer in tokens; the context length ends it too."""
     sample_seed: int = 1
     """Seed of the sampling."""
-    answer_batch: int = 8
+    answer_batch: int = ANSWER_BATCH
     """Prompts that `generate` answers at a time."""
 
     def __post_init__(self):
@@ -596,8 +597,10 @@ def evaluate_pairs(model, pairs, reference, batch_tokens, config):
 def answer_prompts(model, tokenizer, prompts, max_new_tokens):
     """(texts of prompts, ids, with their greedy answers; share of the answers that end)."""
     with evaluating(model):
-        answers = generate(model, prompts, max_new_tokens, stop_ids=(tokenizer.eos_token_id,),
-                           agree=main_ranks)
+        answers = []
+        for begin in range(0, len(prompts), ANSWER_BATCH):
+            answers += generate(model, prompts[begin:begin + ANSWER_BATCH], max_new_tokens,
+                                stop_ids=(tokenizer.eos_token_id,), agree=as_on_main)
     ended = sum(answer[-1] == tokenizer.eos_token_id for answer in answers)
     return [tokenizer.decode([*prompt[1:], *answer]) for prompt, answer
             in zip(prompts, answers, strict=True)], ended / len(prompts)

@@ -109,7 +109,10 @@ def cpu_flags():
 # ---- Blocks --------------------------------------------------------------------------------------
 
 class Linear(nn.Linear):
-    """A projection without bias; its float32 weight is cast to the stream's dtype at each use."""
+    """A projection without bias; its float32 weight is cast to the stream's dtype at each use.
+
+    packed: in generation, the copy of the weight that `pack_weights` made.
+    """
 
     def __init__(self, d_in, d_out):
         super().__init__(d_in, d_out, bias=False)
@@ -120,8 +123,8 @@ class Linear(nn.Linear):
 
 
 def project(x, weight, packed=None):
-    """x (..., D_in) by a weight (D_out, D_in), or by the copy of it that `packed_weights` made."""
-    if packed is None:
+    """x (..., D_in) by a weight (D_out, D_in), or by the copy of it that `pack_weights` made."""
+    if packed is None or torch.is_grad_enabled():
         return F.linear(x, weight.to(x.dtype))
     return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
 
@@ -156,7 +159,10 @@ QUERIES = 128  # that look at the keys together: up to their own end, so that ha
 
 
 def plain_attention(q, k, v):
-    """Causal attention of q on k and v, (B, H, T, K) each, in plain matrix products."""
+    """Causal attention of q on k and v, (B, H, T, K) each, in plain matrix products.
+
+    In bfloat16 the scores are rounded to it before the softmax, which SDPA does not do.
+    """
     T, y = q.shape[2], []
     for start in range(0, T, QUERIES):
         end = min(start + QUERIES, T)
@@ -167,10 +173,13 @@ def plain_attention(q, k, v):
     return torch.cat(y, dim=2)
 
 
+PLAIN_AT_MOST = 512  # tokens of a sequence
+
+
 def suits_plain_attention(q):
     """On a CPU SDPA multiplies in small tiles; without it a step takes 0.8 times as long
     (python -m tests.bench cpu). Of long sequences the scores would take too much memory."""
-    return q.device.type == "cpu" and q.shape[2] <= 512
+    return q.device.type == "cpu" and q.shape[2] <= PLAIN_AT_MOST
 
 
 class Attention(nn.Module):
@@ -263,7 +272,7 @@ class OLMo(nn.Module):
             positions = torch.arange(start, start + T, device=device)
         cos, sin = rope_table(positions, config.head_dim, config.rope_theta)
         if positions.dim() == 2:
-            cos, sin = cos[:, None], sin[:, None]  # (B, 1, T, K): alike for all heads
+            cos, sin = cos[:, None], sin[:, None]  # (B, 1, T, K/2): alike for all heads
         x = self.wte(tokens).to(self.compute_dtype or self.wte.weight.dtype)  # (B, T, D)
         for i, block in enumerate(self.blocks):
             x = block(x, cos, sin, attn_mask, cache[i] if cache else None)
@@ -362,10 +371,12 @@ class KVCache:
         return self.keys[:, :, :end], self.values[:, :, :end]
 
 
-def generate(model, prompts, max_new_tokens, *options, **named):
+def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, stop_ids=(), seed=0,
+             agree=lambda chosen: chosen):
     """Continue each list of ids in `prompts`; returns the new ids. See `generate_stream`."""
     new = [[] for _ in prompts]
-    for chosen in generate_stream(model, prompts, max_new_tokens, *options, **named):
+    for chosen in generate_stream(model, prompts, max_new_tokens, temperature, top_p, stop_ids,
+                                  seed, agree):
         for row, i in chosen.items():
             new[row].append(i)
     return new
@@ -381,8 +392,8 @@ def generate_stream(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, 
     mass. A row ends after one of `stop_ids` (kept), or where the context length ends. Row i draws
     from a stream of its own, (seed, i): its text does not depend on its neighbours.
     agree(ids): what is taken of the ids chosen here, where several processes must take the same.
-    Raises
-    ValueError for a prompt that is empty or fills the context.
+    The weights must stay as they are until the stream ends or is closed.
+    Raises ValueError for a prompt that is empty or fills the context.
     """
     config, device = model.config, model.wte.weight.device
     B, T = len(prompts), max(map(len, prompts), default=0)
@@ -404,15 +415,16 @@ def generate_stream(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, 
     dtype = model.compute_dtype or model.wte.weight.dtype
     cache = [KVCache(config, B, capacity, device, dtype) for _ in range(config.n_layers)]
     streams = [torch.Generator().manual_seed(seed * 1_000_003 + row) for row in range(B)]
-    running = set(range(B))
+    running, sharded = set(range(B)), is_sharded(model)
+    begin_packed = T if B * T >= 256 else T + 1  # few tokens are read sooner without
+    last = torch.tensor([(row, T - 1) for row in range(B)], device=device)
     try:
         for length in range(T, capacity):  # `length` tokens are known, the next one is wanted
-            if length == T + (B * T < 256):  # a lone short prompt is read sooner without
+            if length == begin_packed:
                 pack_weights(model, B)
-            queries = tokens.shape[1]
-            last = torch.tensor([(row, queries - 1) for row in range(B)], device=device)
-            attn_mask = padded_mask(visible[:, :length], length - queries) if padded else None
-            with torch.inference_mode(not is_sharded(model)):  # 1.07 times as fast at batch 1
+            start = length - tokens.shape[1]
+            attn_mask = padded_mask(visible[:, :length], start) if padded else None
+            with torch.inference_mode(not sharded):  # 1.07 times as fast at batch 1
                 logits = model(tokens, attn_mask=attn_mask, cache=cache, only=last)  # (B, V)
             chosen = agree(choose_next(logits[:, :config.vocab_size].float().cpu(), temperature,
                                        top_p, streams))
@@ -422,6 +434,7 @@ def generate_stream(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, 
             if not running:
                 break
             tokens = torch.tensor(chosen, device=device)[:, None]
+            last = torch.tensor([(row, 0) for row in range(B)], device=device)
     finally:
         unpack_weights(model)
 
@@ -433,21 +446,30 @@ def pack_weights(model, batch_size):
     """On a CPU, give each projection a second copy of its weight, in the order in which oneDNN
     reads it: few rows are then multiplied 1.3 to 3 times as fast (python -m tests.bench generate).
     """
-    weight, dtype = model.wte.weight, model.compute_dtype or model.wte.weight.dtype
-    known = dtype == torch.float32 or (dtype == torch.bfloat16
-                                       and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    if (weight.device.type != "cpu" or not torch.backends.mkldnn.is_available() or not known
-            or is_sharded(model) or sum(p.numel() for p in model.parameters()) > PACKED_AT_MOST):
+    embedding = model.wte.weight
+    dtype = model.compute_dtype or embedding.dtype
+    if (embedding.device.type != "cpu" or is_sharded(model) or not can_pack(dtype)
+            or sum(p.numel() for p in model.parameters()) > PACKED_AT_MOST):
         return
 
-    def packed(weight):
+    def reordered(weight):
         return torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype), batch_size)
     for linear in linears_of(model):
-        linear.packed = packed(linear.weight)
-    model.packed_head = packed(weight) if model.config.weight_tying else model.ff_out.packed
+        linear.packed = reordered(linear.weight)
+    tied = model.config.weight_tying
+    model.packed_head = reordered(embedding) if tied else model.ff_out.packed
+
+
+def can_pack(dtype):
+    """Whether this torch and this chip have oneDNN's products in `dtype`."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16
+                                      and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def is_sharded(model):
+    """Whether FSDP has put tensors of its own in place of the parameters."""
     return not all(type(parameter) is nn.Parameter for parameter in model.parameters())
 
 

@@ -40,6 +40,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch._functorch.config as functorch_config
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
@@ -57,9 +58,9 @@ from data import (Batches, DataConfig, RunData, Tokenizer, TokenShards, build_da
                   print_table)
 from eval import (EvalConfig, asked, domains_table, evaluate_suites, held_out_files,
                   open_suites, sample_text, tasks_table)
-from model import (Block, ModelConfig, OLMo, choose_device, choose_dtype, count_parameters,
-                   head_nats, init_weights, newest_step, next_token_loss, read_step, root_cause,
-                   state_digest, step_directories, verify_step)
+from model import (PLAIN_AT_MOST, Block, ModelConfig, OLMo, choose_device, choose_dtype,
+                   count_parameters, head_nats, init_weights, newest_step, next_token_loss,
+                   read_step, root_cause, state_digest, step_directories, verify_step)
 
 
 # ---- Configuration -------------------------------------------------------------------------------
@@ -336,7 +337,7 @@ def on_main(work, patience=None):
     return outcome[0]
 
 
-def main_ranks(value):
+def as_on_main(value):
     """Rank 0's `value` on every rank, which may have rounded its own otherwise."""
     return on_main(lambda: value)
 
@@ -456,8 +457,9 @@ def compile_model(model, device):
     """
     if device.type == "cpu":
         # What takes no matrix product is computed anew in the backward, inside of its kernels: 0.7
-        # to 0.8 times the memory in no more time (python -m tests.bench cpu).
-        torch._functorch.config.aggressive_recomputation = True
+        # to 0.8 times the memory in no more time (python -m tests.bench cpu). Not for long
+        # sequences: SDPA would be computed anew as well. The setting is the whole process's.
+        functorch_config.aggressive_recomputation = model.config.max_seq_len <= PLAIN_AT_MOST
     for block in model.blocks:
         block.forward = torch.compile(block.forward, dynamic=False)
     model.head_nats = torch.compile(head_nats, dynamic=False)
@@ -1168,7 +1170,8 @@ def train(model_config, data_config, eval_config, config):
         with evaluating(model):
             results = evaluate_suites(model, tokenizer, suites, eval_config, number, ranks,
                                       reduce_sum) | {"of": of}
-            results["samples"] = [sample_text(model, tokenizer, eval_config, agree=main_ranks)]
+            if ranks == 1:  # several would gather the whole model for each token
+                results["samples"] = [sample_text(model, tokenizer, eval_config)]
         return results
 
     deadline = began + 60 * config.stop_after_minutes if config.stop_after_minutes else math.inf
@@ -1187,7 +1190,9 @@ def train(model_config, data_config, eval_config, config):
         print(domains_table(results["sums"]))
     if results["tasks"]:
         print(tasks_table(results["tasks"]))
-    print(f"\na sample:\n{results['samples'][0]}\n\nnext:")
+    with evaluating(model):
+        sample = sample_text(model, tokenizer, eval_config, agree=as_on_main)
+    print(f"\na sample:\n{sample}\n\nnext:")
     print(f"  python eval.py {run}\n  python eval.py sample {run} --prompt=\"def read_\"\n"
           f"  python eval.py report {run}\n  python model.py export {run} OUT")
     return 0

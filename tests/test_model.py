@@ -482,6 +482,18 @@ def test_generation_runs_in_bfloat16():
     assert list(map(len, m.generate(model, PROMPTS, 6))) == [6] * 4
 
 
+def test_a_stream_takes_the_ids_that_all_agree_on():
+    model = random_model()
+    wanted = m.generate(model, [[5, 7]], 1) + m.generate(model, [[5, 7, 7]], 1)
+    given = []
+
+    def agree(chosen):
+        given.append(chosen)
+        return [7]
+    assert m.generate(model, [[5, 7]], 2, agree=agree) == [[7, 7]]
+    assert given == wanted
+
+
 def test_plain_attention_is_as_near_to_float64_as_sdpa():
     """Outputs and gradients; the scores are rounded to bfloat16, as transformers' eager ones."""
     torch.manual_seed(0)
@@ -517,6 +529,8 @@ def test_plain_attention_is_for_short_rows(monkeypatch, T, dtype, plain):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_packed_weights_are_the_weights_and_leave_with_the_generation(tied, dtype):
+    if not m.can_pack(dtype or torch.float32):
+        pytest.skip("this torch or this chip lacks oneDNN's products")
     model = random_model(weight_tying=tied)
     model.compute_dtype = dtype
     tokens = random_ids(3, 7)
@@ -531,6 +545,8 @@ def test_packed_weights_are_the_weights_and_leave_with_the_generation(tied, dtyp
     stream = m.generate_stream(model, PROMPTS, 9)
     next(stream), next(stream)
     assert model.packed_head is not None
+    model(tokens, tokens).sum().backward()  # between two ids of a stream
+    assert all(p.grad is not None for p in model.parameters())
     stream.close()
     assert model.packed_head is None and all(
         linear.packed is None for linear in m.linears_of(model))

@@ -16,6 +16,7 @@ import numpy as np
 import train
 from configs import HOUSE, load_config
 from model import ModelConfig, choose_device, config_to_hf
+from tests.bench.speed import allocated_peak
 
 QUIET = ["--eval_every_steps=0", "--save_every_steps=0", "--log_every_steps=1", "--eval_share=0",
          "--max_steps=100000"]
@@ -93,7 +94,9 @@ def bench_gpu():
                 words = [sys.executable, "-m", "tests.bench", "peer", f"configs/{name}.py",
                          str(rows), recompute]
                 done = subprocess.run(words, capture_output=True, text=True, cwd=HOUSE)
-                said = done.stdout.splitlines()[-1] if done.returncode == 0 else " does not fit |"
+                if done.returncode and "OutOfMemoryError" not in done.stderr:
+                    raise SystemExit(done.stderr[-2000:])
+                said = (" does not fit | | |" if done.returncode else done.stdout.splitlines()[-1])
                 print(f"| {name} | {rows} | {recompute or 'none'} |{said}", flush=True)
 
 
@@ -172,19 +175,15 @@ def print_allocated(policy):
         model = train.OLMo(model_config)
     tokens = torch.zeros(2 * rows, 256, dtype=torch.long)
     batch = {"tokens": tokens, "targets": tokens, "loss_mask": tokens == 0}
-    with (tempfile.TemporaryDirectory() as folder,
-          torch.profiler.profile(profile_memory=True, acc_events=True) as profiler):
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profiler:
         train.shard_model(model, config, device, torch.float32, False)
         train.init_weights(model, 0, train.own_part)
         optimizer = train.build_optimizer(model, config)
         for _ in range(2):
             train.train_step(model, optimizer, train.cut_batch(batch, rows, device),
                              train.pretraining_loss, 1e-3, 1.0)
-        profiler.stop()
-        profiler.export_chrome_trace(f"{folder}/trace.json")
-        events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
-    peak = max(event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]")
-    print(sum(train.plan_memory(model_config, config, ranks, rows).values()), peak)
+    print(sum(train.plan_memory(model_config, config, ranks, rows).values()),
+          allocated_peak(profiler))
 
 
 def bench_checkpoint():
