@@ -222,7 +222,7 @@ def loop_share(steps=30):
     """The speed of train_loop over that of its bare step, on the tiny shape, in turns; the bar is
     0.97. Evaluations and checkpoints, which a run pays every few hundred steps, are left out."""
     model_config, rows, _ = SHAPES["tiny"]
-    config = train.TrainConfig(batch_size=rows, max_steps=0, log_every_steps=10, eval_every_steps=0,
+    config = train.TrainConfig(batch_size=rows, max_steps=1, log_every_steps=10, eval_every_steps=0,
                                save_every_steps=0)
     with tempfile.TemporaryDirectory() as folder:
         run, folder = Path(folder) / "run", Path(folder)
