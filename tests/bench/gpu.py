@@ -166,14 +166,14 @@ def bench_plan():
 def print_allocated(policy):
     """In a process of `bench_plan`: bytes by the plan, and allocated at the peak of two steps."""
     import torch
-    rows, model_config = 4, ModelConfig(
-        d_model=256, n_heads=4, mlp_hidden_size=704, n_layers=8, max_seq_len=256, vocab_size=8192,
+    rows, model_config = 1, ModelConfig(  # longer than what plain attention is for
+        d_model=256, n_heads=4, mlp_hidden_size=704, n_layers=8, max_seq_len=1024, vocab_size=8192,
         embedding_size=8192)
     config = train.TrainConfig(device="cpu", dtype="float32", activation_checkpointing=policy)
     _, ranks, device = train.setup_distributed("cpu")
     with torch.device("meta"):
         model = train.OLMo(model_config)
-    tokens = torch.zeros(2 * rows, 256, dtype=torch.long)
+    tokens = torch.zeros(2 * rows, 1024, dtype=torch.long)
     batch = {"tokens": tokens, "targets": tokens, "loss_mask": tokens == 0}
     with torch.profiler.profile(profile_memory=True, acc_events=True) as profiler:
         train.shard_model(model, config, device, torch.float32, False)

@@ -115,7 +115,7 @@ def serve(words):
                              generator=generator) for _ in range(4)]
     with torch.profiler.profile(profile_memory=True, acc_events=True) as profiler:
         step = build(spec["directory"], dtype)
-        losses = [step(batches[i]) for i in range(3)]
+        losses = [step(batches[0]) for _ in range(3)]  # they fall, if the step is a whole one
     print(json.dumps({"losses": losses, "peak": allocated_peak(profiler)}), flush=True)
     del profiler
     for line in sys.stdin:

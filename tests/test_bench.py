@@ -1,0 +1,55 @@
+"""The bench of speed, at its smallest: it runs to its end, an adapter of one's own beside."""
+
+import json
+
+import pytest
+
+pytest.importorskip("transformers")
+
+from tests.bench import speed  # noqa: E402
+
+ADAPTER = """
+import torch
+from model import load_model
+from tests.bench.speed import OPTIMIZER
+
+
+def build(directory, dtype):
+    model = load_model(directory)
+    model.compute_dtype = dtype
+    optimizer = torch.optim.AdamW(model.parameters(), **OPTIMIZER)
+
+    def step(tokens):
+        loss = model(tokens[:, :-1], tokens[:, 1:]).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+    return step
+"""
+
+
+@pytest.mark.slow
+def test_the_bench_of_a_step_measures_all_sides_and_the_loop(tmp_path, monkeypatch, capsys):
+    (tmp_path / "eager.py").write_text(ADAPTER)
+    monkeypatch.setattr(speed, "ROUNDS", 1)
+    monkeypatch.setattr(speed, "SHAPES", {"tiny": (speed.TINY, 16, 1)})
+    speed.bench_cpu(str(tmp_path / "eager.py"))
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(found["steps"]) == ["tiny, bfloat16", "tiny, float32"]
+    for sides in found["steps"].values():
+        assert list(sides) == ["nanOLMo", "transformers, as a user runs it",
+                               "transformers, our allocator setting", "eager"]
+        assert all(side["tokens_per_second"] > 0 < side["peak_mb"] for side in sides.values())
+        assert sides["nanOLMo"]["ratio"] == 1
+    assert 0.5 < found["loop"] < 2
+
+
+@pytest.mark.slow
+def test_another_models_losses_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "lazy.py").write_text(ADAPTER.replace("        optimizer.step()\n", ""))
+    monkeypatch.setattr(speed, "ROUNDS", 1)
+    monkeypatch.setattr(speed, "SHAPES", {"tiny": (speed.TINY, 16, 1)})
+    with pytest.raises(SystemExit, match="lazy: other losses"):
+        speed.bench_cpu(str(tmp_path / "lazy.py"))
