@@ -930,7 +930,8 @@ def chat(argv):
 
 def prompt_of(row, place):
     """The messages that a row of a prompt file asks to be answered."""
-    require(isinstance(row, dict), f"{place}: no object with a prompt")
+    require(isinstance(row, dict) and {"prompt", "instruction", "messages"} & row.keys(),
+            f"{place}: no object with a prompt, an instruction or messages")
     text = row.get("prompt", row.get("instruction"))
     messages = row.get("messages", [{"role": "user", "content": text}])
     return checked_messages(messages, f"{place}: messages" if "messages" in row
@@ -945,7 +946,7 @@ def generate_answers(argv):
     paths = [word for word in argv if not word.startswith("-")]
     [options] = load_config([word for word in argv if word.startswith("-")], AnswerOptions)
     require(len(paths) == 3 and paths[2].endswith(".jsonl"),
-            "the form is generate RUN PROMPTS.jsonl OUT.jsonl")
+            "the form is generate RUN PROMPTS.jsonl OUT.jsonl, the last with this ending")
     run, prompts, out = Path(paths[0]).as_posix(), paths[1], Path(paths[2])
     require(out.resolve().parent.is_dir(), f"{out}: there is no such directory; make it")
     records = list(read_records(prompts, "", Counter()))
@@ -972,7 +973,7 @@ def generate_answers(argv):
                 output = tokenizer.decode(answer[:-1] if ended else answer)
                 file.write(json.dumps({**row, "output": output, "ended": ended, **drawn}) + "\n")
             file.flush()
-    print(f"wrote {out}: {len(rows):,} answers, {done:,} of them were there")
+    print(f"wrote {out}: {len(rows):,} answers, {done:,} of them were there already")
 
 
 def rows_done(out, rows, drawn):
@@ -1006,7 +1007,8 @@ def main(argv):
     if argv and argv[0] in verbs:
         return verbs[argv[0]](argv[1:])
     follows = [word for word in argv if word.removeprefix("--").partition("=")[0] in FOLLOWING]
-    require(not follows, f"{' '.join(follows)}: follows from --epochs and --warmup_share here")
+    require(not follows, f"{' '.join(follows)}: follows from --epochs and --warmup_share here, "
+            "such as --epochs=0.1")
     for file in [word for word in argv if word.endswith(".py") and Path(word).is_file()]:
         for line, key, _ in read_assignments(Path(file)):
             if key in FOLLOWING:

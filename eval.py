@@ -1128,7 +1128,8 @@ def run_of(path):
     """The directory that holds config.json and tokenizer.json: `path`, or its parent for a step."""
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"{path}: no such directory; train.py configs/tiny.py makes runs/tiny")
+        raise UserError(f"{path}: no such directory; python train.py configs/tiny.py makes "
+                        "runs/tiny, and of it python adapt.py configs/tiny_sft.py runs/tiny_sft")
     return path.parent if (path / "state.json").is_file() else path
 
 

@@ -1010,7 +1010,7 @@ def plan_memory(model_config, config, ranks, rows):
     """{part: bytes} that one GPU holds at the worst moment of a step of `rows` sequences a pass.
 
     Reckoned from what autograd keeps of the eager model on a GPU; compiled it needs less. The tests
-    hold it within 15 % of torch's own memory trackers. On top of it come the driver and fragments: 2 GB.
+    hold it within 15 % of torch's own memory trackers. On top come the driver and fragments: 2 GB.
     """
     D, F, L = model_config.d_model, model_config.mlp_hidden_size, model_config.n_layers
     V, tokens = model_config.embedding_size, rows * model_config.max_seq_len

@@ -10,8 +10,9 @@
     eval [N]  each N-th (10th) question of the core tasks, beside lm-eval's HFLM; 10 minutes
     gpu       the official 1B and 7B on one GPU beside transformers': tokens/s, MFU, peak memory
 
-Sides that are compared run in turns in one process, so that a machine's bad minute hits both; the
-figures are medians over the rounds, a ratio is the median of the rounds' ratios. Nothing is kept.
+Sides that are compared run in turns, so that a machine's bad minute hits both (of cpu and gpu each
+in a process of its own); the figures are medians over the rounds, a ratio is the median of the
+rounds' ratios. Nothing is kept.
 """
 
 import importlib
