@@ -1311,7 +1311,7 @@ def test_generate_goes_on_where_it_was_torn(learnt, tmp_path, call, refused):
         notes.write_text(content)
         refused(call(adapt, *words, notes), notes, "another OUT")
         assert notes.read_text() == content
-    for line, wanted in (("{}", "prompt[0].content"), ("[]", "no object"),
+    for line, wanted in (("{}", "an instruction or messages"), ("[]", "no object"),
                          ({"prompt": ""}, "empty"), ({"messages": A_CHAT}, "not the user's"),
                          ({"prompt": "q;" * 99}, "the model sees 128")):
         refused(call(adapt, "generate", run, write_lines(prompts, [line]),
