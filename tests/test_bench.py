@@ -1,6 +1,7 @@
 """The bench of speed, at its smallest: it runs to its end, an adapter of one's own beside."""
 
 import json
+from functools import partial
 
 import pytest
 
@@ -35,6 +36,7 @@ def test_the_bench_of_a_step_measures_all_sides_and_the_loop(tmp_path, monkeypat
     (tmp_path / "eager.py").write_text(ADAPTER)
     monkeypatch.setattr(speed, "ROUNDS", 1)
     monkeypatch.setattr(speed, "SHAPES", {"tiny": (speed.TINY, 16, 1)})
+    monkeypatch.setattr(speed, "loop_share", partial(speed.loop_share, steps=3))
     speed.bench_cpu(str(tmp_path / "eager.py"))
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert list(found["steps"]) == ["tiny, bfloat16", "tiny, float32"]
