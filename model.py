@@ -417,7 +417,7 @@ def generate_stream(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, 
     streams = [torch.Generator().manual_seed(seed * 1_000_003 + row) for row in range(B)]
     running, sharded = set(range(B)), is_sharded(model)
     begin_packed = T if B * T >= 256 else T + 1  # few tokens are read sooner without
-    last = torch.tensor([(row, T - 1) for row in range(B)], device=device)
+    last = torch.tensor([(row, -1) for row in range(B)], device=device)
     try:
         for length in range(T, capacity):  # `length` tokens are known, the next one is wanted
             if length == begin_packed:
@@ -434,7 +434,6 @@ def generate_stream(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, 
             if not running:
                 break
             tokens = torch.tensor(chosen, device=device)[:, None]
-            last = torch.tensor([(row, 0) for row in range(B)], device=device)
     finally:
         unpack_weights(model)
 

@@ -1166,12 +1166,16 @@ def train(model_config, data_config, eval_config, config):
     # The steps
     of = [asked(suite, eval_config, str(dtype).removeprefix("torch.")) for suite in suites]
 
+    def draw_sample():
+        with evaluating(model):
+            return sample_text(model, tokenizer, eval_config, agree=as_on_main)
+
     def evaluate():
         with evaluating(model):
             results = evaluate_suites(model, tokenizer, suites, eval_config, number, ranks,
                                       reduce_sum) | {"of": of}
             if ranks == 1:  # several would gather the whole model for each token
-                results["samples"] = [sample_text(model, tokenizer, eval_config)]
+                results["samples"] = [draw_sample()]
         return results
 
     deadline = began + 60 * config.stop_after_minutes if config.stop_after_minutes else math.inf
@@ -1190,8 +1194,7 @@ def train(model_config, data_config, eval_config, config):
         print(domains_table(results["sums"]))
     if results["tasks"]:
         print(tasks_table(results["tasks"]))
-    with evaluating(model):
-        sample = sample_text(model, tokenizer, eval_config, agree=as_on_main)
+    [sample] = results.get("samples") or [draw_sample()]
     print(f"\na sample:\n{sample}\n\nnext:")
     print(f"  python eval.py {run}\n  python eval.py sample {run} --prompt=\"def read_\"\n"
           f"  python eval.py report {run}\n  python model.py export {run} OUT")

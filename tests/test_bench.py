@@ -12,7 +12,7 @@ from tests.bench import speed  # noqa: E402
 ADAPTER = """
 import torch
 from model import load_model
-from tests.bench.speed import OPTIMIZER
+from tests.bench.speed import OPTIMIZER, update
 
 
 def build(directory, dtype):
@@ -22,11 +22,7 @@ def build(directory, dtype):
 
     def step(tokens):
         loss = model(tokens[:, :-1], tokens[:, 1:]).mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item()
+        return update(model, optimizer, loss)
     return step
 """
 
@@ -50,7 +46,7 @@ def test_the_bench_of_a_step_measures_all_sides_and_the_loop(tmp_path, monkeypat
 
 @pytest.mark.slow
 def test_another_models_losses_are_refused(tmp_path, monkeypatch):
-    (tmp_path / "lazy.py").write_text(ADAPTER.replace("        optimizer.step()\n", ""))
+    (tmp_path / "lazy.py").write_text(ADAPTER.replace("**OPTIMIZER", "lr=0.0"))
     monkeypatch.setattr(speed, "ROUNDS", 1)
     monkeypatch.setattr(speed, "SHAPES", {"tiny": (speed.TINY, 16, 1)})
     with pytest.raises(SystemExit, match="lazy: other losses"):

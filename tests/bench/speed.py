@@ -86,12 +86,17 @@ def transformers_step(model, dtype):
         tokens = tokens.to(device)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             loss = compiled(input_ids=tokens, labels=tokens, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item()
+        return update(model, optimizer, loss)
     return step
+
+
+def update(model, optimizer, loss):
+    """The rest of a step in torch's own words; returns the loss as a number."""
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
 
 
 def build_matrix_product(directory, dtype):
