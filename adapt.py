@@ -19,12 +19,10 @@ reference, evaluation, the run, answers and chat.
 import hashlib
 import json
 import math
-import random
-import re
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
@@ -35,29 +33,35 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from configs import (UserError, file_sha256, flat, load_config, read_assignments, read_json,
-                     run_main, write_json)
-from data import (DataConfig, Record, Tokenizer, data_of_run, instance_order, is_held_out,
-                  leaked_docstrings, parse, read_records, render_chat,
-                  stdlib_documents, without_surrogates)
-from eval import (EvalConfig, asked, domains_table, evaluate_suites, held_out_files, length_batches,
-                  open_suites, own_batches, run_of, tasks_table)
-from model import (ModelConfig, choose_device, generate, generate_stream, load_model, newest_step,
-                   next_token_loss, read_model_config, read_step, sequence_log_probs,
-                   step_directories, verify_step)
-from train import (COMMANDS, Log, TrainConfig, agree_on_machine, as_on_main, build_training,
-                   check_agreement, check_vocabulary, choose_micro_batch, describe_run, evaluating,
-                   lacks_evaluation, load_checkpoint, log_evaluation, on_all_ranks, on_main,
-                   open_run, own_part, rank, reduce_sum, setup_distributed, share_run, train_loop,
-                   world_size)
+from configs import flat, load_config, read_assignments
+from corpus.stages import held_out_files
+from corpus.tokenizer import Tokenizer
+from corpus.trace import data_of_run
+from data import DataConfig, instance_order, render_chat
+from eval import EvalConfig, evaluate_suites, length_batches, own_batches
+from model import generate, next_token_loss, sequence_log_probs
+from scaling.checkpoint import load_checkpoint
+from scaling.machine import choose_micro_batch
+from scaling.ranks import (as_on_main, check_agreement, on_all_ranks, on_main, rank, reduce_sum,
+                           setup_distributed, world_size)
+from scaling.run import (COMMANDS, Log, agree_on_machine, describe_run, lacks_evaluation,
+                         log_evaluation, share_run)
+from scaling.sharding import evaluating
+from support.chats import read_set, require
+from support.files import UserError, read_json, run_main, write_json
+from support.models import fill_weights, open_base
+from support.records import asked, domains_table, tasks_table
+from support.talk import ANSWER_BATCH, chat, coloured, generate_answers, harmless
+from support.tasks import open_suites
+from train import TrainConfig, build_training, check_vocabulary, open_run, train_loop
 
-ANSWER_BATCH = 8  # prompts answered together: of a 7B their keys and values take up to 8.6 GB
-ROLES = ("system", "user", "assistant")
+
 LN_2 = math.log(2)
+
 FIRST_LOSS_WIDTH = {torch.float32: 1e-4, torch.bfloat16: 1e-2}  # of DPO's first loss around ln 2;
+
+
 # in bfloat16 it lay within 0.0012 over 32 batches of the tiny run, and answers can be longer
-
-
 # ---- Configuration -------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -102,182 +106,6 @@ class ShowOptions:
     def __post_init__(self):
         if self.examples < 1:
             raise UserError(f"examples={self.examples} must be at least 1")
-
-
-@dataclass(frozen=True)
-class AnswerOptions:
-    """How `chat` and `generate` draw their answers."""
-
-    temperature: float = 0.0
-    """0 takes the likeliest token each time; 1 samples from the model as it is."""
-    top_p: float = 1.0
-    """Sample from the smallest set of tokens that holds this much of the probability."""
-    max_new_tokens: int = 512
-    """Longest answer in tokens; the context length ends it too."""
-    sample_seed: int = 1
-    """Seed of the sampling."""
-    answer_batch: int = ANSWER_BATCH
-    """Prompts that `generate` answers at a time."""
-
-    def __post_init__(self):
-        if not (self.temperature >= 0 and 0 < self.top_p <= 1):
-            raise UserError(f"temperature={self.temperature} must be at least 0 and "
-                            f"top_p={self.top_p} above 0 and at most 1")
-        if min(self.max_new_tokens, self.answer_batch) < 1:
-            raise UserError("max_new_tokens and answer_batch must be at least 1")
-
-
-# ---- Reading -------------------------------------------------------------------------------------
-
-def require(condition, fault):
-    if not condition:
-        raise UserError(fault)
-
-
-def read_set(path, config, held_out, eval_share, counts):
-    """[(place, row)] of a set that was checked: {messages} for SFT, {prompt, chosen, rejected}.
-
-    UserError for the faulty rows, with their places and the remedy; skipped ones are counted.
-    """
-    check = {"sft": checked_chat, "dpo": checked_preference}[config.method]
-    if path == "stdlib":
-        embedded = {"sft": stdlib_chats, "dpo": stdlib_preferences}[config.method]
-        return [(f"stdlib:{name}", check(row, name)) for name, row in embedded(held_out,
-                                                                               eval_share)]
-    rows, faults = [], []
-    for record in read_records(path, "", counts):
-        try:
-            rows.append((record.place, check(parse(record), record.place)))
-        except UserError as fault:
-            faults.append(str(fault))
-    counts["faulty rows skipped"] += len(faults)
-    if faults and config.faulty == "stop":
-        more = f"\n  and {len(faults) - 5:,} more" if len(faults) > 5 else ""
-        raise UserError("; ".join(faults[:5]) + more + f"; mend {len(faults):,} of "
-                        f"{len(faults) + len(rows):,} rows, or leave them out: --faulty=skip")
-    for fault in faults[:1]:
-        print(f"skipped, to name one: {fault}")
-    return rows
-
-
-def checked_chat(row, place):
-    """{messages} of a chat in Tulu's format; its last message is an assistant's."""
-    require(isinstance(row, dict) and "messages" in row,
-            f"{place}: messages is missing; a chat is an object with a list of them")
-    return {"messages": checked_messages(row["messages"], f"{place}: messages", "assistant")}
-
-
-def checked_messages(messages, place, last):
-    """[{role, content}]: perhaps a system message, then user and assistant in turn."""
-    require(isinstance(messages, list) and messages,
-            f"{place} is no list of messages, or an empty one")
-    checked = []
-    for number, message in enumerate(messages):
-        here = f"{place}[{number}]"
-        require(isinstance(message, dict), f"{here} is no object with a role and content")
-        role, content = message.get("role"), message.get("content")
-        require(role in ROLES, f"{here}.role: {repr(role)[:20]} is none of {', '.join(ROLES)}")
-        require(isinstance(content, str) and content.strip(), f"{here}.content is no text or empty")
-        require(content == without_surrogates(content), f"{here}.content holds half a character")
-        before = checked[-1]["role"] if checked else None
-        wanted = {None: ("system", "user"), "user": ("assistant",)}.get(before, ("user",))
-        require(role in wanted, f"{here}.role: {role} comes where {' or '.join(wanted)} is due")
-        checked.append({"role": role, "content": content})
-    require(checked[-1]["role"] == last,
-            f"{place}: the last message is the {checked[-1]['role']}'s, not the {last}'s")
-    return checked
-
-
-def checked_preference(row, place):
-    """{prompt: messages, chosen: text, rejected: text} of a row in UltraFeedback's format."""
-    require(isinstance(row, dict) and {"chosen", "rejected"} <= row.keys(),
-            f"{place}: chosen and rejected are wanted, two lists of messages or, with a prompt, "
-            "two texts")
-    chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
-    require(type(chosen) is type(rejected), f"{place}: chosen is {type(chosen).__name__} and "
-            f"rejected {type(rejected).__name__}; both must be lists of messages, or both texts")
-    if isinstance(chosen, str):
-        require(prompt is not None, f"{place}: prompt is missing; chosen and rejected are texts")
-        if not isinstance(prompt, list):
-            prompt = [{"role": "user", "content": prompt}]
-        prompt = checked_messages(prompt, f"{place}: prompt", "user")
-        chosen, rejected = ([*prompt, {"role": "assistant", "content": answer}]
-                            for answer in (chosen, rejected))
-        prompt = None
-    chosen = checked_messages(chosen, f"{place}: chosen", "assistant")
-    rejected = checked_messages(rejected, f"{place}: rejected", "assistant")
-
-    def texts(messages):
-        return [(message["role"], message["content"].strip()) for message in messages]
-    require(texts(chosen[:-1]) == texts(rejected[:-1]),
-            f"{place}: chosen and rejected answer different prompts; they may differ in their last "
-            "message alone")
-    require(texts(chosen) != texts(rejected), f"{place}: chosen and rejected are the same")
-    if prompt is not None:  # as UltraFeedback repeats it
-        first = next(text for role, text in texts(chosen) if role == "user")
-        require(isinstance(prompt, str) and prompt.strip() == first,
-                f"{place}: prompt is not the first user's message of chosen")
-    return {"prompt": chosen[:-1], "chosen": chosen[-1]["content"],
-            "rejected": rejected[-1]["content"]}
-
-
-# ---- The embedded sets ---------------------------------------------------------------------------
-
-def stdlib_answers(held_out, eval_share):
-    """(id, module, question, answer): what a docstring's first paragraph says of its owner.
-
-    Held out are those of the modules whose text pretraining held out, with the same eval_share, but
-    none whose answer stands among the others.
-    """
-    leaked, others = (), ()
-    if held_out:
-        leaked = leaked_docstrings(eval_share)
-        others = {answer for *_, answer in stdlib_answers(False, eval_share)}
-    for document in stdlib_documents("docstrings"):
-        heading, docstring = document["text"].split("\n\n", 1)
-        answer = " ".join(docstring.strip().split("\n\n")[0].split())
-        if (is_held_out(document, eval_share) != held_out or document["id"] in leaked
-                or answer in others or not 6 <= len(answer.split()) <= 30):
-            continue
-        kind, _, name = heading.partition(" ")
-        if kind in ("class", "module"):
-            question = f"What is the {kind} {name.split('(')[0]}?"
-        else:
-            ask = random.Random(document["id"]).choice(("What does {} do?", "Explain {}."))
-            question = ask.format(heading if len(heading) <= 80 else heading.split("(")[0] + "()")
-        yield document["id"], document["metadata"]["split_group"], question, answer
-
-
-def stdlib_chats(held_out, eval_share):
-    """(id, {messages}); one question in four is asked after another on the same module, whose
-    answer then stands in two chats."""
-    before = None
-    for name, module, question, answer in stdlib_answers(held_out, eval_share):
-        turn = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        if before and before[0] == module and random.Random(f"turn {name}").random() < 0.25:
-            yield name, {"messages": before[1] + turn}
-        else:
-            yield name, {"messages": turn}
-        before = module, turn
-
-
-def stdlib_preferences(held_out, eval_share):
-    """(id, {prompt, chosen, rejected}): in training one of a third of the questions.
-
-    Rejected is the answer to another question, the right one without its last two words, or its
-    words in disorder; held out, each question comes with all three.
-    """
-    answers = list(stdlib_answers(held_out, eval_share))
-    for name, _, question, answer in answers:
-        dice, words = random.Random(f"preference {name}"), answer.split()
-        if not held_out and dice.random() > 1 / 3:
-            continue
-        rejected = {"another": dice.choice(answers)[3], "cut": " ".join(words[:-2]),
-                    "disorder": " ".join(dice.sample(words, len(words)))}
-        for kind in rejected if held_out else [dice.choice(list(rejected))]:
-            if rejected[kind] != answer:
-                yield f"{name} {kind}", {"prompt": question, "chosen": answer,
-                                         "rejected": rejected[kind]}
 
 
 # ---- Examples and batches ------------------------------------------------------------------------
@@ -623,49 +451,6 @@ def evaluate_tuning(model, tokenizer, eval_set, reference, adapt_config, eval_co
     return {"tuned": {**tuned, "ended": ended}, "samples": texts[:3]}
 
 
-# ---- The run -------------------------------------------------------------------------------------
-
-class Base(NamedTuple):
-    """What is tuned: its weights' directory, their digest, and what belongs to them."""
-
-    weights: Path  # a step directory, or one of another kind
-    home: Path  # where tokenizer.json lies, and of a run config.json and manifest.json
-    digest: str
-    model_config: ModelConfig
-    settings: dict  # of a run, those of its data
-
-
-def open_base(start_from, verify):
-    """The Base that start_from names; its files are checked, and not loaded yet."""
-    require(start_from, "start_from: name the run to tune, --start_from=RUN, or a Hugging Face "
-            "directory of an OLMo")
-    home, weights = run_of(start_from), Path(start_from)
-    if step_directories(weights) or (weights / "state.json").is_file():
-        weights, state = (newest_step(weights, verify == "sha256") if step_directories(weights)
-                          else (weights, verify_step(weights, verify == "sha256")))
-        model_config, data_config = load_config([str(home / "config.json")], ModelConfig,
-                                                DataConfig)
-        return Base(weights, home, state["sha256"], model_config, asdict(data_config))
-    files = sorted([*weights.glob("*.safetensors"), *weights.glob("model.pt"),
-                    *weights.glob("config.*")])
-    digest = hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
-    vocab_size = Tokenizer.load(home / "tokenizer.json").vocab_size  # HF's counts padding too
-    return Base(weights, home, digest, replace(read_model_config(weights), vocab_size=vocab_size),
-                {})
-
-
-def fill_weights(model, base):
-    """Copy the base's weights into a model, whole or sharded."""
-    if (base.weights / "state.json").is_file():
-        read_step(base.weights, {f"model.{name}": p.detach()
-                                 for name, p in model.named_parameters()})
-        return
-    whole = dict(load_model(base.weights).named_parameters())  # on each rank, for a moment
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(own_part(whole[name].to(parameter.device), parameter))
-
-
 FOLLOWING = {"max_steps", "warmup_steps", "decay_steps"}  # from the epochs and the data
 
 
@@ -807,14 +592,6 @@ def choose_rows(config, seq_len, ranks, is_dpo):
     return config.micro_batch_size or max(1, 1024 // seq_len)
 
 
-# ---- Answers and chat ----------------------------------------------------------------------------
-
-def open_assistant(path):
-    """(model, tokenizer) of a run, a step or a Hugging Face directory."""
-    home = run_of(path)
-    return load_model(path, choose_device()), Tokenizer.load(home / "tokenizer.json")
-
-
 def show(argv):
     """Print examples of a config's train_data, what is trained in colour or in brackets."""
     adapt_config, config, options = load_config(argv, AdaptConfig, TrainConfig, ShowOptions)
@@ -830,173 +607,6 @@ def show(argv):
             print(f"\n---- {side} {sequence.place}: {len(sequence.ids)} tokens, "
                   f"{sum(sequence.trained)} of them trained")
             print(coloured(sequence, tokenizer, on, off))
-
-
-def coloured(example, tokenizer, on, off):
-    """The text of an Example, special tokens too, with each trained stretch between on and off."""
-    text, begin = "", 0
-    for end in range(1, len(example.ids) + 1):
-        if end == len(example.ids) or example.trained[end] != example.trained[begin]:
-            part = harmless(tokenizer.decode(example.ids[begin:end]))
-            text += f"{on}{part}{off}" if example.trained[begin] else part
-            begin = end
-    return text
-
-
-def harmless(text):
-    """`text` without the control characters that a terminal would obey."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
-
-
-def speak(model, tokenizer, prompt, options):
-    """Print the answer to the ids of a prompt as it comes; returns its text."""
-    ids, shown = [], ""
-    for chosen in generate_stream(model, [prompt], options.max_new_tokens, options.temperature,
-                                  options.top_p, (tokenizer.eos_token_id,), options.sample_seed):
-        if chosen[0] != tokenizer.eos_token_id:
-            ids.append(chosen[0])
-        text = tokenizer.decode(ids)
-        if not text.endswith("\ufffd"):  # of a character's bytes there may be more to come
-            print(harmless(text[len(shown):]), end="", flush=True)
-            shown = text
-    text = tokenizer.decode(ids)
-    print(harmless(text[len(shown):]))
-    return text
-
-
-def fitted(messages, tokenizer, room):
-    """(messages without as many of the oldest turns as are in the way, how many those are)."""
-    system = [message for message in messages[:1] if message["role"] == "system"]
-    turns, dropped = messages[len(system):], 0
-    while len(render_chat([*system, *turns], tokenizer, reply=True)[0]) > room and len(turns) > 2:
-        turns, dropped = turns[2:], dropped + 1
-    return [*system, *turns], dropped
-
-
-CHAT_HELP = """/reset           forget what was said
-/system TEXT     begin anew with this system message; without a text, with none
-/temperature X   0 takes the likeliest token each time
-/quit            or Ctrl-D"""
-
-
-def chat(argv):
-    """A conversation in the terminal: history, answers as they come, commands that begin with /."""
-    paths = [word for word in argv if not word.startswith("-")]
-    [options] = load_config([word for word in argv if word.startswith("-")], AnswerOptions)
-    require(len(paths) == 1, "the form is chat RUN")
-    model, tokenizer = open_assistant(paths[0])
-    room, messages = model.config.max_seq_len * 3 // 4, []
-    if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="replace")
-    print(f"{paths[0]}: /help shows the commands")
-    while True:
-        try:
-            line = without_surrogates(input("> ")).strip()
-        except EOFError:
-            print()
-            return
-        word, _, rest = line.partition(" ")
-        if word == "/quit":
-            return
-        if word == "/help":
-            print(CHAT_HELP)
-        elif word in ("/reset", "/system"):
-            kept = messages[:1] if messages and messages[0]["role"] == "system" else []
-            messages = kept if word == "/reset" else [
-                {"role": "system", "content": rest}] if rest.strip() else []
-            print("(begun anew)")
-        elif word == "/temperature":
-            try:
-                options = replace(options, temperature=float(rest))
-                print(f"(temperature {options.temperature:g})")
-            except ValueError:
-                print(f"({rest!r} is no temperature; 0 or more is wanted)")
-        elif word.startswith("/"):
-            print(f"({word} is no command)\n{CHAT_HELP}")
-        elif line:
-            wanted, dropped = fitted([*messages, {"role": "user", "content": line}], tokenizer,
-                                     room)
-            prompt, _ = render_chat(wanted, tokenizer, reply=True)
-            if len(prompt) >= model.config.max_seq_len:
-                print(f"(that is {len(prompt):,} tokens, and the model sees "
-                      f"{model.config.max_seq_len:,}; say it in fewer words)")
-                continue
-            if dropped:
-                print(f"(the oldest {dropped} turns no longer fit and were forgotten)")
-            messages = [*wanted, {"role": "assistant",
-                                  "content": speak(model, tokenizer, prompt, options)}]
-            options = replace(options, sample_seed=options.sample_seed + 1)
-
-
-def prompt_of(row, place):
-    """The messages that a row of a prompt file asks to be answered."""
-    require(isinstance(row, dict) and {"prompt", "instruction", "messages"} & row.keys(),
-            f"{place}: no object with a prompt, an instruction or messages")
-    text = row.get("prompt", row.get("instruction"))
-    messages = row.get("messages", [{"role": "user", "content": text}])
-    return checked_messages(messages, f"{place}: messages" if "messages" in row
-                            else f"{place}: prompt", "user")
-
-
-def generate_answers(argv):
-    """Write a row for each row of a prompt file: it, with `output`, and whether that ended.
-
-    Rows that OUT has already, of the same weights and options, are not done again.
-    """
-    paths = [word for word in argv if not word.startswith("-")]
-    [options] = load_config([word for word in argv if word.startswith("-")], AnswerOptions)
-    require(len(paths) == 3 and paths[2].endswith(".jsonl"),
-            "the form is generate RUN PROMPTS.jsonl OUT.jsonl, the last with this ending")
-    run, prompts, out = Path(paths[0]).as_posix(), paths[1], Path(paths[2])
-    require(out.resolve().parent.is_dir(), f"{out}: there is no such directory; make it")
-    records = list(read_records(prompts, "", Counter()))
-    rows = [parse(record) for record in records]
-    asked = [prompt_of(row, record.place) for row, record in zip(rows, records, strict=True)]
-    drawn = {"generator": run, "weights": open_base(run, "size").digest, **asdict(options)}
-    del drawn["answer_batch"]
-    done = rows_done(out, rows, drawn)
-    model, tokenizer = open_assistant(run)
-    ids = [render_chat(messages, tokenizer, reply=True)[0] for messages in asked]
-    for prompt, record in zip(ids, records, strict=True):
-        require(len(prompt) < model.config.max_seq_len, f"{record.place}: {len(prompt):,} tokens, "
-                f"and the model sees {model.config.max_seq_len:,}; shorten it")
-    with open(out, "a", encoding="utf-8") as file:
-        # a batch that is half done is drawn anew, for each has its own random streams
-        for begin in tqdm(range(done - done % options.answer_batch, len(rows),
-                                options.answer_batch), unit="batch"):
-            answers = generate(model, ids[begin:begin + options.answer_batch],
-                               options.max_new_tokens, options.temperature, options.top_p,
-                               (tokenizer.eos_token_id,), options.sample_seed + begin)
-            answered = list(zip(rows[begin:], answers, strict=False))
-            for row, answer in answered[max(0, done - begin):]:
-                ended = answer[-1] == tokenizer.eos_token_id
-                output = tokenizer.decode(answer[:-1] if ended else answer)
-                file.write(json.dumps({**row, "output": output, "ended": ended, **drawn}) + "\n")
-            file.flush()
-    print(f"wrote {out}: {len(rows):,} answers, {done:,} of them were there already")
-
-
-def rows_done(out, rows, drawn):
-    """How many of `rows` a file of answers `drawn` so has; a last line that a crash tore is cut.
-
-    UserError, and nothing is touched, for a file that holds anything else.
-    """
-    if not out.is_file():
-        return 0
-    content = out.read_bytes()
-    whole, torn = content[:content.rfind(b"\n") + 1], content[content.rfind(b"\n") + 1:]
-    answered = [parse(Record(out.name, number, f"{out}:{number}", line))
-                for number, line in enumerate(whole.splitlines(), 1)]
-    own = "output", "ended"  # a row may bring others' of these names, and of those of `drawn`
-    same = len(answered) <= len(rows) and (not torn or torn.startswith(b"{")) and all(
-        isinstance(answer, dict) and all(answer.get(key) == value for key, value
-                                         in {**row, **drawn}.items() if key not in own)
-        for answer, row in zip(answered, rows, strict=False))
-    require(same, f"{out}: holds something else than answers of {drawn['generator']}, as it is "
-            "now, to these prompts with these options; choose another OUT")
-    if torn:
-        out.write_bytes(whole)
-    return len(answered)
 
 
 # ---- Commands ------------------------------------------------------------------------------------

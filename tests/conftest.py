@@ -140,7 +140,7 @@ def python(start):
 @pytest.fixture
 def call(monkeypatch, capsys):
     """The same in this process, which saves seconds: a module's command line, through run_main."""
-    from configs import run_main
+    from support.files import run_main
 
     def run(module, *words):
         capsys.readouterr()

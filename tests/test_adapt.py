@@ -29,7 +29,14 @@ import adapt
 import data
 import model as m
 import train
-from configs import UserError
+from corpus.questions import leaked_docstrings, stdlib_chats, stdlib_preferences
+from corpus.stdlib import stdlib_documents
+from corpus.tokenizer import Tokenizer, tokenizer_file
+from support.chats import checked_chat, checked_preference, read_set
+from support.files import UserError
+from support.models import open_base
+from support.talk import harmless
+from support.weights import load_model, name_table, save_hf
 
 pytestmark = [pytest.mark.usefixtures("one_thread"),
               pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
@@ -126,13 +133,13 @@ def hf_of(model, tmp_path):
     """The model in transformers, and {our name: its gradient} after a backward."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("safetensors")
-    m.save_hf(model, tmp_path / "hf")
+    save_hf(model, tmp_path / "hf")
     hf = transformers.OlmoForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
 
     def found():
         theirs = {name: parameter.grad for name, parameter in hf.named_parameters()}
         return {name: torch.cat([theirs[part] for part in parts])
-                for name, _, parts in m.name_table(model.config)}
+                for name, _, parts in name_table(model.config)}
     return hf, found
 
 
@@ -163,7 +170,7 @@ def bpe(base):
 @pytest.fixture(params=["bpe", pytest.param("olmo", marks=pytest.mark.skipif(
     not find_spec("olmo_eval"), reason="needs ai2-olmo-eval"))])
 def tokenizer_json(request, bpe):
-    return data.tokenizer_file("olmo") if request.param == "olmo" else bpe
+    return tokenizer_file("olmo") if request.param == "olmo" else bpe
 
 
 GOLDEN = say("s: Be  brief. \n", "u:\n你好, “Wörld”!\u00a0", "a:  Hi|\n\nthere <|user|>\t",
@@ -172,7 +179,7 @@ GOLDEN = say("s: Be  brief. \n", "u:\n你好, “Wörld”!\u00a0", "a:  Hi|\n\n
 
 def test_the_text_of_a_chat_is_tulus_to_the_byte(tokenizer_json):
     """facts/adapt.md, 2.2. The second tokenizer's EOS is 50279, as in released OLMo."""
-    tokenizer = data.Tokenizer.load(tokenizer_json)
+    tokenizer = Tokenizer.load(tokenizer_json)
     ids, trained = data.render_chat(GOLDEN, tokenizer)
     text = ("<|endoftext|><|system|>\nBe  brief.\n<|user|>\n你好, “Wörld”!\n<|assistant|>\nHi|\n\n"
             "there <|user|><|endoftext|>\n<|user|>\nx\n<|assistant|>\n\u00e9 y<|endoftext|>")
@@ -189,7 +196,7 @@ def test_a_chat_is_what_transformers_makes_of_the_tulu_template(tokenizer_json):
     """Ids and mask of 150 random chats; the oracle strips nothing, so it gets stripped contents."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("jinja2")
-    ours = data.Tokenizer.load(tokenizer_json)
+    ours = Tokenizer.load(tokenizer_json)
     theirs = transformers.PreTrainedTokenizerFast(
         tokenizer_file=str(tokenizer_json), eos_token="<|endoftext|>", chat_template=TULU)
     dice = random.Random(5)
@@ -225,7 +232,7 @@ def fuzz(dice, more=()):
 def test_no_text_of_a_user_or_an_assistant_becomes_a_special_token(tokenizer_json):
     """And what is trained is each answer and its EOS, encoded by itself; the prompt's ids begin
     those that were trained on. With combining marks at either end and with the names of EOS."""
-    tokenizer, dice = data.Tokenizer.load(tokenizer_json), random.Random(6)
+    tokenizer, dice = Tokenizer.load(tokenizer_json), random.Random(6)
     for _ in range(150):
         turns = []
         for _ in range(dice.randint(1, 3)):
@@ -247,7 +254,7 @@ def test_no_text_of_a_user_or_an_assistant_becomes_a_special_token(tokenizer_jso
 
 def test_an_example_is_cut_at_the_right_and_counted(bpe):
     """Its EOS is trained where the whole answer fits; nothing of an answer leaves it out."""
-    tokenizer, messages = data.Tokenizer.load(bpe), say("u: one", "a: two", "u: three", "a: four")
+    tokenizer, messages = Tokenizer.load(bpe), say("u: one", "a: two", "u: three", "a: four")
     ids, trained = data.render_chat(messages, tokenizer)
     prompt = len(data.render_chat(messages[:3], tokenizer, reply=True)[0])
     first = trained.index(True)
@@ -268,7 +275,7 @@ def test_an_example_is_cut_at_the_right_and_counted(bpe):
 
 
 def test_pairs_that_are_cut_to_one_or_to_their_prompt_are_left_out(bpe):
-    tokenizer = data.Tokenizer.load(bpe)
+    tokenizer = Tokenizer.load(bpe)
     row = {"prompt": say("u: why"), "chosen": "because of it", "rejected": "because of me"}
     prompt = len(data.render_chat(row["prompt"], tokenizer, reply=True)[0])
     shared = len(os.path.commonprefix([tokenizer.encode("because of it"),
@@ -819,13 +826,13 @@ def test_a_faulty_row_is_named_with_its_place_and_the_remedy(tmp_path, method, l
     file = write_lines(tmp_path / "rows.jsonl", [SOUND[method], line, "", SOUND[method], line])
     config, counts = adapt.AdaptConfig(method=method), Counter()
     with pytest.raises(UserError) as fault:
-        adapt.read_set(str(file), config, False, 0.1, counts)
+        read_set(str(file), config, False, 0.1, counts)
     message = str(fault.value)
     for word in (f"{file}:2: ", f"{file}:5: ", "2 of 4 rows", "--faulty=skip", *words):
         assert word in message
     skipping = adapt.AdaptConfig(method=method, faulty="skip")
     counts.clear()
-    found = adapt.read_set(str(file), skipping, False, 0.1, counts)
+    found = read_set(str(file), skipping, False, 0.1, counts)
     assert [place for place, _ in found] == [f"{file}:1", f"{file}:4"]
     assert counts["faulty rows skipped"] == 2
 
@@ -833,7 +840,7 @@ def test_a_faulty_row_is_named_with_its_place_and_the_remedy(tmp_path, method, l
 def test_many_faults_are_five_and_a_number(tmp_path):
     file = write_lines(tmp_path / "rows.jsonl", [{}] * 9 + [SOUND["sft"]])
     with pytest.raises(UserError, match="and 4 more; mend 9 of 10 rows") as fault:
-        adapt.read_set(str(file), adapt.AdaptConfig(), False, 0.1, Counter())
+        read_set(str(file), adapt.AdaptConfig(), False, 0.1, Counter())
     assert str(fault.value).count("messages is missing") == 5
 
 
@@ -845,17 +852,17 @@ def test_all_forms_of_a_preference_are_one():
              {"prompt": "q", "chosen": "a", "rejected": "b"},
              {"prompt": A_CHAT[:1], "chosen": "a", "rejected": "b", "score_chosen": 3}]
     wanted = {"prompt": A_CHAT[:1], "chosen": "a", "rejected": "b"}
-    assert [adapt.checked_preference(form, "") for form in forms] == [wanted] * 4
+    assert [checked_preference(form, "") for form in forms] == [wanted] * 4
     longer = [*A_CHAT, *say("u: r")]
     row = {"chosen": [*longer, ANSWER], "rejected": [*longer, *say("a: c")], "prompt": "q"}
-    assert adapt.checked_preference(row, "") == {"prompt": longer, "chosen": "b", "rejected": "c"}
+    assert checked_preference(row, "") == {"prompt": longer, "chosen": "b", "rejected": "c"}
 
 
 def test_half_a_character_in_a_row_is_named(tmp_path):
     """A lone surrogate, which JSON can hold and UTF-8 cannot."""
     file = write_lines(tmp_path / "rows.jsonl", [{"messages": say("u: \ud83d q", "a: a")}])
     with pytest.raises(UserError, match=r"rows.jsonl:1: messages\[0\].content holds half"):
-        adapt.read_set(str(file), adapt.AdaptConfig(), False, 0.1, Counter())
+        read_set(str(file), adapt.AdaptConfig(), False, 0.1, Counter())
 
 
 # ---- Runs ----------------------------------------------------------------------------------------
@@ -938,8 +945,8 @@ def test_a_run_holds_what_a_run_of_pretraining_holds(method, undisturbed, base, 
     settings = json.loads((run / "config.json").read_text())
     assert settings["method"] == method and settings["max_steps"] == 9
     assert settings["train_data"] == str(sets[method][0])
-    assert differing_weights(m.load_model(run / "step000001"), m.load_model(base))
-    model, tokenizer = m.load_model(run), data.Tokenizer.load(run / "tokenizer.json")
+    assert differing_weights(load_model(run / "step000001"), load_model(base))
+    model, tokenizer = load_model(run), Tokenizer.load(run / "tokenizer.json")
     last = rows(run, "eval")[-1]
     assert len(last["samples"]) == 3 and all("<|assistant|>" in text for text in last["samples"])
     config = adapt.AdaptConfig(method=method)
@@ -949,7 +956,7 @@ def test_a_run_holds_what_a_run_of_pretraining_holds(method, undisturbed, base, 
         assert "rewards/margins" not in rows(run)[-1]
     else:
         here, there = ([[-nats_of(of, side).sum().item() for side in pair] for pair in examples]
-                       for of in (model, m.load_model(base)))
+                       for of in (model, load_model(base)))
         h = [(c - d) - (r - s) for (c, r), (d, s) in zip(here, there, strict=True)]
         assert last["tuned"]["dpo_loss"] == pytest.approx(
             np.mean([math.log1p(math.exp(-0.1 * x)) for x in h]), abs=1e-4)
@@ -988,7 +995,7 @@ def test_a_run_stopped_by_a_signal_goes_on_as_if_it_had_not(method, tmp_path, un
     result = call(adapt, f"--resume={run}")
     assert result.returncode == 0 and f"goes on after step {last}" in result.stdout, result.stderr
     assert numbers_of(run) == numbers_of(undisturbed[method])
-    assert not differing_weights(m.load_model(run), m.load_model(undisturbed[method]))
+    assert not differing_weights(load_model(run), load_model(undisturbed[method]))
     assert "finished, at step 9 of 9" in call(adapt, f"--resume={run}").stdout
 
 
@@ -1080,7 +1087,7 @@ def test_a_run_that_is_beyond_its_new_end_is_finished(tuned_copy, call):
 @pytest.mark.parametrize("method", METHODS)
 def test_without_a_learning_rate_the_policy_is_the_base(method, tmp_path, tuning, base):
     assert adapt.main([str(tuning(tmp_path / "run", method, lr=0.0, epochs=1.0))]) == 0
-    assert not differing_weights(m.load_model(tmp_path / "run"), m.load_model(base))
+    assert not differing_weights(load_model(tmp_path / "run"), load_model(base))
     if method == "dpo":
         assert [row["rewards/margins"] for row in rows(tmp_path / "run")] == pytest.approx(
             [0, 0, 0], abs=1e-4)
@@ -1139,7 +1146,7 @@ def test_what_is_cut_or_left_out_is_counted_aloud(tmp_path, tuning, call):
 def test_a_run_from_a_hugging_face_directory_begins_as_from_the_run(method, tmp_path, undisturbed,
                                                                     tuning, base, call):
     pytest.importorskip("safetensors")
-    m.save_hf(m.load_model(base), tmp_path / "hf", base / "tokenizer.json")
+    save_hf(load_model(base), tmp_path / "hf", base / "tokenizer.json")
     run = tmp_path / "run"
     result = call(adapt, tuning(run, method, start_from=str(tmp_path / "hf"), epochs=1.0,
                                 warmup_share=0.9))
@@ -1155,7 +1162,7 @@ def test_the_export_of_a_tuned_run_has_the_template_of_its_chats(tmp_path, undis
     transformers = pytest.importorskip("transformers")
     assert call(m, "export", undisturbed["sft"], tmp_path / "hf").returncode == 0
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
-    tokenizer = data.Tokenizer.load(undisturbed["sft"] / "tokenizer.json")
+    tokenizer = Tokenizer.load(undisturbed["sft"] / "tokenizer.json")
     for end, reply in ((5, False), (5, True), (4, True), (2, True), (1, True)):
         found = theirs.apply_chat_template(GOLDEN[:end], add_generation_prompt=reply)["input_ids"]
         assert found == data.render_chat(GOLDEN[:end], tokenizer, reply)[0]
@@ -1214,7 +1221,7 @@ def test_eight_chats_are_recited_word_for_word_and_end(learnt, tmp_path, call):
     answers = [json.loads(line) for line in out.read_text().splitlines()]
     assert answers == [{"instruction": chat["messages"][0]["content"], "id": i,
                         "output": chat["messages"][1]["content"], "ended": True,
-                        "generator": str(run), "weights": adapt.open_base(run, "sha256").digest,
+                        "generator": str(run), "weights": open_base(run, "sha256").digest,
                         "temperature": 0.0, "top_p": 1.0, "max_new_tokens": 512, "sample_seed": 1}
                        for i, chat in enumerate(chats)]
     assert call(adapt, "generate", run, prompts, tmp_path / "short.jsonl",
@@ -1358,11 +1365,11 @@ def talk(call, monkeypatch):
 
 def test_no_control_character_reaches_the_terminal():
     text, shown = "a\tb\n\x1b[2Jc\r\x07d\x9be\x7f é", "a\tb\n?[2Jc??d?e? é"
-    assert adapt.harmless(text) == shown.replace("?", "\ufffd")
+    assert harmless(text) == shown.replace("?", "\ufffd")
 
 
 def test_a_pair_counts_once_whichever_of_its_sides_are_cut(tokenizer_json):
-    tokenizer, counts = data.Tokenizer.load(tokenizer_json), Counter()
+    tokenizer, counts = Tokenizer.load(tokenizer_json), Counter()
     row = {"prompt": say("u: x"), "chosen": "y " * 60, "rejected": "z " * 60}
     assert adapt.encode_pair(row, tokenizer, 40, "here", counts)
     assert counts == {"cut, so that the last answer has no end": 1}
@@ -1378,19 +1385,19 @@ def test_a_chat_recites_as_it_streams(learnt, talk, tmp_path):
     step = run / f"step{saved_steps(run)[-1]:06d}"
     assert f"> {answer}\n> " in talk(step, "", said, "/quit", "x")
     pytest.importorskip("safetensors")
-    m.save_hf(m.load_model(run), tmp_path / "hf", run / "tokenizer.json")
+    save_hf(load_model(run), tmp_path / "hf", run / "tokenizer.json")
     assert f"> {answer}\n> " in talk(tmp_path / "hf", said, options=["--temperature=0"])
 
 
 def test_a_chat_keeps_its_history_and_obeys_its_commands(base, talk, monkeypatch):
     """The prompts that the model gets, and at which temperature; the model's part is played."""
-    asked, tokenizer = [], data.Tokenizer.load(base / "tokenizer.json")
+    asked, tokenizer = [], Tokenizer.load(base / "tokenizer.json")
 
     def speak(model, tokenizer, prompt, options):
         asked.append((tokenizer.decode(prompt), options.temperature))
         print("ok")
         return "ok"
-    monkeypatch.setattr(adapt, "speak", speak)
+    monkeypatch.setattr("support.talk.speak", speak)
     shown = talk(base, "one", "two", "/temperature 0.5", "/temperature x", "/temperature -1",
                  "/help", "/nonsense", "three", "/reset", "four", "/system be brief", "five", "six",
                  "/reset", "seven", "/system", "eight", "w " * 200, "nine", "/quit", "never")
@@ -1425,13 +1432,13 @@ def test_a_chat_keeps_its_history_and_obeys_its_commands(base, talk, monkeypatch
 @pytest.fixture(scope="module")
 def embedded():
     """{held_out: (chats, preferences)}."""
-    both = adapt.stdlib_chats, adapt.stdlib_preferences
+    both = stdlib_chats, stdlib_preferences
     return {held_out: [list(make(held_out, 0.05)) for make in both] for held_out in (False, True)}
 
 
 def test_the_embedded_sets_are_sound_large_and_the_same_each_time(embedded):
     """Split by the hash of the module, as pretraining's documents are."""
-    documents = {document["id"]: document for document in data.stdlib_documents("docstrings")}
+    documents = {document["id"]: document for document in stdlib_documents("docstrings")}
     for held_out, (chats, pairs) in embedded.items():
         assert min(len(chats), len(pairs)) >= (100 if held_out else 1000)
         names = [name for name, _ in chats]
@@ -1441,23 +1448,23 @@ def test_the_embedded_sets_are_sound_large_and_the_same_each_time(embedded):
             module = documents[name]["metadata"]["split_group"]
             digest = hashlib.sha256(module.encode()).digest()
             assert (int.from_bytes(digest[:8], "big") < 0.05 * 2**64) == held_out
-            answer = adapt.checked_chat(chat, name)["messages"][-1]["content"]
+            answer = checked_chat(chat, name)["messages"][-1]["content"]
             assert answer in " ".join(documents[name]["text"].split())
         assert {len(chat["messages"]) for _, chat in chats} == {2, 4}
-        assert not held_out or not set(names) & data.leaked_docstrings(0.05)
+        assert not held_out or not set(names) & leaked_docstrings(0.05)
         answers = {name: chat["messages"][-1]["content"] for name, chat in chats}
         for name, pair in pairs:
-            assert adapt.checked_preference(pair, name)
+            assert checked_preference(pair, name)
             assert pair["chosen"] == answers[name.rpartition(" ")[0]] != pair["rejected"]
-        assert list(adapt.stdlib_chats(held_out, 0.05)) == chats
-        assert list(adapt.stdlib_preferences(held_out, 0.05)) == pairs
+        assert list(stdlib_chats(held_out, 0.05)) == chats
+        assert list(stdlib_preferences(held_out, 0.05)) == pairs
 
 
 def test_an_answer_is_never_preferred_to_itself(monkeypatch):
     """Of 300 that are one text, those by another's answer are left out; no order of it is it."""
-    monkeypatch.setattr(adapt, "stdlib_answers", lambda *_: [
+    monkeypatch.setattr("corpus.questions.stdlib_answers", lambda *_: [
         (str(i), "module", "q", "one two three four five six seven") for i in range(300)])
-    pairs = [pair for _, pair in adapt.stdlib_preferences(True, 0.05)]
+    pairs = [pair for _, pair in stdlib_preferences(True, 0.05)]
     assert len(pairs) == 600  # cut, and in disorder
     assert all(pair["rejected"] != pair["chosen"] for pair in pairs)
 

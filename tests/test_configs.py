@@ -10,8 +10,9 @@ from typing import Literal
 import pytest
 
 import configs
-from configs import UserError, load_config
+from configs import load_config
 from model import ModelConfig
+from support.files import UserError
 
 
 @dataclass(frozen=True)
@@ -317,7 +318,8 @@ def test_help_prints_every_field_with_default_type_and_sentence(capsys, word):
 MAIN = '''"""Usage: toy."""
 import sys
 from dataclasses import dataclass
-from configs import UserError, load_config, run_main
+from configs import load_config
+from support.files import UserError, run_main
 
 @dataclass(frozen=True)
 class ToyConfig:

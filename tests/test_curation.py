@@ -1,7 +1,7 @@
 """data.py's curation against planted dirt, slow counters and plain string search."""
 
 import gzip
-import importlib.util
+import shutil
 import json
 import math
 import random
@@ -15,8 +15,12 @@ import numpy as np
 import pytest
 
 import data
-from configs import UserError
-from data import RULES, BloomFilter, DataConfig, Drop, Funnel, Page, build_data, deduplicate
+from corpus.dedup import BloomFilter, DigestSet, decontaminate, deduplicate, evaluation_paragraphs
+from corpus.funnel import Funnel, print_table
+from corpus.rules import CONTENT_SCORERS, Drop, Page, RULES, english_score, ngram_shares
+from corpus.stages import building_code
+from data import DataConfig, build_data
+from support.files import UserError
 
 EMAIL, PHONE, IP = (f" |||{kind}||| " for kind in ("EMAIL_ADDRESS", "PHONE_NUMBER", "IP_ADDRESS"))
 
@@ -240,8 +244,8 @@ def planted(tmp_path_factory):
         "forum": {"path": f"{home}/forum.jsonl", "rules": "gopher pii"}},
         content_scorer="vileness")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(data.CONTENT_SCORERS, "vileness", lambda text: 0.4 if "vile" in text else 0.3)
-        patch.setattr(data, "BATCH_BYTES", 20_000)
+        patch.setitem(CONTENT_SCORERS, "vileness", lambda text: 0.4 if "vile" in text else 0.3)
+        patch.setattr("corpus.stages.BATCH_BYTES", 20_000)
         with pytest.raises(UserError, match=r"web/cut\.jsonl\.gz: corrupt or cut off after line"):
             build_data(config_of(home, **settings))
         return build_data(config_of(home, **settings, allow_truncated=True)), rows
@@ -288,7 +292,7 @@ def test_every_counter_is_what_was_planted(planted, source):
 
 def test_table_shows_every_counter_and_every_rule_was_planted(planted, capsys):
     folder, rows = planted
-    data.print_table(folder)
+    print_table(folder)
     table = {line[2:32].strip(): line[32:].split() for line in capsys.readouterr().out.splitlines()}
     kept, by_rule = zip(*(outcome(rows[name][0]) for name in SOURCES), strict=True)
     assert table[""] == list(SOURCES)
@@ -352,7 +356,7 @@ def test_ngram_shares_are_those_of_a_slow_counter():
     for _ in range(60):
         vocabulary = [word(dice)[:dice.randint(1, 7)] for _ in range(dice.choice([2, 9, 60]))]
         words = dice.choices(vocabulary, k=dice.randint(0, 90))
-        found = list(data.ngram_shares(words, np.array([len(w) for w in words], np.int64)))
+        found = list(ngram_shares(words, np.array([len(w) for w in words], np.int64)))
         expected = list(brute_shares(words))
         assert [n for n, _, _ in found] == [n for n, _ in expected]
         assert np.allclose([p for _, p, _ in found], [p for _, p in expected], rtol=0, atol=1e-12)
@@ -491,7 +495,7 @@ def test_rules_that_cut_leave_this(rule, text, left):
     ("language", "x y z q v w u s r the", False), ("language", "x y z q v w u s r t the", True),
     ("language", "12 34 56", True)])
 def test_rules_that_drop_do_so_from_here_on(rule, text, dropped):
-    assert drops(rule, text, scorers={"language": data.english_score}) == dropped
+    assert drops(rule, text, scorers={"language": english_score}) == dropped
 
 
 @pytest.mark.parametrize("name, metadata, dropped", [
@@ -604,7 +608,7 @@ def test_deduplication_keeps_what_a_quadratic_search_keeps(levels):
                                    for _ in range(40)))
         for document in documents:
             document["metadata"]["url"] = dice.choice([None, "", *range(1, 60)])
-        for make in (data.DigestSet, lambda: BloomFilter(500, 1e-12)):
+        for make in (DigestSet, lambda: BloomFilter(500, 1e-12)):
             funnel = Funnel()
             left = list(deduplicate(documents, {level: make() for level in levels}, funnel))
             assert texts_of(left) == naive_deduplicate(documents, levels)
@@ -639,9 +643,9 @@ def test_no_document_with_an_evaluation_paragraph_stays_whatever_file_held_it(tm
 def test_spaces_at_the_ends_of_a_line_hide_no_paragraph(tmp_path):
     line = "thirteen words and more of an evaluation set which no document may ever hold"
     (tmp_path / "set.txt").write_text(f"  {line}\t\n")
-    paragraphs = data.evaluation_paragraphs((("mine", str(tmp_path / "set.txt"), ()),))
+    paragraphs = evaluation_paragraphs((("mine", str(tmp_path / "set.txt"), ()),))
     documents = documents_of(line, f"a\n {line} \r\nb", f"{line} not")
-    assert texts_of(data.decontaminate(documents, paragraphs, Funnel())) == [
+    assert texts_of(decontaminate(documents, paragraphs, Funnel())) == [
         ("d2", f"{line} not")]
 
 
@@ -666,8 +670,8 @@ def test_builds_of_any_number_of_workers_are_byte_for_byte_the_same(tmp_path, mo
     texts = [text for _ in range(4) for text, _, _ in each(web_dirt, dice)]
     dice.shuffle(texts)
     path = write_texts(tmp_path / "web.jsonl", *texts, *dice.sample(texts, 9))
-    monkeypatch.setattr(data, "BATCH_BYTES", 4000)
-    monkeypatch.setattr(data, "BLOCK_BYTES", 4000)
+    monkeypatch.setattr("corpus.stages.BATCH_BYTES", 4000)
+    monkeypatch.setattr("corpus.stages.BLOCK_BYTES", 4000)
     folders = [build_data(config_of(tmp_path, data_dir=f"{tmp_path}/{workers}", workers=workers,
                                     eval_share=0.2, sources={"a": {"path": path, "rules": "web"}}))
                for workers in (1, 2, 4)]
@@ -696,21 +700,24 @@ def test_only_what_depends_on_a_change_is_done_again(tmp_path, monkeypatch):
     assert redone(sources={"a": a, "b": b}) == {"clean-b", "tokenizer", "tokens-a", "tokens-b"}
     assert redone(**fixed) == {"tokenizer", "tokens-a"}
     assert redone(**fixed, sources={"a": a, "b": b}) == {"tokens-b"}
-    monkeypatch.setattr(data, "building_code", lambda: "an edited rule")
+    monkeypatch.setattr("data.building_code", lambda: "an edited rule")
     assert redone() == {"clean-a", "tokenizer", "tokens-a"}
     assert len(folders) == 7
 
 
-def test_hash_of_the_code_follows_what_builds_alone(tmp_path):
-    code, hashes = Path(data.__file__).read_text(), []
-    for place in ("\nclass TokenShards", "\ndef print_trace(", "\ndef english_score(", "\nRULES =",
-                  "\ndef decontaminate(", "\ndef stdlib_documents(", "\ndef write_shards("):
-        (tmp_path / "copy.py").write_text(code.replace(place, "\n# edited" + place, 1))
-        spec = importlib.util.spec_from_file_location("copy_of_data", tmp_path / "copy.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        hashes.append(module.building_code())
-    assert hashes[0] == hashes[1] == data.building_code() and len(set(hashes)) == 6
+def test_hash_of_the_code_follows_what_builds_alone(tmp_path, monkeypatch):
+    import corpus.stages as stages
+    house, hashes = Path(data.__file__).parent, []
+    shutil.copytree(house / "corpus", tmp_path / "corpus")
+    for file in house.glob("*.py"):
+        shutil.copy(file, tmp_path)
+    monkeypatch.setattr(stages, "ROOT", tmp_path)
+    for file in ("model.py", "corpus/trace.py", "corpus/rules.py", "corpus/dedup.py",
+                 "corpus/stdlib.py", "data.py"):
+        with open(tmp_path / file, "a") as code:
+            code.write("# edited\n")
+        hashes.append(building_code.__wrapped__())
+    assert hashes[0] == hashes[1] == building_code() and len(set(hashes)) == 5
 
 
 def options(folder, path, rules, **changes):

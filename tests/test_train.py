@@ -12,6 +12,7 @@ import re
 import resource
 import shutil
 import signal
+import sysconfig
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -24,7 +25,16 @@ import data
 import eval as evaluation
 import model as m
 import train
-from configs import UserError, load_config
+from configs import load_config
+from corpus.tokenizer import Tokenizer
+from eval import evaluate_suites
+from scaling.checkpoint import load_checkpoint, newest_step, training_tensors, verify_step
+from scaling.machine import can_compile, choose_micro_batch
+from scaling.ranks import batch_hash
+from scaling.run import Log, MEASURED, StopSignal, choose_machine, log_evaluation
+from scaling.sharding import compile_model
+from support.files import UserError
+from support.weights import load_model, save_hf
 
 pytestmark = [pytest.mark.usefixtures("one_thread"),
               pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
@@ -104,7 +114,7 @@ def test_a_hundred_steps_equal_those_of_transformers_and_torch(tmp_path, tiny_co
                        grad_clip=0.5, schedule=schedule, weight_tying=tied,
                        micro_batch_size=micro_batch_size, eval_every_steps=0, save_every_steps=0)
     batches, configs = batches_of(file)
-    m.save_hf(m.build_model(configs[0], configs[1].seed), tmp_path / "hf")
+    save_hf(m.build_model(configs[0], configs[1].seed), tmp_path / "hf")
     hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     assert train.train(*configs) == 0
     ours = [(row["loss"], row["lr"], row["grad_norm"]) for row in rows(tmp_path / "run")]
@@ -321,9 +331,9 @@ def test_the_batch_hash_knows_the_rows_but_not_their_order():
     tokens = masked_batch()["tokens"]
     other = tokens.clone()
     other[5, 9] += 1
-    assert train.batch_hash(tokens) == train.batch_hash(tokens.flip(0))
-    assert train.batch_hash(tokens) != train.batch_hash(other)
-    assert re.fullmatch("[0-9a-f]{16}", train.batch_hash(tokens))
+    assert batch_hash(tokens) == batch_hash(tokens.flip(0))
+    assert batch_hash(tokens) != batch_hash(other)
+    assert re.fullmatch("[0-9a-f]{16}", batch_hash(tokens))
 
 
 # ---- The machine ---------------------------------------------------------------------------------
@@ -336,37 +346,37 @@ def test_the_batch_hash_knows_the_rows_but_not_their_order():
     (6, 4096, 3),  # 4 would fit but does not divide
     (2, 32768, 1)])  # one is taken however long
 def test_the_micro_batch_divides_the_batch_within_16384_tokens(batch_size, seq_len, wanted):
-    assert train.choose_micro_batch(train.TrainConfig(batch_size=batch_size), seq_len) == wanted
+    assert choose_micro_batch(train.TrainConfig(batch_size=batch_size), seq_len) == wanted
 
 
 def test_a_micro_batch_by_hand_is_kept_but_never_above_the_batch():
     for given, wanted in ((3, 3), (8, 8), (100, 8)):
         config = train.TrainConfig(batch_size=8, micro_batch_size=given)
-        assert train.choose_micro_batch(config, 32) == wanted
+        assert choose_micro_batch(config, 32) == wanted
 
 
 def test_compiling_needs_a_compiler_and_the_headers_of_python(monkeypatch, tmp_path):
-    monkeypatch.setattr(train.sysconfig, "get_path", lambda name: str(tmp_path))
-    monkeypatch.setattr(train.shutil, "which", lambda name: f"/bin/{name}")
-    assert not train.can_compile()
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
+    assert not can_compile()
     (tmp_path / "Python.h").touch()
-    assert train.can_compile()
-    monkeypatch.setattr(train.shutil, "which", lambda name: None)
-    assert not train.can_compile()
+    assert can_compile()
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert not can_compile()
 
 
 @pytest.mark.parametrize("compiler, wanted", [(None, False), ("/bin/c++", True)])
 def test_auto_compiles_on_a_cpu_only_where_it_can(monkeypatch, capsys, compiler, wanted):
-    monkeypatch.setattr(train.shutil, "which", lambda name: compiler)
-    monkeypatch.setattr(train.Path, "is_file", lambda path: True)
-    _, compiled = train.choose_machine(train.TrainConfig(dtype="float32"), torch.device("cpu"))
+    monkeypatch.setattr(shutil, "which", lambda name: compiler)
+    monkeypatch.setattr(Path, "is_file", lambda path: True)
+    _, compiled = choose_machine(train.TrainConfig(dtype="float32"), torch.device("cpu"))
     assert compiled == wanted
     printed = capsys.readouterr().out
     assert ("compiler" in printed and "not compiled" in printed) != wanted
 
 
 def test_what_was_chosen_is_printed(capsys):
-    dtype, compiled = train.choose_machine(train.TrainConfig(dtype="bfloat16", compile="true"),
+    dtype, compiled = choose_machine(train.TrainConfig(dtype="bfloat16", compile="true"),
                                            torch.device("cpu"))
     assert (dtype, compiled) == (torch.bfloat16, True)
     [line] = capsys.readouterr().out.splitlines()
@@ -430,14 +440,14 @@ def test_the_run_directory_says_what_the_run_is(finished):
     for shard in manifest["shards"]:
         content = (batches.order_dir / shard["file"]).read_bytes()
         assert shard["sha256"] == hashlib.sha256(content).hexdigest()
-    tokenizer = data.Tokenizer.load(finished / "tokenizer.json")
+    tokenizer = Tokenizer.load(finished / "tokenizer.json")
     assert tokenizer.vocab_size == 512 and tokenizer.decode(tokenizer.encode("a b")) == "a b"
 
 
 def test_a_row_names_its_batch(finished):
     batches, _ = batches_of(finished.with_suffix(".py"))
     for row in rows(finished):
-        assert row["batch_hash"] == train.batch_hash(batches(row["step"])["tokens"])
+        assert row["batch_hash"] == batch_hash(batches(row["step"])["tokens"])
 
 
 # ---- A run goes on as if it had not stopped ------------------------------------------------------
@@ -476,7 +486,7 @@ def same_run(run, reference):
     seconds = [row["seconds"] for row in rows(run)]
     assert seconds == sorted(seconds)  # they too go on
     assert saved_steps(run)[-1] == saved_steps(reference)[-1] == count
-    assert differing_weights(m.load_model(run), m.load_model(reference)) == []
+    assert differing_weights(load_model(run), load_model(reference)) == []
     one, other = (next(path.glob(f"step{count:06d}/*.distcp")) for path in (run, reference))
     assert one.read_bytes() == other.read_bytes()
 
@@ -522,7 +532,7 @@ def torture(run, words, start, moments, **options):
             time.sleep(moment)
         assert interrupt(process, signal.SIGKILL)[0] == -signal.SIGKILL
         for step in run.glob("step??????"):
-            m.verify_step(step)
+            verify_step(step)
 
 
 def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path, tiny_config, start, call,
@@ -550,7 +560,7 @@ def test_ten_kills_change_nothing(tmp_path, tiny_config, start, python, seed):
 @pytest.mark.slow
 def test_the_compiled_default_on_two_threads_goes_on_too(tmp_path, start, python):
     """configs/tiny.py itself, shortened: compiled blocks, the chip's own dtype, two threads."""
-    if not train.can_compile():
+    if not can_compile():
         pytest.skip("needs a C++ compiler")
     words = [Path(train.__file__).parent / "configs/tiny.py", "--compile=true",
              "--max_steps=30", "--save_every_steps=5", "--eval_every_steps=15",
@@ -569,7 +579,7 @@ def test_the_compiled_default_on_two_threads_goes_on_too(tmp_path, start, python
 def test_compiled_gradients_are_the_same_bits_each_time_and_near_the_eager_ones(
         tmp_path, monkeypatch, request, dtype):
     """On two threads, at the size of configs/tiny.py; with the embedding compiled they differ."""
-    if not train.can_compile():
+    if not can_compile():
         pytest.skip("needs a C++ compiler")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     request.addfinalizer(lambda: torch.set_num_threads(1))
@@ -584,7 +594,7 @@ def test_compiled_gradients_are_the_same_bits_each_time_and_near_the_eager_ones(
         return {name: p.grad.clone() for name, p in model.named_parameters()}
     eager, compiled = (m.build_model(m.ModelConfig(), 0) for _ in range(2))
     eager.compute_dtype = compiled.compute_dtype = dtype
-    train.compile_model(compiled, torch.device("cpu"))
+    compile_model(compiled, torch.device("cpu"))
     first, wanted = gradients(compiled), gradients(eager)
     for _ in range(6):
         again = gradients(compiled)
@@ -653,13 +663,13 @@ def test_a_second_signal_acts_at_once():
     received = []
     before = signal.signal(signal.SIGTERM, lambda *_: received.append("at once"))
     try:
-        with train.StopSignal() as stop:
+        with StopSignal() as stop:
             assert stop.number == 0
             os.kill(os.getpid(), signal.SIGTERM)
             assert stop.number == signal.SIGTERM and not received
             os.kill(os.getpid(), signal.SIGTERM)
             assert received == ["at once"]
-        with train.StopSignal():
+        with StopSignal():
             pass
         os.kill(os.getpid(), signal.SIGTERM)
         assert received == ["at once"] * 2
@@ -751,13 +761,13 @@ def test_a_faulty_suite_is_met_before_the_data_is_built(tmp_path, tiny_config, c
 def test_an_evaluation_that_fails_loses_no_step_and_is_made_up_for(tmp_path, tiny_config, call,
                                                                    monkeypatch, refused):
     """At step 10 of 20 and again at the last: each time the step is saved, and evaluated later."""
-    run, evaluate, good = tmp_path / "run", train.evaluate_suites, [0, 1, 0, 1]
+    run, evaluate, good = tmp_path / "run", evaluate_suites, [0, 1, 0, 1]
 
     def sometimes(*words):
         if good and not good.pop(0):
             raise UserError("no evaluation today")
         return evaluate(*words)
-    monkeypatch.setattr(train, "evaluate_suites", sometimes)
+    monkeypatch.setattr("train.evaluate_suites", sometimes)
     file = tiny_config(run, save_every_steps=10)
     for step in (10, 20):
         refused(call(train, file), "no evaluation today")
@@ -772,10 +782,10 @@ def test_an_evaluation_that_fails_loses_no_step_and_is_made_up_for(tmp_path, tin
 def test_what_was_measured_of_a_run_goes_when_it_starts_over(copied, finished, call):
     for step in copied.glob("step*"):
         shutil.rmtree(step)
-    for name in train.MEASURED:
+    for name in MEASURED:
         (copied / name).write_text("{}\n")
     assert call(train, finished.with_suffix(".py"), f"--run_dir={copied}").returncode == 0
-    assert not any((copied / name).exists() for name in train.MEASURED)
+    assert not any((copied / name).exists() for name in MEASURED)
 
 
 def test_a_state_tells_of_the_data_before_accept_changes(copied, finished, call, tmp_path):
@@ -789,10 +799,10 @@ def test_a_state_tells_of_the_data_before_accept_changes(copied, finished, call,
 
 
 def test_the_loop_speaks_of_what_there_is(tmp_path, capsys):
-    log = train.Log(tmp_path, 0)
+    log = Log(tmp_path, 0)
     tasks = {"one": {"accuracy": 0.254, "greedy": 0.0, "bits_per_byte": 2.0},
              "set": {"greedy": 0.0, "bits_per_byte": 3.25}}
-    train.log_evaluation(log, {"step": 5, "tokens": 1, "seconds": 1.0},
+    log_evaluation(log, {"step": 5, "tokens": 1, "seconds": 1.0},
                          {"bits_per_byte": {}, "sums": {}, "tasks": tasks})
     assert capsys.readouterr().out.splitlines() == [
         "step 5: bits per byte: set 3.250", "step 5: accuracy: one 25.4%"]
@@ -898,7 +908,7 @@ def test_a_repaired_run_needs_no_second_repair(copied, call):
     """The damaged step 20 was made anew, whole, when the run came by it again."""
     flip(copied / "step000020/__0_0.distcp")
     assert "warning" in call(train, f"--resume={copied}").stdout
-    m.verify_step(copied / "step000020")
+    verify_step(copied / "step000020")
     result = call(train, f"--resume={copied}")
     assert "warning" not in result.stdout and "finished, at step 20" in result.stdout
 
@@ -908,7 +918,7 @@ def test_a_damaged_step_does_not_count_among_the_last_that_are_kept(copied, call
     flip(copied / "step000020/__0_0.distcp")
     result = call(train, f"--resume={copied}", "--max_steps=17", "--keep_last=1")
     assert result.returncode == 0
-    assert m.newest_step(copied)[0].name == "step000017"
+    assert newest_step(copied)[0].name == "step000017"
 
 
 class Bomb:
@@ -953,7 +963,7 @@ def test_a_checkpoint_of_another_shape_is_refused_by_name(finished):
         model = m.build_model(m.ModelConfig(**shape | change), 0)
         optimizer = train.build_optimizer(model, train.TrainConfig())
         with pytest.raises(UserError, match=f"step000020.*{words}"):
-            train.load_checkpoint(step, model, optimizer)
+            load_checkpoint(step, model, optimizer)
 
 
 def test_a_run_of_another_shape_is_refused_by_name(copied, call, refused):
@@ -972,13 +982,13 @@ def test_a_checkpoint_restores_weights_and_moments(finished):
     for seed in (1, 2):
         model = m.build_model(configs[0], seed)
         optimizer = train.build_optimizer(model, configs[3])
-        train.load_checkpoint(finished / "step000020", model, optimizer)
-        pairs.append(train.training_tensors(model, optimizer))
+        load_checkpoint(finished / "step000020", model, optimizer)
+        pairs.append(training_tensors(model, optimizer))
     assert len(pairs[0]) == 4 * 10  # ten matrices; of each the weight, two moments and a count
     for name, tensor in pairs[0].items():
         assert torch.equal(tensor, pairs[1][name]) and tensor.any(), name
         assert not name.endswith(".step") or tensor == 20
-    for name, parameter in m.load_model(finished).named_parameters():
+    for name, parameter in load_model(finished).named_parameters():
         assert torch.equal(parameter, pairs[0][f"model.{name}"])
 
 
@@ -992,7 +1002,7 @@ def test_a_full_disk_ends_in_one_line_and_harms_nothing(copied, python, call, re
     refused(result, "step000022", "make room", f"--resume={copied}")
     assert saved_steps(copied) == [10, 15, 20] and content(copied / "step000020") == before
     for step in saved_steps(copied):
-        m.verify_step(copied / f"step{step:06d}")
+        verify_step(copied / f"step{step:06d}")
     result = call(train, *words)
     assert result.returncode == 0 and "goes on after step 20" in result.stdout
     assert steps(copied) == list(range(1, 25)) and saved_steps(copied) == [20, 22, 24]
@@ -1004,7 +1014,7 @@ def test_a_full_disk_under_the_log_is_one_line(tmp_path):
 
         def write(self, text):
             raise OSError(errno.ENOSPC, "No space left on device")
-    log = train.Log(tmp_path, 0)
+    log = Log(tmp_path, 0)
     log.file.close()
     log.file = FullDisk()
     with pytest.raises(UserError, match="metrics.jsonl.*No space left.*make room"):

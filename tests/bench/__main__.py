@@ -45,7 +45,7 @@ def alternate(sides, rounds=ROUNDS):
 
 def library_texts(size):
     """About `size` bytes of the running Python's topics, docstrings and code, in shuffled order."""
-    from data import stdlib_documents
+    from corpus.stdlib import stdlib_documents
     texts = [document["text"] for source in ("reference", "docstrings", "code")
              for document in stdlib_documents(source)]
     random.Random(0).shuffle(texts)
@@ -58,7 +58,7 @@ def library_texts(size):
 
 def library_documents():
     """The topics, and the docstrings of each module as one document: prose, long as pages."""
-    from data import stdlib_documents
+    from corpus.stdlib import stdlib_documents
     texts = [document["text"] for document in stdlib_documents("reference")]
     modules = {}
     for document in stdlib_documents("docstrings"):
@@ -80,7 +80,7 @@ def bench_tokenizer():
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import tokenizers
 
-    from data import Tokenizer, tokenizer_file
+    from corpus.tokenizer import Tokenizer, tokenizer_file
     file, texts = tokenizer_file("olmo"), library_texts(3_000_000)
     ours, theirs = Tokenizer.load(file), tokenizers.Tokenizer.from_file(str(file))
     ids = [ours.encode(text) for text in texts]
@@ -106,9 +106,11 @@ def bench_stages():
     12 MB/s, 10 M tokens/s."""
     import numpy as np
 
-    from data import (DOCUMENT_INDEX, RULES, Batches, DataConfig, DocumentWriter, Page, TokenShards,
-                      encode_block, english_score, tokenizer_file, write_clean_documents,
-                      write_json)
+    from corpus.rules import Page, RULES, english_score
+    from corpus.stages import DOCUMENT_INDEX, DocumentWriter
+    from corpus.tokenizer import tokenizer_file
+    from data import Batches, DataConfig, TokenShards, encode_block, write_clean_documents
+    from support.files import write_json
     documents = library_documents()
     megabytes = sum(len(document["text"].encode()) for document in documents) / 1e6
     scorers = {"language": english_score, "content": lambda sentence: 0.0}

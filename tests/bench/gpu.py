@@ -14,9 +14,14 @@ from statistics import median
 import numpy as np
 
 import train
-from configs import HOUSE, load_config
-from model import ModelConfig, choose_device, config_to_hf
 from tests.bench.speed import allocated_peak
+from configs import HOUSE, load_config
+from model import ModelConfig, OLMo, init_weights
+from scaling.machine import choose_device, flops_per_token, peak_flops, peak_memory
+from scaling.plan import plan_memory
+from scaling.ranks import setup_distributed
+from scaling.sharding import own_part, shard_model
+from support.weights import config_to_hf
 
 QUIET = ["--eval_every_steps=0", "--save_every_steps=0", "--log_every_steps=1", "--eval_share=0",
          "--max_steps=100000"]
@@ -81,7 +86,7 @@ def bench_gpu():
         row = measured(config, rows, policy)
         model_config, settings = load_config([str(HOUSE / config)], ModelConfig,
                                              train.TrainConfig)
-        plan = train.plan_memory(model_config, replace(
+        plan = plan_memory(model_config, replace(
             settings, activation_checkpointing=policy), 1, rows)
         print(f"| {name} | {rows} | {policy} | {row['tokens_per_second']:,.0f} | "
               f"{row['mfu'] or 0:.1%} | {row['peak_memory_gb']:.1f} | "
@@ -134,9 +139,9 @@ def print_peer(config, rows, recompute, steps=10):
         began = time.perf_counter()
         step(tokens)  # it ends with loss.item(), which waits for the GPU
         seconds.append(time.perf_counter() - began)
-    speed, peak = tokens.numel() / median(seconds), train.peak_flops(device)
-    print(f" {speed:,.0f} | {speed * train.flops_per_token(model_config) / (peak or math.inf):.1%} "
-          f"| {train.peak_memory(device):.1f} |")
+    speed, peak = tokens.numel() / median(seconds), peak_flops(device)
+    print(f" {speed:,.0f} | {speed * flops_per_token(model_config) / (peak or math.inf):.1%} "
+          f"| {peak_memory(device):.1f} |")
 
 
 def measured(config, rows, policy, steps=20):
@@ -170,19 +175,19 @@ def print_allocated(policy):
         d_model=256, n_heads=4, mlp_hidden_size=704, n_layers=8, max_seq_len=1024, vocab_size=8192,
         embedding_size=8192)
     config = train.TrainConfig(device="cpu", dtype="float32", activation_checkpointing=policy)
-    _, ranks, device = train.setup_distributed("cpu")
+    _, ranks, device = setup_distributed("cpu")
     with torch.device("meta"):
-        model = train.OLMo(model_config)
+        model = OLMo(model_config)
     tokens = torch.zeros(2 * rows, 1024, dtype=torch.long)
     batch = {"tokens": tokens, "targets": tokens, "loss_mask": tokens == 0}
     with torch.profiler.profile(profile_memory=True, acc_events=True) as profiler:
-        train.shard_model(model, config, device, torch.float32, False)
-        train.init_weights(model, 0, train.own_part)
+        shard_model(model, config, device, torch.float32, False)
+        init_weights(model, 0, own_part)
         optimizer = train.build_optimizer(model, config)
         for _ in range(2):
             train.train_step(model, optimizer, train.cut_batch(batch, rows, device),
                              train.pretraining_loss, 1e-3, 1.0)
-    print(sum(train.plan_memory(model_config, config, ranks, rows).values()),
+    print(sum(plan_memory(model_config, config, ranks, rows).values()),
           allocated_peak(profiler))
 
 

@@ -27,10 +27,13 @@ import numpy as np
 import torch
 
 import train
-from configs import HOUSE
-from data import Batches, DataConfig, TokenShards, build_data, train_bpe
-from model import ModelConfig, build_model, choose_dtype, generate, load_model, save_hf
 from tests.bench.__main__ import alternate, library_texts
+from configs import HOUSE
+from corpus.tokenizer import train_bpe
+from data import Batches, DataConfig, TokenShards, build_data
+from model import ModelConfig, build_model, generate, init_weights
+from scaling.machine import choose_dtype, flops_per_token, keep_freed_memory
+from support.weights import load_model, save_hf
 
 OPTIMIZER = dict(lr=1e-4, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1)
 TINY = ModelConfig()
@@ -114,7 +117,7 @@ def serve(words):
     build = BUILDERS.get(spec["build"]) or runpy.run_path(spec["build"])["build"]
     dtype, (config, rows, _) = getattr(torch, spec["dtype"]), SHAPES[spec["shape"]]
     if spec["keep"]:
-        train.keep_freed_memory()
+        keep_freed_memory()
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randint(config.vocab_size - 8, (rows, config.max_seq_len),
                              generator=generator) for _ in range(4)]
@@ -211,7 +214,7 @@ def table(shape, dtype, config, rows, sides):
     for name, side in sides.items():
         speed = tokens / median(side.seconds)
         ratios = [b / a for a, b in zip(ours.seconds, side.seconds, strict=True)]
-        share = speed * train.flops_per_token(config) / peak
+        share = speed * flops_per_token(config) / peak
         found[name] = {"tokens_per_second": round(speed), "ratio": round(median(ratios), 3),
                        "of_peak": round(share, 4), "peak_mb": round(side.first["peak"] / 1e6, 1)}
         spread = "" if side is ours else f" ({min(ratios):.2f} to {max(ratios):.2f})"
@@ -240,9 +243,9 @@ def loop_share(steps=30):
         built = build_data(data)
         batches = Batches(TokenShards(built, model_config.max_seq_len), rows, 0, built)
         device, dtype = torch.device("cpu"), choose_dtype("auto", torch.device("cpu"))
-        train.keep_freed_memory()
+        keep_freed_memory()
         model, optimizer = train.build_training(model_config, config, device, dtype, True)
-        train.init_weights(model, 0)
+        init_weights(model, 0)
         state = {"step": 0, "tokens": 0, "seconds": 0.0, "kwh": 0.0}
         nothing = {"bits_per_byte": {}, "sums": {}, "tasks": {}}
         fixed = train.cut_batch(batches(1), rows, device)
@@ -275,7 +278,7 @@ def bench_generate(new_tokens=200):
     two ids are never nearly as likely.
     """
     from transformers import OlmoForCausalLM
-    train.keep_freed_memory()
+    keep_freed_memory()
     ours = build_model(TINY, seed=0)
     with torch.no_grad():
         for parameter in ours.parameters():

@@ -8,11 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
-from configs import HOUSE, load_config
-from data import Tokenizer, tokenizer_file, train_bpe
-from eval import PAPER_METRIC, EvalConfig, encode_request, packaged_task, score_requests
-from model import ModelConfig, build_model, load_model, save_hf
 from tests.bench.__main__ import alternate, library_texts
+from configs import HOUSE, load_config
+from corpus.tokenizer import Tokenizer, tokenizer_file, train_bpe
+from eval import EvalConfig, encode_request, score_requests
+from model import ModelConfig, build_model
+from support.tasks import PAPER_METRIC, packaged_task
+from support.weights import load_model, save_hf
 
 
 def models(folder):
