@@ -23,6 +23,14 @@ PARTS = ("corpus", "scaling", "support")
 ROOMS = ("model.py", "data.py", "eval.py", "train.py", "adapt.py", "scaling/plan.py")
 
 
+def setting(default, help):
+    """A field of a config dataclass: its default, and the sentence that --help prints."""
+    if isinstance(default, dict | list):  # a fresh copy for each instance
+        return dataclasses.field(default_factory=lambda: type(default)(default),
+                                 metadata={"help": help})
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
 def load_config(argv, *schemas):
     """Read `argv`, config files and --key=value words, into one frozen instance of each schema.
 
@@ -175,7 +183,7 @@ def help_text(*schemas):
             default = (field.default if field.default is not dataclasses.MISSING
                        else field.default_factory())
             lines += [f"  --{field.name}={default}  ({type_name(field.type)})",
-                      f"      {about[field.name]}"]
+                      f"      {field.metadata.get('help') or about[field.name]}"]
     return "\n".join(lines)
 
 
