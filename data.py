@@ -36,9 +36,9 @@ from corpus.rules import (CONTENT_SCORERS, DEDUPLICATIONS, LANGUAGE_SCORERS, RUL
                           filter_documents, parse_source)
 from corpus.stages import (DOCUMENT_INDEX, DocumentWriter, ShardWriter, ages_of, blocks_of,
                            building_code, finished, hash_of, hash_of_id, in_batches, input_ages,
-                           link_files, locked, ordered_map, read_block, stored_documents, taken)
+                           link_files, ordered_map, read_block, stored_documents, taken)
 from corpus.tokenizer import BPE_SAMPLE_CHARS, Tokenizer, tokenizer_at, tokenizer_file, train_bpe
-from support.files import UserError, file_sha256, read_json, run_main, write_json
+from support.files import Lock, UserError, file_sha256, read_json, run_main, write_json
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ def build_data(config):
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with locked(folder.parent):  # a second process waits, and finds it built
+        with Lock(folder.parent / ".lock", on_wait=print_wait):  # it may find it built
             for leftover in (*folder.parent.glob("*.tmp"), *folder.parent.glob("stages/*.tmp")):
                 shutil.rmtree(leftover, ignore_errors=True)
             if not (folder / "manifest.json").is_file():
@@ -256,6 +256,10 @@ def build_data(config):
                         "--workers=1") from None
     except OSError as error:
         raise UserError(f"{folder}: the data could not be built ({error})") from None
+
+
+def print_wait(holder):
+    print(f"data: waiting for another process that builds here ({holder})")
 
 
 def data_folder(config):
@@ -605,7 +609,7 @@ class Batches:
         if epoch not in self.orders:
             n = len(self.shards)
             path = self.order_dir / f"order-n{n}-seed{self.seed}-epoch{epoch}.bin"
-            with locked(self.order_dir):
+            with Lock(self.order_dir / ".lock", on_wait=print_wait):
                 if not path.is_file() or path.stat().st_size != 4 * n:
                     aside = path.with_name(path.name + ".tmp")
                     aside.write_bytes(instance_order(n, self.seed, epoch).tobytes())

@@ -1,6 +1,5 @@
 """Stages of a build: cached, locked, in worker processes, and whole or absent after a crash."""
 
-import fcntl
 import gzip
 import hashlib
 import json
@@ -14,7 +13,6 @@ import time
 import zlib
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -106,21 +104,6 @@ class ShardWriter:
             file.close()
         return {"file": self.path.name, "tokens": self.tokens, "documents": self.documents,
                 "sha256": file_sha256(self.path)}
-
-
-@contextmanager
-def locked(folder):
-    """Hold a directory for this process alone; a second process waits for its turn."""
-    with open(folder / ".lock", "w") as handle:
-        # subtle: forked workers do not inherit a POSIX lock; it ends with this very process
-        try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"data: waiting for the process that works in {folder}")
-            fcntl.lockf(handle, fcntl.LOCK_EX)
-        except OSError:
-            print(f"data: {folder} knows no locks; see to it that one process alone builds there")
-        yield
 
 
 def finished(folder, build):

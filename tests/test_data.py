@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import errno
 import functools
 import gzip
 import hashlib
@@ -14,6 +15,9 @@ import os
 import random
 import re
 import shutil
+import subprocess
+import sys
+import threading
 import time
 import unicodedata
 from collections import Counter
@@ -34,7 +38,7 @@ from corpus.stdlib import stdlib_document, stdlib_documents
 from corpus.tokenizer import (EOS, PAD, PII_MARKERS, SPACE_RUNS, Tokenizer, WHITESPACE_LIMIT,
                               cut_whitespace, learn_merges, tokenizer_spec, train_bpe)
 from data import Batches, DataConfig, TokenShards, build_data, write_shards
-from support.files import UserError
+from support.files import Lock, UserError
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 HOUSE = Path(data.__file__).resolve().parent
@@ -1138,6 +1142,45 @@ def test_fingerprint_follows_the_data_its_order_and_its_cut(tmp_path):
     assert all(one != fingerprint() for one in changed)
     order = np.array(official_order(n, 7, 0), np.uint32)
     assert fingerprint()["order_sha256"] == hashlib.sha256(order.tobytes()).hexdigest()
+
+
+# ---- The lock --------------------------------------------------------------------------------
+
+HOLD = """
+import sys
+from support.files import Lock
+lock = Lock(sys.argv[1])
+print(lock.text, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_one_process_at_a_time_holds_a_lock_and_a_kill_frees_it(tmp_path):
+    """The holder is another process, as a POSIX lock never shuts out its own."""
+    command = [sys.executable, "-c", HOLD, tmp_path / ".lock"]
+    with subprocess.Popen(command, cwd=HOUSE, text=True, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as holder:
+        text = holder.stdout.readline().strip()
+        assert f"process {holder.pid} on " in text
+        waited = []
+        for patience in (0, 0.3):
+            with pytest.raises(UserError) as error:
+                Lock(tmp_path / ".lock", patience, waited.append)
+            assert str(tmp_path) in str(error.value) and text in str(error.value)
+        assert waited == [text]
+        threading.Timer(0.3, holder.kill).start()
+        with Lock(tmp_path / ".lock", on_wait=waited.append) as lock:
+            assert (tmp_path / ".lock").read_text() == lock.text != text
+        assert waited == [text, text]
+    Lock(tmp_path / ".lock", patience=0).release()
+
+
+def test_a_disk_without_locks_is_said_and_the_work_goes_on(tmp_path, monkeypatch, capsys):
+    def no_locks(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr("support.files.fcntl.lockf", no_locks)
+    with Lock(tmp_path / ".lock") as lock:
+        assert lock.text and str(tmp_path / ".lock") in capsys.readouterr().out
 
 
 # ---- The command line ----------------------------------------------------------------------------
