@@ -1,4 +1,8 @@
-"""Step directories: whole or absent, for any number of ranks, read without running anything."""
+"""Step directories RUN/step000500: complete or absent, for any number of ranks, read safely.
+
+Reading one runs no code from it. DCP's metadata is a pickle, so an unpickler of our own admits
+plain records alone; a tensor's file holds nothing else.
+"""
 
 import hashlib
 import json
@@ -11,15 +15,75 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
-from scaling.ranks import gather, on_main, rank
+from scaling.ranks import gather, on_rank0, rank
 from support.files import UserError, file_sha256, fsync, read_json, write_json
+
+# ---- Finding -------------------------------------------------------------------------------------
+
+def run_of(path):
+    """The directory that holds config.json and tokenizer.json: `path`, or its parent for a step."""
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such directory; python train.py configs/tiny.py makes "
+                        "runs/tiny, and then python adapt.py configs/tiny_sft.py runs/tiny_sft")
+    return path.parent if (path / "state.json").is_file() else path
+
+
+def step_directories(run):
+    """The step directories of a run, oldest first."""
+    steps = [path for path in Path(run).glob("step*") if path.name[4:].isdigit() and path.is_dir()]
+    return sorted(steps, key=step_of)
+
+
+def step_of(path):
+    """500 for RUN/step000500."""
+    return int(path.name.removeprefix("step"))
+
+
+def newest_step(run, digests=True):
+    """Returns (path, state) of a run's newest undamaged step; damaged ones are named and skipped."""
+    for path in reversed(step_directories(run)):
+        try:
+            return path, verify_step(path, digests)
+        except UserError as error:
+            print(f"warning: {error}; trying the step before it")
+    raise UserError(f"{run}: has no undamaged step directory")
+
+
+# ---- Checking ------------------------------------------------------------------------------------
+
+def verify_step(path, digests=True):
+    """The state.json of a step directory, after a check of every file's size and SHA-256.
+
+    digests=False checks the sizes only. Raises UserError that names the damaged file.
+    """
+    state = read_json(path / "state.json")
+    if state.get("sha256") != state_digest(state):
+        raise UserError(f"{path / 'state.json'}: damaged, its digest differs")
+    if not isinstance(state.get("files"), dict):
+        raise UserError(f"{path / 'state.json'}: lists no files")
+    for name, expected in state["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise UserError(f"{file}: missing from this checkpoint")
+        if file.stat().st_size != expected["size"]:
+            raise UserError(f"{file}: damaged, {file.stat().st_size} bytes, not {expected['size']}")
+        if digests and file_sha256(file) != expected["sha256"]:
+            raise UserError(f"{file}: damaged, its SHA-256 differs")
+    return state
+
+
+def state_digest(state):
+    """SHA-256 of a step's state.json without its own "sha256"."""
+    body = {key: value for key, value in state.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def check_tensors(wanted, found, place):
     """Compare two {name: shape}; UserError lists what is missing, unexpected or misshapen."""
     faults = [f"missing {name}" for name in wanted if name not in found]
     faults += [f"unexpected {name}" for name in found if name not in wanted]
-    faults += [f"{name} has shape {found[name]}, wanted {wanted[name]}" for name in wanted
+    faults += [f"{name} has shape {found[name]}, not {wanted[name]}" for name in wanted
                if name in found and found[name] != wanted[name]]
     if faults:
         more = f", and {len(faults) - 5} more" if len(faults) > 5 else ""
@@ -27,51 +91,10 @@ def check_tensors(wanted, found, place):
                         f"{'; '.join(faults[:5])}{more}")
 
 
-def step_directories(run):
-    """The step directories of a run, oldest first."""
-    steps = [path for path in Path(run).glob("step*") if path.name[4:].isdigit() and path.is_dir()]
-    return sorted(steps, key=lambda path: int(path.name[4:]))
-
-
-def newest_step(run, digests=True):
-    """(path, state) of a run's newest whole step directory; damaged ones are named and skipped."""
-    for path in reversed(step_directories(run)):
-        try:
-            return path, verify_step(path, digests)
-        except UserError as error:
-            print(f"warning: {error}; trying the step before it")
-    raise UserError(f"{run}: holds no whole step directory")
-
-
-def state_digest(state):
-    """SHA-256 of a step's state.json, its own digest left out."""
-    body = {key: value for key, value in state.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def verify_step(path, digests=True):
-    """The state.json of a step directory whose every file has its recorded size and SHA-256.
-
-    digests=False leaves the files' SHA-256 out.
-    """
-    state = read_json(path / "state.json")
-    if state.get("sha256") != state_digest(state):
-        raise UserError(f"{path / 'state.json'}: damaged, its digest differs")
-    if not isinstance(state.get("files"), dict):
-        raise UserError(f"{path / 'state.json'}: lists no files")
-    for name, record in state["files"].items():
-        file = path / name
-        if not file.is_file():
-            raise UserError(f"{file}: missing from this checkpoint")
-        if file.stat().st_size != record["size"]:
-            raise UserError(f"{file}: damaged, {file.stat().st_size} bytes, not {record['size']}")
-        if digests and file_sha256(file) != record["sha256"]:
-            raise UserError(f"{file}: damaged, its SHA-256 differs")
-    return state
-
+# ---- Reading -------------------------------------------------------------------------------------
 
 class SafeUnpickler(pickle.Unpickler):
-    """Unpickles only what DCP writes in `.metadata`: plain records of names, shapes and dtypes."""
+    """Unpickles only what DCP writes into `.metadata`: records of names, shapes and dtypes."""
 
     ALLOWED = {
         "torch": {"Size", "float32", "float64", "bfloat16", "int64"},
@@ -90,7 +113,7 @@ class SafeUnpickler(pickle.Unpickler):
 
 
 class SafeReader(dcp.FileSystemReader):
-    """DCP's reader, which by itself unpickles `.metadata` and byte entries without limits."""
+    """DCP's reader made safe: by itself it unpickles `.metadata` and byte entries freely."""
 
     def read_metadata(self, *args, **kwargs):
         file = Path(self.path) / ".metadata"
@@ -108,15 +131,20 @@ class SafeReader(dcp.FileSystemReader):
 
 
 def read_step(path, tensors):
-    """Fill `tensors`, {name: tensor or DTensor}, in place from a step directory."""
+    """Fill `tensors`, {name: tensor or DTensor}, in place from a step directory.
+
+    Raises UserError, before any is read, for one that is missing, unexpected or misshapen.
+    """
     reader = SafeReader(str(path))
     entries = reader.read_metadata().state_dict_metadata
     wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    prefixes = {name.split(".")[0] for name in wanted}
-    check_tensors(wanted, {name: tuple(entry.size) for name, entry in entries.items()
-                           if name.split(".")[0] in prefixes}, path)
+    # A reader of weights alone asks for "model.*"; the optimiser's entries are then no surprise.
+    kinds = {name.split(".")[0] for name in wanted}
+    found = {name: tuple(entry.size) for name, entry in entries.items()
+             if name.split(".")[0] in kinds}
+    check_tensors(wanted, found, path)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that there is but one process
+        warnings.simplefilter("ignore", UserWarning)  # "only one process": that is fine
         try:
             dcp.load(tensors, storage_reader=reader)
         except CheckpointException as error:
@@ -124,94 +152,99 @@ def read_step(path, tensors):
 
 
 def root_cause(error):
-    """The error inside DCP's wrapper, in one line."""
+    """One line about the first error that DCP has collected from the ranks."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def run_of(path):
-    """The directory that holds config.json and tokenizer.json: `path`, or its parent for a step."""
-    path = Path(path)
-    if not path.is_dir():
-        raise UserError(f"{path}: no such directory; python train.py configs/tiny.py makes "
-                        "runs/tiny, and of it python adapt.py configs/tiny_sft.py runs/tiny_sft")
-    return path.parent if (path / "state.json").is_file() else path
-
+# ---- Writing -------------------------------------------------------------------------------------
 
 def training_tensors(model, optimizer):
-    """{name: tensor} of all that training changes: the weights, AdamW's moments and counts."""
+    """{name: tensor} of all that training changes: the weights and the optimiser's state.
+
+    torch.distributed.checkpoint.state_dict would collect them too, but it stores the learning rate
+    and its like as pickled bytes, which SafeReader refuses to load.
+    """
     tensors = {}
-    for name, p in model.named_parameters():
-        tensors[f"model.{name}"] = p.detach()
-        tensors.update((f"optimizer.{name}.{key}", value)
-                       for key, value in optimizer.state[p].items())
+    for name, parameter in model.named_parameters():
+        tensors[f"model.{name}"] = parameter.detach()
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"optimizer.{name}.{key}"] = value
     return tensors
 
 
 def save_checkpoint(run, state, model, optimizer):
     """Write RUN/step000500: tensors through DCP, and state.json with each file's size and SHA-256.
 
-    Every rank writes and hashes its own slices; another number of ranks can load them. It is
-    written under another name and renamed when all are done: one that exists is whole, a failed one
-    is gone. There is no random state to save: training draws nothing, and the data's order is a
-    function of the step.
+    Every rank writes and hashes its own slices; any number of ranks can load them. The directory is
+    written under another name and renamed when all ranks are done, so one that exists is complete.
+    No random state is saved: training draws no random numbers, and the data order is a function of
+    the step. Raises UserError on every rank if the disk is full; what was written is then deleted.
     """
     path = Path(run) / f"step{state['step']:06d}"
-    if on_main(path.exists):
+    if on_rank0(path.exists):
         return path
     aside = path.with_name(path.name + ".tmp")
-    on_main(lambda: shutil.rmtree(aside, ignore_errors=True))
-    files, fault = {}, None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that there is but one process
-            dcp.save(training_tensors(model, optimizer), checkpoint_id=aside)
-        files = records(aside.glob(f"__{rank()}_*"))
-    except (OSError, CheckpointException) as error:
-        fault = root_cause(error)
-    everyone = gather((files, fault))
-    on_main(lambda: finish_checkpoint(path, aside, state, everyone))
+    on_rank0(lambda: shutil.rmtree(aside, ignore_errors=True))
+    files, error = write_own_slices(aside, training_tensors(model, optimizer))
+    everyone = gather((files, error))
+    on_rank0(lambda: finish_checkpoint(path, aside, state, everyone))
     return path
 
 
-def finish_checkpoint(path, aside, state, everyone):
-    """Write state.json over what all ranks have written, and give the checkpoint its name."""
+def write_own_slices(folder, tensors):
+    """Returns ({file: size and SHA-256}, error or None) of what this rank wrote."""
     try:
-        faults = [fault for _, fault in everyone if fault]
-        if faults:
-            raise OSError(faults[0])
-        files = {name: record for theirs, _ in everyone for name, record in theirs.items()}
-        files |= records(file for file in aside.iterdir() if file.name not in files)  # .metadata
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # "only one process": that is fine
+            dcp.save(tensors, checkpoint_id=folder)
+        return describe_files(folder.glob(f"__{rank()}_*")), None
+    except (OSError, CheckpointException) as error:
+        return {}, root_cause(error)
+
+
+def finish_checkpoint(path, aside, state, everyone):
+    """On rank 0: write state.json about the files of all ranks, and name the checkpoint."""
+    try:
+        files = {}
+        for written, error in everyone:
+            if error:
+                raise OSError(error)
+            files.update(written)
+        not_listed = [file for file in aside.iterdir() if file.name not in files]  # .metadata
+        files.update(describe_files(not_listed))
         state = {**state, "files": dict(sorted(files.items()))}
         write_json(aside / "state.json", {**state, "sha256": state_digest(state)})
         aside.rename(path)
-        fsync(path.parent)  # an older one may now be deleted: the new name must be on the disk
+        fsync(path.parent)  # the new name must be on the disk before an older step is deleted
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise UserError(f"{path}: the checkpoint could not be written ({error}); make room, then "
-                        "go on from the one before: "
+        raise UserError(f"{path}: the checkpoint could not be written ({error}); free some space, "
+                        "then continue from the checkpoint before it: "
                         f"python train.py --resume={path.parent}") from None
 
 
-def records(files):
-    """{name: its size and SHA-256}."""
+def describe_files(files):
+    """{name: {"size": bytes, "sha256": hex}} of some files."""
     return {file.name: {"size": file.stat().st_size, "sha256": file_sha256(file)}
             for file in files}
 
 
 def load_checkpoint(path, model, optimizer):
-    """Restore weights and optimiser in place from a step directory, of any number of ranks."""
+    """Restore weights and optimiser in place from a step that any number of ranks wrote."""
     read_step(path, training_tensors(model, optimizer))
 
 
 def drop_old_checkpoints(run, keep_last, keep_every):
-    """Delete all but the newest `keep_last` steps and the multiples of `keep_every`.
+    """Delete all steps but the newest `keep_last` and the multiples of `keep_every`; 0 is no rule.
 
-    They are renamed first: a step's name means whole.
+    A step is renamed before it is deleted, because its name promises that it is complete.
     """
-    if keep_last:
-        for path in step_directories(run)[:-keep_last]:
-            if not keep_every or int(path.name[4:]) % keep_every:
-                doomed = path.rename(path.with_name(path.name + ".tmp"))
-                shutil.rmtree(doomed)
+    if not keep_last:
+        return
+    for path in step_directories(run)[:-keep_last]:
+        is_kept = keep_every and step_of(path) % keep_every == 0
+        if not is_kept:
+            doomed = path.rename(path.with_name(path.name + ".tmp"))
+            shutil.rmtree(doomed)

@@ -1,4 +1,4 @@
-"""The machine: device, dtype, compiler, memory, power."""
+"""The machine: device, dtype, compiler, memory, speed and energy."""
 
 import ctypes
 import resource
@@ -14,9 +14,16 @@ import torch
 from model import count_parameters
 from support.files import UserError
 
+# GPU: (dense bf16 TFLOP/s, GiB, watts), from the makers' data sheets. torch sees an MI250X as two
+# devices; these are the numbers of one.
+GPUS = {"a100-40": (312, 40, 400), "a100": (312, 80, 400), "h100": (989, 80, 700),
+        "h200": (989, 141, 700), "mi250x": (191.5, 64, 280)}
+
+
+# ---- What the forward runs on --------------------------------------------------------------------
 
 def choose_device(name="auto"):
-    """The device named, or with "auto" the GPU if there is one, else the CPU."""
+    """The torch.device called `name`; "auto" is the GPU if there is one, else the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
@@ -27,118 +34,152 @@ def choose_device(name="auto"):
 
 
 def choose_dtype(name, device):
-    """The forward's dtype: the one named, or with "auto" bfloat16 where the chip is fast at it."""
+    """The forward's dtype called `name`; "auto" is bfloat16 where the chip multiplies it fast."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float32
-    fast = device.type == "cpu" and "avx512_bf16" in cpu_flags()
-    return torch.bfloat16 if fast else torch.float32
+        is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        is_fast = device.type == "cpu" and "avx512_bf16" in cpu_flags()
+    return torch.bfloat16 if is_fast else torch.float32
 
 
 def cpu_flags():
+    """The text of /proc/cpuinfo, which lists the CPU's instruction sets; "" where there is none."""
     cpuinfo = Path("/proc/cpuinfo")
     return cpuinfo.read_text() if cpuinfo.is_file() else ""
 
-# GPU: (bf16 TFLOP/s, dense; GiB; watts), from the makers' data sheets; MI250X by half, as torch
-# sees it
-GPUS = {"a100-40": (312, 40, 400), "a100": (312, 80, 400), "h100": (989, 80, 700),
-        "h200": (989, 141, 700), "mi250x": (191.5, 64, 280)}
+
+def choose_compile(name, device):
+    """Returns (whether to compile, why): as `name` says, or with "auto" wherever it works."""
+    if name != "auto":
+        return name == "true", "as asked"
+    if device.type not in ("cpu", "cuda"):
+        return False, f"never tried on {device.type}"
+    if not can_compile():
+        return False, "no C++ compiler or no Python headers"
+    return True, "the first start takes about half a minute"
 
 
 def can_compile():
-    """Whether torch.compile finds what it needs: a C++ compiler and Python's headers."""
+    """True if torch.compile finds what it needs: a C++ compiler and Python's headers."""
     compiler = shutil.which("g++") or shutil.which("clang++")
-    return bool(compiler) and (Path(sysconfig.get_path("include")) / "Python.h").is_file()
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    return bool(compiler) and headers.is_file()
 
 
-def choose_micro_batch(config, seq_len, ranks=1):
-    """Sequences per forward: as set, or the most that divide a rank's share in 16,384 tokens."""
-    share = max(1, config.batch_size // ranks)
+def choose_micro_batch(config, seq_len, world_size=1):
+    """Sequences per forward on each rank: micro_batch_size, or what 16,384 tokens hold.
+
+    The choice divides a rank's share of the batch, so that all forwards have one shape.
+    """
+    per_rank = max(1, config.batch_size // world_size)
     if config.micro_batch_size:
-        return min(config.micro_batch_size, share)
-    return max(n for n in range(1, share + 1)
-               if share % n == 0 and (n * seq_len <= 16384 or n == 1))
+        return min(config.micro_batch_size, per_rank)
+    fitting = [n for n in range(1, per_rank + 1) if per_rank % n == 0 and n * seq_len <= 16384]
+    return max(fitting, default=1)
 
+
+# ---- Memory --------------------------------------------------------------------------------------
 
 def keep_freed_memory():
-    """Tell glibc to keep big freed buffers: faulting them in anew costs a quarter of each step."""
+    """Tell glibc to keep large freed buffers.
+
+    Otherwise each step pays a quarter of its time for page faults in fresh memory (CPU only).
+    """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no buffer by mmap, which free() would give back
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nor shrink the heap
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no buffer by mmap, which free() would return to the OS
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: do not shrink the heap either
 
+
+def peak_memory(device):
+    """The most GB that this process has held: of GPU memory, or without a GPU of main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+# ---- Speed ---------------------------------------------------------------------------------------
 
 def flops_per_token(config):
-    """Of a forward and a backward: 6 a weight of the matrices, the head too, and attention's."""
-    looked_up = 0 if config.weight_tying else config.embedding_size * config.d_model
-    weights = count_parameters(config) - looked_up
-    return 6 * weights + 12 * config.n_layers * config.d_model * config.max_seq_len
+    """FLOPs per token, forward + backward: 6 per weight of the products, 12 L D T for attention.
+
+    The head is a matrix product; looking a row up in the embedding is none. As in PaLM
+    (arXiv 2204.02311, appendix B), attention is counted as if nothing were masked.
+    """
+    lookup = 0 if config.weight_tying else config.embedding_size * config.d_model
+    weights = count_parameters(config) - lookup
+    attention = 12 * config.n_layers * config.d_model * config.max_seq_len
+    return 6 * weights + attention
 
 
 def peak_flops(device):
-    """The bf16 peak of this GPU a second, or None if it is none of the table."""
+    """The GPU's bf16 FLOP/s at best, or None for a device that is not in the table."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device).lower().replace(" ", "")
     if "h100" in name and ("pcie" in name or "nvl" in name):
-        return None  # slower than the table's, which has the SXM board
-    known = [flops for gpu, (flops, _, _) in GPUS.items() if gpu in name]
-    return known[0] * 1e12 if known else None
+        return None  # slower than the SXM board in the table
+    for gpu, (tflops, _, _) in GPUS.items():
+        if gpu in name:
+            return tflops * 1e12
+    return None
 
 
-def peak_memory(device):
-    """The most GB that this rank has held: of the GPU's memory, or without one of the machine's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
+# ---- Energy --------------------------------------------------------------------------------------
 
 class PowerMeter:
-    """The energy of this rank's device: NVML's power each second, or else `watts` by the clock.
+    """Energy of this rank's device: the GPU's power, read once a second, or else `watts` x time.
 
-    As in the paper (section 4.4) power is sampled and averaged over the time; unlike there it is
-    the GPU's alone, not the node's. `metered` says which of the two it is.
+    As in the paper (section 4.4) power is sampled and summed over time. Unlike there, it is the
+    power of the GPU alone, not of the node. `metered` is True where a GPU's meter is read.
     """
 
     def __init__(self, device, watts):
-        self.device, self.watts, self.joules = device, watts, 0.0
+        self.device = device
+        self.watts = watts
+        self.joules = 0.0
+        self.start = time.monotonic()
         self.metered = device.type == "cuda" and self.read() is not None
-        self.began = time.monotonic()
         if self.metered:
             threading.Thread(target=self.sample, daemon=True).start()
 
     def read(self):
-        """The power now in watts, or None where no meter can be read."""
+        """The GPU's power now in watts, or None if its meter cannot be read."""
         try:
             power = torch.cuda.power_draw(self.device)
-            return power if torch.version.hip else power / 1000  # AMD's comes in watts
-        except Exception:  # no pynvml, no driver, no right: as many kinds of errors
+        except Exception:  # no pynvml, no driver, no permission: each raises an error of its own
             return None
+        return power if torch.version.hip else power / 1000  # AMD reports watts, NVIDIA milliwatts
 
     def sample(self):
+        """Add up the energy once a second, for ever (in a thread)."""
         then = time.monotonic()
         while True:
             time.sleep(1.0)
-            now, watts = time.monotonic(), self.read()
-            self.joules += (self.watts if watts is None else watts) * (now - then)
+            now = time.monotonic()
+            power = self.read()
+            self.joules += (self.watts if power is None else power) * (now - then)
             then = now
 
     def kwh(self):
-        joules = self.joules if self.metered else self.watts * (time.monotonic() - self.began)
-        return joules / 3.6e6
+        """The energy so far."""
+        if self.metered:
+            return self.joules / 3.6e6
+        return self.watts * (time.monotonic() - self.start) / 3.6e6
 
 
 def carbon_kg(kwh, config):
-    """kg of CO2 equivalent; paper, section 4.4."""
+    """kg of CO2 equivalent = energy x PUE x carbon intensity of the grid (paper, section 4.4)."""
     return kwh * config.pue * config.kg_co2_per_kwh
 
 
 def energy_line(kwh, metered, config):
-    """Energy and carbon of a run, as in the paper's section 4.4."""
+    """One line with the energy and carbon of a run, by the formula of the paper's section 4.4."""
     if not kwh:
-        return "energy: unknown; --watts=... states the power of a rank where no meter is read"
-    source = "of the GPUs, metered" if metered else f"at {config.watts:g} W a rank, as stated"
+        return "energy: unknown; --watts=N states the power of a rank where no meter is read"
+    source = "of the GPUs, metered" if metered else f"at {config.watts:g} W per rank, as stated"
     return (f"energy: {kwh:.4g} kWh ({source}) x {config.pue:g} (PUE) x "
             f"{config.kg_co2_per_kwh:g} kg/kWh = {carbon_kg(kwh, config):.3g} kg CO2eq")

@@ -1,4 +1,8 @@
-"""Ranks: the process group that torchrun starts, and what ranks tell each other."""
+"""Ranks: the process group that torchrun starts, and what the ranks tell each other.
+
+Each process that torchrun starts is a rank. Without torchrun there is one process and no process
+group; a sum over the ranks is then the number itself.
+"""
 
 import functools
 import hashlib
@@ -8,80 +12,119 @@ import sys
 import time
 import uuid
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from configs import HOUSE, PARTS, ROOMS
 from scaling.machine import choose_device
 from support.files import UserError, file_sha256
 
+ROOT = Path(__file__).resolve().parent.parent
+ERROR_GRACE_S = 3  # how long a rank other than 0 waits before it prints an error of its own
 
-# The scaling layer: model.py, data.py and eval.py know nothing of it. A process that torchrun
-# started is a rank; without torchrun there is one, and no process group.
+
 def rank():
+    """The number of this process among all that train together; 0 if it is alone."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size():
+    """How many processes train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+# ---- Start and end -------------------------------------------------------------------------------
+
 def setup_distributed(name):
-    """(rank, world size, device named `name`) of this process, from torchrun's environment."""
+    """Join the process group that torchrun's environment describes; returns this rank's device.
+
+    name: "auto", "cpu", "cuda" or "mps". Raises UserError for more ranks than GPUs.
+    """
     device = choose_device(name)
     if device.type == "cuda":
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        if local >= torch.cuda.device_count():
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if local_rank >= torch.cuda.device_count():
             raise UserError(f"--nproc_per_node is above the {torch.cuda.device_count()} GPUs of "
                             f"{socket.gethostname()}")
-        device = torch.device("cuda", local)
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if device.type == "mps":
-            raise UserError("device=mps works for one process; --device=cpu for several")
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                timeout=timedelta(minutes=10), **fresh_rendezvous())
-        if rank():  # one rank speaks; the others' errors go to stderr
+            raise UserError("device=mps works for one process only; use --device=cpu for several")
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=10), **fresh_rendezvous())
+        if rank() > 0:  # only rank 0 prints; the errors of all ranks go to stderr
             sys.stdout = open(os.devnull, "w")
-    return rank(), world_size(), device
+    return device
 
 
 def fresh_rendezvous():
-    """The store, rank and world size of this attempt, for init_process_group.
+    """The store, rank and world size of this attempt, as init_process_group takes them.
 
-    # subtle: torchrun keeps one store over its restarts, and who finds a dead rank's address in it
-    # waits for ever (pytorch/pytorch#135712). So rank 0 names each attempt anew, and tells the name
-    # to those who ask under a new name of their own; they meet in a store of the attempt's name.
+    # subtle: torchrun reuses one key-value store across restarts. A rank that reads a dead rank's
+    # address from it hangs (pytorch/pytorch#135712). So rank 0 draws a new random prefix per
+    # attempt and hands it to each rank that asks; all ranks then use the store under that prefix.
+    # A rank asks under a random name of its own, so that an old answer cannot reach it.
     """
-    store, number, ranks = next(rendezvous("env://"))
+    store, own_rank, size = next(rendezvous("env://"))
     name = uuid.uuid4().hex
-    if number:
-        store.set(f"asking {number}", name)
-        attempt = store.get(f"attempt for {name}").decode()  # waits for it
-        store.set(f"{attempt} has {number}", "")
-        return dict(store=dist.PrefixStore(attempt, store), rank=number, world_size=ranks)
-    missing, deadline = set(range(1, ranks)), time.monotonic() + 1800
+    if own_rank == 0:
+        attempt = name
+        answer_all_ranks(store, attempt, size)
+    else:
+        store.set(f"asking {own_rank}", name)
+        attempt = store.get(f"attempt for {name}").decode()  # blocks until rank 0 answers
+        store.set(f"{attempt} has {own_rank}", "")
+    return {"store": dist.PrefixStore(attempt, store), "rank": own_rank, "world_size": size}
+
+
+def answer_all_ranks(store, attempt, size, patience_s=1800):
+    """On rank 0: tell the attempt's name to each rank that asks, until each confirms it."""
+    missing = set(range(1, size))
+    deadline = time.monotonic() + patience_s
     while missing and time.monotonic() < deadline:
         for other in sorted(missing):
             if store.check([f"asking {other}"]):
-                store.set(f"attempt for {store.get(f'asking {other}').decode()}", name)
-            if store.check([f"{name} has {other}"]):
+                asker = store.get(f"asking {other}").decode()
+                store.set(f"attempt for {asker}", attempt)
+            if store.check([f"{attempt} has {other}"]):
                 missing.remove(other)
         time.sleep(0.02)
-    return dict(store=dist.PrefixStore(name, store), rank=number, world_size=ranks)
 
+
+def on_all_ranks(main):
+    """Decorator of a `main(argv)`: the ranks leave their group at its end, and an error is printed
+    once.
+    """
+    @functools.wraps(main)
+    def run(argv):
+        try:
+            code = main(argv)
+        except UserError:
+            # If rank 0 failed too, it prints the error and torchrun kills this rank within the
+            # grace time. If not, this rank must print it.
+            if os.environ.get("RANK", "0") != "0":
+                time.sleep(ERROR_GRACE_S)
+            raise
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return code
+    return run
+
+
+# ---- Collectives ---------------------------------------------------------------------------------
 
 def reduce_sum(tensor):
-    """The sum of a tensor over all ranks, in place."""
+    """The sum of `tensor` over all ranks, in place and on every rank."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
 def largest(*numbers):
-    """The largest of each of `numbers` over all ranks, so that all of them decide alike."""
+    """The largest value over all ranks of each of `numbers`, so that all ranks decide alike."""
     if not dist.is_initialized():
         return list(numbers)
     tensor = torch.tensor(numbers, dtype=torch.float64)
@@ -90,77 +133,69 @@ def largest(*numbers):
 
 
 def gather(value):
-    """[value of rank 0, of rank 1, ...] on every rank."""
+    """[value of rank 0, value of rank 1, ...], on every rank."""
     values = [value] * world_size()
     if dist.is_initialized():
         dist.all_gather_object(values, value)
     return values
 
 
-def on_main(work, patience=None):
-    """What `work()` returns on rank 0, on every rank; its UserError or OSError ends them all.
+def on_rank0(work, patience=None):
+    """Run `work()` on rank 0 and return its result on every rank.
 
-    patience: how long the others wait, where 10 minutes may not do.
+    A UserError or OSError of rank 0 becomes a UserError on every rank.
+    patience: a timedelta that the other ranks wait, where the usual 10 minutes may be too short.
     """
     if not dist.is_initialized():
         return work()
     group = dist.new_group(backend="gloo", timeout=patience) if patience else None
-    outcome = [None, None]
+    result, error = None, None
     if rank() == 0:
         try:
-            outcome[0] = work()
-        except (UserError, OSError) as error:
-            outcome[1] = str(error)
+            result = work()
+        except (UserError, OSError) as raised:
+            error = str(raised)
+    outcome = [result, error]
     dist.broadcast_object_list(outcome, group=group)
-    if outcome[1]:
-        raise UserError(outcome[1])
-    return outcome[0]
+    result, error = outcome
+    if error:
+        raise UserError(error)
+    return result
 
 
-def as_on_main(value):
-    """Rank 0's `value` on every rank, which may have rounded its own otherwise."""
-    return on_main(lambda: value)
+def from_rank0(value):
+    """Rank 0's `value` on every rank; another rank may have rounded its own differently."""
+    return on_rank0(lambda: value)
 
 
-def on_all_ranks(main):
-    """`main` so that ranks leave their group at its end, and a mistake is said once."""
-    @functools.wraps(main)
-    def run(argv):
-        try:
-            code = main(argv)
-        except UserError:
-            if os.environ.get("RANK", "0") != "0":  # what rank 0 met too, it says, and torchrun
-                time.sleep(3)  # ends the others; what this one met alone it must say itself
-            raise
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        return code
-    return run
-
+# ---- Agreement -----------------------------------------------------------------------------------
 
 def check_agreement(facts):
-    """UserError on every rank if the dict `facts` is not the same on all of them."""
+    """UserError on every rank if the dict `facts` differs between ranks; it names the first key."""
     everyone = gather((socket.gethostname(), facts))
-    wanted = everyone[0][1]
-    for number, (host, theirs) in enumerate(everyone):
-        differing = [f"{key}: {wanted.get(key)} on rank 0, {theirs.get(key)} on rank {number}"
-                     for key in {**wanted, **theirs} if wanted.get(key) != theirs.get(key)]
+    _, wanted = everyone[0]
+    for other, (host, found) in enumerate(everyone):
+        differing = [f"{key}: {wanted.get(key)} on rank 0, {found.get(key)} on rank {other}"
+                     for key in {**wanted, **found} if wanted.get(key) != found.get(key)]
         if differing:
-            raise UserError(f"rank {number} ({host}) is not on the same run: "
-                            f"{'; '.join(differing)}. Give every node the same code, config and "
-                            "data")
+            raise UserError(f"rank {other} ({host}) differs from rank 0: {'; '.join(differing)}. "
+                            "Give every node the same code, config and data")
 
 
 def code_version():
-    """One hash over the code that every rank must share."""
-    rooms = [HOUSE / room for room in ("configs/__init__.py", *ROOMS) if (HOUSE / room).is_file()]
-    rooms += sorted(file for part in PARTS for file in (HOUSE / part).glob("*.py"))
-    return hashlib.sha256("".join(map(file_sha256, rooms)).encode()).hexdigest()[:12]
+    """One hash over all code files, which must be the same on every rank."""
+    folders = (".", "configs", "corpus", "scaling", "support")
+    files = [file for folder in folders for file in sorted((ROOT / folder).glob("*.py"))]
+    digests = "".join(file_sha256(file) for file in files)
+    return hashlib.sha256(digests.encode()).hexdigest()[:12]
 
 
 def batch_hash(tokens):
-    """A hash of the tokens (B, T) of all ranks, whose rows may come in any order: their sum."""
+    """A hash of int64 tokens (B, T) over all ranks that does not depend on the order of the rows.
+
+    It is the sum of the rows' hashes modulo 2**64, so any number of ranks gives the same value.
+    """
     digests = [hashlib.sha256(row.tobytes()).digest()[:8] for row in tokens.numpy()]
-    own = sum(int.from_bytes(digest, "big", signed=True) for digest in digests)
-    wrapped = (own + 2**63) % 2**64 - 2**63  # int64 sums wrap around, in torch as here
-    return f"{reduce_sum(torch.tensor(wrapped)).item() % 2**64:016x}"
+    total = sum(int.from_bytes(digest, "big", signed=True) for digest in digests)
+    as_int64 = (total + 2**63) % 2**64 - 2**63  # int64 sums wrap around, in torch as here
+    return f"{reduce_sum(torch.tensor(as_int64)).item() % 2**64:016x}"

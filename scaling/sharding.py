@@ -1,4 +1,7 @@
-"""One function puts FSDP2, recomputation and compiled blocks on a model, from outside."""
+"""Sharding (FSDP2), recomputation and compilation, put on a model from outside by one function.
+
+model.py knows nothing of them. What they need while training (a slice, a sum over ranks) is below.
+"""
 
 import functools
 import os
@@ -15,93 +18,134 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import (CheckpointPolicy, checkpoint,
                                     create_selective_checkpoint_contexts)
 
-from model import PLAIN_AT_MOST, Block, head_nats
+from model import PLAIN_AT_MOST, head_nats
 from scaling.ranks import world_size
 
 
-def shard_model(model, config, device, dtype, compiled):
-    """Make an OLMo on the meta device ready for training on `device`: empty, and in this order.
+# ---- Applied to a new model, in this order -------------------------------------------------------
 
-    Recomputation goes inside of the compiled region, so that the compiler plans it; FSDP's hooks
-    stay outside, where they can gather a block's weights just before it and free them after.
-    Weights, gradients' sums and optimiser are float32 slices; a block gathered is `dtype`.
+def shard_model(model, config, device, dtype, compiled):
+    """Make an OLMo on the meta device ready for training on `device`; its weights are still empty.
+
+    The order matters. Recomputation goes inside the compiled region, so that the compiler plans it.
+    FSDP's hooks stay outside it: they gather a block's weights just before the block runs and free
+    them after it. Each rank keeps float32 slices of weights, gradients and optimiser state, and a
+    gathered block is cast to `dtype` (paper, section 3.1).
     """
     model.compute_dtype = dtype
     checkpoint_activations(model, config.activation_checkpointing)
     if compiled:
         compile_model(model, device)
     if dist.is_initialized():
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
-                                      cast_forward_inputs=False)  # RoPE's table stays float32
-        mesh = build_mesh(config.shard, device)
-        for module in (*model.blocks, model):  # the root, last, takes embedding and head
-            fully_shard(module, mesh=mesh, mp_policy=policy)
-        # It warns that nobody may write into the nats, a view, in place; nobody does.
-        warnings.filterwarnings("ignore", "FSDP2-wrapped module")
+        apply_fsdp(model, build_mesh(config.shard, device), dtype)
+        model.reduce_every_micro_batch = config.reduce_every_micro_batch
     return model.to_empty(device=device)
 
 
-@contextmanager
-def evaluating(model):
-    """For forwards without a backward: eager, as their shapes vary, and the weights split again."""
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        yield
-    if isinstance(model, FSDPModule):
-        model.reshard()  # subtle: a forward without a backward leaves the root gathered
+def checkpoint_activations(model, policy):
+    """Make some blocks recompute in the backward what they would otherwise keep in memory.
 
+    A recomputing block keeps its input alone; with fine_grained also the results of its two large
+    projections, which are the dearest to compute again.
+    """
+    interval = CHECKPOINTED_BLOCKS[policy]
+    if not interval:
+        return
+    options = {"use_reentrant": False, "preserve_rng_state": False}  # no dropout, no random state
+    if policy == "fine_grained":
+        keep = functools.partial(keep_large_projections, large_projections(model.blocks[0]))
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, keep)
 
-def build_mesh(shard, device):
-    """All ranks in a row, or for hybrid sharding a row of ranks for each node."""
-    if shard == "all":
-        return init_device_mesh(device.type, (world_size(),))
-    node = int(os.environ["LOCAL_WORLD_SIZE"])
-    return init_device_mesh(device.type, (world_size() // node, node),
-                            mesh_dim_names=("replicate", "shard"))
+    def forward(block, *args):  # one function for all blocks, so that it compiles once
+        return checkpoint(lambda *inputs: type(block).forward(block, *inputs), *args, **options)
+    for block in model.blocks[::interval]:
+        block.forward = types.MethodType(forward, block)
 
 
 CHECKPOINTED_BLOCKS = {"none": 0, "one_in_four": 4, "one_in_three": 3, "one_in_two": 2,
-                       "fine_grained": 1, "whole_layer": 1}  # one in so many
+                       "fine_grained": 1, "whole_layer": 1}  # every how many blocks one recomputes
 
 
-def checkpoint_activations(model, policy):
-    """Let blocks keep their input alone, or with fine_grained the two big projections too."""
-    every = CHECKPOINTED_BLOCKS[policy]
-    options = dict(use_reentrant=False, preserve_rng_state=False)  # there is no dropout
-    if policy == "fine_grained":
-        widths = {3 * model.config.d_model, 2 * model.config.mlp_hidden_size}
+def large_projections(block):
+    """The shapes (D_in, D_out) of the weights whose products fine_grained keeps."""
+    return {(module.in_features, module.out_features) for module
+            in (block.attn.att_proj, block.mlp.ff_proj)}
 
-        def keep_wide_products(context, op, *args, **kwargs):
-            wide = op == torch.ops.aten.mm.default and args[1].shape[1] in widths
-            return CheckpointPolicy.MUST_SAVE if wide else CheckpointPolicy.PREFER_RECOMPUTE
-        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts,
-                                                  keep_wide_products)
 
-    def forward(block, *args):  # one function for all blocks, so that it compiles once
-        return checkpoint(lambda *inputs: Block.forward(block, *inputs), *args, **options)
-    for block in model.blocks[::every] if every else ():
-        block.forward = types.MethodType(forward, block)
+def keep_large_projections(shapes, context, op, *args, **kwargs):
+    """Recomputation's policy: keep the results of matrix products with weights of these shapes."""
+    if op == torch.ops.aten.mm.default and tuple(args[1].shape) in shapes:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def compile_model(model, device):
     """Compile each block, and the head with its loss.
 
-    # subtle: the embedding stays outside: its compiled gradient adds up atomically, in any order,
-    # and a resumed run could not be bit-exact. Nor could it with one kernel for all lengths, once a
-    # second one has come.
+    # subtle: the embedding is not compiled. Its compiled gradient adds atomically, in any order,
+    # and a resumed run could not be bit-exact. For the same reason each length has a kernel of its
+    # own (dynamic=False): one for all lengths would depend on which lengths came before.
     """
     if device.type == "cpu":
-        # What takes no matrix product is computed anew in the backward, inside of its kernels: 0.7
-        # to 0.8 times the memory in no more time (python -m tests.bench cpu). Not for long
-        # sequences: SDPA would be computed anew as well. The setting is the whole process's.
-        functorch_config.aggressive_recomputation = model.config.max_seq_len <= PLAIN_AT_MOST
+        # Recompute elementwise work inside the backward's kernels: 0.7 to 0.8 times the memory at
+        # the same speed (python -m tests.bench cpu). Not for long sequences, where SDPA would be
+        # recomputed too. This setting is global to the process.
+        short = model.config.max_seq_len <= PLAIN_AT_MOST
+        functorch_config.aggressive_recomputation = short
     for block in model.blocks:
         block.forward = torch.compile(block.forward, dynamic=False)
     model.head_nats = torch.compile(head_nats, dynamic=False)
 
 
-def own_part(tensor, parameter):
-    """Of a full tensor, what this rank holds of the parameter."""
+def apply_fsdp(model, mesh, dtype):
+    """Split every parameter over the ranks (FSDP2): a unit per block, and one for the rest."""
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
+                                  cast_forward_inputs=False)  # RoPE's table stays float32
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)  # last: the root takes embedding and head
+    # FSDP warns against writing in place into an output that is a view; nobody does.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")
+
+
+def build_mesh(shard, device):
+    """The device mesh: all ranks in one row, or for shard="hybrid" one row of ranks per node."""
+    if shard == "all":
+        return init_device_mesh(device.type, (world_size(),))
+    per_node = int(os.environ["LOCAL_WORLD_SIZE"])
+    shape = (world_size() // per_node, per_node)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+# ---- Used while training -------------------------------------------------------------------------
+
+def own_part(full, parameter):
+    """The slice of tensor `full` that this rank stores of a sharded parameter; else all of it."""
     if not isinstance(parameter, DTensor):
-        return tensor
-    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements,
-                             src_data_rank=None)  # every rank has it: nothing is sent
+        return full
+    return distribute_tensor(full, parameter.device_mesh, parameter.placements,
+                             src_data_rank=None)  # every rank has all of it: nothing is sent
+
+
+def sync_gradients(model, is_last):
+    """Let FSDP sum the gradients over the ranks in the backward of the last micro-batch alone.
+
+    With reduce_every_micro_batch, as in OLMo's runs, in every backward: slower, with less memory.
+    """
+    if isinstance(model, FSDPModule):
+        # subtle: it takes effect when the forward begins; set before backward() it is too late
+        model.set_requires_gradient_sync(is_last or model.reduce_every_micro_batch)
+
+
+def full_tensor(tensor):
+    """The complete value, on every rank, of a result that FSDP may have split over them."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@contextmanager
+def evaluating(model):
+    """Around forwards without a backward: no gradient, and no compilation, as their shapes vary."""
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        yield
+    if isinstance(model, FSDPModule):
+        model.reshard()  # subtle: a forward without a backward leaves the root's weights gathered
