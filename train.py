@@ -1,542 +1,418 @@
-"""Training: ranks, optimiser, schedule, the step, checkpoints, the log, the plan and the loop.
+"""Training: the optimiser, the schedule, the step and the loop (OLMo, arXiv 2402.00838, section 3).
 
-    python train.py configs/tiny.py [--key=value ...]   # train; on a run that exists, go on from it
-    python train.py --resume=RUN [--key=value ...]      # the same, the config read from the run
+    python train.py configs/tiny.py [--key=value ...]   # train; a run that exists is continued
+    python train.py --resume=RUN [--key=value ...]      # the same, with the config of the run
     torchrun --nproc_per_node=8 train.py CONFIG         # the same batches and losses on 8 GPUs
-    python train.py CONFIG --plan --gpus=256            # train nothing: memory, days, kWh, CO2
+    python train.py CONFIG --plan --gpus=256            # trains nothing: memory, days, kWh, CO2
 
-Ctrl-C or SIGTERM finishes the step, saves and leaves. Exit code 0 means finished, any other: run
-the same command again. Paper: OLMo (arXiv 2402.00838), section 3. Parts, in order: configuration,
-the machine, ranks, optimiser and schedule, the step, checkpoints, the run directory, the log, the
-plan, the loop.
+Ctrl-C or SIGTERM ends the run after the step that is being taken, and saves it. Exit code 0 means
+finished; after any other code, run the same command again.
 """
 
-import functools
 import math
 import os
-import shutil
-import time
 from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
-from tqdm import tqdm
 
-from configs import flat, load_config
+from configs import flat, load_config, setting
 from corpus.funnel import print_table
 from corpus.stages import held_out_files
 from corpus.tokenizer import Tokenizer
+from corpus.trace import places_of_step
 from data import Batches, DataConfig, TokenShards, build_data
-from eval import EvalConfig, evaluate_suites, sample_text
+from eval import EvalConfig, evaluate, sample_text
 from model import ModelConfig, OLMo, init_weights, next_token_loss
-from scaling.checkpoint import (drop_old_checkpoints, load_checkpoint, newest_step, save_checkpoint,
-                                step_directories, verify_step)
-from scaling.machine import PowerMeter, carbon_kg, choose_micro_batch, energy_line, flops_per_token
+from scaling.directory import NOT_SAVED
+from scaling.machine import choose_micro_batch
 from scaling.plan import PlanConfig, print_plan
-from scaling.ranks import (as_on_main, check_agreement, largest, on_all_ranks, on_main, rank,
-                           reduce_sum, setup_distributed, world_size)
-from scaling.run import (COMMANDS, MEASURED, Log, Recent, StopSignal, agree_on_machine, clear_run,
-                         describe_run, documents_of, lacks_evaluation, log_evaluation, log_step,
-                         report_not_finite, share_run)
-from scaling.sharding import evaluating, own_part, shard_model
+from scaling.ranks import (on_all_ranks, on_rank0, rank, reduce_sum, setup_distributed,
+                           world_size)
+from scaling.run import Run, deadline_after
+from scaling.sharding import agree_on_machine, full_tensor, own_part, shard_model, sync_gradients
 from support.files import UserError, read_json, run_main
-from support.records import asked, domains_table, tasks_table
+from support.records import domains_table, tasks_table
 from support.tasks import open_suites
-
 
 # ---- Configuration -------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How the model is trained; paper, section 3."""
+    """How the model is trained (paper, section 3)."""
 
-    run_dir: str = "runs/tiny"
-    """The directory of this run: config, metrics, checkpoints; one that all nodes see."""
-    resume: str = ""
-    """Go on with the run in this directory; its config is used."""
-    overwrite: bool = False
-    """Start anew where run_dir already holds a run."""
-    accept_changes: bool = False
-    """Go on although the config or the data is not what it was; says what changed."""
-    start_from: str = ""
-    """Begin with the weights, optimiser and data position of this RUN/step... (an anneal)."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """auto is cuda where there is one, else cpu; mps is untried."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Dtype of the forward; auto is bfloat16 where the chip is fast at it. Weights stay float32."""
-    compile: Literal["auto", "true", "false"] = "auto"
-    """Compile the blocks and the head; auto does so where the machine can."""
-    shard: Literal["all", "hybrid"] = "all"
-    """Split the weights over all ranks, or over those of a node, with a copy on every node."""
+    # the run
+    run_dir: str = setting("runs/tiny", "Directory of the run, on a disk that all nodes see.")
+    resume: str = setting("", "Continue the run in this directory; its config is used.")
+    overwrite: bool = setting(False, "Delete the run that is in run_dir and begin at step 1.")
+    accept_changes: bool = setting(False, "Continue although config or data differ; prints how.")
+    start_from: str = setting(
+        "", "Begin with weights, optimiser and data position of this RUN/step... (an anneal).")
+    # the machine
+    device: Literal["auto", "cpu", "cuda", "mps"] = setting(
+        "auto", "auto is cuda where there is one, else cpu; mps was never tried.")
+    dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto", "Dtype of the forward; auto is bfloat16 on fast chips. Weights stay float32.")
+    compile: Literal["auto", "true", "false"] = setting(
+        "auto", "Compile the blocks and the head; auto does so where the machine can.")
+    shard: Literal["all", "hybrid"] = setting(
+        "all", "Split the weights over all ranks, or over each node's ranks with a copy per node.")
     activation_checkpointing: Literal["none", "one_in_four", "one_in_three", "one_in_two",
-                                      "fine_grained", "whole_layer"] = "none"
-    """What the backward computes again instead of keeping: OLMo's choices, by memory saved."""
-    reduce_every_micro_batch: bool = False
-    """Reduce gradients after each micro-batch, as OLMo did: slower, with less memory."""
-    batch_size: int = 16
-    """Sequences per step, over all ranks."""
-    micro_batch_size: int = 0
-    """Sequences per rank and forward pass; 0 chooses."""
-    max_steps: int = 900
-    """Steps to train; the first is step 1."""
-    lr: float = 3e-3
-    """Peak learning rate."""
-    min_lr: float = 3e-4
-    """Learning rate at the end of the decay; OLMo: a tenth of the peak."""
-    warmup_steps: int = 100
-    """Steps of linear warm-up, from a tenth of the peak."""
-    schedule: Literal["linear", "cosine"] = "linear"
-    """Shape of the decay from the peak to min_lr."""
-    decay_steps: int = 0
-    """Step at which the decay reaches min_lr, to stay there; 0 is max_steps."""
-    weight_decay: float = 0.1
-    """AdamW's decay of all matrices but the embedding."""
-    beta1: float = 0.9
-    """AdamW's decay of the gradient's mean."""
-    beta2: float = 0.95
-    """AdamW's decay of the gradient's mean square."""
-    eps: float = 1e-5
-    """AdamW's epsilon; OLMo's is 1e-5."""
-    grad_clip: float = 1.0
-    """Largest global L2 norm of the gradient; 0 does not clip."""
-    grad_clip_warmup_steps: int = 0
-    """OLMo-7B's early rule: from step 2 to the one after this the limit is larger; 0 is no rule."""
-    grad_clip_warmup_factor: float = 10.0
-    """By how much it is larger."""
-    not_finite: Literal["stop", "skip"] = "stop"
-    """What to do with a step whose loss or gradient is not finite; its documents are logged."""
-    log_every_steps: int = 10
-    """Write a row of metrics.jsonl every so many steps."""
-    eval_every_steps: int = 300
-    """Evaluate the held-out text every so many steps, and at the end; 0 is at the end alone."""
-    save_every_steps: int = 300
-    """Save a checkpoint every so many steps, and at the end; 0 is at the end alone."""
-    save_every_minutes: float = 0.0
-    """Save a checkpoint when so many minutes have passed since the last one; 0 is never."""
-    keep_last: int = 2
-    """How many checkpoints to keep; 0 keeps all."""
-    keep_every: int = 0
-    """Keep those of each multiple of so many steps as well; 0 is none."""
-    verify: Literal["sha256", "size"] = "sha256"
-    """How a checkpoint is checked before it is loaded; size is for huge ones."""
-    stop_after_minutes: float = 0.0
-    """Save and leave after so many minutes, with an exit code that is not 0; 0 is never."""
-    tensorboard: bool = False
-    """Write the log for TensorBoard too, into RUN/tensorboard."""
-    watts: float = 0.0
-    """Power of one rank's share of the machine, where no meter of a GPU is read; 0 is unknown."""
-    pue: float = 1.1
-    """What the data centre uses by what its machines use; paper, section 4.4."""
-    kg_co2_per_kwh: float = 0.610
-    """Carbon intensity of the grid; the paper's for its A100 run."""
+                                      "fine_grained", "whole_layer"] = setting(
+        "none", "What the backward recomputes instead of keeping: OLMo's choices, by memory saved.")
+    reduce_every_micro_batch: bool = setting(
+        False, "Sum gradients over ranks after each micro-batch, as OLMo did: slower, less memory.")
+    # the batch
+    batch_size: int = setting(16, "Sequences per step, over all ranks.")
+    micro_batch_size: int = setting(0, "Sequences per rank and forward; 0 chooses.")
+    max_steps: int = setting(900, "Steps to train; the first is step 1.")
+    # the learning rate
+    lr: float = setting(3e-3, "Peak learning rate.")
+    min_lr: float = setting(3e-4, "Learning rate after the decay; OLMo: a tenth of the peak.")
+    warmup_steps: int = setting(100, "Steps of linear warm-up, from a tenth of the peak.")
+    schedule: Literal["linear", "cosine"] = setting("linear", "Shape of the decay to min_lr.")
+    decay_steps: int = setting(0, "Step at which the rate reaches min_lr; 0 is max_steps.")
+    # AdamW
+    weight_decay: float = setting(0.1, "AdamW's decay of all matrices but the embedding.")
+    beta1: float = setting(0.9, "AdamW's decay of the mean of the gradient.")
+    beta2: float = setting(0.95, "AdamW's decay of the mean of the squared gradient.")
+    eps: float = setting(1e-5, "AdamW's epsilon; OLMo's is 1e-5.")
+    grad_clip: float = setting(1.0, "Largest L2 norm of the whole gradient; 0 does not clip.")
+    grad_clip_warmup_steps: int = setting(
+        0, "For steps 2..N+1 the clip limit is larger (OLMo-7B: N = 1000); 0 is off.")
+    grad_clip_warmup_factor: float = setting(10.0, "The factor of that larger clip limit.")
+    not_finite: Literal["stop", "skip"] = setting(
+        "stop", "What to do with a step whose loss or gradient is not finite; it is logged.")
+    # when to log, evaluate and save
+    log_every_steps: int = setting(10, "Steps between rows of metrics.jsonl.")
+    eval_every_steps: int = setting(300, "Steps between evaluations; 0 is at the end alone.")
+    save_every_steps: int = setting(300, "Steps between checkpoints; 0 is at the end alone.")
+    save_every_minutes: float = setting(0.0, "Minutes between further checkpoints; 0 is never.")
+    keep_last: int = setting(2, "How many checkpoints to keep; 0 keeps all.")
+    keep_every: int = setting(0, "Also keep checkpoints of multiples of this step; 0 keeps none.")
+    verify: Literal["sha256", "size"] = setting(
+        "sha256", "How a checkpoint is checked before it is loaded; size is for huge ones.")
+    stop_after_minutes: float = setting(
+        0.0, "Save and leave after so many minutes, with an exit code other than 0; 0 is never.")
+    tensorboard: bool = setting(False, "Write the log for TensorBoard too, into RUN/tensorboard.")
+    # energy (paper, section 4.4)
+    watts: float = setting(0.0, "Power per rank in watts where no GPU's meter is read; 0: unknown.")
+    pue: float = setting(1.1, "PUE: energy of the data centre / energy of its machines.")
+    kg_co2_per_kwh: float = setting(0.610, "Carbon intensity of the grid; as for the paper's A100s.")
 
     def __post_init__(self):
         for key, value in vars(self).items():
             least = 1 if key in ("batch_size", "max_steps") else 0
             if type(value) in (int, float) and not least <= value < math.inf:
-                raise UserError(f"{key}={value}: a number from {least} on is wanted")
+                raise UserError(f"{key}={value}: must be a number >= {least}")
         if max(self.beta1, self.beta2) >= 1:
             raise UserError(f"beta1={self.beta1} and beta2={self.beta2} must be below 1")
 
 
+# ---- The story -----------------------------------------------------------------------------------
+
+def train(model_config, data_config, eval_config, config):
+    """Train a run from its start, or from its newest checkpoint, to max_steps.
+
+    Returns the exit code: 0 for a finished run, 128 + n after signal n.
+    """
+    # The machine. Under torchrun this process is one of several ranks, which all run this function.
+    deadline = deadline_after(config.stop_after_minutes)
+    device = setup_distributed(config.device)
+    settings = saved_settings(model_config, data_config, eval_config, config)
+    dtype, compiled = agree_on_machine(config, settings, device)
+
+    # The data: text -> tokens -> the batch of any step. Rank 0 builds it on a disk that all nodes see.
+    open_suites(eval_config)  # a misspelt suite is an error now, not after hours of work
+    folder = on_rank0(partial(build_data, data_config), patience=timedelta(days=2))
+    print_table(folder)
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    check_vocabulary(model_config, tokenizer)
+    shards = TokenShards(folder, model_config.max_seq_len)
+    batches = Batches(shards, config.batch_size, data_config.seed, folder)
+    batches(1, rank(), world_size())  # a batch size that the ranks do not divide is an error now
+    suites = open_suites(eval_config, partial(held_out_files, folder))
+
+    # The run: new, or as it was left.
+    run = Run.open(config, settings, batches.fingerprint(), model_config, device, deadline,
+                   free_keys=vars(eval_config))
+    if run.is_finished():
+        return 0
+    model, optimizer = build_training(model_config, config, device, dtype, compiled)
+    if run.checkpoint:
+        run.load(model, optimizer)
+    else:
+        init_weights(model, data_config.seed, own_part)
+    run.describe(folder, order=batches.fingerprint())
+    micro_batch_size = choose_micro_batch(config, model_config.max_seq_len, world_size())
+    print_run(run, model, batches, micro_batch_size)
+
+    # The steps. Batch, learning rate and clip limit are functions of the step alone, so a resumed
+    # run needs no other memory than its weights, its optimiser and this one integer.
+    with run:
+        if run.evaluation_was_missed():
+            run.log_evaluation(evaluate_in_loop(model, tokenizer, suites, eval_config))
+        for step in run.steps():
+            lr = lr_at_step(step, config)
+            max_norm = clip_at_step(step, config)
+            batch = batches(step, rank(), world_size())
+            micro_batches = cut_batch(batch, micro_batch_size, device)
+            try:
+                metrics = train_step(model, optimizer, micro_batches, pretraining_loss, lr, max_norm)
+            except FloatingPointError as error:  # the weights are untouched
+                metrics = run.report_not_finite(step, error, partial(places_of_step, run.path))
+            run.log(step, batch, metrics, lr, max_norm)
+            if run.save_is_due(step):
+                run.save(model, optimizer)  # first: an evaluation may fail, and a signal gives 30 s
+            if run.evaluation_is_due(step):
+                run.log_evaluation(evaluate_in_loop(model, tokenizer, suites, eval_config))
+    if run.ended_by:
+        return run.say_stopped("train.py")
+    print_results(run, model, tokenizer, eval_config)
+    return 0
+
+
+# ---- What training starts from -------------------------------------------------------------------
+
+def saved_settings(*configs):
+    """{key: value} of all that describes the run, as config.json saves it."""
+    return {key: value for key, value in flat(*configs).items() if key not in NOT_SAVED}
+
+
+def check_vocabulary(config, tokenizer):
+    """UserError if the ids in the model's config are not the tokenizer's.
+
+    Nothing else would notice: with a wrong EOS the model trains, and never learns where texts end.
+    """
+    expected = {"vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos_token_id,
+                "pad_token_id": tokenizer.pad_token_id}
+    wrong = [f"--{key}={value}" for key, value in expected.items() if getattr(config, key) != value]
+    if wrong and config.embedding_size < tokenizer.vocab_size:
+        wrong.append(f"--embedding_size={tokenizer.vocab_size}")
+    if wrong:
+        raise UserError(f"the model's ids are not the tokenizer's; set {' '.join(wrong)}, or "
+                        "correct config.json of the Hugging Face directory that is tuned")
+
+
 def build_training(model_config, config, device, dtype, compiled):
-    """An OLMo without weights yet, sharded and compiled as the config says, and its optimiser."""
-    with torch.device("meta"):
+    """An OLMo whose weights are still empty, sharded and compiled as configured, and its optimiser."""
+    with torch.device("meta"):  # shapes without memory: a 7B would not fit one rank
         model = OLMo(model_config)
     shard_model(model, config, device, dtype, compiled)
     return model, build_optimizer(model, config)
 
 
-# ---- Optimiser and schedule ----------------------------------------------------------------------
-
 def build_optimizer(model, config):
-    """AdamW with OLMo's two groups: matrices decay, the embedding (also a tied head) does not.
+    """AdamW with OLMo's two groups of parameters; its state exists from the start.
 
-    The moments exist from the start, so that a checkpoint of any step has the same tensors.
+    To try another optimiser, change the one line that makes it: checkpoints and --plan follow.
     """
-    decayed = [p for name, p in model.named_parameters() if name != "wte.weight"]
+    # Decay pulls weights of matrices towards zero. The embedding is left out (official olmo/optim.py
+    # does so; a tied head too): most of its rows see no gradient in a step and would only shrink.
+    # A norm's gain or a bias (one dimension) is left out as well: decay would pull a gain to 0.
+    is_decayed = {name: parameter.dim() > 1 and name != "wte.weight"
+                  for name, parameter in model.named_parameters()}
+    decayed = [p for name, p in model.named_parameters() if is_decayed[name]]
+    others = [p for name, p in model.named_parameters() if not is_decayed[name]]
     groups = [{"params": decayed, "weight_decay": config.weight_decay},
-              {"params": [model.wte.weight], "weight_decay": 0.0}]
-    fused = model.wte.weight.device.type in ("cpu", "cuda")
+              {"params": others, "weight_decay": 0.0}]
+    fused = model.wte.weight.device.type in ("cpu", "cuda")  # one kernel for all parameters
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2),
                                   eps=config.eps, fused=fused)
-    for p in model.parameters():
-        step = torch.zeros((), dtype=torch.float32, device=p.device if fused else "cpu")
-        optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p),
-                              "exp_avg_sq": torch.zeros_like(p)}
+    create_state(optimizer)
     return optimizer
 
 
-def lr_at_step(step, config):
-    """The learning rate of step `step`, the first being 1 (official olmo/optim.py).
+def create_state(optimizer):
+    """Make an optimiser allocate its state, so that a checkpoint of any step has the same tensors.
 
-    Warm-up from a tenth of the peak, then linear or cosine to min_lr at decay_steps, then flat.
-    OLMo-7B's final anneal is the linear one with its warm-up already over: lr 2.3e-5,
+    An optimiser allocates in its first step. So it takes one with a gradient and a learning rate of
+    0, and what that left in its state is zeroed.
+    """
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    for group, lr in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = lr
+    for state in optimizer.state.values():
+        for tensor in state.values():
+            tensor.zero_()
+
+
+# ---- What a step is given ------------------------------------------------------------------------
+
+def lr_at_step(step, config):
+    """The learning rate of step `step`, counted from 1 (official olmo/optim.py).
+
+    Linear warm-up from a tenth of the peak, then linear or cosine decay to min_lr at decay_steps,
+    then min_lr. OLMo-7B's final anneal is the linear decay with its warm-up already over: lr 2.3e-5,
     min_lr 2.3e-8, warmup_steps 556000, decay_steps 557000.
     """
-    last = config.decay_steps or config.max_steps
+    # 1) warm-up: AdamW's first estimates are noisy, so its first steps must be small
     if step < config.warmup_steps:
         return config.lr * (0.1 + 0.9 * step / config.warmup_steps)
+    # 2) after the decay
+    last = config.decay_steps or config.max_steps
     if step >= last:
         return config.min_lr
-    progress = (step - config.warmup_steps) / (last - config.warmup_steps)
+    # 3) in between
+    progress = (step - config.warmup_steps) / (last - config.warmup_steps)  # 0 .. 1
     if config.schedule == "cosine":
         progress = (1 - math.cos(math.pi * progress)) / 2
     return config.lr - (config.lr - config.min_lr) * progress
 
 
 def clip_at_step(step, config):
-    """The limit of the gradient's norm at a step; OLMo-7B starts with ten times the usual one.
+    """The limit of the gradient's norm at a step; math.inf where nothing is clipped.
 
-    # subtle: official OLMo sets the limit after it has clipped, so the rule lags by a step.
+    # subtle: OLMo-7B's limit is ten times as large in its first N steps. Official OLMo sets the limit
+    # after it has clipped, so the rule lags by one step: it holds for steps 2..N+1.
     """
-    early = 2 <= step <= config.grad_clip_warmup_steps + 1 and config.grad_clip_warmup_steps
-    return config.grad_clip * (config.grad_clip_warmup_factor if early else 1) or math.inf
+    limit = config.grad_clip or math.inf
+    if 2 <= step <= config.grad_clip_warmup_steps + 1 and config.grad_clip_warmup_steps > 0:
+        limit *= config.grad_clip_warmup_factor
+    return limit
+
+
+def cut_batch(batch, micro_batch_size, device):
+    """A batch as micro-batches of at most micro_batch_size rows on `device`.
+
+    The activations of one micro-batch must fit into memory; gradients add up over all of them.
+    """
+    starts = range(0, len(batch["tokens"]), micro_batch_size)
+    return [{key: tensor[start:start + micro_batch_size].to(device)
+             for key, tensor in batch.items()} for start in starts]
 
 
 # ---- The step ------------------------------------------------------------------------------------
 
-def train_step(model, optimizer, micro_batches, loss_fn, lr, max_norm, reduce_every=False):
-    """One update from this rank's `micro_batches`; {loss, grad_norm, ...} of the global batch.
+def train_step(model, optimizer, micro_batches, loss_fn, lr, max_norm):
+    """One update of the weights; returns {loss, grad_norm, ...} of the global batch.
 
-    `loss_fn(model, batch)` gives (summed loss, count), and may add {name: sum} of what else is to
-    be logged. The loss is the sum over all micro-batches and ranks by their whole count, so that no
-    way of cutting the batch changes it; so is what else there is. grad_norm is the global L2 norm
-    before clipping. reduce_every: sum the gradients over the ranks after each micro-batch, not only
-    the last. Raises FloatingPointError on every rank, before the weights are touched, if the loss
-    or the gradient is not finite.
+    loss_fn(model, batch) returns (summed loss, extra): extra is {name: summed value} of what else is
+    to be logged. The loss is the sum over all micro-batches and ranks divided by their count of
+    trained tokens (in DPO: pairs), so it does not depend on how the batch is cut; extra metrics are
+    normalised likewise. grad_norm is the L2 norm of the whole gradient before clipping. Raises
+    FloatingPointError on every rank, before the weights change, if loss or gradient is not finite.
     """
-    total, count, others = 0.0, 0, Counter()
+    # The count is known before the forward. Dividing each part by the count of all of them weighs
+    # every token alike; a mean of means would weigh tokens of short rows more.
+    count = global_count(micro_batches)
+    sums = Counter()
     for i, batch in enumerate(micro_batches):
-        if isinstance(model, FSDPModule):
-            # subtle: it counts when the forward begins, not at backward()
-            model.set_requires_gradient_sync(reduce_every or i == len(micro_batches) - 1)
-        summed, n, *beside = loss_fn(model, batch)
-        summed.backward()
-        total, count = total + summed.detach(), count + n
-        for name, value in beside[0].items() if beside else ():
-            others[name] += value
-    total, count, *values = reduce_sum(torch.stack(
-        [total, *(value.to(total) for value in (count, *others.values()))]))
-    gradients = [p.grad for p in model.parameters()]
-    scale = world_size() / count  # FSDP has averaged over the ranks; a sum is wanted
-    grad_norm = torch.nn.utils.get_total_norm(gradients)
-    if isinstance(grad_norm, DTensor):
-        grad_norm = grad_norm.full_tensor()
-    grad_norm = grad_norm * scale
-    metrics = {"loss": (total / count).item(), "grad_norm": grad_norm.item(), **{
-        name: (value / count).item() for name, value in zip(others, values, strict=True)}}
+        sync_gradients(model, is_last=i == len(micro_batches) - 1)
+        summed_loss, extra = loss_fn(model, batch)
+        loss = summed_loss / count
+        loss.backward()  # gradients add up in parameter.grad
+        sums["loss"] += loss.detach()
+        for name, value in extra.items():
+            sums[name] += value / count
+    # one message for all numbers: every rank then sees the same, and decides alike
+    totals = reduce_sum(torch.stack(list(sums.values())))
+    metrics = dict(zip(sums, totals.tolist(), strict=True))
+
+    # A rare batch with a huge gradient would undo the work of many steps; clip_grad_norm_ scales the
+    # whole gradient down to max_norm (paper, section 3.2) and returns the norm it had before.
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    metrics["grad_norm"] = full_tensor(grad_norm).item()
     if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
         optimizer.zero_grad()
-        raise FloatingPointError(f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}")
-    scale *= (max_norm / (grad_norm + 1e-6)).clamp(max=1)  # as clip_grad_norm_, in the same pass
-    for gradient in gradients:
-        gradient.mul_(scale)
+        raise FloatingPointError(f"loss {metrics['loss']}, "
+                                 f"gradient norm {metrics['grad_norm']}")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
-    optimizer.zero_grad()
+    optimizer.zero_grad()  # frees the gradients: the next step begins without them
     return metrics
 
 
+def global_count(micro_batches):
+    """How many targets (in DPO: pairs) the step is trained on, over all ranks: a tensor ()."""
+    counted = [batch.get("real", batch["loss_mask"]) for batch in micro_batches]
+    return reduce_sum(sum(mask.sum() for mask in counted))
+
+
 def pretraining_loss(model, batch):
-    """(summed nats, count) of a batch's next tokens."""
-    nats = model(batch["tokens"], targets=batch["targets"])
-    return next_token_loss(nats, batch["loss_mask"])
+    """Returns (summed loss of the next tokens in nats, {})."""
+    token_losses = model(batch["tokens"], targets=batch["targets"])
+    summed_loss, _ = next_token_loss(token_losses, batch["loss_mask"])
+    return summed_loss, {}
 
 
-def cut_batch(batch, rows, device):
-    """A batch as micro-batches of at most `rows` rows, on `device`."""
-    B = len(batch["tokens"])
-    return [{key: tensor[i:i + rows].to(device) for key, tensor in batch.items()}
-            for i in range(0, B, rows)]
+# ---- Evaluation and results ----------------------------------------------------------------------
+
+def evaluate_in_loop(model, tokenizer, suites, eval_config):
+    """The suites, and a sample; a sharded model has none, as each token would gather all weights."""
+    results = evaluate(model, tokenizer, suites, eval_config)
+    if world_size() == 1:
+        results["samples"] = [sample_text(model, tokenizer, eval_config)]
+    return results
 
 
-def may_differ(key):
-    """Whether a run may go on with another value of this key."""
-    evaluation = key in EvalConfig.__dataclass_fields__  # changes no weight
-    free = {"run_dir", "max_steps", "device", "dtype", "compile", "micro_batch_size", "workers",
-            "shard", "activation_checkpointing", "reduce_every_micro_batch", "not_finite",
-            "save_every_minutes", "watts", "pue", "kg_co2_per_kwh"}
-    return (evaluation or key in free or key.endswith("_every_steps")
-            or key.startswith("keep_"))
-
-
-def open_run(config, settings, fingerprint):
-    """Look at what the run directory holds; returns (step directory to load or None, state).
-
-    That is the newest whole step of the run, or for a new run the one of start_from. Raises
-    UserError that names the keys, or the part of the data, that differ from the run's.
-    """
-    run, fresh = Path(config.run_dir), {"step": 0, "tokens": 0, "seconds": 0.0, "kwh": 0.0}
-    start = Path(config.start_from) if config.start_from else None
-    if config.overwrite:
-        if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
-            raise UserError("--overwrite with --max-restarts would delete the run at each restart; "
-                            "leave one of them away")
-        if start and start.resolve().parent == run.resolve():
-            raise UserError(f"--overwrite would delete {start}, which start_from names; choose "
-                            "another --run_dir")
-        clear_run(run)
-    for leftover in run.glob("step*.tmp"):
-        shutil.rmtree(leftover)
-    if not step_directories(run):
-        for name in MEASURED:  # of a run that was there before
-            (run / name).unlink(missing_ok=True)
-        if not start:
-            return None, fresh
-        saved = verify_step(start, config.verify == "sha256")
-        check_changes(start, saved, {}, fingerprint, config)
-        return start, fresh | {"step": saved["step"], "tokens": saved["tokens"]}
-    try:
-        step, saved = newest_step(run, config.verify == "sha256")
-    except UserError as error:
-        raise UserError(f"{error}; --overwrite starts the run anew") from None
-    check_changes(run, saved, settings, fingerprint, config)
-    say_new_schedule(saved, config)
-    for damaged in step_directories(run)[step_directories(run).index(step) + 1:]:
-        shutil.rmtree(run / f"damaged-{damaged.name}", ignore_errors=True)
-        damaged.rename(run / f"damaged-{damaged.name}")  # make way for the same step, done anew
-    earlier, before = saved.get("earlier_data", []), saved["data"]["data_sha256"]
-    if before != fingerprint["data_sha256"]:
-        earlier = [*earlier, before]  # what was trained on until here, for eval.py
-    return step, fresh | {key: saved[key] for key in fresh if key in saved} | {
-        "earlier_data": earlier}
-
-
-def check_changes(place, saved, settings, fingerprint, config):
-    """UserError if settings or data are not those of a saved state; with accept_changes a line."""
-    before = saved["config"]
-    changed = [f"{key}: {before[key]} there, {value} now" for key, value in settings.items()
-               if key in before and before[key] != value and not may_differ(key)]
-    moved = [f"{key}: {saved['data'].get(key)} then, {value} now"
-             for key, value in fingerprint.items() if saved["data"].get(key) != value]
-    if config.accept_changes and changed + moved:
-        print(f"{place}: goes on with changes: {'; '.join(changed + moved)}")
-    elif changed:
-        raise UserError(f"{place} holds another run ({'; '.join(changed)}); choose another "
-                        "--run_dir, or --overwrite it, or --accept_changes")
-    elif moved:
-        raise UserError(f"{place}: its data has changed ({'; '.join(moved)}); restore it, or "
-                        "--overwrite the run, or --accept_changes")
-
-
-def say_new_schedule(saved, config):
-    """Print it if the next step's learning rate is not what the run so far would have had there."""
-    keys = TrainConfig.__dataclass_fields__
-    before = TrainConfig(**{key: value for key, value in saved["config"].items() if key in keys})
-    step = saved["step"] + 1
-    then, now = lr_at_step(step, before), lr_at_step(step, config)
-    if then != now and config.max_steps > saved["step"]:
-        print(f"the schedule is another one: step {step} has the learning rate {now:.3g}, where "
-              f"with max_steps={before.max_steps} it would have had {then:.3g}")
-
-
-# ---- The loop ------------------------------------------------------------------------------------
-
-def check_vocabulary(config, tokenizer):
-    """The ids in the model's config must be the tokenizer's: a wrong EOS would go unnoticed."""
-    wanted = {"vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos_token_id,
-              "pad_token_id": tokenizer.pad_token_id}
-    wrong = [f"--{key}={value}" for key, value in wanted.items() if getattr(config, key) != value]
-    if wrong:
-        room = (f" --embedding_size={tokenizer.vocab_size}"
-                if config.embedding_size < tokenizer.vocab_size else "")
-        raise UserError(f"the model's ids are not the tokenizer's; set {' '.join(wrong)}{room}, or "
-                        "mend config.json of a Hugging Face directory that is tuned")
-
-
-def train(model_config, data_config, eval_config, config):
-    """Train a run from its start, or its newest checkpoint, to max_steps; returns the exit code."""
-    began, run = time.monotonic(), Path(config.run_dir)
-    settings = flat(model_config, data_config, eval_config, config)
-    settings = {key: value for key, value in settings.items() if key not in COMMANDS}
-
-    # The machine
-    number, ranks, device = setup_distributed(config.device)
-    dtype, compiled = agree_on_machine(config, settings, device)
-    rows = choose_micro_batch(config, model_config.max_seq_len, ranks)
-
-    # The data: rank 0 builds it, on a disk that all nodes see
-    on_main(lambda: open_suites(eval_config) and None)  # a typing error is met before hours of work
-    folder = on_main(lambda: build_data(data_config), patience=timedelta(days=2))
-    print_table(folder)
-    tokenizer = Tokenizer.load(folder / "tokenizer.json")
-    check_vocabulary(model_config, tokenizer)
-    suites = open_suites(eval_config, lambda: held_out_files(folder))
-    shards = TokenShards(folder, model_config.max_seq_len)
-    batches = Batches(shards, config.batch_size, data_config.seed, folder)
-    batches(1, number, ranks)  # what is wrong with its size is said before the run begins
-    fingerprint = batches.fingerprint()
-    check_agreement(fingerprint)
-
-    # The run: new, or as it was left
-    lock = share_run(run)  # noqa: F841  held until this process ends
-    start, state = on_main(lambda: open_run(config, settings, fingerprint),
-                           patience=timedelta(hours=2))  # it reads the whole checkpoint once
-    missed = on_main(lambda: lacks_evaluation(run, state["step"]))
-    if state["step"] > config.max_steps or state["step"] == config.max_steps and not missed:
-        print(f"{run}: finished, at step {state['step']} of {config.max_steps}")
-        return 0
-    state.update(config=settings, data=fingerprint, torch=torch.__version__)
-
-    # The model and its optimiser
-    model, optimizer = build_training(model_config, config, device, dtype, compiled)
-    if start:
-        load_checkpoint(start, model, optimizer)
-        print(f"{run}: goes on after step {state['step']}")
-    else:
-        init_weights(model, data_config.seed, own_part)
-    on_main(lambda: describe_run(run, settings, folder, order=fingerprint))
-    print_run(run, model, config, batches, rows)
-
-    # The steps
-    of = [asked(suite, eval_config, str(dtype).removeprefix("torch.")) for suite in suites]
-
-    def draw_sample():
-        with evaluating(model):
-            return sample_text(model, tokenizer, eval_config, agree=as_on_main)
-
-    def evaluate():
-        with evaluating(model):
-            results = evaluate_suites(model, tokenizer, suites, eval_config, number, ranks,
-                                      reduce_sum) | {"of": of}
-            if ranks == 1:  # several would gather the whole model for each token
-                results["samples"] = [draw_sample()]
-        return results
-
-    deadline = began + 60 * config.stop_after_minutes if config.stop_after_minutes else math.inf
-    ended_by, results = train_loop(
-        config, run, state, model, optimizer,
-        functools.partial(batches, rank=number, world_size=ranks), pretraining_loss, evaluate,
-        functools.partial(documents_of, run), rows, deadline, missed)
-    if ended_by:
-        launcher = "python" if ranks == 1 else "torchrun ..."
-        print(f"stopped after step {state['step']}, which is saved; go on: {launcher} train.py "
-              f"--resume={run}")
-        return 128 + ended_by
-
-    print(f"\nafter step {state['step']}, {state['seconds']:.0f} s:")
-    if results["sums"] or not results["tasks"]:
-        print(domains_table(results["sums"]))
-    if results["tasks"]:
-        print(tasks_table(results["tasks"]))
-    [sample] = results.get("samples") or [draw_sample()]
-    print(f"\na sample:\n{sample}\n\nnext:")
-    print(f"  python eval.py {run}\n  python eval.py sample {run} --prompt=\"def read_\"\n"
-          f"  python eval.py report {run}\n  python model.py export {run} OUT")
-    return 0
-
-
-def print_run(run, model, config, batches, rows):
+def print_run(run, model, batches, micro_batch_size):
+    """What is about to be trained: parameters, steps, tokens."""
     shards = batches.shards
-    print(f"run: {run}, {sum(p.numel() for p in model.parameters()):,} parameters, "
-          f"{config.max_steps:,} steps of {config.batch_size} x {shards.seq_len} tokens, "
-          f"{rows} sequences at a time\n"
-          f"  an epoch: {batches.steps_per_epoch:,} steps; {len(shards) % config.batch_size} "
-          f"sequences and {shards.tail_tokens} tokens at the ends of files do not fill one")
+    parameters = sum(p.numel() for p in model.parameters())
+    left_over = len(shards) % batches.batch_size
+    print(f"run: {run.path}, {parameters:,} parameters, {run.config.max_steps:,} steps of "
+          f"{batches.batch_size} x {shards.seq_len} tokens, {micro_batch_size} sequences at a time")
+    print(f"  an epoch: {batches.steps_per_epoch:,} steps; it leaves out {left_over} sequences, and "
+          f"{shards.tail_tokens} tokens at the ends of files")
 
 
-def train_loop(config, run, state, model, optimizer, batches, loss_fn, evaluate, documents, rows,
-               deadline=math.inf, missed=False, check=lambda step, metrics: None):
-    """Take the steps after state["step"] up to max_steps; log, save and evaluate as they fall due.
+def print_results(run, model, tokenizer, eval_config):
+    """The last evaluation's tables, a sample, and what to run next."""
+    print(f"\nafter step {run.step}, {run.state['seconds']:.0f} s:")
+    if run.results["sums"] or not run.results["tasks"]:
+        print(domains_table(run.results["sums"]))
+    if run.results["tasks"]:
+        print(tasks_table(run.results["tasks"]))
+    samples = run.results.get("samples") or [sample_text(model, tokenizer, eval_config)]
+    print(f"\na sample:\n{samples[0]}\n\nnext:")
+    print(f"  python eval.py {run.path}")
+    print(f'  python eval.py sample {run.path} --prompt="def read_"')
+    print(f"  python eval.py report {run.path}")
+    print(f"  python model.py export {run.path} OUT")
 
-    `batches(step)` gives this rank's batch, `evaluate()` what evaluate_suites gives,
-    `documents(step)` the lines that the log gets for a batch that went wrong; `deadline` is of
-    time.monotonic(); `missed`: the state was saved, its evaluation cut off; `check(step, metrics)`
-    may raise at a step that cannot be right. `state` {step, tokens, seconds, kwh, ...} is kept up
-    to date. Returns (the signal that ended it or 0, the last evaluation's result); whatever ends
-    it, all ranks end after the same step.
-    """
-    log, device = Log(run, state["step"], config.tensorboard), model.wte.weight.device
-    meter, kwh_before = PowerMeter(device, config.watts), state["kwh"]
-    began, saved_at = time.perf_counter() - state["seconds"], time.monotonic()
-    recent, flops, ended_by, results = Recent(), flops_per_token(model.config), 0, None
 
-    def due(every):
-        return state["step"] == config.max_steps or (every and state["step"] % every == 0)
+# ---- The command ---------------------------------------------------------------------------------
 
-    def count_energy():
-        own = torch.tensor(meter.kwh(), dtype=torch.float64)
-        state["kwh"] = kwh_before + reduce_sum(own).item()
-
-    def save():
-        count_energy()
-        save_checkpoint(run, state, model, optimizer)
-        on_main(lambda: drop_old_checkpoints(run, config.keep_last, config.keep_every))
-        return time.monotonic()
-
-    with (StopSignal(deadline) as stop, tqdm(total=config.max_steps, initial=state["step"],
-                                             unit="step", disable=rank() > 0) as bar):
-        if missed and due(config.eval_every_steps):
-            results = evaluate()
-            log_evaluation(log, state, results)
-        while state["step"] < config.max_steps and not ended_by:
-            tick, step = time.perf_counter(), state["step"] + 1
-            batch, lr = batches(step), lr_at_step(step, config)
-            max_norm, metrics = clip_at_step(step, config), None
-            try:
-                metrics = train_step(model, optimizer, cut_batch(batch, rows, device), loss_fn, lr,
-                                     max_norm, config.reduce_every_micro_batch)
-            except FloatingPointError as error:
-                on_main(functools.partial(report_not_finite, log, config, state, step, error,
-                                          documents), patience=timedelta(hours=2))
-            if metrics:
-                check(step, metrics)
-            padding = batch["tokens"] == model.config.pad_token_id  # there is some in tuning
-            tokens = reduce_sum((~padding).sum()).item()
-            clipped = bool(metrics) and metrics["grad_norm"] > max_norm
-            recent.add(clipped, tokens, time.perf_counter() - tick)
-            state.update(step=step, tokens=state["tokens"] + tokens,
-                         seconds=round(time.perf_counter() - began, 3))
-            bar.update()
-            minutes = (time.monotonic() - saved_at) / 60
-            late = bool(config.save_every_minutes) and minutes >= config.save_every_minutes
-            ended_by, late = map(int, largest(stop.reason(), late))  # what one rank says, all do
-            if metrics and due(config.log_every_steps):
-                count_energy()
-                row = {**metrics, "lr": lr, **recent.rates(flops, device)}
-                log_step(log, state, row, device, batch)
-                bar.set_postfix_str("loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s"
-                                    .format(**row))
-                recent = Recent()
-            if ended_by or due(config.save_every_steps) or late:
-                saved_at = save()  # first of all: torchrun gives it 30 s, an evaluation may fail
-            if due(config.eval_every_steps):
-                results = evaluate()
-                log_evaluation(log, state, results)
-        count_energy()
-        bar.close()
-        print(energy_line(state["kwh"], meter.metered, config))
-        if state["step"] == config.max_steps:
-            log.write("end", state, kwh=state["kwh"], kg_co2=carbon_kg(state["kwh"], config))
-            return 0, results
-        return ended_by, results
+def resumed_argv(argv, file, is_tuned):
+    """argv with the config of the run that --resume names; UserError if `file` did not make it."""
+    for word in argv:
+        if word.startswith("--resume="):
+            run = Path(word.removeprefix("--resume="))
+            saved = run / "config.json"
+            if not saved.is_file():
+                raise UserError(f"--resume={run}: no run there; python {file} CONFIG starts one")
+            if ("method" in read_json(saved)) != is_tuned:
+                other = "train.py" if is_tuned else "adapt.py"
+                raise UserError(f"--resume={run}: {other} made this run; use python {other} {word}")
+            return [str(saved), f"--run_dir={run}", *argv]
+    return argv
 
 
 @on_all_ranks
 def main(argv):
-    schemas = (ModelConfig, DataConfig, EvalConfig, TrainConfig, PlanConfig)
-    resumed = [word.partition("=")[2] for word in argv if word.startswith("--resume=")]
-    if resumed:
-        saved = Path(resumed[-1]) / "config.json"
-        if not saved.is_file():
-            raise UserError(f"--resume={resumed[-1]}: no run there; train.py CONFIG starts one")
-        if "method" in read_json(saved):
-            raise UserError(f"--resume={resumed[-1]}: a tuned run; adapt.py --resume goes on")
-        argv = [str(saved), f"--run_dir={resumed[-1]}", *argv]
-    if all(word.startswith("-") for word in argv) and not {"-h", "--help"} & set(argv):
+    argv = resumed_argv(argv, "train.py", is_tuned=False)
+    wants_help = {"-h", "--help"} & set(argv)
+    if all(word.startswith("-") for word in argv) and not wants_help:
         raise UserError("name a config file (python train.py configs/tiny.py) or --resume=RUN")
+    schemas = (ModelConfig, DataConfig, EvalConfig, TrainConfig, PlanConfig)
     *configs, plan = load_config(argv, *schemas)
     if not plan.plan:
         return train(*configs)
     if os.environ.get("RANK", "0") == "0":
-        print_plan(configs[0], configs[3], plan)
+        model_config, _, _, config = configs
+        print_plan(model_config, config, plan)
     return 0
 
 

@@ -1,300 +1,249 @@
-"""The run directory: held, described, logged."""
+"""A run: opened or resumed, logged, saved and ended, at the same step on all ranks.
 
-import fcntl
-import json
+`train()` and `adapt()` loop over `run.steps()` and ask after each step what is due.
+"""
+
 import math
-import os
-import shutil
-import signal
-import socket
-import textwrap
 import time
-import uuid
-from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from corpus.trace import RunData
-from scaling.checkpoint import step_directories
-from scaling.machine import can_compile, choose_dtype, keep_freed_memory, peak_flops, peak_memory
-from scaling.ranks import (batch_hash, check_agreement, code_version, gather, largest, on_main,
-                           rank, world_size)
-from support.files import UserError, log_rows, read_json, write_json
+from scaling import directory
+from scaling.checkpoint import drop_old_checkpoints, load_checkpoint, save_checkpoint
+from scaling.log import Log, Window, perplexity, say_evaluation
+from scaling.machine import PowerMeter, carbon_kg, energy_line, flops_per_token, peak_memory
+from scaling.ranks import (batch_hash, check_agreement, largest, on_rank0, rank, reduce_sum,
+                           world_size)
+from scaling.signals import StopSignal
+from support.files import UserError
+
+READ_PATIENCE = timedelta(hours=2)  # rank 0 reads a complete checkpoint to check it
 
 
-def choose_machine(config, device):
-    """The forward's dtype and whether to compile on `device`; prints what was chosen, and why."""
-    dtype = choose_dtype(config.dtype, device)
-    compiled = config.compile == "true"
-    why = "as asked"
-    if config.compile == "auto":
-        compiled = device.type in ("cpu", "cuda") and can_compile()
-        why = ("the first time takes about half a minute" if compiled else
-               "untried" if device.type == "mps" else "no C++ compiler or Python headers")
-    print(f"machine: {device.type} with {torch.get_num_threads()} threads"
-          + (f", {world_size()} ranks" if world_size() > 1 else "") + f"; forward in {dtype} "
-          f"({'as asked' if config.dtype != 'auto' else 'what this chip multiplies best'}); "
-          f"{'compiled' if compiled else 'not compiled'} ({why})")
-    return dtype, compiled
+def deadline_after(minutes):
+    """The time.monotonic() at which to stop; 0 minutes is never."""
+    return time.monotonic() + 60 * minutes if minutes else math.inf
 
 
-def agree_on_machine(config, settings, device):
-    """(dtype, compiled) of the forward, alike on all ranks as the settings are; prints both."""
-    print(textwrap.fill("config: " + ", ".join(f"{key}={value}" for key, value in settings.items()),
-                        width=100, subsequent_indent="  "))
-    check_agreement({**settings, "code": code_version(), "torch": torch.__version__,
-                     "ranks a node": config.shard == "all" or os.environ.get("LOCAL_WORLD_SIZE")})
-    dtype, compiled = choose_machine(config, device)
-    check_agreement({"device": device.type, "dtype": str(dtype), "compile": compiled})
-    keep_freed_memory()
-    return dtype, compiled
+class Run:
+    """A run directory that this process group holds, and what has happened in it so far.
 
+        run = Run.open(...)                 # new, or as it was left
+        with run:                           # from here on a signal waits for the end of a step
+            for step in run.steps():        # ends at max_steps, on a signal or at the deadline
+                ...
+                run.log(step, batch, metrics, lr, max_norm)
 
-COMMANDS = {"resume", "overwrite", "accept_changes", "stop_after_minutes", "tensorboard",
-            "verify"}  # what to do this time, not what the run is
-
-
-MEASURED = "eval.jsonl", "report.html"  # what eval.py writes of a run
-
-
-def lacks_evaluation(run, step):
-    """Whether a run's log reaches a step (it is no other run's) and has no evaluation of it."""
-    rows = list(log_rows(run))
-    return step > 0 and bool(rows) and not any(
-        row["kind"] == "eval" and row["step"] == step for row in rows)
-
-
-def hold_run(run):
-    """Make the run directory and lock it against other processes; returns the open lock, its text.
-
-    The text is this process's own, so that other ranks can tell whether they see the same file.
-    """
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        lock = open(run / ".lock", "a+")
-    except OSError as error:
-        raise UserError(f"run_dir={run}: no directory can be made there ({error})") from None
-    # torchrun's restart waits, as a network's disk forgets a dead node's lock after a minute or two
-    deadline = time.monotonic() + (150 if "TORCHELASTIC_RUN_ID" in os.environ else 0)
-    while True:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                lock.seek(0)
-                raise UserError(f"{run}: another process trains there ({lock.read()}); wait for "
-                                "it, or choose another --run_dir") from None
-            time.sleep(0.5)
-        except OSError:
-            print(f"{run}: its disk knows no locks; see to it that one process alone trains there")
-            break
-    text = f"process {os.getpid()} on {socket.gethostname()}, {uuid.uuid4().hex}"
-    lock.truncate(0)
-    lock.write(text)
-    lock.flush()
-    os.fsync(lock.fileno())
-    return lock, text
-
-
-def share_run(run):
-    """Hold the run directory for this process and its fellow ranks; returns the lock, to be kept.
-
-    UserError where a rank does not see rank 0's directory, as on a node's own disk.
-    """
-    locks = []
-
-    def hold():
-        lock, text = hold_run(run)
-        locks.append(lock)
-        return text
-    text, file = on_main(hold), run / ".lock"
-    # subtle: rank 0 must not open the file again, for closing it would unlock it
-    seen = rank() == 0 or (file.is_file() and file.read_text() == text)
-    blind = {host for host in gather("" if seen else socket.gethostname()) if host}
-    if blind:
-        raise UserError(f"run_dir={run} is not the same directory on {', '.join(sorted(blind))}; "
-                        "name one on a disk that all nodes share")
-    return locks
-
-
-def clear_run(run):
-    """Delete what a run writes, and nothing else that may lie in its directory."""
-    for path in [*step_directories(run), *run.glob("step*.tmp"), *run.glob("damaged-step*"),
-                 *run.glob("tensorboard")]:
-        shutil.rmtree(path)
-    for path in run.glob("reference-*.json"):
-        path.unlink()
-    for name in ("config.json", "tokenizer.json", "manifest.json", "metrics.jsonl", *MEASURED):
-        (run / name).unlink(missing_ok=True)
-
-
-def describe_run(run, settings, folder, **facts):
-    """Write config.json and tokenizer.json, and manifest.json: the data's with some `facts` added.
-
-    folder: that of the data, or a Hugging Face directory, which has no manifest.
-    """
-    write_json(run / "config.json", settings)
-    shutil.copyfile(folder / "tokenizer.json", run / "tokenizer.json")
-    if (folder / "manifest.json").is_file():
-        write_json(run / "manifest.json", {**read_json(folder / "manifest.json"), **facts})
-
-
-class Log:
-    """RUN/metrics.jsonl, one object a row; rows of steps to be done again are dropped.
-
-    Rank 0 writes it, and TensorBoard's files if asked to; elsewhere it is silent.
+    path: the directory. checkpoint: the step directory to begin from, or None. step: the last step
+    taken, 0 for a new run. results: what the last evaluation found. ended_by: the number of the
+    signal that ended the loop, or 0.
     """
 
-    def __init__(self, run, step, tensorboard=False):
-        self.file = self.board = None
-        if rank():
-            return
-        path, aside = run / "metrics.jsonl", run / "metrics.jsonl.tmp"
-        aside.write_text("".join(json.dumps(row) + "\n" for row in log_rows(run)
-                                 if row["step"] <= step and row["kind"] != "end"))
-        aside.rename(path)
-        self.file = open(path, "a")
-        if tensorboard:
-            self.board = open_tensorboard(run / "tensorboard", step)
+    def __init__(self, config, settings, model_config, device, deadline):
+        self.config = config
+        self.settings = settings
+        self.model_config = model_config
+        self.device = device
+        self.path = Path(config.run_dir)
+        self.signals = StopSignal(deadline)
+        self.window = Window()
+        self.results = None
+        self.ended_by = 0
 
-    def write(self, kind, state, **row):
-        """Append a row of one kind with the step, tokens and seconds of `state`."""
-        if not self.file:
-            return
-        where = {key: state[key] for key in ("step", "tokens", "seconds")}
-        try:
-            self.file.write(json.dumps({"kind": kind, **where, **row}) + "\n")
-            self.file.flush()
-        except OSError as error:
-            raise UserError(f"{self.file.name}: could not be written ({error}); make room, then "
-                            "run the same command again") from None
-        if self.board:
-            accuracy = {name: result.get("accuracy") for name, result
-                        in row.get("tasks", {}).items()}
-            numbers = {**row, **row.get("bits_per_byte", {}), **accuracy}
-            for key, value in numbers.items():
-                if type(value) in (int, float):
-                    self.board.add_scalar(f"{kind}/{key}", value, state["step"])
-            self.board.flush()
+    @property
+    def step(self):
+        return self.state["step"]
 
+    # ---- Opening ---------------------------------------------------------------------------------
 
-def open_tensorboard(folder, step):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard needs a package: pip install tensorboard") from None
-    return SummaryWriter(folder, purge_step=step + 1)
+    @classmethod
+    def open(cls, config, settings, fingerprint, model_config, device, deadline=math.inf,
+             free_keys=()):
+        """Hold the run directory of `config`, and find where the run goes on.
 
+        settings: every key of the run, as config.json saves them. fingerprint: what identifies the
+        data. deadline: of time.monotonic(). free_keys: keys that a resumed run may change besides
+        the usual ones. Raises UserError on all ranks for a directory that is in use, that a node
+        does not share, or that holds another run.
+        """
+        run = cls(config, settings, model_config, device, deadline)
+        check_agreement(fingerprint)
+        lock_text = on_rank0(run.take_lock)
+        directory.check_shared(run.path, lock_text)
+        find_start = partial(directory.find_start, config, settings, fingerprint, free_keys)
+        run.checkpoint, run.state = on_rank0(find_start, patience=READ_PATIENCE)
+        run.state.update(config=settings, data=fingerprint, torch=torch.__version__)
+        has_no_row = partial(directory.lacks_evaluation, run.path, run.step)
+        run.lacks_evaluation = on_rank0(has_no_row)
+        return run
 
-class StopSignal:
-    """While open, keeps the first Ctrl-C, SIGTERM or alarm in `number`.
+    def take_lock(self):
+        """On rank 0: lock the directory for as long as this object lives; returns its text."""
+        self.lock = directory.lock_directory(self.path)
+        return self.lock.text
 
-    Alone, a second signal acts at once. Under torchrun it does not: the launcher passes on what the
-    terminal has sent already, and kills who is still there after 30 s.
-    """
+    def is_finished(self):
+        """True, and printed, if neither a step nor an evaluation is left to do."""
+        last = self.config.max_steps
+        is_finished = self.step > last or (self.step == last and not self.lacks_evaluation)
+        if is_finished:
+            print(f"{self.path}: finished, at step {self.step} of {last}")
+        return is_finished
 
-    def __init__(self, deadline=math.inf):
-        self.deadline = deadline  # of time.monotonic(): then an alarm rings
+    def load(self, model, optimizer):
+        """Fill model and optimiser from the checkpoint that the run begins from."""
+        load_checkpoint(self.checkpoint, model, optimizer)
+        print(f"{self.path}: continues after step {self.step}")
+
+    def describe(self, folder, **facts):
+        """Write config.json, tokenizer.json and manifest.json (see scaling/directory.py)."""
+        on_rank0(partial(directory.describe, self.path, self.settings, folder, **facts))
+
+    # ---- The loop --------------------------------------------------------------------------------
 
     def __enter__(self):
-        self.number, self.before, self.parent = 0, {}, os.getppid()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
-            self.before[number] = signal.signal(number, self.receive)
-        if self.deadline < math.inf:
-            signal.setitimer(signal.ITIMER_REAL, max(0.001, self.deadline - time.monotonic()))
+        # subtle: a new run drops the rows of step 0 too; its evaluation of step 0 is done again
+        self.metrics_log = Log(self.path, self.step or -1, self.config.tensorboard)
+        self.meter = PowerMeter(self.device, self.config.watts)
+        self.kwh_before = self.state["kwh"]
+        self.last_save = time.monotonic()
+        self.is_late_to_save = False
+        self.signals.__enter__()
         return self
 
-    def receive(self, number, frame):
-        if self.number and (self.number != signal.SIGALRM or world_size() > 1):
-            return
-        self.number = number
-        if number == signal.SIGALRM:
-            tqdm.write("stop_after_minutes: stopping after this step")
-        elif world_size() == 1:
-            tqdm.write("stopping after this step; once more stops at once")
-            self.restore()
+    def __exit__(self, *error):
+        self.signals.__exit__(*error)
+        self.metrics_log.close()
 
-    def reason(self):
-        """The signal to leave by, or 0; a rank whose launcher was killed leaves too."""
-        orphaned = world_size() > 1 and os.getppid() != self.parent
-        return self.number or (signal.SIGTERM if orphaned else 0)
+    def steps(self):
+        """Yield the number of each step to take, the same on all ranks.
 
-    def restore(self):
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        Ends after max_steps, or after the step in which any rank heard a signal or the deadline.
+        """
+        last = self.config.max_steps
+        self.loop_start = time.perf_counter() - self.state["seconds"]
+        with tqdm(total=last, initial=self.step, unit="step", disable=rank() > 0) as self.bar:
+            while self.step < last and not self.ended_by:
+                self.step_start = time.perf_counter()
+                yield self.step + 1
+        self.count_energy()
+        print(energy_line(self.state["kwh"], self.meter.metered, self.config))
+        if self.step == last:
+            kg_co2 = carbon_kg(self.state["kwh"], self.config)
+            self.metrics_log.write("end", self.state, kwh=self.state["kwh"], kg_co2=kg_co2)
 
-    def __exit__(self, *exception):
-        self.restore()
+    def log(self, step, batch, metrics, lr, max_norm):
+        """Count the step that was taken, and write a row of metrics.jsonl if one is due.
 
+        batch: this rank's, whose "tokens" (B, T) are counted, padding aside. metrics: what train_step
+        returned, or {} for a step that was skipped. max_norm: the limit of the gradient's norm.
+        """
+        is_text = batch["tokens"] != self.model_config.pad_token_id
+        tokens = reduce_sum(is_text.sum()).item()
+        is_clipped = bool(metrics) and metrics["grad_norm"] > max_norm
+        now = time.perf_counter()
+        self.window.add(is_clipped, tokens, now - self.step_start)
+        self.state["step"] = step
+        self.state["tokens"] += tokens
+        self.state["seconds"] = round(now - self.loop_start, 3)
+        self.bar.update()
+        self.agree_on_ending()
+        if metrics and self.is_due(step, self.config.log_every_steps):
+            self.write_row(batch, metrics, lr)
 
-def documents_of(run, step):
-    """The documents of a step's batch, a line each, for the log of a step that went wrong."""
-    data = RunData(run)
-    if not data.manifest["sources"]:  # the side files of ready token files are slow to search
-        return [f"sequence {sequence}: instance {instance}"
-                for sequence, instance in enumerate(data.batches.instances(step).tolist())]
-    return [f"sequence {span.sequence}: {span.document['source']}/{span.document['id']} "
-            f"{span.document['metadata']['provenance']}" for span in data.trace(step)]
+    def agree_on_ending(self):
+        """What one rank has heard, all ranks do: leave, or save because of save_every_minutes."""
+        minutes = (time.monotonic() - self.last_save) / 60
+        interval = self.config.save_every_minutes
+        is_late = interval > 0 and minutes >= interval
+        ended_by, is_late = largest(self.signals.reason(), is_late)
+        self.ended_by = int(ended_by)
+        self.is_late_to_save = bool(is_late)
 
+    def write_row(self, batch, metrics, lr):
+        """A row of kind "train": the step as all ranks saw it, and the speed since the last row."""
+        self.count_energy()
+        rates = self.window.rates(flops_per_token(self.model_config), self.device)
+        row = {**metrics, "lr": lr, **rates}
+        if "rewards/margins" not in metrics:  # the loss of DPO is per pair, not per token
+            row["perplexity"] = perplexity(metrics["loss"])
+        [memory] = largest(peak_memory(self.device))
+        self.metrics_log.write("train", self.state, **row, peak_memory_gb=round(memory, 3),
+                               kwh=self.state["kwh"], world_size=world_size(),
+                               batch_hash=batch_hash(batch["tokens"]))
+        self.bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s")
+        self.window = Window()
 
-def report_not_finite(log, config, state, step, error, documents):
-    """Log the documents of a step whose loss or gradient is not finite; UserError to stop at it."""
-    skipped = config.not_finite == "skip"
-    try:
-        lines = documents(step)
-    except Exception as fault:  # what is wrong with the data must not hide what is with the step
-        lines = [f"not traced: {fault}"]
-    log.write("not_finite", {**state, "step": step}, error=str(error), skipped=skipped,
-              documents=lines)
-    if not skipped:
-        raise UserError(f"step {step}: {error}; its documents are in {log.file.name}, and the "
-                        "newest checkpoint is from before it. A lower --lr, in a run of its own, "
-                        "may hold; --not_finite=skip goes on without the step")
-    tqdm.write(f"step {step}: {error}; skipped, the weights are as they were")
+    def count_energy(self):
+        """Add the energy of all ranks since the loop began to the state."""
+        own = torch.tensor(self.meter.kwh(), dtype=torch.float64)
+        self.state["kwh"] = self.kwh_before + reduce_sum(own).item()
 
+    def report_not_finite(self, step, error, find_places):
+        """Log which examples a step had whose loss or gradient is not finite; returns {}.
 
-@dataclass
-class Recent:
-    """What happened since the last row of the log; evaluations and checkpoints are not timed."""
+        find_places(step): the lines that name them. Raises UserError on all ranks, except with
+        not_finite=skip: the step is then left out, and the weights are what they were before it.
+        """
+        report = partial(self.log_not_finite, step, error, find_places)
+        on_rank0(report, patience=READ_PATIENCE)
+        return {}
 
-    steps: int = 0
-    clipped: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
+    def log_not_finite(self, step, error, find_places):
+        is_skipped = self.config.not_finite == "skip"
+        try:
+            places = find_places(step)
+        except Exception as fault:  # a fault of the data must not hide the fault of the step
+            places = [f"not traced: {fault}"]
+        self.metrics_log.write("not_finite", {**self.state, "step": step}, error=str(error),
+                               skipped=is_skipped, documents=places)
+        if not is_skipped:
+            raise UserError(f"step {step}: {error}; metrics.jsonl names its documents, and the "
+                            "newest checkpoint is from before it. Try a lower --lr in another "
+                            "--run_dir, or leave the step out: --not_finite=skip")
+        tqdm.write(f"step {step}: {error}; skipped, the weights are unchanged")
 
-    def add(self, clipped, tokens, seconds):
-        self.steps, self.clipped = self.steps + 1, self.clipped + clipped
-        self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
+    # ---- What is due -----------------------------------------------------------------------------
 
-    def rates(self, flops, device):
-        """Speed, model FLOPs utilisation and the share of steps that were clipped."""
-        speed, peak = self.tokens / self.seconds, peak_flops(device)
-        return {"clipping_rate": self.clipped / self.steps, "tokens_per_second": round(speed, 1),
-                "tokens_per_second_per_device": round(speed / world_size(), 1),
-                "mfu": round(speed / world_size() * flops / peak, 4) if peak else None}
+    def is_due(self, step, interval):
+        """True at the last step and at each multiple of `interval`; 0 is the last step alone."""
+        return step == self.config.max_steps or (interval > 0 and step % interval == 0)
 
+    def save_is_due(self, step):
+        """True also before the run ends for a signal, and after save_every_minutes."""
+        is_urgent = self.ended_by > 0 or self.is_late_to_save
+        return is_urgent or self.is_due(step, self.config.save_every_steps)
 
-def log_step(log, state, row, device, batch):
-    """A row of kind train: what all ranks have seen of a step, the peak memory of the fullest."""
-    if "rewards/margins" not in row:  # DPO's loss is of pairs, not of tokens
-        row = {**row, "perplexity": math.exp(min(row["loss"], 700))}
-    log.write("train", state, **row,
-              peak_memory_gb=round(largest(peak_memory(device))[0], 3), kwh=state["kwh"],
-              world_size=world_size(), batch_hash=batch_hash(batch["tokens"]))
+    def save(self, model, optimizer):
+        """Write a checkpoint of the step that was just taken, and delete those no longer kept."""
+        self.count_energy()
+        save_checkpoint(self.path, self.state, model, optimizer)
+        on_rank0(partial(drop_old_checkpoints, self.path, self.config.keep_last,
+                         self.config.keep_every))
+        self.last_save = time.monotonic()
 
+    def evaluation_is_due(self, step):
+        return self.is_due(step, self.config.eval_every_steps)
 
-def log_evaluation(log, state, results):
-    log.write("eval", state, **results)
-    tuned = {name: f"{value:.4f}" for name, value in results.get("tuned", {}).items()}
-    accuracy = {name: f"{100 * result['accuracy']:.1f}%" for name, result
-                in results["tasks"].items() if "accuracy" in result}
-    bits = results["bits_per_byte"] | {name: result["bits_per_byte"] for name, result
-                                       in results["tasks"].items() if name not in accuracy}
-    for what, found in (("bits per byte", {name: f"{value:.3f}" for name, value in bits.items()}),
-                        ("accuracy", accuracy), ("held-out answers", tuned)):
-        if found:
-            tqdm.write(f"step {state['step']}: {what}: "
-                       + ", ".join(f"{name} {value}" for name, value in found.items()))
+    def evaluation_was_missed(self):
+        """True if the run was stopped after it saved its last step and before it evaluated it."""
+        return self.lacks_evaluation and self.evaluation_is_due(self.step)
+
+    def log_evaluation(self, results):
+        """Write a row of kind "eval" about the last step, and print its headline numbers."""
+        self.results = results
+        self.metrics_log.write("eval", self.state, **results)
+        say_evaluation(self.step, results)
+
+    # ---- The end ---------------------------------------------------------------------------------
+
+    def say_stopped(self, file):
+        """Print how to go on after a signal; returns the exit code, 128 + the signal's number."""
+        launcher = "python" if world_size() == 1 else "torchrun ..."
+        print(f"stopped after step {self.step}, which is saved; continue with: {launcher} {file} "
+              f"--resume={self.path}")
+        return 128 + self.ended_by
