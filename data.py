@@ -52,7 +52,7 @@ class DataConfig:
         "reference": "stdlib", "docstrings": "stdlib", "code": "stdlib"})
     """Name -> {"path": ..., "rules": "web", "weight": 1}, or the path alone: a file or folder of
     .jsonl(.gz), .txt; "stdlib" is the embedded source of that name. rules: names in RULES and
-    RULE_SETS; weight: how often the source is shown (0.5: half of it), or its share of mix_tokens."""
+    RULE_SETS; weight: how often a source is shown (0.5: half of it), or its share of mix_tokens."""
     mix_tokens: int = 0
     """Tokens in the mix; the weights are then shares that sum to 1. 0: weights are repetitions."""
     max_repeats: float = 1.0

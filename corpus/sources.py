@@ -40,11 +40,11 @@ def parse_source(name, entry):
     rules = entry.get("rules", "")
     weight = entry.get("weight", 1.0)
     if not isinstance(path, str):
-        raise UserError(f"{place}: path is {path!r}; write a path as a string")
+        raise UserError(f"{place}: path {path!r}; write a path as a string")
     if not isinstance(rules, str):
-        raise UserError(f"{place}: rules is {rules!r}; write the names in one string")
+        raise UserError(f"{place}: rules {rules!r}; write the names in one string")
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < 1e6:
-        raise UserError(f"{place}: weight is {weight!r}; write a number above 0, below 1e6")
+        raise UserError(f"{place}: weight {weight!r}; write a number above 0, below 1e6")
     return Source(name, path, expand_rules(rules, name), float(weight))
 
 

@@ -759,8 +759,9 @@ def test_stand_ins_and_the_memory_of_bloom_filters_are_announced(tmp_path, call)
 @pytest.mark.parametrize("entry, shown", [
     ({"rules": "gohper"}, ["'gohper'", "gopher?"]),
     ({"rules": "web c4_documents"}, ["'c4_documents'", "c4_document?"]),
-    ({"rules": "paragraf"}, ["'paragraf'", "paragraph?"]), ({"rules": ["web"]}, ["rules", "['web']"]),
-    ({"rule": "web"}, ["'rule'", "path, rules"]), ({"path": 5}, ["path", "5"]),
+    ({"rules": "paragraf"}, ["'paragraf'", "paragraph?"]),
+    ({"rules": ["web"]}, ["rules", "['web']"]), ({"rule": "web"}, ["'rule'", "path, rules"]),
+    ({"path": 5}, ["path", "5"]),
     *(({"weight": weight}, ["weight", weight]) for weight in (0, -1, True, "1", 1e9))])
 def test_mistake_in_a_source_is_one_line_with_the_remedy(tmp_path, call, refused, entry, shown):
     entry = {"path": write_texts(tmp_path / "s.jsonl", "a")} | entry
