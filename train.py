@@ -400,7 +400,7 @@ def train(model_config, data_config, eval_config, config):
 
     def draw_sample():
         with evaluating(model):
-            return sample_text(model, tokenizer, eval_config, agree=as_on_main)
+            return sample_text(model, tokenizer, eval_config, sync=as_on_main)
 
     def evaluate():
         with evaluating(model):

@@ -111,6 +111,7 @@ def read_step(path, tensors):
     """Fill `tensors`, {name: tensor or DTensor}, in place from a step directory."""
     reader = SafeReader(str(path))
     entries = reader.read_metadata().state_dict_metadata
+    tensors = {name_in(entries, name): tensor for name, tensor in tensors.items()}
     wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     prefixes = {name.split(".")[0] for name in wanted}
     check_tensors(wanted, {name: tuple(entry.size) for name, entry in entries.items()
@@ -121,6 +122,12 @@ def read_step(path, tensors):
             dcp.load(tensors, storage_reader=reader)
         except CheckpointException as error:
             raise UserError(f"{path}: its tensors cannot be read ({root_cause(error)})") from None
+
+
+def name_in(entries, name):
+    """The name of a tensor in a step directory: older ones call the output head ff_out."""
+    old_name = name.replace(".lm_head.", ".ff_out.", 1)
+    return old_name if old_name in entries else name
 
 
 def root_cause(error):

@@ -15,8 +15,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import (CheckpointPolicy, checkpoint,
                                     create_selective_checkpoint_contexts)
 
-from model import PLAIN_AT_MOST, Block, head_nats
+from model import Block, token_losses
 from scaling.ranks import world_size
+from support.cpu import PLAIN_AT_MOST, use_fast_attention
 
 
 def shard_model(model, config, device, dtype, compiled):
@@ -27,6 +28,8 @@ def shard_model(model, config, device, dtype, compiled):
     Weights, gradients' sums and optimiser are float32 slices; a block gathered is `dtype`.
     """
     model.compute_dtype = dtype
+    if device.type == "cpu":
+        use_fast_attention(model)
     checkpoint_activations(model, config.activation_checkpointing)
     if compiled:
         compile_model(model, device)
@@ -36,7 +39,7 @@ def shard_model(model, config, device, dtype, compiled):
         mesh = build_mesh(config.shard, device)
         for module in (*model.blocks, model):  # the root, last, takes embedding and head
             fully_shard(module, mesh=mesh, mp_policy=policy)
-        # It warns that nobody may write into the nats, a view, in place; nobody does.
+        # It warns that nobody may write into the losses, a view, in place; nobody does.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module")
     return model.to_empty(device=device)
 
@@ -96,7 +99,7 @@ def compile_model(model, device):
         functorch_config.aggressive_recomputation = model.config.max_seq_len <= PLAIN_AT_MOST
     for block in model.blocks:
         block.forward = torch.compile(block.forward, dynamic=False)
-    model.head_nats = torch.compile(head_nats, dynamic=False)
+    model.token_losses = torch.compile(token_losses, dynamic=False)
 
 
 def own_part(tensor, parameter):
