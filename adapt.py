@@ -48,6 +48,7 @@ from scaling.run import (COMMANDS, Log, agree_on_machine, describe_run, lacks_ev
                          log_evaluation, share_run)
 from scaling.sharding import evaluating
 from support.chats import read_set, require
+from support.cpu import packed_weights
 from support.files import UserError, read_json, run_main, write_json
 from support.models import fill_weights, open_base
 from support.records import asked, domains_table, tasks_table
@@ -424,11 +425,11 @@ def evaluate_pairs(model, pairs, reference, batch_tokens, config):
 
 def answer_prompts(model, tokenizer, prompts, max_new_tokens):
     """(texts of prompts, ids, with their greedy answers; share of the answers that end)."""
-    with evaluating(model):
+    with evaluating(model), packed_weights(model):
         answers = []
         for begin in range(0, len(prompts), ANSWER_BATCH):
             answers += generate(model, prompts[begin:begin + ANSWER_BATCH], max_new_tokens,
-                                stop_ids=(tokenizer.eos_token_id,), agree=as_on_main)
+                                stop_ids=(tokenizer.eos_token_id,), sync=as_on_main)
     ended = sum(answer[-1] == tokenizer.eos_token_id for answer in answers)
     return [tokenizer.decode([*prompt[1:], *answer]) for prompt, answer
             in zip(prompts, answers, strict=True)], ended / len(prompts)

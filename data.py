@@ -33,7 +33,8 @@ from corpus.documents import as_document, input_files, is_held_out, read_records
 from corpus.funnel import Funnel, ShowOptions, print_dropped, print_table
 from corpus.questions import leaked_docstrings
 from corpus.rules import (CONTENT_SCORERS, DEDUPLICATIONS, LANGUAGE_SCORERS, RULES, Drop,
-                          filter_documents, parse_source)
+                          filter_documents)
+from corpus.sources import parse_source
 from corpus.stages import (DOCUMENT_INDEX, DocumentWriter, ShardWriter, ages_of, blocks_of,
                            building_code, finished, hash_of, hash_of_id, in_batches, input_ages,
                            link_files, ordered_map, read_block, stored_documents, taken)
@@ -50,8 +51,8 @@ class DataConfig:
     sources: dict[str, str | dict] = field(default_factory=lambda: {
         "reference": "stdlib", "docstrings": "stdlib", "code": "stdlib"})
     """Name -> {"path": ..., "rules": "web", "weight": 1}, or the path alone: a file or folder of
-    .jsonl(.gz), .txt; "stdlib" is the embedded source of that name. rules: words of RULES and
-    RECIPES; weight: how often the source is shown (0.5: half of it), or its share of mix_tokens."""
+    .jsonl(.gz), .txt; "stdlib" is the embedded source of that name. rules: names in RULES and
+    RULE_SETS; weight: how often a source is shown (0.5: half of it), or its share of mix_tokens."""
     mix_tokens: int = 0
     """Tokens in the mix; the weights are then shares that sum to 1. 0: weights are repetitions."""
     max_repeats: float = 1.0

@@ -28,6 +28,7 @@ from corpus.trace import held_out_of
 from data import render_chat
 from model import at_least_float32, generate, next_token_loss
 from scaling.checkpoint import run_of, step_directories
+from support.cpu import packed_weights
 from support.files import UserError, log_rows, read_json, run_main
 from support.models import open_model
 from support.records import (asked, bits_per_byte, domains_table, pooled, record, tasks_table,
@@ -283,7 +284,8 @@ def score_rows(model, rows):
     only = torch.tensor(only, dtype=torch.int64).view(-1, 2)
     targets = torch.tensor(targets, dtype=torch.int64).to(device)
     logits = at_least_float32(model(tokens.to(device), attn_mask=sees.tril()[:, None].to(device),
-                                    positions=positions.to(device), only=only.to(device)))  # (N, V)
+                                    positions=positions.to(device),
+                                    positions_wanted=only.to(device)))  # (N, V)
     found = torch.stack((-F.cross_entropy(logits, targets, reduction="none"),
                          logits.argmax(-1) == targets), dim=1)
     return torch.tensor(numbers, dtype=torch.int64), found.cpu().double()
@@ -393,8 +395,9 @@ def sample_text(model, tokenizer, config, **options):
     """
     ids = [tokenizer.eos_token_id, *tokenizer.encode(config.prompt)]
     try:
-        [new] = generate(model, [ids], config.max_new_tokens, config.temperature, config.top_p,
-                         stop_ids=(tokenizer.eos_token_id,), seed=config.sample_seed, **options)
+        with packed_weights(model):
+            [new] = generate(model, [ids], config.max_new_tokens, config.temperature, config.top_p,
+                             stop_ids=(tokenizer.eos_token_id,), seed=config.sample_seed, **options)
     except ValueError as error:
         raise UserError(f"prompt: {error}") from None
     return config.prompt + tokenizer.decode(i for i in new if i != tokenizer.eos_token_id)

@@ -1,12 +1,15 @@
-"""The network: OLMo 1.0, its losses on tensors, its sampler, and its weights in and out.
+"""The network: OLMo 1.0, its initialisation, its losses and its sampler.
 
     python model.py export RUN OUT     # write a run as a Hugging Face directory
 
-Paper: OLMo (arXiv 2402.00838), section 2.1 and table 1. Parts, in order: configuration, blocks, the
-model, initialisation, losses, generation, weights.
+Paper: OLMo (arXiv 2402.00838), section 2.1 and tables 1 and 2. The comments name each dimension by
+one letter:
 
-Dims: B batch, T time, S time with the cache, D d_model, H heads, K head_dim, F mlp_hidden_size,
-V vocabulary.
+    B  sequences of a batch          D  width of the residual stream (d_model)
+    T  tokens of a sequence          H  attention heads
+    S  tokens that attention sees:   K  width of a head, D / H
+       T, and those in the cache     F  width of the MLP (mlp_hidden_size)
+    V  rows of the embedding         N  chosen positions of a batch
 """
 
 import hashlib
@@ -18,7 +21,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from support.files import UserError, read_json, run_main
+from configs import setting
+from support.files import UserError, run_main
 
 LAYER_NORM_EPS = 1e-5
 
@@ -27,45 +31,40 @@ LAYER_NORM_EPS = 1e-5
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of an OLMo; paper, table 1."""
+    """The shape of an OLMo (paper, tables 1 and 2); the defaults are a toy for a laptop."""
 
-    d_model: int = 256
-    """Width D of the residual stream."""
-    n_layers: int = 4
-    """Number of blocks."""
-    n_heads: int = 4
-    """Attention heads H; each is d_model / n_heads wide."""
-    mlp_hidden_size: int = 704
-    """Width F of the MLP's activation (OLMo's own key of this name holds 2F, both halves)."""
-    max_seq_len: int = 256
-    """Context length T in tokens, and the length of a training instance."""
-    vocab_size: int = 4096
-    """Ids that the tokenizer knows."""
-    embedding_size: int = 4096
-    """Rows of the embedding: vocab_size padded up (50,280 to 50,304), for speed on GPUs."""
-    rope_theta: float = 10000.0
-    """Base of the rotary frequencies."""
-    weight_tying: bool = False
-    """Use the embedding as the output head (OLMo-1B does, OLMo-7B does not)."""
-    eos_token_id: int = 4095
-    """End of document; also the only separator between documents."""
-    pad_token_id: int = 4094
-    """Padding; never trained on."""
+    d_model: int = setting(256, "Width D of the residual stream.")
+    n_layers: int = setting(4, "Number of blocks.")
+    n_heads: int = setting(4, "Attention heads H; each is d_model / n_heads wide.")
+    # OLMo's own key of this name counts both halves of the gated MLP, 2F.
+    mlp_hidden_size: int = setting(704, "Width F of the MLP (the paper: about 8/3 of d_model).")
+    max_seq_len: int = setting(256, "Context T in tokens, and the length of a training instance.")
+    vocab_size: int = setting(4096, "Ids that the tokenizer knows.")
+    # A GPU multiplies fastest where sizes are multiples of 128: OLMo pads 50,280 ids to 50,304.
+    embedding_size: int = setting(4096, "Rows V of the embedding: vocab_size, padded for speed.")
+    rope_theta: float = setting(10000.0, "Base of the rotary frequencies.")
+    weight_tying: bool = setting(False, "Use the embedding as the output head, as OLMo-1B does.")
+    eos_token_id: int = setting(4095, "End of a document, and the only mark between documents.")
+    pad_token_id: int = setting(4094, "Padding; it is never trained on.")
 
     def __post_init__(self):
-        def require(condition, remedy):
-            if not condition:
-                raise UserError(f"model shape: {remedy}")
-        require(min(self.d_model, self.n_layers, self.n_heads, self.mlp_hidden_size,
-                    self.max_seq_len - 1, self.vocab_size) > 0, "all sizes must be positive")
-        require(self.d_model % (2 * self.n_heads) == 0,
-                f"d_model={self.d_model} must be a multiple of 2 * n_heads={2 * self.n_heads}")
-        require(self.embedding_size >= self.vocab_size,
-                f"embedding_size={self.embedding_size} is below vocab_size={self.vocab_size}")
-        require(0 <= min(self.eos_token_id, self.pad_token_id)
-                and max(self.eos_token_id, self.pad_token_id) < self.vocab_size,
-                f"eos_token_id={self.eos_token_id} and pad_token_id={self.pad_token_id} must be "
-                f"ids below vocab_size={self.vocab_size}")
+        sizes = ("d_model", "n_layers", "n_heads", "mlp_hidden_size", "vocab_size")
+        for key in sizes:
+            self.require(getattr(self, key) > 0, key, "must be positive")
+        # An instance of one token has no next token to learn from.
+        self.require(self.max_seq_len > 1, "max_seq_len", "must be at least 2")
+        # RoPE turns pairs of dimensions, so a head needs an even width.
+        self.require(self.d_model % (2 * self.n_heads) == 0, "d_model",
+                     f"must be a multiple of 2 * n_heads={2 * self.n_heads}")
+        self.require(self.embedding_size >= self.vocab_size, "embedding_size",
+                     f"is below vocab_size={self.vocab_size}")
+        for key in ("eos_token_id", "pad_token_id"):
+            self.require(0 <= getattr(self, key) < self.vocab_size, key,
+                         f"must be an id below vocab_size={self.vocab_size}")
+
+    def require(self, condition, key, remedy):
+        if not condition:
+            raise UserError(f"model shape: {key}={getattr(self, key)} {remedy}")
 
     @property
     def head_dim(self):
@@ -75,108 +74,97 @@ class ModelConfig:
 # ---- Blocks --------------------------------------------------------------------------------------
 
 class Linear(nn.Linear):
-    """A projection without bias; its float32 weight is cast to the stream's dtype at each use.
+    """A projection without bias; its float32 weight is cast to the dtype of x at each use.
 
-    packed: in generation, the copy of the weight that `pack_weights` made.
+    The paper drops every bias, as PaLM and LLaMA do, for the stability of training (2.1).
     """
 
     def __init__(self, d_in, d_out):
         super().__init__(d_in, d_out, bias=False)
-        self.packed = None
 
     def forward(self, x):
-        return project(x, self.weight, self.packed)
-
-
-def project(x, weight, packed=None):
-    """x (..., D_in) by a weight (D_out, D_in), or by the copy of it that `pack_weights` made."""
-    if packed is None or torch.is_grad_enabled():
-        return F.linear(x, weight.to(x.dtype))
-    return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+        return F.linear(x, self.weight.to(x.dtype))
 
 
 def at_least_float32(x):
-    """bfloat16 is upcast, float64 stays."""
+    """x in float32; float64 is left alone. bfloat16 keeps 8 bits: too few for sums and angles."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def layer_norm(x):
-    """LayerNorm without gain or bias (paper 2.1): (..., D) -> (..., D); statistics in float32."""
+    """LayerNorm without gain and bias: (..., D) -> (..., D) of mean 0 and variance 1.
+
+    The authors thought the form without parameters the safest, and measured it as the fastest,
+    among LayerNorm with a gain, RMSNorm and this one (2.1).
+    """
+    # torch takes the mean and the variance of a bfloat16 x in float32 by itself.
     return F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
 
 
 def rope_table(positions, head_dim, theta):
-    """Cosines and sines, (..., K/2) float32 each, of the rotations at int64 `positions` (...)."""
-    # subtle: theta ** -x rounds otherwise, and a thousand tokens on that shows in the logits
+    """Cosines and sines of RoPE's angles at int64 `positions` (...): float32 (..., K/2) each.
+
+    Pair k turns by position * theta^(-2k/K): fast pairs tell near tokens apart, slow ones far ones.
+    """
     pairs = torch.arange(0, head_dim, 2, device=positions.device)
+    # subtle: theta ** -x rounds differently, and after 1,000 tokens the logits show it
     inv_freq = 1.0 / theta ** (pairs.float() / head_dim)
+    # Angles stay float32: bfloat16 cannot tell position 1,000 from 1,001.
     angles = positions.float()[..., None] * inv_freq
     return angles.cos(), angles.sin()
 
 
 def apply_rope(x, cos, sin):
-    """Rotate each pair (x[k], x[k + K/2]) of x (B, H, T, K) by its angle, in float32 at least."""
-    first, second = at_least_float32(x).chunk(2, dim=-1)
-    turned = first * cos - second * sin, second * cos + first * sin
-    return torch.cat([half.to(x.dtype) for half in turned], dim=-1)
+    """Rotate each pair (x[k], x[k + K/2]) of x (B, H, T, K) by its angle, in at least float32.
 
-
-QUERIES = 128  # that look at the keys together: up to their own end, so that half is left out
-
-
-def plain_attention(q, k, v):
-    """Causal attention of q on k and v, (B, H, T, K) each, in plain matrix products.
-
-    In bfloat16 the scores are rounded to it before the softmax, which SDPA does not do.
+    A query and a key that are both rotated have a product that depends on their distance alone:
+    attention learns "three tokens back" once, for all positions (arXiv 2104.09864).
     """
-    T, y = q.shape[2], []
-    for start in range(0, T, QUERIES):
-        end = min(start + QUERIES, T)
-        hidden = ~causal_mask(start, end - start, q.device)
-        scores = at_least_float32(q[:, :, start:end] @ k[:, :, :end].transpose(-2, -1))
-        scores = (scores / q.shape[-1] ** 0.5).masked_fill(hidden, -math.inf)
-        y.append(scores.softmax(-1).to(q.dtype) @ v[:, :, :end])
-    return torch.cat(y, dim=2)
-
-
-PLAIN_AT_MOST = 512  # tokens of a sequence
-
-
-def suits_plain_attention(q):
-    """On a CPU SDPA multiplies in small tiles; without it a step takes 0.8 times as long
-    (python -m tests.bench cpu). Of long sequences the scores would take too much memory."""
-    return q.device.type == "cpu" and q.shape[2] <= PLAIN_AT_MOST
+    # Pairs lie half a head apart, as in GPT-NeoX and transformers; RoPE's paper takes neighbours.
+    # It is the same function with the columns permuted, so weights fit only one of the two.
+    first, second = at_least_float32(x).chunk(2, dim=-1)  # (B, H, T, K/2) each
+    turned_first = first * cos - second * sin
+    turned_second = second * cos + first * sin
+    return torch.cat([turned_first.to(x.dtype), turned_second.to(x.dtype)], dim=-1)
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention with rotary positions and one fused q, k, v projection."""
+    """Causal multi-head self-attention with rotary positions."""
 
     def __init__(self, config):
         super().__init__()
         self.n_heads = config.n_heads
-        self.att_proj = Linear(config.d_model, 3 * config.d_model)  # rows: q, then k, then v
+        # One product for q, k and v keeps a GPU busier than three; rows: q, then k, then v.
+        self.att_proj = Linear(config.d_model, 3 * config.d_model)
         self.attn_out = Linear(config.d_model, config.d_model)
+        # softmax(q k' / sqrt(K)) v; support/cpu.py may put a version here that suits a CPU better
+        self.attend = F.scaled_dot_product_attention
 
     def forward(self, x, cos, sin, attn_mask=None, cache=None):
         B, T, D = x.shape
-        heads = self.att_proj(x).view(B, T, 3 * self.n_heads, -1).transpose(1, 2)  # (B, 3H, T, K)
-        turned, v = heads.split((2 * self.n_heads, self.n_heads), dim=1)
-        q, k = apply_rope(turned, cos, sin).chunk(2, dim=1)  # (B, H, T, K) each
+        H = self.n_heads
+        heads = self.att_proj(x).view(B, T, 3 * H, -1).transpose(1, 2)  # (B, 3H, T, K)
+        # Only queries and keys are turned: positions steer who looks where, not what is read.
+        queries_and_keys, v = heads.split((2 * H, H), dim=1)
+        q, k = apply_rope(queries_and_keys, cos, sin).chunk(2, dim=1)  # (B, H, T, K) each
         if cache is not None:
-            k, v = cache.append(k, v)  # (B, H, S, K)
-        if attn_mask is None and cache is None and suits_plain_attention(q):
-            y = plain_attention(q, k, v)
-        else:
-            causal = attn_mask is None and T > 1  # one query sees all keys
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask, is_causal=causal)
+            k, v = cache.append(k, v)  # (B, H, S, K) each
+        # A lone query is the newest token and may look at every key, so it needs no mask.
+        is_causal = attn_mask is None and T > 1
+        y = self.attend(q, k, v, attn_mask, is_causal=is_causal)  # (B, H, T, K)
         return self.attn_out(y.transpose(1, 2).reshape(B, T, D))
 
 
 class SwiGLU(nn.Module):
-    """The gated MLP; its input projections are fused, value half first, gate half second."""
+    """The gated MLP (arXiv 2002.05202): (..., D) -> (..., D).
+
+    A ReLU switches a value on or off; here a second projection, the gate, scales each value
+    smoothly. A third matrix comes with it, hence F = 8/3 D where a ReLU network has 4 D (2.1).
+    """
 
     def __init__(self, config):
         super().__init__()
+        # Both input projections in one product; rows: the values, then the gates.
         self.ff_proj = Linear(config.d_model, 2 * config.mlp_hidden_size)
         self.ff_out = Linear(config.mlp_hidden_size, config.d_model)
 
@@ -186,7 +174,11 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm transformer block."""
+    """One transformer block: attention mixes tokens, the MLP works on each token by itself.
+
+    Pre-norm: each half reads a normed copy and adds to a stream that is never normed itself. So the
+    gradient reaches the first block along a path of plain sums, and deep models train stably.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -195,16 +187,17 @@ class Block(nn.Module):
 
     def forward(self, x, cos, sin, attn_mask=None, cache=None):
         x = x + self.attn(layer_norm(x), cos, sin, attn_mask, cache)
-        return x + self.mlp(layer_norm(x))
+        x = x + self.mlp(layer_norm(x))
+        return x
 
 
 # ---- The model -----------------------------------------------------------------------------------
 
 class OLMo(nn.Module):
-    """OLMo 1.0: no biases, no learned norm, no dropout, no position table (paper 2.1).
+    """OLMo 1.0: no biases, no learned norm, no dropout, no table of positions (paper 2.1).
 
-    Weights keep the dtype they are given (float32 in training); `compute_dtype`, when set, is the
-    dtype of the residual stream, to which each weight is cast at its use: as in OLMo's FSDP runs.
+    Weights keep the dtype they are given (float32 in training). `compute_dtype`, when set, is the
+    dtype of the residual stream; each weight is cast to it at its use, as in OLMo's FSDP runs.
     """
 
     def __init__(self, config):
@@ -213,261 +206,133 @@ class OLMo(nn.Module):
         self.compute_dtype = None
         self.wte = nn.Embedding(config.embedding_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        # OLMo-1B reads its logits off the embedding; OLMo-7B has a matrix of its own for them.
         if not config.weight_tying:
-            self.ff_out = Linear(config.d_model, config.embedding_size)
-        self.packed_head = None
-        self.head_nats = head_nats  # train.py may put its compiled self here
+            self.lm_head = Linear(config.d_model, config.embedding_size)
+        self.token_losses = token_losses  # an attribute, so that a compiled one can replace it
 
-    def forward(self, tokens, targets=None, attn_mask=None, cache=None, positions=None, only=None):
-        """Logits (B, T, V) of int64 `tokens` (B, T), or the nats (B, T) of int64 `targets` (B, T).
+    def forward(self, tokens, targets=None, attn_mask=None, cache=None, positions=None,
+                positions_wanted=None):
+        """Logits (B, T, V) of int64 `tokens` (B, T), or the losses (B, T) of `targets` (B, T).
 
         attn_mask: bool, broadcastable to (B, H, T, S), True where a query may look; None is causal.
-        cache: one KVCache a layer; `tokens` then follow what it holds.
-        positions: int64 (B, T), where each token stands; None is one after another.
-        only: int64 (N, 2), row and column of each token whose logits (N, V) are wanted.
+        cache: one KVCache a layer; `tokens` then follow those that it holds.
+        positions: int64 (B, T), the position of each token; None counts them one after another.
+        positions_wanted: int64 (N, 2), row and column of the tokens whose logits (N, V) to return.
+        Raises ValueError for more tokens than the context holds, unless a mask may hide some.
         """
-        B, T = tokens.shape
-        config, device = self.config, tokens.device
+        T = tokens.shape[1]
         start = cache[0].length if cache else 0
-        if start + T > config.max_seq_len and attn_mask is None:  # a mask may hide padding
-            raise ValueError(f"{start + T} tokens exceed max_seq_len={config.max_seq_len}")
+        if start + T > self.config.max_seq_len and attn_mask is None:
+            raise ValueError(f"{start + T} tokens exceed max_seq_len={self.config.max_seq_len}")
         if start and T > 1 and attn_mask is None:
             # subtle: SDPA's is_causal would align the first query with the first key
-            attn_mask = causal_mask(start, T, device)
+            attn_mask = causal_mask(start, T, tokens.device)
         if positions is None:
-            positions = torch.arange(start, start + T, device=device)
-        cos, sin = rope_table(positions, config.head_dim, config.rope_theta)
+            positions = torch.arange(start, start + T, device=tokens.device)
+        cos, sin = rope_table(positions, self.config.head_dim, self.config.rope_theta)
         if positions.dim() == 2:
-            cos, sin = cos[:, None], sin[:, None]  # (B, 1, T, K/2): alike for all heads
+            cos, sin = cos[:, None], sin[:, None]  # (B, 1, T, K/2): the same for all heads
+
+        # The embedding is not scaled and gets no position vector: RoPE carries the positions.
         x = self.wte(tokens).to(self.compute_dtype or self.wte.weight.dtype)  # (B, T, D)
         for i, block in enumerate(self.blocks):
             x = block(x, cos, sin, attn_mask, cache[i] if cache else None)
-        if only is not None:
-            x = x[only[:, 0], only[:, 1]]  # (N, D)
-        head = self.wte.weight if config.weight_tying else self.ff_out.weight
+        if positions_wanted is not None:
+            # The head is the largest matrix: spare it the tokens that nobody asks about.
+            x = x[positions_wanted[:, 0], positions_wanted[:, 1]]  # (N, D)
         if targets is None:
-            return project(layer_norm(x), head, self.packed_head)  # (B, T, V)
-        return self.head_nats(x, head, targets)
+            return self.logits(x)
+        return self.token_losses(x, self.head_weight(), targets)
+
+    def head_weight(self):
+        """The output matrix (V, D)."""
+        return self.wte.weight if self.config.weight_tying else self.lm_head.weight
+
+    def logits(self, x):
+        """The scores (..., V) of all ids after a residual stream x (..., D)."""
+        return head_logits(x, self.head_weight())
 
 
 def causal_mask(start, length, device):
-    """(T, S) bool: query t stands at position start + t and sees the keys up to itself."""
+    """(T, S) bool: the query at position start + t sees the keys up to itself."""
     queries = torch.arange(start, start + length, device=device)[:, None]
-    return torch.arange(start + length, device=device) <= queries
+    keys = torch.arange(start + length, device=device)
+    return keys <= queries
 
 
-def head_nats(x, head, targets):
-    """Nats (B, T) of `targets` under the final norm, the head and a softmax in at least float32."""
-    logits = project(layer_norm(x), head)  # (B, T, V)
-    logits = at_least_float32(logits).flatten(0, 1)
-    return F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)
+def head_logits(x, head_weight):
+    # Nothing norms the stream on its way up (pre-norm), so one norm stands before the head.
+    return F.linear(layer_norm(x), head_weight.to(x.dtype))
+
+
+def token_losses(x, head_weight, targets):
+    """-ln p (B, T) in at least float32 of int64 `targets` (B, T) after a stream x (B, T, D).
+
+    The softmax runs over all V rows: ids above vocab_size never come, and training says so.
+    """
+    # A softmax sums V exponentials: in bfloat16 most of them would round away (paper 3.1).
+    logits = at_least_float32(head_logits(x, head_weight)).flatten(0, 1)  # (B T, V)
+    losses = F.cross_entropy(logits, targets.flatten(), reduction="none")
+    return losses.view_as(targets)
 
 
 # ---- Initialisation ------------------------------------------------------------------------------
 
-@torch.no_grad()
-def init_weights(model, seed, part=lambda tensor, parameter: tensor):
-    """Fill every parameter with its Mitchell start, the same on any device and number of ranks.
+# subtle: the head's random stream keeps the name that the head once had, so that a seed still
+# gives the weights that it gave then
+STREAM_NAMES = {"lm_head.weight": "ff_out.weight"}
 
-    part(tensor, parameter): of the full tensor, drawn one at a time, what the parameter holds.
+
+@torch.no_grad()
+def init_weights(model, seed, local_part=lambda full, parameter: full):
+    """Give every parameter its start, the same one on any device and any number of ranks.
+
+    local_part(full, parameter): the part of the tensor `full` that this process keeps in
+    `parameter`. Full tensors are drawn one at a time, so a large model never lies in one process.
 
     # DIFFERS FROM OLMo: official OLMo draws from one running stream, so that its start depends on
     # the number of ranks. Here each full tensor has a stream of its own, seeded by (seed, name).
     """
     for name, parameter in model.named_parameters():
-        parameter.copy_(part(initial_tensor(name, parameter.shape, seed), parameter))
+        full = initial_tensor(name, parameter.shape, seed)
+        parameter.copy_(local_part(full, parameter))
 
 
 def initial_tensor(name, shape, seed):
-    """The float32 start of one parameter: normal, cut at 3 std (OLMo's init_fn "mitchell")."""
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    """The float32 start of one parameter (OLMo's init_fn "mitchell")."""
+    # OLMo has matrices only. A fork's bias or gain of one dimension starts without an effect.
+    if name.endswith("bias"):
+        return torch.zeros(shape)
+    if len(shape) == 1:
+        return torch.ones(shape)
+    digest = hashlib.sha256(f"{seed}:{STREAM_NAMES.get(name, name)}".encode()).digest()
+    stream = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     std = initial_std(name, shape)
-    tensor = torch.empty(shape)
-    return nn.init.trunc_normal_(tensor, std=std, a=-3 * std, b=3 * std, generator=generator)
+    # Cut at 3 std: a normal's far tails would give a few weights an outsized say.
+    return nn.init.trunc_normal_(torch.empty(shape), std=std, a=-3 * std, b=3 * std,
+                                 generator=stream)
 
 
 def initial_std(name, shape):
-    """1/sqrt(fan-in); less by sqrt(2(l + 1)) for what writes to the residual stream in block l."""
-    fan_in = shape[1]
+    """Standard deviation of a matrix (d_out, d_in): 1/sqrt(d_in), or less in block l, see below."""
+    # A sum of d_in products with this std has the variance of one input: signals keep their size.
+    std = 1 / math.sqrt(shape[1])
     parts = name.split(".")
-    if parts[0] == "blocks" and parts[3] in ("attn_out", "ff_out"):
-        return 1 / math.sqrt(2 * fan_in * (int(parts[1]) + 1))
-    return 1 / math.sqrt(fan_in)
+    if parts[0] == "blocks" and parts[-2] in ("attn_out", "ff_out"):
+        # These two add to the stream. Their variance shrinks by 2 (l + 1), as that many additions
+        # precede: the stream grows with the logarithm of the depth, not with the depth.
+        std /= math.sqrt(2 * (int(parts[1]) + 1))
+    return std
 
 
 def build_model(config, seed, device="cpu"):
-    """A freshly initialised OLMo on `device`; nothing is allocated twice."""
-    with torch.device("meta"):
+    """A freshly initialised OLMo on `device`."""
+    with torch.device("meta"):  # shapes without memory: nothing is allocated twice
         model = OLMo(config)
     model.to_empty(device=device)
     init_weights(model, seed)
     return model
-
-
-# ---- Losses --------------------------------------------------------------------------------------
-
-def next_token_loss(nats, loss_mask):
-    """Summed nats and count of the targets that `loss_mask` (B, T) bool keeps, of `nats` (B, T)."""
-    return (at_least_float32(nats) * loss_mask).sum(), loss_mask.sum()
-
-
-def sequence_log_probs(nats, loss_mask):
-    """Log-probability (B,) in nats of each row's kept targets, and their counts (B,)."""
-    return -(at_least_float32(nats) * loss_mask).sum(-1), loss_mask.sum(-1)
-
-
-# ---- Generation ----------------------------------------------------------------------------------
-
-class KVCache:
-    """The keys and values that one layer has seen: two buffers (B, H, capacity, K) and a length."""
-
-    def __init__(self, config, batch_size, capacity, device=None, dtype=None):
-        shape = (batch_size, config.n_heads, capacity, config.head_dim)
-        self.keys = torch.empty(shape, device=device, dtype=dtype)
-        self.values = torch.empty_like(self.keys)
-        self.length = 0
-
-    def append(self, k, v):
-        """Take in k and v (B, H, T, K); return all so far, (B, H, S, K) each."""
-        end = self.length + k.shape[2]
-        self.keys[:, :, self.length:end] = k
-        self.values[:, :, self.length:end] = v
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-
-def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, stop_ids=(), seed=0,
-             agree=lambda chosen: chosen):
-    """Continue each list of ids in `prompts`; returns the new ids. See `generate_stream`."""
-    new = [[] for _ in prompts]
-    for chosen in generate_stream(model, prompts, max_new_tokens, temperature, top_p, stop_ids,
-                                  seed, agree):
-        for row, i in chosen.items():
-            new[row].append(i)
-    return new
-
-
-@torch.no_grad()
-def generate_stream(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, stop_ids=(),
-                    seed=0, agree=lambda chosen: chosen):
-    """Continue each list of ids in `prompts` by up to `max_new_tokens` ids, yielding as they come
-    {row: its next id} of the rows that still go on.
-
-    temperature 0 is greedy; otherwise sample from the smallest set of ids that holds `top_p` of the
-    mass. A row ends after one of `stop_ids` (kept), or where the context length ends. Row i draws
-    from a stream of its own, (seed, i): its text does not depend on its neighbours.
-    agree(ids): what is taken of the ids chosen here, where several processes must take the same.
-    The weights must stay as they are until the stream ends or is closed.
-    Raises ValueError for a prompt that is empty or fills the context.
-    """
-    config, device = model.config, model.wte.weight.device
-    B, T = len(prompts), max(map(len, prompts), default=0)
-    if B == 0 or min(map(len, prompts)) == 0:
-        raise ValueError("generate needs prompts of at least one id each, such as eos_token_id")
-    if T >= config.max_seq_len:
-        raise ValueError(f"a prompt of {T} ids leaves no room in max_seq_len={config.max_seq_len}")
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"temperature={temperature} must be at least 0, top_p={top_p} in (0, 1]")
-    room = config.max_seq_len - min(map(len, prompts))  # of the shortest prompt
-    capacity = T + min(max_new_tokens, room)
-    tokens = torch.full((B, T), config.pad_token_id)
-    visible = torch.ones(B, capacity, dtype=torch.bool)  # the left padding is not
-    for row, prompt in enumerate(prompts):  # rotary positions are relative: padding shifts nothing
-        tokens[row, T - len(prompt):] = torch.tensor(prompt)
-        visible[row, :T - len(prompt)] = False
-    padded = not visible.all()
-    tokens, visible = tokens.to(device), visible.to(device)
-    dtype = model.compute_dtype or model.wte.weight.dtype
-    cache = [KVCache(config, B, capacity, device, dtype) for _ in range(config.n_layers)]
-    streams = [torch.Generator().manual_seed(seed * 1_000_003 + row) for row in range(B)]
-    running, sharded = set(range(B)), is_sharded(model)
-    begin_packed = T if B * T >= 256 else T + 1  # few tokens are read sooner without
-    last = torch.tensor([(row, -1) for row in range(B)], device=device)
-    try:
-        for length in range(T, capacity):  # `length` tokens are known, the next one is wanted
-            if length == begin_packed:
-                pack_weights(model, B)
-            start = length - tokens.shape[1]
-            attn_mask = padded_mask(visible[:, :length], start) if padded else None
-            with torch.inference_mode(not sharded):  # 1.07 times as fast at batch 1
-                logits = model(tokens, attn_mask=attn_mask, cache=cache, only=last)  # (B, V)
-            chosen = agree(choose_next(logits[:, :config.vocab_size].float().cpu(), temperature,
-                                       top_p, streams))
-            yield {row: chosen[row] for row in sorted(running)}
-            running -= {row for row in running if chosen[row] in stop_ids
-                        or len(prompts[row]) + length - T + 1 == config.max_seq_len}
-            if not running:
-                break
-            tokens = torch.tensor(chosen, device=device)[:, None]
-    finally:
-        unpack_weights(model)
-
-
-PACKED_AT_MOST = 2**29  # weights: of a larger model a second copy costs more than it gains
-
-
-def pack_weights(model, batch_size):
-    """On a CPU, give each projection a second copy of its weight, in the order in which oneDNN
-    reads it: few rows are then multiplied 1.3 to 3 times as fast (python -m tests.bench generate).
-    """
-    embedding = model.wte.weight
-    dtype = model.compute_dtype or embedding.dtype
-    if (embedding.device.type != "cpu" or is_sharded(model) or not can_pack(dtype)
-            or sum(p.numel() for p in model.parameters()) > PACKED_AT_MOST):
-        return
-
-    def reordered(weight):
-        return torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype), batch_size)
-    for linear in linears_of(model):
-        linear.packed = reordered(linear.weight)
-    tied = model.config.weight_tying
-    model.packed_head = reordered(embedding) if tied else model.ff_out.packed
-
-
-def can_pack(dtype):
-    """Whether this torch and this chip have oneDNN's products in `dtype`."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16
-                                      and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def is_sharded(model):
-    """Whether FSDP has put tensors of its own in place of the parameters."""
-    return not all(type(parameter) is nn.Parameter for parameter in model.parameters())
-
-
-def unpack_weights(model):
-    for linear in linears_of(model):
-        linear.packed = None
-    model.packed_head = None
-
-
-def linears_of(model):
-    return [module for module in model.modules() if isinstance(module, Linear)]
-
-
-def padded_mask(visible, start):
-    """(B, 1, T, S) causal mask that hides the padding; each query sees at least itself."""
-    S = visible.shape[1]
-    causal = causal_mask(start, S - start, visible.device)
-    itself = torch.eye(S, dtype=torch.bool, device=visible.device)[start:]
-    return (causal & visible[:, None, None, :]) | itself
-
-
-def choose_next(logits, temperature, top_p, streams):
-    """One id a row of float32 `logits` (B, V), each drawn from its row's generator."""
-    if temperature == 0:
-        return logits.argmax(-1).tolist()
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the least may overflow
-    probs, ids = logits.softmax(-1).sort(descending=True, stable=True)
-    mass = probs.cumsum(-1)
-    kept = (mass - probs < top_p).sum(-1, keepdim=True)  # how many ids the nucleus holds
-    total = mass.gather(1, kept - 1)
-    draws = torch.stack([torch.rand(1, generator=stream) for stream in streams]) * total
-    rank = torch.minimum((mass <= draws).sum(-1, keepdim=True), kept - 1)
-    return ids.gather(1, rank).squeeze(1).tolist()
 
 
 def parameter_shapes(config):
@@ -480,22 +345,169 @@ def count_parameters(config):
     return sum(math.prod(shape) for shape in parameter_shapes(config).values())
 
 
+# ---- Losses --------------------------------------------------------------------------------------
+
+def next_token_loss(token_losses, loss_mask):
+    """(sum of the losses, their count) over the targets that bool `loss_mask` (B, T) keeps.
+
+    A sum and not a mean: the step divides by the count of its complete batch, so that each token
+    weighs the same however the batch is cut.
+    """
+    kept = at_least_float32(token_losses) * loss_mask
+    return kept.sum(), loss_mask.sum()
+
+
+def sequence_log_probs(token_losses, loss_mask):
+    """(log-probability (B,) in nats of each row's kept targets, their counts (B,))."""
+    kept = at_least_float32(token_losses) * loss_mask
+    return -kept.sum(-1), loss_mask.sum(-1)
+
+
+# ---- Generation ----------------------------------------------------------------------------------
+
+class KVCache:
+    """The keys and values that one layer has seen: two buffers (B, H, capacity, K) and a length.
+
+    A new token looks at old keys and values, which never change: each is computed once.
+    """
+
+    def __init__(self, config, batch_size, capacity, device=None, dtype=None):
+        shape = (batch_size, config.n_heads, capacity, config.head_dim)
+        self.keys = torch.empty(shape, device=device, dtype=dtype)
+        self.values = torch.empty_like(self.keys)
+        self.length = 0
+
+    def append(self, k, v):
+        """Store k and v (B, H, T, K); returns all keys and values so far, (B, H, S, K) each."""
+        end = self.length + k.shape[2]
+        self.keys[:, :, self.length:end] = k
+        self.values[:, :, self.length:end] = v
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, stop_ids=(), seed=0,
+             sync=lambda ids: ids):
+    """The new ids of each list of ids in `prompts`; the arguments are generate_stream's."""
+    new = [[] for _ in prompts]
+    for chosen in generate_stream(model, prompts, max_new_tokens, temperature, top_p, stop_ids,
+                                  seed, sync):
+        for row, token in chosen.items():
+            new[row].append(token)
+    return new
+
+
+@torch.no_grad()
+def generate_stream(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, stop_ids=(),
+                    seed=0, sync=lambda ids: ids):
+    """Continue each list of ids in `prompts`; yields {row: its next id} of the rows that go on.
+
+    temperature: 0 takes the likeliest id; else ids are drawn from softmax(logits / temperature).
+    top_p: draw from the smallest set of ids whose probabilities reach this sum.
+    stop_ids: a row ends after one of them (which is yielded), or where its context is full.
+    seed: row i draws from a stream of its own, (seed, i): its neighbours do not change its text.
+    sync(ids): makes all ranks take rank 0's ids; one process has nothing to do.
+    The weights must not change until the stream ends or is closed.
+    Raises ValueError for a prompt that is empty or fills the context.
+    """
+    config = model.config
+    device = model.wte.weight.device
+    check_sampling(config, prompts, temperature, top_p)
+    B = len(prompts)
+    T = max(map(len, prompts))
+    # The shortest prompt may grow the longest, up to max_seq_len ids of its own.
+    room = config.max_seq_len - min(map(len, prompts))
+    capacity = T + min(max_new_tokens, room)
+    tokens, visible = pad_left(prompts, capacity, config.pad_token_id, device)
+    dtype = model.compute_dtype or model.wte.weight.dtype
+    cache = [KVCache(config, B, capacity, device, dtype) for _ in range(config.n_layers)]
+    streams = [torch.Generator().manual_seed(seed * 1_000_003 + row) for row in range(B)]
+    last = torch.tensor([(row, -1) for row in range(B)], device=device)
+    running = set(range(B))
+    for length in range(T, capacity):  # `length` ids are known; the next one is to be chosen
+        attn_mask = None
+        if visible is not None:
+            attn_mask = padded_mask(visible[:, :length], length - tokens.shape[1])
+        # The first pass reads the prompts, each later one the newest id of each row.
+        logits = model(tokens, attn_mask=attn_mask, cache=cache, positions_wanted=last)  # (B, V)
+        # The padding rows of the embedding are no ids: they are never chosen.
+        logits = logits[:, :config.vocab_size].float().cpu()
+        chosen = sync(choose_next(logits, temperature, top_p, streams))
+        yield {row: chosen[row] for row in sorted(running)}
+        for row in sorted(running):
+            context_is_full = len(prompts[row]) + length - T + 1 == config.max_seq_len
+            if chosen[row] in stop_ids or context_is_full:
+                running.remove(row)
+        if not running:
+            break
+        tokens = torch.tensor(chosen, device=device)[:, None]  # (B, 1)
+
+
+def check_sampling(config, prompts, temperature, top_p):
+    if not prompts or not all(prompts):
+        raise ValueError("generate needs prompts of at least one id each, such as eos_token_id")
+    longest = max(map(len, prompts))
+    if longest >= config.max_seq_len:
+        raise ValueError(f"a prompt of {longest} ids leaves no room in "
+                         f"max_seq_len={config.max_seq_len}")
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"temperature={temperature} must be at least 0, top_p={top_p} in (0, 1]")
+
+
+def pad_left(prompts, capacity, pad_token_id, device):
+    """(ids (B, T), bool (B, capacity) where a token is no padding), None if nothing is padded.
+
+    On the left, so that the last column is every row's newest token. RoPE sees distances alone:
+    rows that begin late compute what they would compute without padding.
+    """
+    T = max(map(len, prompts))
+    tokens = torch.full((len(prompts), T), pad_token_id)
+    visible = torch.ones(len(prompts), capacity, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        tokens[row, T - len(prompt):] = torch.tensor(prompt)
+        visible[row, :T - len(prompt)] = False
+    if visible.all():
+        return tokens.to(device), None  # a plain causal mask will do, which is faster
+    return tokens.to(device), visible.to(device)
+
+
+def padded_mask(visible, start):
+    """(B, 1, T, S) causal mask that hides the padding, for the queries from position `start` on."""
+    S = visible.shape[1]
+    causal = causal_mask(start, S - start, visible.device)
+    # subtle: a query of the padding would see nothing, and its softmax be 0 / 0: it sees itself
+    itself = torch.eye(S, dtype=torch.bool, device=visible.device)[start:]
+    return (causal & visible[:, None, None, :]) | itself
+
+
+def choose_next(logits, temperature, top_p, streams):
+    """One id a row of float32 `logits` (B, V); row i draws from the generator streams[i]."""
+    if temperature == 0:
+        return logits.argmax(-1).tolist()
+    # Shifted first, as a large logit over a small temperature overflows.
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+    probs, ids = logits.softmax(-1).sort(descending=True, stable=True)
+    mass = probs.cumsum(-1)
+    # The nucleus: an id belongs to it if the likelier ones together stay below top_p.
+    nucleus_size = (mass - probs < top_p).sum(-1, keepdim=True)
+    nucleus_mass = mass.gather(1, nucleus_size - 1)
+    # Inverse transform: a uniform number in [0, nucleus_mass) falls into the id's slice of it.
+    draws = torch.stack([torch.rand(1, generator=stream) for stream in streams]) * nucleus_mass
+    place = (mass <= draws).sum(-1, keepdim=True)
+    place = torch.minimum(place, nucleus_size - 1)  # a draw may round up to nucleus_mass
+    return ids.gather(1, place).squeeze(1).tolist()
+
+
+# ---- The command ---------------------------------------------------------------------------------
+
 def main(argv):
     if {"-h", "--help"} & set(argv):
         print(__doc__)
         return
     if argv[:1] != ["export"] or len(argv) != 3:
         raise UserError(f"{' '.join(argv) or 'no command'}: the form is export RUN OUT")
-    from support.weights import load_model, refuse_existing, save_hf
-    run, out = map(Path, argv[1:])
-    refuse_existing(out)  # before the long part
-    model = load_model(run)
-    tokenizer = next((folder / "tokenizer.json" for folder in (run, run.parent)
-                      if (folder / "tokenizer.json").is_file()), None)
-    tuned = tokenizer and "method" in read_json(tokenizer.with_name("config.json"))  # by adapt.py
-    save_hf(model, out, tokenizer, tuned)
-    print(f"wrote {out}: {sum(p.numel() for p in model.parameters()):,} parameters"
-          + ("" if tokenizer else "; no tokenizer.json was found beside the model"))
+    from support.weights import export
+    export(Path(argv[1]), Path(argv[2]))
 
 
 if __name__ == "__main__":

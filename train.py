@@ -31,10 +31,10 @@ from model import ModelConfig, OLMo, init_weights, next_token_loss
 from scaling.directory import NOT_SAVED
 from scaling.machine import choose_micro_batch
 from scaling.plan import PlanConfig, print_plan
-from scaling.ranks import (on_all_ranks, on_rank0, rank, reduce_sum, setup_distributed,
-                           world_size)
+from scaling.ranks import (agree_on_machine, on_all_ranks, on_rank0, rank, reduce_sum,
+                           setup_distributed, world_size)
 from scaling.run import Run, deadline_after
-from scaling.sharding import agree_on_machine, full_tensor, own_part, shard_model, sync_gradients
+from scaling.sharding import full_tensor, own_part, shard_model, sync_gradients
 from support.files import UserError, read_json, run_main
 from support.records import domains_table, tasks_table
 from support.tasks import open_suites
@@ -102,7 +102,7 @@ class TrainConfig:
     # energy (paper, section 4.4)
     watts: float = setting(0.0, "Power per rank in watts where no GPU's meter is read; 0: unknown.")
     pue: float = setting(1.1, "PUE: energy of the data centre / energy of its machines.")
-    kg_co2_per_kwh: float = setting(0.610, "Carbon intensity of the grid; as for the paper's A100s.")
+    kg_co2_per_kwh: float = setting(0.610, "Carbon intensity of the grid (paper: its A100s).")
 
     def __post_init__(self):
         for key, value in vars(self).items():
@@ -126,7 +126,7 @@ def train(model_config, data_config, eval_config, config):
     settings = saved_settings(model_config, data_config, eval_config, config)
     dtype, compiled = agree_on_machine(config, settings, device)
 
-    # The data: text -> tokens -> the batch of any step. Rank 0 builds it on a disk that all nodes see.
+    # The data: text -> tokens -> the batch of any step. Rank 0 builds it, for all nodes to see.
     open_suites(eval_config)  # a misspelt suite is an error now, not after hours of work
     folder = on_rank0(partial(build_data, data_config), patience=timedelta(days=2))
     print_table(folder)
@@ -162,7 +162,8 @@ def train(model_config, data_config, eval_config, config):
             batch = batches(step, rank(), world_size())
             micro_batches = cut_batch(batch, micro_batch_size, device)
             try:
-                metrics = train_step(model, optimizer, micro_batches, pretraining_loss, lr, max_norm)
+                metrics = train_step(model, optimizer, micro_batches, pretraining_loss, lr,
+                                     max_norm)
             except FloatingPointError as error:  # the weights are untouched
                 metrics = run.report_not_finite(step, error, partial(places_of_step, run.path))
             run.log(step, batch, metrics, lr, max_norm)
@@ -199,7 +200,7 @@ def check_vocabulary(config, tokenizer):
 
 
 def build_training(model_config, config, device, dtype, compiled):
-    """An OLMo whose weights are still empty, sharded and compiled as configured, and its optimiser."""
+    """Returns (an OLMo with empty weights, sharded and compiled as configured; its optimiser)."""
     with torch.device("meta"):  # shapes without memory: a 7B would not fit one rank
         model = OLMo(model_config)
     shard_model(model, config, device, dtype, compiled)
@@ -211,9 +212,9 @@ def build_optimizer(model, config):
 
     To try another optimiser, change the one line that makes it: checkpoints and --plan follow.
     """
-    # Decay pulls weights of matrices towards zero. The embedding is left out (official olmo/optim.py
-    # does so; a tied head too): most of its rows see no gradient in a step and would only shrink.
-    # A norm's gain or a bias (one dimension) is left out as well: decay would pull a gain to 0.
+    # Decay pulls matrices towards zero. The embedding, and with it a tied head, is left out, as in
+    # official olmo/optim.py: most of its rows see no gradient in a step and would only shrink.
+    # A norm's gain or a bias (one dimension) is left out too: decay would pull a gain to 0.
     is_decayed = {name: parameter.dim() > 1 and name != "wte.weight"
                   for name, parameter in model.named_parameters()}
     decayed = [p for name, p in model.named_parameters() if is_decayed[name]]
@@ -253,8 +254,8 @@ def lr_at_step(step, config):
     """The learning rate of step `step`, counted from 1 (official olmo/optim.py).
 
     Linear warm-up from a tenth of the peak, then linear or cosine decay to min_lr at decay_steps,
-    then min_lr. OLMo-7B's final anneal is the linear decay with its warm-up already over: lr 2.3e-5,
-    min_lr 2.3e-8, warmup_steps 556000, decay_steps 557000.
+    then min_lr. OLMo-7B's final anneal is the linear decay with its warm-up already over:
+    lr 2.3e-5, min_lr 2.3e-8, warmup_steps 556000, decay_steps 557000.
     """
     # 1) warm-up: AdamW's first estimates are noisy, so its first steps must be small
     if step < config.warmup_steps:
@@ -273,8 +274,8 @@ def lr_at_step(step, config):
 def clip_at_step(step, config):
     """The limit of the gradient's norm at a step; math.inf where nothing is clipped.
 
-    # subtle: OLMo-7B's limit is ten times as large in its first N steps. Official OLMo sets the limit
-    # after it has clipped, so the rule lags by one step: it holds for steps 2..N+1.
+    # subtle: OLMo-7B's limit is ten times as large in its first N steps. Official OLMo sets the
+    # limit after it has clipped, so the rule lags by one step: it holds for steps 2..N+1.
     """
     limit = config.grad_clip or math.inf
     if 2 <= step <= config.grad_clip_warmup_steps + 1 and config.grad_clip_warmup_steps > 0:
@@ -297,11 +298,12 @@ def cut_batch(batch, micro_batch_size, device):
 def train_step(model, optimizer, micro_batches, loss_fn, lr, max_norm):
     """One update of the weights; returns {loss, grad_norm, ...} of the global batch.
 
-    loss_fn(model, batch) returns (summed loss, extra): extra is {name: summed value} of what else is
-    to be logged. The loss is the sum over all micro-batches and ranks divided by their count of
-    trained tokens (in DPO: pairs), so it does not depend on how the batch is cut; extra metrics are
-    normalised likewise. grad_norm is the L2 norm of the whole gradient before clipping. Raises
-    FloatingPointError on every rank, before the weights change, if loss or gradient is not finite.
+    loss_fn(model, batch) returns (summed loss, extra): extra is {name: summed value} of what else
+    is logged. The loss is the sum over all micro-batches and ranks divided by their count of
+    trained tokens (in DPO: pairs), so it does not depend on how the batch is cut. Extra metrics
+    are normalised in the same way. grad_norm is the L2 norm of the gradient before clipping.
+    Raises FloatingPointError on every rank, before the weights change, if the loss or the
+    gradient is not finite.
     """
     # The count is known before the forward. Dividing each part by the count of all of them weighs
     # every token alike; a mean of means would weigh tokens of short rows more.
@@ -319,8 +321,8 @@ def train_step(model, optimizer, micro_batches, loss_fn, lr, max_norm):
     totals = reduce_sum(torch.stack(list(sums.values())))
     metrics = dict(zip(sums, totals.tolist(), strict=True))
 
-    # A rare batch with a huge gradient would undo the work of many steps; clip_grad_norm_ scales the
-    # whole gradient down to max_norm (paper, section 3.2) and returns the norm it had before.
+    # A rare batch with a huge gradient would undo the work of many steps. clip_grad_norm_ scales
+    # the gradient down to max_norm (paper, section 3.2) and returns the norm it had before.
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     metrics["grad_norm"] = full_tensor(grad_norm).item()
     if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
@@ -350,7 +352,7 @@ def pretraining_loss(model, batch):
 # ---- Evaluation and results ----------------------------------------------------------------------
 
 def evaluate_in_loop(model, tokenizer, suites, eval_config):
-    """The suites, and a sample; a sharded model has none, as each token would gather all weights."""
+    """The suites, and a sample of one process: sharded, each token would gather all weights."""
     results = evaluate(model, tokenizer, suites, eval_config)
     if world_size() == 1:
         results["samples"] = [sample_text(model, tokenizer, eval_config)]

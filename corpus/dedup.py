@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from corpus.documents import checked_document, parse, read_records
-from corpus.rules import WORD, Drop, keep
+from corpus.rules import WORD, Drop, keep_parts
 from corpus.stages import input_ages
 from support.files import UserError
 
@@ -84,7 +84,7 @@ def deduplicate(documents, seen, funnel):
         if "paragraph" in seen:
             paragraphs = document["text"].split("\n")
             stays = [not (text.strip() and seen["paragraph"].add(text)) for text in paragraphs]
-            edit = keep(paragraphs, stays, "\n", "paragraphs seen before")
+            edit = keep_parts(paragraphs, stays, "\n", "paragraphs seen before")
             if edit and not edit.text.strip():
                 funnel.drop("paragraph", document, Drop("all of it was seen before"))
                 continue

@@ -1,6 +1,17 @@
-"""The rules that filter documents: Gopher, C4, code, language, content, personal information."""
+"""Dolma's rules: which documents, and which parts of them, are kept out of training.
 
-import difflib
+A rule is a function of a Page. It returns None (nothing to do), a Drop (the document is dropped) or
+an Edit (the document is kept with another text). Most rules measure one number, and
+`@drop_outside` names its limits. The limits come from:
+
+    C4      arXiv 1910.10683, section 2.2
+    Gopher  arXiv 2112.11446, appendix A.1: quality filters, and table A1 on repetition
+    Dolma   arXiv 2402.00159, and the configs and taggers of its toolkit (v1.5 and v1.6)
+
+To add a rule, write its function and name it in RULES; a source then takes it by that name
+(corpus/sources.py). A name that begins with gopher or code joins that rule set by itself.
+"""
+
 import itertools
 import math
 import re
@@ -13,86 +24,41 @@ import numpy as np
 import regex
 
 from corpus.tokenizer import PATTERN
-from support.files import UserError
-
-
-class Source(NamedTuple):
-    """One entry of `sources`, its recipes spelled out as rules in the order of RULES."""
-    name: str
-    path: str
-    rules: tuple = ()
-    weight: float = 1.0
-
-
-def parse_source(name, entry):
-    """One entry of `sources`, a path or a dict, as a Source."""
-    entry = {"path": entry} if isinstance(entry, str) else dict(entry)
-    if not regex.fullmatch(r"[\w.-]+", name):
-        raise UserError(f"sources: {name!r} cannot name files; use letters, digits, . _ -")
-    for key in entry:
-        if key not in ("path", "rules", "weight"):
-            raise UserError(f"sources: {name} has {key!r}; it takes path, rules and weight")
-    path, rules, weight = (entry.get(key, default) for key, default in
-                           (("path", None), ("rules", ""), ("weight", 1.0)))
-    if not isinstance(path, str) or not isinstance(rules, str):
-        raise UserError(f"sources: {name} needs a path, and its rules are words in one string")
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < 1e6:
-        raise UserError(f"sources: {name} has weight {weight!r}; a number above 0 is wanted")
-    return Source(name, path, spelled_out(rules, name), float(weight))
-
-
-def spelled_out(words, source):
-    """The rules that `words` name, each once, in the order in which they run; "empty" is always."""
-    chosen = {"empty"}
-    for word in words.replace(",", " ").split():
-        if word not in (*RECIPES, *RULES, *DEDUPLICATIONS):
-            known = [*RECIPES, *RULES, *DEDUPLICATIONS]
-            near = difflib.get_close_matches(word, known, n=1)
-            raise UserError(f"sources: {source} has the rule {word!r}; " + (
-                f"did you mean {near[0]}?" if near else "there are " + ", ".join(known)))
-        chosen |= set(spelled_out(RECIPES[word], source)) if word in RECIPES else {word}
-    return tuple(rule for rule in (*RULES, *DEDUPLICATIONS) if rule in chosen)
 
 
 class Drop(NamedTuple):
-    """A rule's verdict: the document goes."""
+    """A rule's verdict: the document is dropped."""
     why: str
-    mark: str = ""  # the part of its text that shows it
+    mark: str = ""  # the part of the text that shows the reason
 
 
 class Edit(NamedTuple):
-    """A rule's verdict: the document stays with this text."""
+    """A rule's verdict: the document is kept with this text."""
     text: str
     why: str
-    marks: tuple  # what was taken out
-
-
-def within(what, least, most=math.inf):
-    """Makes a rule of a measure: documents with a value outside of least to most go."""
-    def rule_of(measure):
-        @wraps(measure)
-        def rule(page):
-            value = measure(page)
-            shown = value if isinstance(value, int) else f"{value:.3g}"
-            return None if least <= value <= most else Drop(
-                f"{what}: {shown}, not {least:g} to {most:g}")
-        return rule
-    return rule_of
+    marks: tuple  # the parts that were taken out
 
 
 class Page:
-    """A document as the rules look at it; what several of them measure is computed once."""
+    """A document as the rules see it; a value that several rules need is computed once."""
 
     def __init__(self, document, scorers):
-        self.document, self.text, self.scorers = document, document["text"], scorers
+        self.document = document
+        self.text = document["text"]
+        self.scorers = scorers  # {"language": text -> 0..1, "content": sentence -> 0..1 or None}
 
     @cached_property
     def words(self):
         return self.text.split()
 
     @cached_property
+    def word_lengths(self):
+        """Characters of each word, int64 (n,)."""
+        return np.fromiter(map(len, self.words), np.int64, len(self.words))
+
+    @cached_property
     def lines(self):
-        """Its lines with text.
+        """The lines that are not blank.
 
         # DIFFERS FROM OLMo: Dolma's code counts blank lines too; its web text (CCNet's) has none.
         """
@@ -100,44 +66,69 @@ class Page:
 
     @cached_property
     def pieces(self):
-        """What the tokenizer's pattern cuts: tokens before any merge, whatever the tokenizer."""
+        """The pieces that the tokenizer's pattern cuts: tokens before any merge."""
         return regex.findall(PATTERN, self.text)
-
-    @cached_property
-    def word_lengths(self):
-        return np.fromiter(map(len, self.words), np.int64, len(self.words))
 
 
 def filter_documents(documents, rules, funnel, scorers):
-    """Yield the documents that pass every rule, in order; the funnel takes in all the others."""
+    """Yield the documents that pass every rule, in order; the funnel counts drops and edits."""
     for document in documents:
         page = Page(document, scorers)
         for rule in rules:
             verdict = RULES[rule](page)
             if isinstance(verdict, Edit) and not verdict.text.strip():
-                verdict = Drop(f"{verdict.why}, and nothing else in it")
+                verdict = Drop(f"{verdict.why}, and nothing is left")
             if isinstance(verdict, Drop):
                 funnel.drop(rule, page.document, verdict)
                 break
             if isinstance(verdict, Edit):
-                page = Page(funnel.edit(rule, page.document, verdict), scorers)
-        else:
+                edited = funnel.edit(rule, page.document, verdict)
+                page = Page(edited, scorers)  # the next rules see the edited text
+        else:  # no rule dropped it
             yield page.document
 
 
-def share(part, whole):
-    return part / whole if whole else 0.0
+# ---- What rules are made of ----------------------------------------------------------------------
+
+def drop_outside(what, least, most=math.inf):
+    """Decorator: turns a measurement into a rule that drops documents outside [least, most]."""
+    def rule_of(measure):
+        @wraps(measure)
+        def rule(page):
+            value = measure(page)
+            if least <= value <= most:
+                return None
+            shown = value if isinstance(value, int) else f"{value:.3g}"
+            return Drop(f"{what}: {shown}, not {least:g} to {most:g}")
+        return rule
+    return rule_of
 
 
-def keep(parts, stays, joint, why):
-    """The Edit that keeps the `parts` of a text that are to stay; None if all of them are."""
-    gone = tuple(part for part, stay in zip(parts, stays, strict=True) if not stay)
-    kept = joint.join(itertools.compress(parts, stays))
-    return Edit(kept, f"{len(gone)} {why}", gone) if gone else None
+def ratio(part, total):
+    """part / total; 0 for an empty total."""
+    return part / total if total else 0.0
 
+
+def keep_parts(parts, keep, joint, why):
+    """The Edit that keeps the parts whose flag in `keep` is true; None if that is all of them."""
+    if all(keep):
+        return None
+    removed = tuple(part for part, kept in zip(parts, keep, strict=True) if not kept)
+    text = joint.join(itertools.compress(parts, keep))
+    return Edit(text, f"{len(removed)} {why}", removed)
+
+
+def numbered(strings):
+    """Returns (ids, kinds): int64 (n,), equal strings have equal ids, from 0 to kinds - 1."""
+    id_of = {}
+    ids = np.array([id_of.setdefault(string, len(id_of)) for string in strings], np.int64)
+    return ids, len(id_of)
+
+
+# ---- Language ------------------------------------------------------------------------------------
 
 def empty(page):
-    """Nothing but space: Dolma v1.6's min_text_length of 1."""
+    """Drops a document without text (Dolma v1.6: min_text_length 1). Every source has this rule."""
     return None if page.text.strip() else Drop("no text")
 
 
@@ -147,97 +138,158 @@ FUNCTION_WORDS = frozenset(
 
 
 def english_score(text):
-    """A stand-in for FastText: the ASCII share of the letters, less where common words are rare.
+    """A stand-in for Dolma's FastText model: ASCII letters / letters * how common the words are.
 
-    English prose has a function word in three; one in ten makes 0.5, one in five makes 1.
+    In English prose every third word is a function word; one in five scores 1, one in ten 0.5.
     """
     words = text.lower().split()
-    common = share(sum(word in FUNCTION_WORDS for word in words), len(words))
-    letters = "".join(filter(str.isalpha, text)) if not text.isascii() else "a"
-    return share(sum(map(str.isascii, letters)), len(letters)) * min(1.0, 5 * common)
+    common = ratio(sum(word in FUNCTION_WORDS for word in words), len(words))
+    latin = 1.0
+    if not text.isascii():
+        letters = "".join(filter(str.isalpha, text))
+        latin = ratio(sum(map(str.isascii, letters)), len(letters))
+    return latin * min(1.0, 5 * common)
 
-# put your own model here: text -> score of English, sentence -> score of hate or filth, 0 to 1
+
+# Put your own models here. Each returns a score from 0 to 1: how English a text is, and how hateful
+# or obscene a sentence is. "none" means that nothing is scored.
 LANGUAGE_SCORERS = {"stand-in": english_score}
 
 CONTENT_SCORERS = {"none": None}
 
 
-@within("Score as English (Dolma: of all sources but code)", 0.5)
+@drop_outside("Score as English", 0.5)
 def language(page):
+    """Score as English, at least 0.5 (Dolma, for all sources but code)."""
     return page.scorers["language"](page.text)
 
 
-SENTENCE_ENDS = re.compile(r"(?<=[.!?])(?=\s)|(?=\n)|(?<=\n)")
-
-
-def content(page):
-    """Sentences that score 0.4 or more as hate or filth are taken out (Dolma)."""
-    score = page.scorers["content"]
-    if score is None:  # the table says so
-        return None
-    sentences = SENTENCE_ENDS.split(page.text)
-    stays = [not sentence.strip() or score(sentence.strip()) < 0.4 for sentence in sentences]
-    return keep(sentences, stays, "", "sentences score 0.4 or more")
-
+# ---- C4's rules ----------------------------------------------------------------------------------
 
 def c4_punctuation(page):
-    """Lines that do not end in . ? ! or " are taken out."""
+    """Takes out lines that do not end in . ? ! or " (C4; the only C4 rule in Dolma's web text)."""
     lines = page.text.split("\n")
-    stays = [not line.strip() or line.rstrip().endswith((".", "?", "!", '"')) for line in lines]
-    return keep(lines, stays, "\n", "lines without an end mark")
+    ends = (".", "?", "!", '"')
+    keep = [line.rstrip().endswith(ends) or not line.strip() for line in lines]
+    return keep_parts(lines, keep, "\n", "lines without an end mark")
 
 
 def c4_short_lines(page):
-    """Lines of fewer than 3 words are taken out."""
+    """Takes out lines of fewer than 3 words (C4); blank lines are kept."""
     lines = page.text.split("\n")
-    return keep(lines, [len(line.split()) not in (1, 2) for line in lines], "\n",
-                "lines of fewer than 3 words")
+    keep = [len(line.split()) not in (1, 2) for line in lines]
+    return keep_parts(lines, keep, "\n", "lines of fewer than 3 words")
 
 
 def c4_document(page):
-    """A brace, lorem ipsum or javascript; C4's list of bad words is not carried here."""
+    """Drops a document with a brace, lorem ipsum or javascript (C4, without its bad words)."""
     found = regex.search(r"(?i)\{|lorem ipsum|javascript", page.text)
     return Drop(f"holds {found[0]!r}", found[0]) if found else None
 
 
+# ---- Code ----------------------------------------------------------------------------------------
+
+DATA_EXTENSIONS = {"asm", "csv", "json", "svg"}
+
+HEADER = regex.compile(  # comments in many languages; # also begins directives of C and Rust
+    r"(?s)\A(?:\s*+(?:(?:#(?!include|define|undef|if|el|end|pragma|import|!?\[)|//|--|;|%)[^\n]*+"
+    r"|/\*(?:(?!\*/).)*+\*/[ \t\r]*)(?:\n|\Z))++")
+
+
+def code_extension(page):
+    """Drops files of data rather than code, by their extension (Dolma, on The Stack)."""
+    metadata = page.document["metadata"]
+    path = Path(str(metadata.get("path", page.document["id"])))
+    extension = str(metadata.get("ext", path.suffix)).lower().lstrip(".")
+    return Drop(f"a .{extension} file") if extension in DATA_EXTENSIONS else None
+
+
+def code_header(page):
+    """Takes out the comment at the head of a file if it holds a copyright (RedPajama, Dolma)."""
+    header = HEADER.match(page.text)
+    if not header or "copyright" not in header[0].lower():
+        return None
+    return Edit(page.text[header.end():], "its copyright header", (header[0],))
+
+
+@drop_outside("Mean characters of a line", 0, 100)
+def code_mean_line(page):
+    """Mean length of a line, at most 100 characters (Dolma, on The Stack)."""
+    lengths = [len(line) for line in page.text.split("\n")]
+    return sum(lengths) / len(lengths)
+
+
+@drop_outside("Characters of the longest line", 0, 1000)
+def code_longest_line(page):
+    """Longest line, at most 1,000 characters (Dolma, on The Stack)."""
+    return max(map(len, page.text.split("\n")))
+
+
+@drop_outside("Letters and digits / characters", 0.25)
+def code_alphanumeric(page):
+    """Letters and digits, at least 25 % of the characters (Dolma, on The Stack)."""
+    return ratio(sum(map(str.isalnum, page.text)), len(page.text))
+
+
+@drop_outside("Letters / tokens (pieces, as in repeated_tokens)", 1.5)
+def code_letters(page):
+    """Letters per token, at least 1.5 (Dolma, on The Stack)."""
+    return ratio(sum(map(str.isalpha, page.text)), len(page.pieces))
+
+
+# ---- Gopher's rules ------------------------------------------------------------------------------
+
 STOP_WORDS = frozenset("the be to of and that have with".split())
 
+ELLIPSIS = "\u2026"
 
-@within("Number of words", 50, 100_000)
+
+@drop_outside("Number of words", 50, 100_000)
 def gopher_word_count(page):
+    """Words, that is text between spaces: 50 to 100,000 (Gopher)."""
     return len(page.words)
 
 
-@within("Median length of a word (Dolma's code; the paper says mean)", 3, 10)
+@drop_outside("Median characters of a word", 3, 10)
 def gopher_word_length(page):
+    """Median length of a word, 3 to 10 characters (Dolma's code; the papers say mean)."""
     return np.median(page.word_lengths) if page.words else 0
 
 
-@within("Share of words with # or \u2026", 0, 0.1)
+@drop_outside("Words with # or \u2026 / words", 0, 0.1)
 def gopher_symbols(page):
-    return share(sum("#" in word or "\u2026" in word for word in page.words), len(page.words))
+    """Words with # or an ellipsis, at most 10 % (Gopher)."""
+    return ratio(sum("#" in word or ELLIPSIS in word for word in page.words), len(page.words))
 
 
-@within("Share of words with a letter", 0.8)
+@drop_outside("Words with a letter / words", 0.8)
 def gopher_alphabetic(page):
-    letters = sum(word.isalpha() or any(map(str.isalpha, word)) for word in page.words)
-    return share(letters, len(page.words))
+    """Words with a letter, at least 80 % (Gopher)."""
+    # subtle: isalpha of the complete word is only the fast way to find most of them
+    with_letter = sum(word.isalpha() or any(map(str.isalpha, word)) for word in page.words)
+    return ratio(with_letter, len(page.words))
 
 
-@within("Occurrences of the, be, to, of, and, that, have, with", 2)
+@drop_outside("Occurrences of the, be, to, of, and, that, have, with", 2)
 def gopher_stop_words(page):
+    """Occurrences of eight common words, at least 2 (Gopher; Dolma counts "the the" as two)."""
     return sum(word in STOP_WORDS for word in page.words)
 
 
-@within("Share of lines that begin with * or -", 0, 0.9)
+@drop_outside("Lines that begin with * or - / lines", 0, 0.9)
 def gopher_bullets(page):
-    return share(sum(line.startswith(("*", "-")) for line in page.lines), len(page.lines))
+    """Lines that begin with a bullet, at most 90 % (Gopher)."""
+    return ratio(sum(line.startswith(("*", "-")) for line in page.lines), len(page.lines))
 
 
-@within("Share of lines that end with \u2026", 0, 0.3)
+@drop_outside("Lines that end with \u2026 / lines", 0, 0.3)
 def gopher_ellipsis(page):
-    return share(sum(line.endswith("\u2026") for line in page.lines), len(page.lines))
+    """Lines that end with an ellipsis, at most 30 % (Gopher)."""
+    return ratio(sum(line.endswith(ELLIPSIS) for line in page.lines), len(page.lines))
 
+
+# Gopher's table A1, except that its limit for the characters in repeated lines is 0.2, not 0.3.
+REPEATED_LINES_LIMIT = 0.3
 
 TOP_NGRAM_LIMITS = {2: 0.20, 3: 0.18, 4: 0.16}
 
@@ -245,42 +297,65 @@ REPEATED_NGRAM_LIMITS = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
 
 
 def gopher_repetition(page):
-    """Lines or n-grams that come again and again."""
+    """Drops documents with too much text in lines or n-grams that occur again (Gopher, table A1).
+
+    Language models repeat themselves more after training on such text.
+    """
+    verdict = repeated_lines(page)
+    if verdict is None:
+        verdict = repeated_ngrams(page)
+    return verdict
+
+
+def repeated_lines(page):
+    """The Drop for repeated lines, counted all their times, by number and by characters."""
     repeated = {line: n for line, n in Counter(page.lines).items() if n > 1}
     worst = max(repeated, key=repeated.get, default="")
-    part = share(sum(repeated.values()), len(page.lines))
-    if part > 0.3:
+    part = ratio(sum(repeated.values()), len(page.lines))
+    if part > REPEATED_LINES_LIMIT:
         return Drop(f"{part:.2f} of the lines occur more than once, over 0.3", worst)
-    part = share(sum(len(line) * n for line, n in repeated.items()), page.word_lengths.sum())
-    if part > 0.3:
+    characters = sum(len(line) * n for line, n in repeated.items())
+    part = ratio(characters, page.word_lengths.sum())  # spaces do not count as characters
+    if part > REPEATED_LINES_LIMIT:
         return Drop(f"{part:.2f} of the characters in repeated lines, over 0.3", worst)
-    for n, part, first in ngram_shares(page.words, page.word_lengths):
-        if n in TOP_NGRAM_LIMITS and part > TOP_NGRAM_LIMITS[n]:
-            return Drop(f"the top {n}-gram holds {part:.2f} of the characters, over "
-                        f"{TOP_NGRAM_LIMITS[n]}", " ".join(page.words[first:first + n]))
-        if n in REPEATED_NGRAM_LIMITS and part > REPEATED_NGRAM_LIMITS[n]:
-            return Drop(f"repeated {n}-grams hold {part:.2f} of the characters, over "
-                        f"{REPEATED_NGRAM_LIMITS[n]}", " ".join(page.words[first:first + n]))
     return None
 
 
-def ngram_shares(words, lengths):
-    """(n, share, first) for n from 2 to 10, until no n-gram occurs twice; `first` is where the
-    most frequent one begins.
+def repeated_ngrams(page):
+    """The Drop for the smallest n whose repeated n-grams hold too many characters."""
+    for n, part, first in ngram_ratios(page.words, page.word_lengths):
+        if n in TOP_NGRAM_LIMITS:
+            limit = TOP_NGRAM_LIMITS[n]
+            what = f"the most frequent {n}-gram holds"
+        else:
+            limit = REPEATED_NGRAM_LIMITS[n]
+            what = f"repeated {n}-grams hold"
+        if part > limit:
+            example = " ".join(page.words[first:first + n])
+            return Drop(f"{what} {part:.2f} of the characters, over {limit}", example)
+    return None
 
-    n to 4: the characters of the most frequent n-gram, the first of equals, over all words';
-    from 5: the characters of n-grams that occur again over those of all n-grams of that n.
+
+def ngram_ratios(words, lengths):
+    """Yield (n, ratio, first) for n from 2 to 10, until no n-gram occurs twice.
+
+    2 to 4: all characters of the most frequent n-gram / characters of all words.
+    5 to 10: characters of n-grams that occur again / characters of all n-grams.
+    `first` is where the most frequent n-gram begins. `lengths` has the words' characters.
+
     # DIFFERS FROM OLMo: an n-gram that occurs once is no repetition, however long its words are;
     and these rules work: Dolma's configs misspell the first kind, so that it never fires there.
     """
-    ids, kinds = numbered(words)
-    codes, characters = ids, lengths
+    word_ids, kinds = numbered(words)
+    ids = word_ids  # of the n-gram that begins at each word
+    characters = lengths
     for n in range(2, min(10, len(words)) + 1):
-        # an n-gram is an (n-1)-gram and a word; np.unique numbers them anew, so codes stay small
-        _, codes, counts = np.unique(codes[:-1] * kinds + ids[n - 1:], return_inverse=True,
-                                     return_counts=True)
+        # an n-gram is an (n-1)-gram and one more word
+        pairs = ids[:-1] * kinds + word_ids[n - 1:]
         characters = characters[:-1] + lengths[n - 1:]
-        occurrences = counts[codes]
+        # subtle: np.unique numbers the pairs from 0 again, so that the products never overflow
+        _, ids, counts = np.unique(pairs, return_inverse=True, return_counts=True)
+        occurrences = counts[ids]
         first = int(occurrences.argmax())
         if occurrences[first] == 1:
             return
@@ -291,34 +366,59 @@ def ngram_shares(words, lengths):
         yield n, float(part), first
 
 
-def numbered(strings):
-    """(ids, kinds): equal strings get the same id, int64, of 0 to kinds - 1."""
-    number = {}
-    ids = np.array([number.setdefault(string, len(number)) for string in strings], np.int64)
-    return ids, len(number)
+# ---- Other rules of Dolma ------------------------------------------------------------------------
+
+LONGEST_PERIOD = 13
+REPETITIONS = 100
 
 
 def repeated_tokens(page):
-    """A pattern of up to 13 tokens 100 times in a row (Dolma v1.6).
+    """Drops a document in which up to 13 tokens come 100 times in a row (Dolma v1.6).
+
+    Such text makes the loss jump during training.
 
     # DIFFERS FROM OLMo: tokens are the pieces that the tokenizer's pattern cuts, before any merge,
-    for a bpe:N tokenizer is trained only on what is clean.
+    because a bpe:N tokenizer is trained later, on the clean documents.
     """
     ids, _ = numbered(page.pieces)
-    for period in range(1, min(13, len(ids) // 100) + 1):
+    for period in range(1, min(LONGEST_PERIOD, len(ids) // REPETITIONS) + 1):
+        # 100 times a pattern: 99 periods of tokens, each equal to the one a period before it
+        needed = (REPETITIONS - 1) * period
         same = ids[period:] == ids[:-period]
-        if same.sum() < 99 * period:
+        if same.sum() < needed:  # far cheaper than the search for runs
             continue
         edges = np.flatnonzero(np.concatenate(([True], ~same, [True])))
-        runs = np.diff(edges) - 1
+        runs = np.diff(edges) - 1  # lengths of the runs of True between the edges
         begin = edges[runs.argmax()]
-        if runs.max() >= 99 * period:
+        if runs.max() >= needed:
             pattern = "".join(page.pieces[begin:begin + period])
-            return Drop(f"{pattern!r} 100 times in a row or more", pattern)
+            return Drop(f"{pattern!r} {REPETITIONS} times in a row or more", pattern)
     return None
 
 
-PII = {  # in re: several times as fast here as regex
+WORD = re.compile(r"\w+|[^\w\s]")  # nearly Unicode's word segments; apostrophes and CJK differ
+
+
+@drop_outside("Word segments", 25)
+def min_words(page):
+    """Word segments, at least 25 (Dolma, on books and Wikipedia)."""
+    return len(WORD.findall(page.text))
+
+
+SENTENCE_ENDS = re.compile(r"(?<=[.!?])(?=\s)|(?=\n)|(?<=\n)")
+
+
+def content(page):
+    """Takes out sentences that score 0.4 or more as hateful or obscene (Dolma)."""
+    score = page.scorers["content"]
+    if score is None:  # the funnel's table says that nothing was scored
+        return None
+    sentences = SENTENCE_ENDS.split(page.text)
+    keep = [not sentence.strip() or score(sentence.strip()) < 0.4 for sentence in sentences]
+    return keep_parts(sentences, keep, "", "sentences score 0.4 or more")
+
+
+PII = {  # compiled with re, which is several times as fast as regex here
     "|||EMAIL_ADDRESS|||": re.compile(r"(?<![\w.+-])[\w.+-]++@[\w-]+(?:\.[\w-]+)+", re.ASCII),
     "|||PHONE_NUMBER|||": re.compile(r"(?<![^\s(])(?:\(\d{3}\)|\d{3})[-. ]*\d{3}[-. ]?\d{4}"
                                      r"(?!\w|[-.]\d)", re.ASCII),
@@ -327,13 +427,15 @@ PII = {  # in re: several times as fast here as regex
 
 
 def pii(page):
-    """E-mail addresses, US phone numbers, IPv4 addresses: up to 5 are masked, more drop (Dolma).
+    """Masks up to 5 e-mail addresses, US phone numbers and IPv4 addresses; more drop (Dolma).
 
     # DIFFERS FROM OLMo: its patterns miss an address at the end of the text, take in the marks
-    around one, and mask parts of longer numbers; these end where the thing ends.
+    around one, and mask parts of longer numbers; these end where the address or number ends.
     """
-    text, before, found = page.text, None, []
-    while text != before:  # masking one may bare another beside it
+    text = page.text
+    before = None
+    found = []
+    while text != before:  # a mask may set the next number free: 10.0.0.1(555) 123-4567
         before = text
         for marker, pattern in PII.items():
             found += pattern.findall(text)
@@ -343,72 +445,14 @@ def pii(page):
     return Edit(text, f"{len(found)} masked", tuple(found)) if found else None
 
 
-DATA_EXTENSIONS = {"asm", "csv", "json", "svg"}
+# ---- The table of rules --------------------------------------------------------------------------
 
-HEADER = regex.compile(  # comments of many languages; # also begins C's and Rust's directives
-    r"(?s)\A(?:\s*+(?:(?:#(?!include|define|undef|if|el|end|pragma|import|!?\[)|//|--|;|%)[^\n]*+"
-    r"|/\*(?:(?!\*/).)*+\*/[ \t\r]*)(?:\n|\Z))++")
-
-
-def code_extension(page):
-    """A file of data rather than code, by metadata.ext, or the end of metadata.path or the id."""
-    metadata = page.document["metadata"]
-    suffix = Path(str(metadata.get("path", page.document["id"]))).suffix
-    extension = str(metadata.get("ext", suffix)).lower().lstrip(".")
-    return Drop(f"a .{extension} file") if extension in DATA_EXTENSIONS else None
-
-
-def code_header(page):
-    """A comment with a copyright at the head of the file is taken out."""
-    header = HEADER.match(page.text)
-    if not header or "copyright" not in header[0].lower():
-        return None
-    return Edit(page.text[header.end():], "its copyright header", (header[0],))
-
-
-@within("Characters of a line, on average", 0, 100)
-def code_mean_line(page):
-    lengths = [len(line) for line in page.text.split("\n")]
-    return sum(lengths) / len(lengths)
-
-
-@within("Characters of the longest line", 0, 1000)
-def code_longest_line(page):
-    return max(map(len, page.text.split("\n")))
-
-
-@within("Share of letters and digits", 0.25)
-def code_alphanumeric(page):
-    return share(sum(map(str.isalnum, page.text)), len(page.text))
-
-
-@within("Letters a token, tokens being pieces as in repeated_tokens", 1.5)
-def code_letters(page):
-    return share(sum(map(str.isalpha, page.text)), len(page.pieces))
-
-
-WORD = re.compile(r"\w+|[^\w\s]")  # near Unicode's word segments; apostrophes and CJK differ
-
-
-@within("Word segments (Dolma: of books and wiki)", 25)
-def min_words(page):
-    return len(WORD.findall(page.text))
-
-
-RULES = {function.__name__: function for function in (  # in the order in which they run
+# In the order in which they run: cheap rules first, personal information last, on what is kept.
+RULES = {function.__name__: function for function in (
     empty, language, c4_punctuation, c4_short_lines, c4_document, code_extension, code_header,
     code_mean_line, code_longest_line, code_alphanumeric, code_letters, gopher_word_count,
     gopher_word_length, gopher_symbols, gopher_alphabetic, gopher_stop_words, gopher_bullets,
     gopher_ellipsis, gopher_repetition, repeated_tokens, min_words, content, pii)}
 
+# These compare a document with earlier ones, so they run last, in one process: corpus/dedup.py.
 DEDUPLICATIONS = ("url", "document", "paragraph")
-
-RECIPES = {
-    "gopher": " ".join(rule for rule in RULES if rule.startswith("gopher")),
-    "c4": "c4_punctuation c4_short_lines c4_document",
-    "code": " ".join(rule for rule in RULES if rule.startswith("code")),
-    # Dolma's choice for its sources
-    "web": "language c4_punctuation gopher repeated_tokens content pii url document paragraph",
-    "books": "language min_words",
-    "wiki": "language min_words",
-}

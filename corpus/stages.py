@@ -137,8 +137,8 @@ def ages_of(files):
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILDING_FILES = ("data.py", "corpus/dedup.py", "corpus/documents.py", "corpus/funnel.py",
-                  "corpus/questions.py", "corpus/rules.py", "corpus/stages.py", "corpus/stdlib.py",
-                  "corpus/tokenizer.py")
+                  "corpus/questions.py", "corpus/rules.py", "corpus/sources.py", "corpus/stages.py",
+                  "corpus/stdlib.py", "corpus/tokenizer.py")
 
 
 @lru_cache

@@ -295,3 +295,17 @@ def held_out_of(run):
                         "else: --suite=PATH, a file or folder of documents, or --suite=core")
     [config] = load_config([str(run / "config.json")], DataConfig)
     return held_out_files(data_of_run(run, config))
+
+
+def places_of_step(run, step):
+    """Lines that name the documents in a step's batch and where they come from, for the log."""
+    data = RunData(run)
+    if not data.manifest["sources"]:  # the side files of ready token files are slow to search
+        return [f"sequence {sequence}: instance {instance}"
+                for sequence, instance in enumerate(data.batches.instances(step).tolist())]
+    places = []
+    for span in data.trace(step):
+        document = span.document
+        places.append(f"sequence {span.sequence}: {document['source']}/{document['id']} "
+                      f"{document['metadata']['provenance']}")
+    return places

@@ -41,7 +41,7 @@ def step_of(path):
 
 
 def newest_step(run, digests=True):
-    """Returns (path, state) of a run's newest undamaged step; damaged ones are named and skipped."""
+    """Returns (path, state) of a run's newest good step; damaged ones are named and skipped."""
     for path in reversed(step_directories(run)):
         try:
             return path, verify_step(path, digests)
@@ -137,6 +137,7 @@ def read_step(path, tensors):
     """
     reader = SafeReader(str(path))
     entries = reader.read_metadata().state_dict_metadata
+    tensors = {name_in(entries, name): tensor for name, tensor in tensors.items()}
     wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     # A reader of weights alone asks for "model.*"; the optimiser's entries are then no surprise.
     kinds = {name.split(".")[0] for name in wanted}
@@ -149,6 +150,12 @@ def read_step(path, tensors):
             dcp.load(tensors, storage_reader=reader)
         except CheckpointException as error:
             raise UserError(f"{path}: its tensors cannot be read ({root_cause(error)})") from None
+
+
+def name_in(entries, name):
+    """The name of a tensor in a step directory: older ones call the output head ff_out."""
+    old_name = name.replace(".lm_head.", ".ff_out.", 1)
+    return old_name if old_name in entries else name
 
 
 def root_cause(error):

@@ -60,10 +60,10 @@ def check_shared(run, lock_text):
 def find_start(config, settings, fingerprint, free_keys):
     """On rank 0: returns (step directory to load or None, state after it) for the run of `config`.
 
-    That is the newest undamaged step of the run. For a new run it is the step that start_from names,
-    or nothing. settings: every key of the run; fingerprint: what identifies its data; free_keys: keys
-    that may change besides MAY_CHANGE. Raises UserError that names each key, or part of the data,
-    that differs from the saved run.
+    That is the newest undamaged step of the run. For a new run it is the step that start_from
+    names, or nothing. settings: every key of the run; fingerprint: what identifies its data;
+    free_keys: keys that may change besides MAY_CHANGE. Raises UserError that names each key, or
+    part of the data, that differs from the saved run.
     """
     run = Path(config.run_dir)
     if config.overwrite:

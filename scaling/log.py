@@ -89,7 +89,7 @@ class Window:
         self.seconds += seconds
 
     def rates(self, flops_per_token, device):
-        """Speed, model FLOPs utilisation (MFU) and the share of steps whose gradient was clipped."""
+        """Speed, model FLOPs utilisation (MFU), and the share of steps that were clipped."""
         speed = self.tokens / self.seconds
         per_device = speed / world_size()
         peak = peak_flops(device)

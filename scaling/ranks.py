@@ -9,6 +9,7 @@ import hashlib
 import os
 import socket
 import sys
+import textwrap
 import time
 import uuid
 from datetime import timedelta
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from scaling.machine import choose_device
+from scaling.machine import choose_compile, choose_device, choose_dtype, keep_freed_memory
 from support.files import UserError, file_sha256
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -180,6 +181,27 @@ def check_agreement(facts):
         if differing:
             raise UserError(f"rank {other} ({host}) differs from rank 0: {'; '.join(differing)}. "
                             "Give every node the same code, config and data")
+
+
+def agree_on_machine(config, settings, device):
+    """Returns (dtype of the forward, whether to compile): chosen, printed and equal on all ranks.
+
+    settings: every key of the run; they too must be equal on all ranks.
+    """
+    text = "config: " + ", ".join(f"{key}={value}" for key, value in settings.items())
+    print(textwrap.fill(text, width=100, subsequent_indent="  "))
+    ranks_per_node = os.environ.get("LOCAL_WORLD_SIZE") if config.shard == "hybrid" else None
+    check_agreement({**settings, "code": code_version(), "torch": torch.__version__,
+                     "ranks per node": ranks_per_node})
+    dtype = choose_dtype(config.dtype, device)
+    compiled, why = choose_compile(config.compile, device)
+    check_agreement({"device": device.type, "dtype": str(dtype), "compile": compiled})
+    dtype_why = "fastest on this chip" if config.dtype == "auto" else "as asked"
+    ranks = f", {world_size()} ranks" if world_size() > 1 else ""
+    print(f"machine: {device.type} with {torch.get_num_threads()} threads{ranks}; forward in "
+          f"{dtype} ({dtype_why}); {'compiled' if compiled else 'not compiled'} ({why})")
+    keep_freed_memory()
+    return dtype, compiled
 
 
 def code_version():

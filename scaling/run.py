@@ -139,8 +139,8 @@ class Run:
     def log(self, step, batch, metrics, lr, max_norm):
         """Count the step that was taken, and write a row of metrics.jsonl if one is due.
 
-        batch: this rank's, whose "tokens" (B, T) are counted, padding aside. metrics: what train_step
-        returned, or {} for a step that was skipped. max_norm: the limit of the gradient's norm.
+        batch: of this rank; its "tokens" (B, T) are counted, padding aside. metrics: what
+        train_step returned, or {} for a step that was skipped. max_norm: the clip limit.
         """
         is_text = batch["tokens"] != self.model_config.pad_token_id
         tokens = reduce_sum(is_text.sum()).item()
@@ -175,7 +175,8 @@ class Run:
         self.metrics_log.write("train", self.state, **row, peak_memory_gb=round(memory, 3),
                                kwh=self.state["kwh"], world_size=world_size(),
                                batch_hash=batch_hash(batch["tokens"]))
-        self.bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s")
+        speed = row["tokens_per_second"]
+        self.bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed:,.0f} tokens/s")
         self.window = Window()
 
     def count_energy(self):

@@ -18,8 +18,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import (CheckpointPolicy, checkpoint,
                                     create_selective_checkpoint_contexts)
 
-from model import PLAIN_AT_MOST, head_nats
+from model import token_losses
 from scaling.ranks import world_size
+from support.cpu import PLAIN_AT_MOST, use_fast_attention
 
 
 # ---- Applied to a new model, in this order -------------------------------------------------------
@@ -33,6 +34,8 @@ def shard_model(model, config, device, dtype, compiled):
     gathered block is cast to `dtype` (paper, section 3.1).
     """
     model.compute_dtype = dtype
+    if device.type == "cpu":
+        use_fast_attention(model)
     checkpoint_activations(model, config.activation_checkpointing)
     if compiled:
         compile_model(model, device)
@@ -94,7 +97,7 @@ def compile_model(model, device):
         functorch_config.aggressive_recomputation = short
     for block in model.blocks:
         block.forward = torch.compile(block.forward, dynamic=False)
-    model.head_nats = torch.compile(head_nats, dynamic=False)
+    model.token_losses = torch.compile(token_losses, dynamic=False)
 
 
 def apply_fsdp(model, mesh, dtype):

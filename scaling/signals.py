@@ -46,7 +46,7 @@ class StopSignal:
             self.restore()
 
     def reason(self):
-        """The number of the signal to leave by, or 0. A rank whose launcher was killed leaves too."""
+        """The signal to leave by, or 0. A rank whose launcher was killed leaves too."""
         is_orphan = world_size() > 1 and os.getppid() != self.parent
         return self.number or (signal.SIGTERM if is_orphan else 0)
 

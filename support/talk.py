@@ -17,6 +17,7 @@ from model import generate, generate_stream
 from scaling.checkpoint import run_of
 from scaling.machine import choose_device
 from support.chats import checked_messages, require
+from support.cpu import packed_weights
 from support.files import UserError
 from support.models import open_base
 from support.weights import load_model
@@ -72,14 +73,16 @@ def harmless(text):
 def speak(model, tokenizer, prompt, options):
     """Print the answer to the ids of a prompt as it comes; returns its text."""
     ids, shown = [], ""
-    for chosen in generate_stream(model, [prompt], options.max_new_tokens, options.temperature,
-                                  options.top_p, (tokenizer.eos_token_id,), options.sample_seed):
-        if chosen[0] != tokenizer.eos_token_id:
-            ids.append(chosen[0])
-        text = tokenizer.decode(ids)
-        if not text.endswith("\ufffd"):  # of a character's bytes there may be more to come
-            print(harmless(text[len(shown):]), end="", flush=True)
-            shown = text
+    stream = generate_stream(model, [prompt], options.max_new_tokens, options.temperature,
+                             options.top_p, (tokenizer.eos_token_id,), options.sample_seed)
+    with packed_weights(model):
+        for chosen in stream:
+            if chosen[0] != tokenizer.eos_token_id:
+                ids.append(chosen[0])
+            text = tokenizer.decode(ids)
+            if not text.endswith("\ufffd"):  # of a character's bytes there may be more to come
+                print(harmless(text[len(shown):]), end="", flush=True)
+                shown = text
     text = tokenizer.decode(ids)
     print(harmless(text[len(shown):]))
     return text
@@ -181,7 +184,7 @@ def generate_answers(argv):
     for prompt, record in zip(ids, records, strict=True):
         require(len(prompt) < model.config.max_seq_len, f"{record.place}: {len(prompt):,} tokens, "
                 f"and the model sees {model.config.max_seq_len:,}; shorten it")
-    with open(out, "a", encoding="utf-8") as file:
+    with open(out, "a", encoding="utf-8") as file, packed_weights(model):
         # a batch that is half done is drawn anew, for each has its own random streams
         for begin in tqdm(range(done - done % options.answer_batch, len(rows),
                                 options.answer_batch), unit="batch"):

@@ -8,6 +8,7 @@ import torch
 
 from model import ModelConfig, OLMo, parameter_shapes
 from scaling.checkpoint import check_tensors, newest_step, read_step, verify_step
+from support.cpu import use_fast_attention
 from support.files import UserError, read_json, write_json
 
 # (ours, official OLMo's, Hugging Face's parts) inside a block. Where we have one tensor and HF
@@ -24,12 +25,24 @@ def name_table(config):
     """Rows (our name, official name, [HF names]) for every tensor of the model."""
     table = [("wte.weight", "transformer.wte.weight", ["model.embed_tokens.weight"])]
     if not config.weight_tying:
-        table.append(("ff_out.weight", "transformer.ff_out.weight", ["lm_head.weight"]))
+        table.append(("lm_head.weight", "transformer.ff_out.weight", ["lm_head.weight"]))
     for i in range(config.n_layers):
         for ours, official, parts in BLOCK_TABLE:
             table.append((f"blocks.{i}.{ours}.weight", f"transformer.blocks.{i}.{official}.weight",
                           [f"model.layers.{i}.{part}.weight" for part in parts]))
     return table
+
+
+def export(run, out):
+    """Write the newest step of a run, or one step, as a Hugging Face directory at `out`."""
+    refuse_existing(out)  # before the long part
+    model = load_model(run)
+    tokenizer = next((folder / "tokenizer.json" for folder in (run, run.parent)
+                      if (folder / "tokenizer.json").is_file()), None)
+    tuned = tokenizer and "method" in read_json(tokenizer.with_name("config.json"))  # by adapt.py
+    save_hf(model, out, tokenizer, tuned)
+    print(f"wrote {out}: {sum(p.numel() for p in model.parameters()):,} parameters"
+          + ("" if tokenizer else "; no tokenizer.json was found beside the model"))
 
 
 def load_model(path, device="cpu"):
@@ -62,20 +75,25 @@ def assemble(config, tensors, place, device):
         model = OLMo(config)
     tensors = {name: tensor.to(device, torch.float32) for name, tensor in tensors.items()}
     model.load_state_dict(tensors, assign=True)
-    return model
+    return ready(model)
 
 
 def load_step(path, state, device):
     """The model of one step directory, whose verified state.json is `state`."""
-    lost = [key for key in ModelConfig.__dataclass_fields__ if key not in state.get("config", ())]
-    if lost:
-        raise UserError(f"{path / 'state.json'}: its config lacks {', '.join(lost)}")
-    config = ModelConfig(**{key: state["config"][key] for key in ModelConfig.__dataclass_fields__})
+    saved = state.get("config", {})
+    keys = ModelConfig.__dataclass_fields__
+    config = ModelConfig(**{key: saved[key] for key in keys if key in saved})  # or its default
     with torch.device("meta"):
         model = OLMo(config)
     model.to_empty(device="cpu")
     read_step(path, {f"model.{name}": p.detach() for name, p in model.named_parameters()})
-    return model.to(device)
+    return ready(model.to(device))
+
+
+def ready(model):
+    if model.wte.weight.device.type == "cpu":
+        use_fast_attention(model)
+    return model
 
 
 def read_model_config(path):

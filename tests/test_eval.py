@@ -159,8 +159,8 @@ def test_a_forward_holds_at_most_batch_tokens_and_no_graph(model, tokenizer, tex
     def count(x, head, targets):
         assert not torch.is_grad_enabled()
         shapes.append(tuple(targets.shape))
-        return m.head_nats(x, head, targets)
-    monkeypatch.setattr(model, "head_nats", count)
+        return m.token_losses(x, head, targets)
+    monkeypatch.setattr(model, "token_losses", count)
     perplexity(model, tokenizer, *texts, batch_tokens=200)
     assert len(shapes) > 10 and max(rows * length for rows, length in shapes) <= 200
     assert max(rows for rows, _ in shapes) > 1
@@ -187,7 +187,7 @@ def test_uniform_logits_cost_log2_v_bits_a_token(model, tokenizer, texts):
     """V = 576, the padded size: a softmax over the 512 real ids would give 9 bits, not 9.17."""
     uniform = copy.deepcopy(model)
     with torch.no_grad():
-        uniform.ff_out.weight.zero_()
+        uniform.lm_head.weight.zero_()
     sums = perplexity(uniform, tokenizer, *texts)
     wanted = math.log2(576) * sums["tokens"] / sums["bytes"]
     assert bits_per_byte(sums) == pytest.approx(wanted, rel=1e-6)
@@ -197,7 +197,7 @@ def test_padding_rows_of_the_vocabulary_are_scored_too(model, tokenizer):
     """Rows beyond the tokenizer's ids take their mass; to leave them out would flatter a model."""
     greedy = copy.deepcopy(model)
     with torch.no_grad():
-        greedy.ff_out.weight[512:] *= 20
+        greedy.lm_head.weight[512:] *= 20
     text = "some words to score"
     nats = perplexity(greedy, tokenizer, text)["nats"]
     assert nats == pytest.approx(brute_force(greedy, tokenizer, text), rel=1e-5)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 import model as m
 from scaling.checkpoint import newest_step, step_directories, verify_step
 from scaling.machine import choose_device, choose_dtype
+from support import cpu
 from support.files import UserError
 from support.weights import config_to_hf, load_model, name_table, official_config, save_hf
 
@@ -303,8 +304,8 @@ def test_padding_rows_of_the_embedding_are_never_generated():
     """Rows 50 to 63 of the head are +-100 times one row, so one of them has the largest logit."""
     model = random_model()
     with torch.no_grad():
-        model.ff_out.weight[50:64:2] = 100 * model.ff_out.weight[3]
-        model.ff_out.weight[51:64:2] = -100 * model.ff_out.weight[3]
+        model.lm_head.weight[50:64:2] = 100 * model.lm_head.weight[3]
+        model.lm_head.weight[51:64:2] = -100 * model.lm_head.weight[3]
         assert (model(torch.tensor([PROMPTS[0]])).argmax(-1) >= 50).all()
     for settings in (dict(), dict(temperature=1.0), dict(temperature=5.0, top_p=0.9)):
         rows = m.generate(model, PROMPTS, 12, **settings)
@@ -490,10 +491,10 @@ def test_a_stream_takes_the_ids_that_all_agree_on():
     wanted = m.generate(model, [[5, 7]], 1) + m.generate(model, [[5, 7, 7]], 1)
     given = []
 
-    def agree(chosen):
+    def sync(chosen):
         given.append(chosen)
         return [7]
-    assert m.generate(model, [[5, 7]], 2, agree=agree) == [[7, 7]]
+    assert m.generate(model, [[5, 7]], 2, sync=sync) == [[7, 7]]
     assert given == wanted
 
 
@@ -510,53 +511,97 @@ def test_plain_attention_is_as_near_to_float64_as_sdpa():
     def sdpa(q, k, v):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     wanted = results(sdpa, torch.float64)
-    for found, truth in zip(results(m.plain_attention, torch.float32), wanted, strict=True):
+    for found, truth in zip(results(cpu.plain_attention, torch.float32), wanted, strict=True):
         assert difference(found, truth) < 1e-5
-    for found, library, truth in zip(results(m.plain_attention, torch.bfloat16),
+    for found, library, truth in zip(results(cpu.plain_attention, torch.bfloat16),
                                      results(sdpa, torch.bfloat16), wanted, strict=True):
         assert difference(found, truth) < 2 * difference(library, truth) < 0.1
 
 
-@pytest.mark.parametrize("T, dtype, plain", [
-    (16, torch.bfloat16, True), (512, torch.bfloat16, True), (513, torch.bfloat16, False),
-    (16, torch.float32, True)])
-def test_plain_attention_is_for_short_rows(monkeypatch, T, dtype, plain):
-    model, calls = random_model(max_seq_len=513), []
-    model.compute_dtype = dtype
-    attend = m.plain_attention
-    monkeypatch.setattr(m, "plain_attention", lambda *qkv: calls.append(1) or attend(*qkv))
-    model(random_ids(1, T))
-    assert len(calls) == plain * model.config.n_layers
+def causal(T):
+    return [torch.randn(2, 3, T, 16) for _ in range(3)]
+
+
+@pytest.mark.parametrize("q_len, k_len, mask, is_causal, plain", [
+    (16, 16, None, True, True), (512, 512, None, True, True), (513, 513, None, True, False),
+    (16, 16, None, False, False), (4, 16, None, True, False),
+    (16, 16, torch.ones(16, 16, dtype=torch.bool), False, False)])
+def test_plain_attention_is_for_short_causal_rows(monkeypatch, q_len, k_len, mask, is_causal,
+                                                  plain):
+    """Everything else is SDPA's, with the same answer."""
+    calls = []
+    attend = cpu.plain_attention
+    monkeypatch.setattr(cpu, "plain_attention", lambda *qkv: calls.append(1) or attend(*qkv))
+    q, (_, k, v) = torch.randn(2, 3, q_len, 16), causal(k_len)
+    found = cpu.fast_attention(q, k, v, mask, is_causal=is_causal)
+    wanted = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal)
+    assert len(calls) == plain and difference(found, wanted) < 1e-5
+
+
+def test_fast_attention_is_put_on_every_block_and_changes_no_logit():
+    model, tokens = random_model(), random_ids(2, 60)
+    plain = model(tokens)
+    cpu.use_fast_attention(model)
+    assert all(block.attn.attend is cpu.fast_attention for block in model.blocks)
+    assert difference(model(tokens), plain) < 1e-5
+
+
+def put_on(model):
+    """Names of the modules whose forward or logits is not their class's own."""
+    return [name for name, module in model.named_modules()
+            if {"forward", "logits"} & vars(module).keys()]
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_packed_weights_are_the_weights_and_leave_with_the_generation(tied, dtype):
-    if not m.can_pack(dtype or torch.float32):
-        pytest.skip("this torch or this chip lacks oneDNN's products")
     model = random_model(weight_tying=tied)
     model.compute_dtype = dtype
+    if not cpu.is_packable(model):
+        pytest.skip("this torch or this chip lacks oneDNN's products")
     tokens = random_ids(3, 7)
     with torch.no_grad():
         plain = model(tokens).float()
-        m.pack_weights(model, 3)
-        assert model.packed_head is not None and all(
-            linear.packed is not None for linear in m.linears_of(model))
-        packed = model(tokens).float()
-        assert difference(packed, plain) < (1e-5 if dtype is None else 0.05)
-        m.unpack_weights(model)
-    stream = m.generate_stream(model, PROMPTS, 9)
-    next(stream), next(stream)
-    assert model.packed_head is not None
-    model(tokens, tokens).sum().backward()  # between two ids of a stream
-    assert all(p.grad is not None for p in model.parameters())
-    stream.close()
-    assert model.packed_head is None and all(
-        linear.packed is None for linear in m.linears_of(model))
+        with pytest.raises(KeyError), cpu.packed_weights(model):
+            assert torch.equal(model(tokens).float(), plain)  # the first forward: not packed yet
+            assert put_on(model) == [""]
+            packed = model(tokens).float()
+            assert len(put_on(model)) == 1 + 4 * 2
+            raise KeyError
+    assert put_on(model) == []
+    assert difference(packed, plain) < (1e-5 if dtype is None else 0.05)
+    with cpu.packed_weights(model):
+        stream = m.generate_stream(model, PROMPTS, 9)
+        next(stream), next(stream)
+        assert len(put_on(model)) == 1 + 4 * 2
+        model(tokens, tokens).sum().backward()  # between two ids of a stream
+        model(tokens).sum().backward()
+        assert all(p.grad is not None for p in model.parameters())
     other = random_model(seed=1, weight_tying=tied)
     other.compute_dtype = dtype
-    model.load_state_dict(other.state_dict())  # the packed copy of before is not used again
-    assert m.generate(model, PROMPTS, 9) == m.generate(other, PROMPTS, 9)
+    model.load_state_dict(other.state_dict())
+    with cpu.packed_weights(model), cpu.packed_weights(other):  # the copies of before are gone
+        assert m.generate(model, PROMPTS, 9) == m.generate(other, PROMPTS, 9)
+
+
+def test_a_long_prompt_is_packed_before_it_is_read():
+    model = random_model()
+    if not cpu.is_packable(model):
+        pytest.skip("this torch or this chip lacks oneDNN's products")
+    with torch.no_grad(), cpu.packed_weights(model):
+        model(random_ids(4, 64))
+        assert len(put_on(model)) == 1 + 4 * 2
+
+
+def test_what_cannot_be_packed_generates_as_ever(monkeypatch):
+    model = random_model()
+    wanted = m.generate(model, PROMPTS, 9)
+    monkeypatch.setattr(cpu, "PACKED_AT_MOST", 100)
+    with cpu.packed_weights(model):
+        assert m.generate(model, PROMPTS, 9) == wanted and put_on(model) == [""]
+    model.double()
+    with cpu.packed_weights(model):
+        assert m.generate(model, PROMPTS, 9) == wanted and put_on(model) == [""]
 
 
 def test_choose_dtype_takes_bfloat16_on_a_cpu_only_where_it_is_fast(monkeypatch):
@@ -590,7 +635,7 @@ def test_choose_device_names_a_device_that_is_missing(monkeypatch):
     ("blocks.15.attn.attn_out.weight", (2048, 2048), 0.00390625),
     ("blocks.0.mlp.ff_out.weight", (2048, 8192), 0.0078125),
     ("blocks.15.mlp.ff_out.weight", (2048, 8192), 0.001953125),
-    ("ff_out.weight", (50304, 4096), 0.015625),
+    ("lm_head.weight", (50304, 4096), 0.015625),
     ("blocks.31.attn.att_proj.weight", (12288, 4096), 0.015625),
     ("blocks.0.attn.attn_out.weight", (4096, 4096), 0.0110485),
     ("blocks.31.attn.attn_out.weight", (4096, 4096), 0.001953125),
@@ -637,6 +682,21 @@ def test_a_start_depends_on_name_and_seed_and_on_nothing_else():
     assert torch.corrcoef(torch.stack([one[a].flatten(), one[b].flatten()]))[0, 1].abs() < 0.1
 
 
+@pytest.mark.parametrize("tied, wanted", [(False, "07a8a2ba4d19bbf8"), (True, "7944dca11a938f69")])
+def test_a_seed_gives_the_weights_that_it_gave_when_the_head_was_called_ff_out(tied, wanted):
+    """SHA-256 of all parameters, recorded before the renaming."""
+    digest = hashlib.sha256()
+    for parameter in m.build_model(small_config(weight_tying=tied), 7).parameters():
+        digest.update(parameter.detach().numpy().tobytes())
+    assert digest.hexdigest().startswith(wanted)
+
+
+def test_a_parameter_of_one_dimension_starts_without_an_effect():
+    """A fork's learned gain or bias; OLMo 1.0 has neither."""
+    assert m.initial_tensor("blocks.0.norm.gain", (5,), 0).tolist() == [1] * 5
+    assert m.initial_tensor("blocks.0.attn.attn_out.bias", (5,), 0).tolist() == [0] * 5
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_start_is_the_same_on_a_gpu():
     here, there = m.build_model(small_config(), 7), m.build_model(small_config(), 7, "cuda")
@@ -668,7 +728,7 @@ def test_parameter_counts_of_the_released_models(shape, count):
     (dict(d_model=36, n_heads=4), "d_model=36 must be a multiple of 2"),  # heads of 9
     (dict(embedding_size=49), "embedding_size=49 is below vocab_size=50"),
     (dict(eos_token_id=50), "eos_token_id=50"), (dict(pad_token_id=-1), "pad_token_id=-1"),
-    (dict(n_layers=0), "positive"), (dict(max_seq_len=1), "positive")])
+    (dict(n_layers=0), "n_layers=0"), (dict(max_seq_len=1), "max_seq_len=1")])
 def test_an_impossible_shape_is_refused(changes, message):
     with pytest.raises(UserError, match=message):
         small_config(**changes)
@@ -909,8 +969,9 @@ def official_directory(path, model=None, tensors=None, edit=("", ""), width="mlp
     """model.pt and config.yaml, as official OLMo writes an unsharded checkpoint."""
     path.mkdir()
     model = model or random_model()
-    # by hand rather than with name_table, which this is to test: only our two namespaces go
-    weights = {"transformer." + name.replace(".attn.", ".").replace(".mlp.", "."): parameter.data
+    # by hand rather than with name_table, which this is to test
+    weights = {"transformer." + name.replace(".attn.", ".").replace(".mlp.", ".")
+               .replace("lm_head", "ff_out"): parameter.data
                for name, parameter in model.named_parameters()} | (tensors or {})
     weights = {name: tensor for name, tensor in weights.items() if tensor is not None}
     torch.save(weights, path / "model.pt")
@@ -960,7 +1021,7 @@ def test_the_released_shapes_are_read_from_their_official_yaml(tmp_path):
 
 @pytest.mark.parametrize("tensors, words", [
     ({"transformer.blocks.1.ff_proj.weight": None}, ("missing", "blocks.1", "ff_proj")),
-    ({"transformer.ff_out.weight": None}, ("missing", "ff_out.weight")),
+    ({"transformer.ff_out.weight": None}, ("missing", "lm_head.weight")),
     ({"transformer.blocks.0.attn_norm.weight": torch.ones(32)},
      ("unexpected", "transformer.blocks.0.attn_norm.weight")),
     ({"transformer.blocks.1.att_proj.weight": torch.ones(96, 31)},

@@ -229,7 +229,7 @@ def test_bits_per_byte_leave_out_answers_beyond_the_context(model, tokenizer, ta
     """Uniform logits, one answer of over T ids among two: log2(V) x ids / bytes of the other."""
     uniform = copy.deepcopy(model)
     with torch.no_grad():
-        uniform.ff_out.weight.zero_()
+        uniform.lm_head.weight.zero_()
     questions = [Question([("q", text)], 0, []) for text in (" one two", " why" * 300)]
     sums = evaluation.evaluate_task(uniform, tokenizer, task._replace(questions=questions))
     ids = len(tokenizer.encode(" one two"))
@@ -248,7 +248,7 @@ def test_pmi_needs_the_twins_of_every_question(model, tokenizer, task):
 def test_scores_that_are_not_finite_are_refused(model, tokenizer, task):
     broken = copy.deepcopy(model)
     with torch.no_grad():
-        broken.ff_out.weight.fill_(math.nan)
+        broken.lm_head.weight.fill_(math.nan)
     with pytest.raises(UserError, match="made_up.*not finite"):
         evaluation.evaluate_task(broken, tokenizer, task)
 
@@ -265,7 +265,7 @@ def test_uniform_logits_cost_ln_v_an_id_and_rank_by_length(model, tokenizer, tas
     """V = 1088 with the padding: raw prefers the fewest ids, per token ties, to the first."""
     uniform = copy.deepcopy(model)
     with torch.no_grad():
-        uniform.ff_out.weight.zero_()
+        uniform.lm_head.weight.zero_()
     sums = evaluation.evaluate_task(uniform, tokenizer, task)
     lengths = [[len(tokenizer.encode(text)) for _, text in question.choices]
                for question in task.questions]
@@ -1092,6 +1092,6 @@ def test_positions_and_only_are_the_plain_forwards(model):
         plain = model(tokens)
         shifted = model(tokens, positions=torch.arange(20).expand(3, 20) + torch.tensor(
             [[0], [5], [90]]))
-        some = model(tokens, only=picked)
+        some = model(tokens, positions_wanted=picked)
     torch.testing.assert_close(shifted, plain, rtol=0, atol=2e-4)
     torch.testing.assert_close(some, plain[picked[:, 0], picked[:, 1]], rtol=0, atol=1e-5)

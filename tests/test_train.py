@@ -187,7 +187,7 @@ def test_all_matrices_decay_but_the_embedding(tied):
               for group in optimizer.param_groups}
     linear = [f"{name}.weight" for name, module in model.named_modules()
               if isinstance(module, torch.nn.Linear)]
-    assert ("ff_out.weight" in linear) != tied and len(linear) == 8 + (not tied)
+    assert ("lm_head.weight" in linear) != tied and len(linear) == 8 + (not tied)
     assert groups == {0.3: sorted(linear), 0.0: ["wte.weight"]}
     for group in optimizer.param_groups:
         assert group["betas"] == (0.8, 0.7) and group["eps"] == 1e-3
@@ -302,7 +302,7 @@ def test_a_gradient_that_is_not_finite_touches_no_weight(poison):
 
 def test_a_gradient_that_is_not_finite_but_a_loss_that_is_stops_too():
     model = m.build_model(SMALL, 0)
-    model.ff_out.weight.register_hook(lambda gradient: gradient * math.nan)
+    model.lm_head.weight.register_hook(lambda gradient: gradient * math.nan)
     before = model.wte.weight.detach().clone()
     with pytest.raises(FloatingPointError):
         train.train_step(model, train.build_optimizer(model, train.TrainConfig()), [masked_batch()],

@@ -33,6 +33,7 @@ from corpus.tokenizer import train_bpe
 from data import Batches, DataConfig, TokenShards, build_data
 from model import ModelConfig, build_model, generate, init_weights
 from scaling.machine import choose_dtype, flops_per_token, keep_freed_memory
+from support.cpu import packed_weights, use_fast_attention
 from support.weights import load_model, save_hf
 
 OPTIMIZER = dict(lr=1e-4, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1)
@@ -280,6 +281,7 @@ def bench_generate(new_tokens=200):
     from transformers import OlmoForCausalLM
     keep_freed_memory()
     ours = build_model(TINY, seed=0)
+    use_fast_attention(ours)
     with torch.no_grad():
         for parameter in ours.parameters():
             parameter.mul_(2)
@@ -294,7 +296,8 @@ def bench_generate(new_tokens=200):
         prompts = torch.randint(TINY.vocab_size - 8, (batch, 32), generator=generator)
 
         def answer(n, prompts=prompts):
-            return generate(ours, prompts.tolist(), n)
+            with packed_weights(ours):
+                return generate(ours, prompts.tolist(), n)
 
         def their_answer(n, prompts=prompts):
             return theirs.generate(prompts, attention_mask=torch.ones_like(prompts),

@@ -1,0 +1,68 @@
+"""The entries of the config's `sources`: a path, the rules it needs, its weight."""
+
+import difflib
+import re
+from typing import NamedTuple
+
+from corpus.rules import DEDUPLICATIONS, RULES
+from support.files import UserError
+
+RULE_SETS = {
+    "gopher": " ".join(rule for rule in RULES if rule.startswith("gopher")),
+    "c4": "c4_punctuation c4_short_lines c4_document",
+    "code": " ".join(rule for rule in RULES if rule.startswith("code")),
+    # what Dolma does with its sources (arXiv 2402.00159)
+    "web": "language c4_punctuation gopher repeated_tokens content pii url document paragraph",
+    "books": "language min_words",
+    "wiki": "language min_words",
+}
+
+
+class Source(NamedTuple):
+    """One entry of the config's `sources`."""
+    name: str
+    path: str
+    rules: tuple = ()  # names, in the order in which they run; no rule sets
+    weight: float = 1.0
+
+
+def parse_source(name, entry):
+    """The Source of an entry of `sources`: a path, or a dict of path, rules and weight."""
+    if isinstance(entry, str):
+        entry = {"path": entry}
+    place = f"sources: {name}"
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise UserError(f"sources: {name!r} cannot name files; use letters, digits, . _ -")
+    for key in entry:
+        if key not in ("path", "rules", "weight"):
+            raise UserError(f"{place}: unknown key {key!r}; there are path, rules and weight")
+    path = entry.get("path")
+    rules = entry.get("rules", "")
+    weight = entry.get("weight", 1.0)
+    if not isinstance(path, str):
+        raise UserError(f"{place}: path {path!r}; write a path as a string")
+    if not isinstance(rules, str):
+        raise UserError(f"{place}: rules {rules!r}; write the names in one string")
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < 1e6:
+        raise UserError(f"{place}: weight {weight!r}; write a number above 0, below 1e6")
+    return Source(name, path, expand_rules(rules, name), float(weight))
+
+
+def expand_rules(words, source):
+    """The names of rules in `words`, rule sets expanded, each once, in the order they run."""
+    chosen = {"empty"}
+    for word in words.replace(",", " ").split():
+        if word in RULE_SETS:
+            chosen |= set(expand_rules(RULE_SETS[word], source))
+        elif word in RULES or word in DEDUPLICATIONS:
+            chosen.add(word)
+        else:
+            raise UserError(f"sources: {source}: unknown rule {word!r}; {suggestion(word)}")
+    return tuple(rule for rule in (*RULES, *DEDUPLICATIONS) if rule in chosen)
+
+
+def suggestion(word):
+    """The rule whose name is nearest to `word`, as a question, or all of them."""
+    known = [*RULE_SETS, *RULES, *DEDUPLICATIONS]
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {near[0]}?" if near else "there are " + ", ".join(known)
