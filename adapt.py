@@ -38,12 +38,13 @@ from corpus.stages import held_out_files
 from corpus.tokenizer import Tokenizer
 from corpus.trace import data_of_run
 from data import DataConfig, instance_order, render_chat
-from eval import EvalConfig, evaluate_suites, length_batches, own_batches
+from eval import EvalConfig, length_batches, own_batches
+from eval import evaluate as evaluate_model
 from model import generate, next_token_loss, sequence_log_probs
 from scaling.checkpoint import load_checkpoint
 from scaling.machine import choose_micro_batch
 from scaling.ranks import (as_on_main, check_agreement, on_all_ranks, on_main, rank, reduce_sum,
-                           setup_distributed, world_size)
+                           setup_distributed)
 from scaling.run import (COMMANDS, Log, agree_on_machine, describe_run, lacks_evaluation,
                          log_evaluation, share_run)
 from scaling.sharding import evaluating
@@ -51,7 +52,7 @@ from support.chats import read_set, require
 from support.cpu import packed_weights
 from support.files import UserError, read_json, run_main, write_json
 from support.models import fill_weights, open_base
-from support.records import asked, domains_table, tasks_table
+from support.records import domains_table, tasks_table
 from support.talk import ANSWER_BATCH, chat, coloured, generate_answers, harmless
 from support.tasks import open_suites
 from train import TrainConfig, build_training, check_vocabulary, open_run, train_loop
@@ -337,16 +338,16 @@ def check_first_loss(step, metrics, width):
 
 # ---- The reference -------------------------------------------------------------------------------
 
-def completion_log_probs(model, sequences, batch_tokens, number=0, ranks=1):
+def completion_log_probs(model, sequences, batch_tokens):
     """Float64 (N, 2): log-probability in nats of each Example's trained tokens, and their count.
 
-    Of rank `number` of several, those of the others are 0: the sum over ranks is the whole.
+    Those of the other ranks are 0: the sum over ranks is the whole.
     """
     found = torch.zeros(len(sequences), 2, dtype=torch.float64)
     batches = length_batches(list(enumerate(sequences)), batch_tokens, lambda row: len(row[1].ids))
     with evaluating(model):
-        for batch, counts in tqdm(own_batches(batches, number, ranks), leave=False, unit="batch",
-                                  total=-(-len(batches) // ranks), disable=number > 0 or None):
+        for batch, counts in tqdm(own_batches(batches), leave=False, unit="batch",
+                                  disable=rank() > 0 or None):
             numbers, examples = zip(*batch, strict=True)
             packed = packed_rows([[example] for example in examples], len(examples[0].ids),
                                  model.config.pad_token_id)
@@ -360,7 +361,7 @@ def completion_log_probs(model, sequences, batch_tokens, number=0, ranks=1):
 
 def shared_log_probs(model, sequences, batch_tokens):
     """The same, computed by all ranks together."""
-    return reduce_sum(completion_log_probs(model, sequences, batch_tokens, rank(), world_size()))
+    return reduce_sum(completion_log_probs(model, sequences, batch_tokens))
 
 
 def reference_file(run, fingerprint, dtype):
@@ -543,12 +544,8 @@ def adapt(adapt_config, eval_config, config):
           f"{'pairs' if is_dpo else 'packed rows'} at a time")
 
     # The steps
-    of = [asked(suite, eval_config, str(dtype).removeprefix("torch.")) for suite in suites]
-
     def evaluate():
-        with evaluating(model):
-            results = evaluate_suites(model, tokenizer, suites, eval_config, number, ranks,
-                                      reduce_sum) | {"of": of}
+        results = evaluate_model(model, tokenizer, suites, eval_config)
         return results | evaluate_tuning(model, tokenizer, eval_set, held_out_reference,
                                          adapt_config, eval_config)
 

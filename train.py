@@ -32,20 +32,21 @@ from corpus.funnel import print_table
 from corpus.stages import held_out_files
 from corpus.tokenizer import Tokenizer
 from data import Batches, DataConfig, TokenShards, build_data
-from eval import EvalConfig, evaluate_suites, sample_text
+from eval import EvalConfig, sample_text
+from eval import evaluate as evaluate_model
 from model import ModelConfig, OLMo, init_weights, next_token_loss
 from scaling.checkpoint import (drop_old_checkpoints, load_checkpoint, newest_step, save_checkpoint,
                                 step_directories, verify_step)
 from scaling.machine import PowerMeter, carbon_kg, choose_micro_batch, energy_line, flops_per_token
 from scaling.plan import PlanConfig, print_plan
-from scaling.ranks import (as_on_main, check_agreement, largest, on_all_ranks, on_main, rank,
+from scaling.ranks import (check_agreement, largest, on_all_ranks, on_main, rank,
                            reduce_sum, setup_distributed, world_size)
 from scaling.run import (COMMANDS, MEASURED, Log, Recent, StopSignal, agree_on_machine, clear_run,
                          describe_run, documents_of, lacks_evaluation, log_evaluation, log_step,
                          report_not_finite, share_run)
-from scaling.sharding import evaluating, own_part, shard_model
+from scaling.sharding import own_part, shard_model
 from support.files import UserError, read_json, run_main
-from support.records import asked, domains_table, tasks_table
+from support.records import domains_table, tasks_table
 from support.tasks import open_suites
 
 
@@ -396,18 +397,13 @@ def train(model_config, data_config, eval_config, config):
     print_run(run, model, config, batches, rows)
 
     # The steps
-    of = [asked(suite, eval_config, str(dtype).removeprefix("torch.")) for suite in suites]
-
     def draw_sample():
-        with evaluating(model):
-            return sample_text(model, tokenizer, eval_config, sync=as_on_main)
+        return sample_text(model, tokenizer, eval_config)
 
     def evaluate():
-        with evaluating(model):
-            results = evaluate_suites(model, tokenizer, suites, eval_config, number, ranks,
-                                      reduce_sum) | {"of": of}
-            if ranks == 1:  # several would gather the whole model for each token
-                results["samples"] = [draw_sample()]
+        results = evaluate_model(model, tokenizer, suites, eval_config)
+        if ranks == 1:  # several would gather the whole model for each token
+            results["samples"] = [draw_sample()]
         return results
 
     deadline = began + 60 * config.stop_after_minutes if config.stop_after_minutes else math.inf
@@ -446,7 +442,7 @@ def train_loop(config, run, state, model, optimizer, batches, loss_fn, evaluate,
                deadline=math.inf, missed=False, check=lambda step, metrics: None):
     """Take the steps after state["step"] up to max_steps; log, save and evaluate as they fall due.
 
-    `batches(step)` gives this rank's batch, `evaluate()` what evaluate_suites gives,
+    `batches(step)` gives this rank's batch, `evaluate()` what eval.evaluate gives,
     `documents(step)` the lines that the log gets for a batch that went wrong; `deadline` is of
     time.monotonic(); `missed`: the state was saved, its evaluation cut off; `check(step, metrics)`
     may raise at a step that cannot be right. `state` {step, tokens, seconds, kwh, ...} is kept up
