@@ -20,7 +20,6 @@ import hashlib
 import json
 import math
 import sys
-import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -38,23 +37,24 @@ from corpus.stages import held_out_files
 from corpus.tokenizer import Tokenizer
 from corpus.trace import data_of_run
 from data import DataConfig, instance_order, render_chat
-from eval import EvalConfig, evaluate_suites, length_batches, own_batches
+from eval import EvalConfig, length_batches, own_batches
+from eval import evaluate as evaluate_model
 from model import generate, next_token_loss, sequence_log_probs
-from scaling.checkpoint import load_checkpoint
+from scaling.directory import NOT_SAVED
 from scaling.machine import choose_micro_batch
-from scaling.ranks import (as_on_main, check_agreement, on_all_ranks, on_main, rank, reduce_sum,
+from scaling.ranks import (agree_on_machine, from_rank0, on_all_ranks, on_rank0, rank, reduce_sum,
                            setup_distributed, world_size)
-from scaling.run import (COMMANDS, Log, agree_on_machine, describe_run, lacks_evaluation,
-                         log_evaluation, share_run)
+from scaling.run import Run, deadline_after
 from scaling.sharding import evaluating
 from support.chats import read_set, require
 from support.cpu import packed_weights
 from support.files import UserError, read_json, run_main, write_json
 from support.models import fill_weights, open_base
-from support.records import asked, domains_table, tasks_table
+from support.records import domains_table, tasks_table
 from support.talk import ANSWER_BATCH, chat, coloured, generate_answers, harmless
 from support.tasks import open_suites
-from train import TrainConfig, build_training, check_vocabulary, open_run, train_loop
+from train import (TrainConfig, build_training, check_vocabulary, clip_at_step, cut_batch,
+                   lr_at_step, resumed_argv, train_step)
 
 
 LN_2 = math.log(2)
@@ -283,7 +283,7 @@ def sft_loss(model, batch):
     sees = (documents[:, :, None] == documents[:, None]).tril()[:, None]  # (B, 1, T, T)
     nats = model(batch["tokens"], targets=batch["targets"], attn_mask=sees,
                  positions=batch["positions"])
-    return next_token_loss(nats, batch["loss_mask"])
+    return next_token_loss(nats, batch["loss_mask"])[0], {}
 
 
 def dpo_terms(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta):
@@ -309,7 +309,7 @@ def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejecte
 
 
 def preference_loss(model, batch, beta, length_normalized=False):
-    """(summed loss, count, {metric: sum}) of the real pairs of a batch, all in one forward."""
+    """(summed loss, {metric: sum}) of the real pairs of a batch, all in one forward."""
     tokens, targets, loss_mask = (batch[key].transpose(0, 1).flatten(0, 1)  # chosen, then rejected
                                   for key in ("tokens", "targets", "loss_mask"))
     log_probs, counts = sequence_log_probs(model(tokens, targets=targets), loss_mask)
@@ -320,7 +320,7 @@ def preference_loss(model, batch, beta, length_normalized=False):
         policy, reference = policy / counts, reference / counts
     sums = {name: (value * batch["real"]).sum()
             for name, value in dpo_terms(*policy, *reference, beta).items()}
-    return sums.pop("loss"), batch["real"].sum(), sums
+    return sums.pop("loss"), sums
 
 
 def check_first_loss(step, metrics, width):
@@ -337,16 +337,16 @@ def check_first_loss(step, metrics, width):
 
 # ---- The reference -------------------------------------------------------------------------------
 
-def completion_log_probs(model, sequences, batch_tokens, number=0, ranks=1):
+def completion_log_probs(model, sequences, batch_tokens):
     """Float64 (N, 2): log-probability in nats of each Example's trained tokens, and their count.
 
-    Of rank `number` of several, those of the others are 0: the sum over ranks is the whole.
+    Those of the other ranks are 0: the sum over ranks is the whole.
     """
     found = torch.zeros(len(sequences), 2, dtype=torch.float64)
     batches = length_batches(list(enumerate(sequences)), batch_tokens, lambda row: len(row[1].ids))
     with evaluating(model):
-        for batch, counts in tqdm(own_batches(batches, number, ranks), leave=False, unit="batch",
-                                  total=-(-len(batches) // ranks), disable=number > 0 or None):
+        for batch, counts in tqdm(own_batches(batches), leave=False, unit="batch",
+                                  disable=rank() > 0 or None):
             numbers, examples = zip(*batch, strict=True)
             packed = packed_rows([[example] for example in examples], len(examples[0].ids),
                                  model.config.pad_token_id)
@@ -360,7 +360,7 @@ def completion_log_probs(model, sequences, batch_tokens, number=0, ranks=1):
 
 def shared_log_probs(model, sequences, batch_tokens):
     """The same, computed by all ranks together."""
-    return reduce_sum(completion_log_probs(model, sequences, batch_tokens, rank(), world_size()))
+    return reduce_sum(completion_log_probs(model, sequences, batch_tokens))
 
 
 def reference_file(run, fingerprint, dtype):
@@ -376,10 +376,10 @@ def reference_log_probs(file, model, sets, batch_tokens):
     Computed once, with the model as it is now, and kept in `file`; then they are read from there.
     UserError if one is missing.
     """
-    if not on_main(file.is_file):
+    if not on_rank0(file.is_file):
         log_probs = [shared_log_probs(model, sequences_of(pairs), batch_tokens)[:, 0]
                      .view(2, -1).T.tolist() for pairs in sets]
-        on_main(lambda: write_json(file, {"log_probs": log_probs}))
+        on_rank0(lambda: write_json(file, {"log_probs": log_probs}))
     found = [np.array(own, np.float64).reshape(-1, 2)
              for own in read_json(file).get("log_probs", ())]
     require(list(map(len, found)) == list(map(len, sets))
@@ -429,7 +429,7 @@ def answer_prompts(model, tokenizer, prompts, max_new_tokens):
         answers = []
         for begin in range(0, len(prompts), ANSWER_BATCH):
             answers += generate(model, prompts[begin:begin + ANSWER_BATCH], max_new_tokens,
-                                stop_ids=(tokenizer.eos_token_id,), sync=as_on_main)
+                                stop_ids=(tokenizer.eos_token_id,), sync=from_rank0)
     ended = sum(answer[-1] == tokenizer.eos_token_id for answer in answers)
     return [tokenizer.decode([*prompt[1:], *answer]) for prompt, answer
             in zip(prompts, answers, strict=True)], ended / len(prompts)
@@ -452,7 +452,7 @@ def evaluate_tuning(model, tokenizer, eval_set, reference, adapt_config, eval_co
     return {"tuned": {**tuned, "ended": ended}, "samples": texts[:3]}
 
 
-FOLLOWING = {"max_steps", "warmup_steps", "decay_steps"}  # from the epochs and the data
+DERIVED = {"max_steps", "warmup_steps", "decay_steps"}  # from the epochs and the data
 
 
 def by_epochs(adapt_config, config, examples):
@@ -478,12 +478,12 @@ def fingerprint_of(base, train_set, eval_set, batch_size, seed):
 
 def adapt(adapt_config, eval_config, config):
     """Tune a run from its base, or its newest checkpoint, to the end; returns the exit code."""
-    began, run = time.monotonic(), Path(config.run_dir)
+    deadline, run = deadline_after(config.stop_after_minutes), Path(config.run_dir)
     is_dpo = adapt_config.method == "dpo"
-    number, ranks, device = setup_distributed(config.device)
+    device, ranks = setup_distributed(config.device), world_size()
 
     # What is tuned, and on what
-    base = on_main(lambda: open_base(config.start_from, config.verify),
+    base = on_rank0(lambda: open_base(config.start_from, config.verify),
                    patience=timedelta(hours=2))
     require(run.resolve() not in (base.home.resolve(), base.weights.resolve()),
             f"run_dir={run} is the run that is tuned; choose another --run_dir")
@@ -501,27 +501,22 @@ def adapt(adapt_config, eval_config, config):
 
     # The machine
     settings = {**base.settings, **flat(base.model_config, eval_config, adapt_config, config)}
-    settings = {key: value for key, value in settings.items() if key not in COMMANDS}
+    settings = {key: value for key, value in settings.items() if key not in NOT_SAVED}
     dtype, compiled = agree_on_machine(config, settings, device)
-    check_agreement(fingerprint)
     rows = choose_rows(config, seq_len, ranks, is_dpo)
 
     # The run: new, or as it was left
-    lock = share_run(run)  # noqa: F841  held until this process ends
-    chosen = {key: value for key, value in settings.items() if key not in FOLLOWING}
-    start, state = on_main(lambda: open_run(replace(config, start_from=""), chosen, fingerprint),
-                           patience=timedelta(hours=2))
-    missed = on_main(lambda: lacks_evaluation(run, state["step"]))
-    if state["step"] > config.max_steps or state["step"] == config.max_steps and not missed:
-        print(f"{run}: finished, at step {state['step']} of {config.max_steps}")
+    derived_or_free = {*DERIVED, *vars(eval_config)}
+    run = Run.open(replace(config, start_from=""), settings, fingerprint, base.model_config, device,
+                   deadline, free_keys=derived_or_free)
+    if run.is_finished():
         return 0
-    state.update(config=settings, data=fingerprint, torch=torch.__version__)
 
     # The model, its optimiser, and what the reference thinks
     model, optimizer = build_training(base.model_config, config, device, dtype, compiled)
     order, held_out_reference = (config.batch_size, data_config.seed), None
-    file = reference_file(run, fingerprint, dtype)
-    if not start or is_dpo and not on_main(file.is_file):
+    file = reference_file(run.path, fingerprint, dtype)
+    if not run.checkpoint or is_dpo and not on_rank0(file.is_file):
         fill_weights(model, base)
     if is_dpo:
         reference, held_out_reference = reference_log_probs(
@@ -534,21 +529,16 @@ def adapt(adapt_config, eval_config, config):
     else:
         batches = sft_batches(train_set, *order, seq_len, pad_token_id, rows)
         loss_fn, check = sft_loss, lambda step, metrics: None
-    if start:
-        load_checkpoint(start, model, optimizer)
-        print(f"{run}: goes on after step {state['step']}")
-    on_main(lambda: describe_run(run, settings, base.home, tuned_on=fingerprint))
-    print(f"run: {run}, {adapt_config.method} of {base.weights}, {config.max_steps:,} steps of "
-          f"{config.batch_size} {'pairs' if is_dpo else 'chats'}, {rows} "
+    if run.checkpoint:
+        run.load(model, optimizer)
+    run.describe(base.home, tuned_on=fingerprint)
+    print(f"run: {run.path}, {adapt_config.method} of {base.weights}, {config.max_steps:,} steps "
+          f"of {config.batch_size} {'pairs' if is_dpo else 'chats'}, {rows} "
           f"{'pairs' if is_dpo else 'packed rows'} at a time")
 
     # The steps
-    of = [asked(suite, eval_config, str(dtype).removeprefix("torch.")) for suite in suites]
-
     def evaluate():
-        with evaluating(model):
-            results = evaluate_suites(model, tokenizer, suites, eval_config, number, ranks,
-                                      reduce_sum) | {"of": of}
+        results = evaluate_model(model, tokenizer, suites, eval_config)
         return results | evaluate_tuning(model, tokenizer, eval_set, held_out_reference,
                                          adapt_config, eval_config)
 
@@ -556,20 +546,29 @@ def adapt(adapt_config, eval_config, config):
 
     def places(step):
         return [sequences[i].place for i in examples_of_step(step, len(train_set), *order)]
-    if not state["step"]:  # what the tuning starts from
-        log_evaluation(Log(run, -1), state, evaluate())
-    deadline = began + 60 * config.stop_after_minutes if config.stop_after_minutes else math.inf
-    ended_by, results = train_loop(
-        replace(config, start_from=""), run, state, model, optimizer,
-        partial(batches, rank=number, world_size=ranks), loss_fn, evaluate, places, rows, deadline,
-        missed, check)
-    if ended_by:
-        launcher = "python" if ranks == 1 else "torchrun ..."
-        print(f"stopped after step {state['step']}, which is saved; go on: {launcher} adapt.py "
-              f"--resume={run}")
-        return 128 + ended_by
+    with run:
+        if run.step == 0 or run.evaluation_was_missed():  # step 0: what the tuning starts from
+            run.log_evaluation(evaluate())
+        for step in run.steps():
+            lr = lr_at_step(step, config)
+            max_norm = clip_at_step(step, config)
+            batch = batches(step, rank(), world_size())
+            micro_batches = cut_batch(batch, rows, device)
+            try:
+                metrics = train_step(model, optimizer, micro_batches, loss_fn, lr, max_norm)
+                check(step, metrics)
+            except FloatingPointError as error:
+                metrics = run.report_not_finite(step, error, places)
+            run.log(step, batch, metrics, lr, max_norm)
+            if run.save_is_due(step):
+                run.save(model, optimizer)
+            if run.evaluation_is_due(step):
+                run.log_evaluation(evaluate())
+    if run.ended_by:
+        return run.say_stopped("adapt.py")
+    results, last, run = run.results, run.step, run.path
     if results["sums"]:
-        print(f"\nheld-out text after step {state['step']}:\n{domains_table(results['sums'])}")
+        print(f"\nheld-out text after step {last}:\n{domains_table(results['sums'])}")
     if results["tasks"]:
         print(tasks_table(results["tasks"]))
     for text in results.get("samples", ()):
@@ -617,19 +616,14 @@ def main(argv):
     verbs = {"show": show, "chat": chat, "generate": generate_answers}
     if argv and argv[0] in verbs:
         return verbs[argv[0]](argv[1:])
-    follows = [word for word in argv if word.removeprefix("--").partition("=")[0] in FOLLOWING]
+    follows = [word for word in argv if word.removeprefix("--").partition("=")[0] in DERIVED]
     require(not follows, f"{' '.join(follows)}: follows from --epochs and --warmup_share here, "
             "such as --epochs=0.1")
     for file in [word for word in argv if word.endswith(".py") and Path(word).is_file()]:
         for line, key, _ in read_assignments(Path(file)):
-            if key in FOLLOWING:
+            if key in DERIVED:
                 print(f"{file}:{line}: {key} is not used; epochs and warmup_share say it")
-    resumed = [word.partition("=")[2] for word in argv if word.startswith("--resume=")]
-    if resumed:
-        saved = Path(resumed[-1]) / "config.json"
-        require(saved.is_file() and "method" in read_json(saved),
-                f"--resume={resumed[-1]}: no run of adapt.py is there; adapt.py CONFIG starts one")
-        argv = [str(saved), f"--run_dir={resumed[-1]}", *argv]
+    argv = resumed_argv(argv, "adapt.py", is_tuned=True)
     if all(word.startswith("-") for word in argv) and not {"-h", "--help"} & set(argv):
         raise UserError("name a config file (python adapt.py configs/tiny_sft.py), --resume=RUN, "
                         "show, chat or generate")

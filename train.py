@@ -366,7 +366,7 @@ def print_run(run, model, batches, micro_batch_size):
     left_over = len(shards) % batches.batch_size
     print(f"run: {run.path}, {parameters:,} parameters, {run.config.max_steps:,} steps of "
           f"{batches.batch_size} x {shards.seq_len} tokens, {micro_batch_size} sequences at a time")
-    print(f"  an epoch: {batches.steps_per_epoch:,} steps; it leaves out {left_over} sequences, and "
+    print(f"  an epoch: {batches.steps_per_epoch:,} steps; left out: {left_over} sequences, and "
           f"{shards.tail_tokens} tokens at the ends of files")
 
 

@@ -5,7 +5,7 @@ import math
 
 from corpus.dedup import searchable_lines
 from corpus.trace import manifests_behind
-from support.files import UserError, file_sha256
+from support.files import UserError
 from support.tasks import METRICS
 
 
@@ -88,12 +88,12 @@ def tasks_table(results):
     return "\n".join(lines)
 
 
-def asked(suite, config, dtype):
-    """What, beside the weights, a result of a suite depends on; an equal one is not done again."""
+def evaluation_key(suite, config, dtype):
+    """What, besides the weights, a result of a suite depends on: equal keys, equal results."""
     own = ({"limit": config.limit, "metric": config.metric, "chat": config.chat} if suite.tasks
            else {"subdomain": config.subdomain})
     return {"suite": suite.name, "dtype": dtype, **own,
-            "files": sorted(map(file_sha256, suite.files()))}
+            "files": list(suite.digests)}
 
 
 def decontaminated(manifests, files, digests):

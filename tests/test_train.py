@@ -27,7 +27,7 @@ import model as m
 import train
 from configs import load_config
 from corpus.tokenizer import Tokenizer
-from eval import evaluate_suites
+from eval import evaluate
 from scaling.checkpoint import load_checkpoint, newest_step, training_tensors, verify_step
 from scaling.machine import can_compile, choose_micro_batch
 from scaling.ranks import batch_hash
@@ -761,13 +761,13 @@ def test_a_faulty_suite_is_met_before_the_data_is_built(tmp_path, tiny_config, c
 def test_an_evaluation_that_fails_loses_no_step_and_is_made_up_for(tmp_path, tiny_config, call,
                                                                    monkeypatch, refused):
     """At step 10 of 20 and again at the last: each time the step is saved, and evaluated later."""
-    run, evaluate, good = tmp_path / "run", evaluate_suites, [0, 1, 0, 1]
+    run, good = tmp_path / "run", [0, 1, 0, 1]
 
     def sometimes(*words):
         if good and not good.pop(0):
             raise UserError("no evaluation today")
         return evaluate(*words)
-    monkeypatch.setattr("train.evaluate_suites", sometimes)
+    monkeypatch.setattr("train.evaluate_model", sometimes)
     file = tiny_config(run, save_every_steps=10)
     for step in (10, 20):
         refused(call(train, file), "no evaluation today")
