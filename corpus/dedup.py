@@ -1,4 +1,4 @@
-"""Deduplication and decontamination: what was seen before, what an evaluation set holds."""
+"""Deduplication and decontamination: text that an earlier document or an evaluation set holds."""
 
 import hashlib
 import math
@@ -13,65 +13,14 @@ from corpus.stages import input_ages
 from support.files import UserError
 
 
-class DigestSet:
-    """The exact filter: a set of 16-byte digests, about 100 bytes an item."""
-
-    def __init__(self):
-        self.digests = set()
-
-    def add(self, item):
-        """Take in `item`, a str; returns whether it was there before."""
-        digest = digest_of(item)
-        if digest in self.digests:
-            return True
-        self.digests.add(digest)
-        return False
-
-
-class BloomFilter:
-    """Bloom's filter: never forgets an item, takes a new one for an old one at a chosen rate.
-
-    With n items, `bits` = -n ln(p) / ln(2)^2 and `hashes` = bits / n ln(2) keep the rate at p.
-    """
-
-    def __init__(self, items, fp_rate):
-        self.bits = self.bits_for(items, fp_rate)
-        self.hashes = max(1, round(self.bits / items * math.log(2)))
-        self.table, self.count = bytearray(-(-self.bits // 8)), 0
-
-    @staticmethod
-    def bits_for(items, fp_rate):
-        return math.ceil(-items * math.log(fp_rate) / math.log(2) ** 2)
-
-    def positions(self, item):
-        digest = digest_of(item)  # two halves make all the hashes (Kirsch and Mitzenmacher)
-        first, step = int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:], "big") | 1
-        return [(first + i * step) % self.bits for i in range(self.hashes)]
-
-    def add(self, item):
-        """Take in `item`, a str; returns whether it seems to have been there before."""
-        table, old = self.table, True
-        for position in self.positions(item):
-            if not table[position >> 3] >> (position & 7) & 1:
-                table[position >> 3] |= 1 << (position & 7)
-                old = False
-        self.count += not old
-        return old
-
-    def fp_rate(self):
-        """The rate that the formula gives for the items taken in so far."""
-        return (1 - (1 - 1 / self.bits) ** (self.hashes * self.count)) ** self.hashes
-
-
-def digest_of(item):
-    return hashlib.blake2b(item.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-
+# ---- Deduplication -------------------------------------------------------------------------------
 
 def deduplicate(documents, seen, funnel):
-    """Yield the documents without what came before: url, whole text, paragraph; the first stays.
+    """Yield the documents without copies of what came before; the first copy is kept.
 
-    `seen` maps each level that is wanted to its filter. A paragraph is a line; a copy of one, in
-    the same document or an earlier one, is taken out; a document of nothing else is dropped.
+    `seen` holds a filter (DigestSet or BloomFilter) for each level that the source asks for:
+    "url" drops a document whose URL came before, "document" one whose text came before, "paragraph"
+    takes out lines that came before, in this document or an earlier one (Dolma's three stages).
     """
     for document in documents:
         url = document["metadata"].get("url")
@@ -82,9 +31,7 @@ def deduplicate(documents, seen, funnel):
             funnel.drop("document", document, Drop("an earlier document has the same text"))
             continue
         if "paragraph" in seen:
-            paragraphs = document["text"].split("\n")
-            stays = [not (text.strip() and seen["paragraph"].add(text)) for text in paragraphs]
-            edit = keep_parts(paragraphs, stays, "\n", "paragraphs seen before")
+            edit = without_seen_paragraphs(document["text"], seen["paragraph"])
             if edit and not edit.text.strip():
                 funnel.drop("paragraph", document, Drop("all of it was seen before"))
                 continue
@@ -93,77 +40,185 @@ def deduplicate(documents, seen, funnel):
         yield document
 
 
-def evaluation_texts(path):
-    """The texts of an evaluation set: documents, plain text, or a task's request file.
+def without_seen_paragraphs(text, seen):
+    """The Edit that takes out the lines which `seen` holds; adds the others to it."""
+    paragraphs = text.split("\n")
+    keep = [not (paragraph.strip() and seen.add(paragraph)) for paragraph in paragraphs]
+    return keep_parts(paragraphs, keep, "\n", "paragraphs seen before")
 
-    Of a request that is the rendered prompt with its answer, and each text in the raw `doc`.
+
+def digest_of(text):
+    """16 bytes that stand for `text`; two texts have the same ones with probability 2 ** -128."""
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+class DigestSet:
+    """The exact filter: a set of digests, about 100 bytes an item."""
+
+    def __init__(self):
+        self.digests = set()
+
+    def add(self, item):
+        """Add `item`, a str; returns whether it was there before."""
+        digest = digest_of(item)
+        if digest in self.digests:
+            return True
+        self.digests.add(digest)
+        return False
+
+
+class BloomFilter:
+    """Bloom's filter: a set in a fixed number of bits, as Dolma uses it for the web.
+
+    An item sets `hashes` of the `bits`. An item whose bits are all set seems to be an old one: an
+    old item is never taken for new, a new one is taken for old with probability p. After n items
+    each bit is set with probability 1 - (1 - 1 / bits) ** (hashes * n), so
+
+        p = (1 - (1 - 1 / bits) ** (hashes * n)) ** hashes
+
+    which is least when half of the bits are set. Then p = 2 ** -hashes, and
+
+        bits = -n ln(p) / ln(2)^2       p = 1e-6 (Dolma's for the web): 28.8 bits an item
+        hashes = bits / n * ln(2)                                       20 hashes
+    """
+
+    def __init__(self, items, fp_rate):
+        self.bits = self.bits_for(items, fp_rate)
+        self.hashes = max(1, round(self.bits / items * math.log(2)))
+        self.table = bytearray(-(-self.bits // 8))
+        self.count = 0  # items added
+
+    @staticmethod
+    def bits_for(items, fp_rate):
+        """The bits that hold `items` items at a false-positive rate of `fp_rate`."""
+        return math.ceil(-items * math.log(fp_rate) / math.log(2) ** 2)
+
+    def positions(self, item):
+        """The bits of an item. Two hashes make all of them (Kirsch and Mitzenmacher, 2006)."""
+        digest = digest_of(item)
+        first = int.from_bytes(digest[:8], "big")
+        step = int.from_bytes(digest[8:], "big") | 1
+        return [(first + i * step) % self.bits for i in range(self.hashes)]
+
+    def add(self, item):
+        """Add `item`, a str; returns whether it seems to have been there before."""
+        table = self.table
+        old = True
+        for position in self.positions(item):
+            byte = position >> 3
+            bit = 1 << (position & 7)
+            if not table[byte] & bit:
+                table[byte] |= bit
+                old = False
+        self.count += not old
+        return old
+
+    def fp_rate(self):
+        """The formula's false-positive rate for the items added so far."""
+        return (1 - (1 - 1 / self.bits) ** (self.hashes * self.count)) ** self.hashes
+
+
+# ---- Decontamination -----------------------------------------------------------------------------
+# A model that has read its test knows the answers. Paloma's rule (arXiv 2312.10523, section 3.1):
+# a document with a paragraph of an evaluation set is dropped; code is exempt.
+
+def decontaminate(documents, paragraphs, funnel):
+    """Yield the documents that hold none of the evaluation `paragraphs`."""
+    for document in documents:
+        found = find_paragraph(document["text"], paragraphs)
+        if found is None:
+            yield document
+        else:
+            name, paragraph = found
+            verdict = Drop(f"holds a paragraph of {name}", paragraph)
+            funnel.drop(f"decontaminate:{name}", document, verdict)
+
+
+def find_paragraph(text, paragraphs):
+    """(name of the set, paragraph) of the first evaluation paragraph in a text, or None."""
+    if not paragraphs:
+        return None
+    for line in text.split("\n"):
+        # DIFFERS FROM OLMo: spaces at the ends of a line do not hide it
+        paragraph = line.strip()
+        if len(paragraph) < LEAST_WORDS:  # as many words have at least as many characters
+            continue
+        name = paragraphs.get(digest_of(paragraph))
+        if name:
+            return name, paragraph
+    return None
+
+
+LEAST_WORDS = 13  # of an evaluation paragraph; shorter ones occur by chance
+
+
+@lru_cache(maxsize=1)  # filled before the workers are forked, which then share it
+def evaluation_paragraphs(sets):
+    """{digest: name of its set} of the paragraphs that no document may hold.
+
+    A paragraph is a line without the spaces at its ends. Matching is exact: the same words in
+    another Unicode form are another paragraph.
+    """
+    paragraphs = {}
+    for name, path, _ in sets:
+        for text in evaluation_texts(path):
+            for line in text.split("\n"):
+                paragraph = line.strip()
+                if is_searched_for(paragraph):
+                    paragraphs.setdefault(digest_of(paragraph), name)
+    return paragraphs
+
+
+def evaluation_sets(config, source):
+    """((name, path, ages of its files), ...) of the sets that a source must not hold."""
+    for name, path in config.decontaminate.items():
+        if not Path(path).exists():
+            raise UserError(f"decontaminate: {name}: {path}: no such file or folder; put it there "
+                            "or leave it out")
+    if "code_extension" in source.rules:  # code is exempt (Dolma, Paloma)
+        return ()
+    return tuple((name, path, tuple(input_ages(path)))
+                 for name, path in config.decontaminate.items())
+
+
+def evaluation_texts(path):
+    """Yield the texts of an evaluation set: documents, text files, or a task's request files.
+
+    A request gives its prompt with the answer, and each string in its raw `doc`.
     """
     for record in read_records(path, "", Counter()):
         entry = parse(record)
         if isinstance(entry, dict) and isinstance(entry.get("request"), dict):
-            yield "".join(str(entry["request"].get(part, ""))
-                          for part in ("context", "continuation"))
+            request = entry["request"]
+            yield str(request.get("context", "")) + str(request.get("continuation", ""))
             yield from strings_in(entry.get("doc"))
         else:
             yield checked_document(entry, "", record, Counter())["text"]
 
 
 def strings_in(value):
-    """Every string in a JSON value."""
+    """Yield every string in a JSON value, keys aside."""
+    if isinstance(value, dict):
+        value = list(value.values())
     if isinstance(value, str):
         yield value
-    elif isinstance(value, (list, dict)):
-        for part in value.values() if isinstance(value, dict) else value:
+    elif isinstance(value, list):
+        for part in value:
             yield from strings_in(part)
 
 
-def evaluation_sets(config, source):
-    """((name, path, age), ...) of what a source must not hold; code is exempt (Dolma, Paloma)."""
-    for name, path in config.decontaminate.items():
-        if not Path(path).exists():
-            raise UserError(f"decontaminate: {name}: {path}: no such file or folder")
-    return () if "code_extension" in source.rules else tuple(
-        (name, path, tuple(input_ages(path))) for name, path in config.decontaminate.items())
-
-
-@lru_cache(maxsize=1)  # workers that are forked inherit it
-def evaluation_paragraphs(sets):
-    """{digest: name of its set} of each paragraph that no document may hold (Paloma, sec. 3.1).
-
-    A paragraph is a line without the spaces at its ends. Matching is exact: another Unicode form is
-    another paragraph.
-    """
-    paragraphs = {}
-    for name, path, _ in sets:
-        for text in evaluation_texts(path):
-            for paragraph in map(str.strip, text.split("\n")):
-                if is_searched_for(paragraph):
-                    paragraphs.setdefault(digest_of(paragraph), name)
-    return paragraphs
-
-
 def is_searched_for(paragraph):
-    """Whether an evaluation paragraph counts: from 13 words on, and with a letter or digit."""
-    return len(WORD.findall(paragraph)) >= 13 and bool(re.search("[A-Za-z0-9]", paragraph))
+    """Whether an evaluation paragraph counts: 13 words or more, and a letter or digit."""
+    return len(WORD.findall(paragraph)) >= LEAST_WORDS and bool(re.search("[A-Za-z0-9]", paragraph))
 
 
 @lru_cache
 def searchable_lines(files):
-    """(how many different lines of files decontamination searches for, how many there are)."""
-    lines = {line.strip() for file in files for text in evaluation_texts(file)
-             for line in text.split("\n")} - {""}
+    """Returns (searched, total): the distinct lines of `files` that decontamination searches for,
+    and all distinct lines."""
+    lines = set()
+    for file in files:
+        for text in evaluation_texts(file):
+            lines.update(line.strip() for line in text.split("\n"))
+    lines.discard("")
     return sum(map(is_searched_for, lines)), len(lines)
-
-
-def decontaminate(documents, paragraphs, funnel):
-    """Yield the documents that hold none of the evaluation `paragraphs`; one hit drops them."""
-    for document in documents:
-        # DIFFERS FROM OLMo: spaces at the ends of a line do not hide it
-        for paragraph in map(str.strip, document["text"].split("\n") if paragraphs else ()):
-            name = len(paragraph) >= 13 and paragraphs.get(digest_of(paragraph))
-            if name:
-                funnel.drop(f"decontaminate:{name}", document,
-                            Drop(f"holds a paragraph of {name}", paragraph))
-                break
-        else:
-            yield document

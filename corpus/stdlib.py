@@ -1,4 +1,7 @@
-"""The embedded corpus: documents, chats and preferences from the Python that runs this."""
+"""The embedded corpus: documents from the library of the Python that runs this, without a network.
+
+It has three sources, as a small Dolma: "reference" (the topics of help()), "docstrings" and "code".
+"""
 
 import ast
 import sysconfig
@@ -7,57 +10,65 @@ from pathlib import Path
 
 from support.files import UserError
 
-# not library text: tests, vendored wheels, character tables, and the topics (they are "reference")
+# Not library text: tests, vendored packages, tables of characters, and pydoc_data, whose topics are
+# the source "reference".
 STDLIB_SKIPS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "_bundled",
                 "encodings", "pydoc_data", "__pycache__"}
 
 
 def stdlib_documents(source):
-    """The documents of one embedded source, from the Python that runs this: no network."""
+    """Yield the documents of "reference", "docstrings" or "code"."""
     if source == "reference":
         from pydoc_data.topics import topics
         for topic, text in sorted(topics.items()):
-            yield stdlib_document(source, topic, text, topic, f"pydoc_data/topics.py:{topic}")
+            place = f"pydoc_data/topics.py:{topic}"
+            yield stdlib_document(source, topic, text, topic, place)
     elif source == "docstrings":
         for module, file, _, docstrings in stdlib_modules():
             for line, heading, docstring in docstrings:
-                yield stdlib_document(source, f"{heading.split('(')[0].split()[-1]}@{line}",
-                                      f"{heading}\n\n{docstring}\n", module, f"{file}:{line}")
+                name = heading.split("(")[0].split()[-1]
+                text = f"{heading}\n\n{docstring}\n"
+                yield stdlib_document(source, f"{name}@{line}", text, module, f"{file}:{line}")
     elif source == "code":
         for module, file, text, _ in stdlib_modules():
             yield stdlib_document(source, module, text, module, f"{file}:1")
     else:
-        raise UserError(f"sources: stdlib has reference, docstrings and code, not {source}")
+        raise UserError(f"sources: {source}: stdlib has reference, docstrings and code; use one of "
+                        "these names, or give the source a path")
 
 
 def stdlib_document(source, name, text, group, provenance):
+    """A document; those of one group (module or topic) are held out together or not at all."""
     return {"id": f"{source}/{name}", "text": text, "source": source,
             "metadata": {"split_group": group, "provenance": provenance}}
 
 
 @lru_cache(maxsize=1)
 def stdlib_modules():
-    """[(module, file, text, [(line, heading, docstring)])] of the running interpreter's library."""
-    root, modules = Path(sysconfig.get_path("stdlib")), []
+    """[(module, file, text, [(line, heading, docstring)])] of the library's modules."""
+    root = Path(sysconfig.get_path("stdlib"))
+    modules = []
     for path in sorted(root.rglob("*.py")):
         file = path.relative_to(root)
         if STDLIB_SKIPS & set(file.parts) or file.name.startswith("_sysconfigdata"):
             continue
         text = path.read_text(encoding="utf-8", errors="replace")
-        module = ".".join(file.with_suffix("").parts).removesuffix(".__init__")
         try:
             tree = ast.parse(text)
-        except SyntaxError:  # the library keeps a few files broken on purpose
+        except SyntaxError:  # a few files of the library are broken on purpose
             continue
-        modules.append((module, file.as_posix(), text, list(docstrings_of(tree, module))))
+        module = ".".join(file.with_suffix("").parts).removesuffix(".__init__")
+        docstrings = list(docstrings_of(tree, module))
+        modules.append((module, file.as_posix(), text, docstrings))
     return modules
 
 
 def docstrings_of(node, name):
-    """(line, heading, docstring) of a module, its classes and functions, and theirs."""
+    """Yield (line, heading, docstring) of a module, and of the classes and functions in it."""
     docstring = ast.get_docstring(node)
     if docstring:
-        yield getattr(node, "lineno", 1), heading_of(node, name), docstring
+        line = getattr(node, "lineno", 1)  # a module has none
+        yield line, heading_of(node, name), docstring
     if isinstance(node, (ast.Module, ast.ClassDef)):
         for child in node.body:
             if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):

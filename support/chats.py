@@ -1,10 +1,20 @@
-"""Chats and preferences as they lie in files, checked row by row."""
+"""Chats and preferences as they lie in files, checked row by row.
+
+# The chat format lies in three files: these are its checks. data.py's render_chat makes ids of it;
+# CHAT_TEMPLATE in support/weights.py is the same in Jinja, for an exported model.
+"""
 
 from corpus.documents import parse, read_records, without_surrogates
 from corpus.questions import stdlib_chats, stdlib_preferences
 from support.files import UserError
 
 ROLES = ("system", "user", "assistant")
+
+# which roles may follow a role; a chat begins with what may follow None
+NEXT = {None: ("system", "user"), "system": ("user",), "user": ("assistant",),
+        "assistant": ("user",)}
+
+NAMED_FAULTS = 5  # a message names so many faulty rows, and counts the others
 
 
 def require(condition, fault):
@@ -13,87 +23,137 @@ def require(condition, fault):
 
 
 def read_set(path, config, held_out, eval_share, counts):
-    """[(place, row)] of a set that was checked: {messages} for SFT, {prompt, chosen, rejected}.
+    """[(place, row)] of a set: rows {messages} for SFT, {prompt, chosen, rejected} for DPO.
 
-    UserError for the faulty rows, with their places and the remedy; skipped ones are counted.
+    UserError names the faulty rows; with config.faulty "skip" they are dropped and counted.
     """
-    check = {"sft": checked_chat, "dpo": checked_preference}[config.method]
+    check = checked_chat if config.method == "sft" else checked_preference
     if path == "stdlib":
-        embedded = {"sft": stdlib_chats, "dpo": stdlib_preferences}[config.method]
-        return [(f"stdlib:{name}", check(row, name)) for name, row in embedded(held_out,
-                                                                               eval_share)]
-    rows, faults = [], []
+        embedded = stdlib_chats if config.method == "sft" else stdlib_preferences
+        return [(f"stdlib:{name}", check(row, f"stdlib:{name}"))
+                for name, row in embedded(held_out, eval_share)]
+    rows = []
+    faults = []
     for record in read_records(path, "", counts):
         try:
             rows.append((record.place, check(parse(record), record.place)))
         except UserError as fault:
             faults.append(str(fault))
-    counts["faulty rows skipped"] += len(faults)
     if faults and config.faulty == "stop":
-        more = f"\n  and {len(faults) - 5:,} more" if len(faults) > 5 else ""
-        raise UserError("; ".join(faults[:5]) + more + f"; mend {len(faults):,} of "
-                        f"{len(faults) + len(rows):,} rows, or leave them out: --faulty=skip")
-    for fault in faults[:1]:
-        print(f"skipped, to name one: {fault}")
+        raise UserError(said_of(faults, len(faults) + len(rows)))
+    if faults:
+        counts["faulty rows skipped"] += len(faults)
+        print(f"skipped {len(faults):,} rows; the first: {faults[0]}")
     return rows
 
 
+def said_of(faults, rows):
+    """The message for faulty rows: the first of them, their number, the remedy."""
+    message = "; ".join(faults[:NAMED_FAULTS])
+    if len(faults) > NAMED_FAULTS:
+        message += f"\n  and {len(faults) - NAMED_FAULTS:,} more"
+    return (f"{message}; mend {len(faults):,} of {rows:,} rows, or drop them with --faulty=skip")
+
+
+# ---- Chats ---------------------------------------------------------------------------------------
+
 def checked_chat(row, place):
-    """{messages} of a chat in Tulu's format; its last message is an assistant's."""
+    """{messages} of a chat in Tulu's format; the last message is an assistant's."""
     require(isinstance(row, dict) and "messages" in row,
             f"{place}: messages is missing; a chat is an object with a list of them")
     return {"messages": checked_messages(row["messages"], f"{place}: messages", "assistant")}
 
 
 def checked_messages(messages, place, last):
-    """[{role, content}]: perhaps a system message, then user and assistant in turn."""
-    require(isinstance(messages, list) and messages,
-            f"{place} is no list of messages, or an empty one")
+    """[{role, content}]: perhaps a system message, then user and assistant in turn.
+
+    place: file:line and key, for the message of a UserError. last: whose message must end them.
+    """
+    require(isinstance(messages, list), f"{place}: {type(messages).__name__}, not a list; give a "
+            "list of {role, content}")
+    require(messages, f"{place}: an empty list; give at least one message")
     checked = []
+    before = None
     for number, message in enumerate(messages):
-        here = f"{place}[{number}]"
-        require(isinstance(message, dict), f"{here} is no object with a role and content")
-        role, content = message.get("role"), message.get("content")
-        require(role in ROLES, f"{here}.role: {repr(role)[:20]} is none of {', '.join(ROLES)}")
-        require(isinstance(content, str) and content.strip(), f"{here}.content is no text or empty")
-        require(content == without_surrogates(content), f"{here}.content holds half a character")
-        before = checked[-1]["role"] if checked else None
-        wanted = {None: ("system", "user"), "user": ("assistant",)}.get(before, ("user",))
-        require(role in wanted, f"{here}.role: {role} comes where {' or '.join(wanted)} is due")
-        checked.append({"role": role, "content": content})
-    require(checked[-1]["role"] == last,
-            f"{place}: the last message is the {checked[-1]['role']}'s, not the {last}'s")
+        message = checked_message(message, f"{place}[{number}]", before)
+        before = message["role"]
+        checked.append(message)
+    require(before == last, f"{place}[{len(checked) - 1}].role: {before}, where the "
+            f"last message must be the {last}'s")
     return checked
 
 
-def checked_preference(row, place):
-    """{prompt: messages, chosen: text, rejected: text} of a row in UltraFeedback's format."""
-    require(isinstance(row, dict) and {"chosen", "rejected"} <= row.keys(),
-            f"{place}: chosen and rejected are wanted, two lists of messages or, with a prompt, "
-            "two texts")
-    chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
-    require(type(chosen) is type(rejected), f"{place}: chosen is {type(chosen).__name__} and "
-            f"rejected {type(rejected).__name__}; both must be lists of messages, or both texts")
-    if isinstance(chosen, str):
-        require(prompt is not None, f"{place}: prompt is missing; chosen and rejected are texts")
-        if not isinstance(prompt, list):
-            prompt = [{"role": "user", "content": prompt}]
-        prompt = checked_messages(prompt, f"{place}: prompt", "user")
-        chosen, rejected = ([*prompt, {"role": "assistant", "content": answer}]
-                            for answer in (chosen, rejected))
-        prompt = None
-    chosen = checked_messages(chosen, f"{place}: chosen", "assistant")
-    rejected = checked_messages(rejected, f"{place}: rejected", "assistant")
+def checked_message(message, place, before):
+    """{role, content} of a message that comes after one of role `before`."""
+    require(isinstance(message, dict), f"{place}: {type(message).__name__}, not an object with a "
+            "role and content")
+    role = message.get("role")
+    content = message.get("content")
+    require(role in ROLES, f"{place}.role: {repr(role)[:20]} is not one of {', '.join(ROLES)}; "
+            "rename it")
+    require(isinstance(content, str), f"{place}.content: {type(content).__name__}, not a text; "
+            "give one")
+    require(content.strip(), f"{place}.content: an empty text; give one, or remove the turn")
+    # JSON can hold half of a surrogate pair; UTF-8, and so the tokenizer, cannot
+    require(content == without_surrogates(content),
+            f"{place}.content: half a character (a lone surrogate); remove it")
+    require(role in NEXT[before], f"{place}.role: {role}, where {' or '.join(NEXT[before])} must "
+            "come; users and assistants take turns")
+    return {"role": role, "content": content}
 
-    def texts(messages):
-        return [(message["role"], message["content"].strip()) for message in messages]
-    require(texts(chosen[:-1]) == texts(rejected[:-1]),
-            f"{place}: chosen and rejected answer different prompts; they may differ in their last "
-            "message alone")
-    require(texts(chosen) != texts(rejected), f"{place}: chosen and rejected are the same")
-    if prompt is not None:  # as UltraFeedback repeats it
-        first = next(text for role, text in texts(chosen) if role == "user")
-        require(isinstance(prompt, str) and prompt.strip() == first,
-                f"{place}: prompt is not the first user's message of chosen")
+
+# ---- Preferences ---------------------------------------------------------------------------------
+
+def checked_preference(row, place):
+    """{prompt: messages, chosen: text, rejected: text} of a row in UltraFeedback's format.
+
+    chosen and rejected are lists of messages, the prompt included, or texts with a `prompt`.
+    """
+    require(isinstance(row, dict) and {"chosen", "rejected"} <= row.keys(),
+            f"{place}: chosen or rejected is missing; a preference has both")
+    kinds = [type(row[side]).__name__ for side in ("chosen", "rejected")]
+    require(kinds[0] == kinds[1], f"{place}: chosen is {kinds[0]} and rejected {kinds[1]}; both "
+            "must be lists of messages, or both texts")
+    if kinds[0] == "str":
+        chosen, rejected = checked_texts(row, place)
+    else:
+        chosen = checked_messages(row["chosen"], f"{place}: chosen", "assistant")
+        rejected = checked_messages(row["rejected"], f"{place}: rejected", "assistant")
+        check_prompt(row.get("prompt"), chosen, place)
+    # DPO compares two answers to one prompt: any other difference would be scored with them
+    require(stripped(chosen[:-1]) == stripped(rejected[:-1]),
+            f"{place}: chosen and rejected answer different prompts; only their last messages may "
+            "differ")
+    require(stripped(chosen) != stripped(rejected),
+            f"{place}: chosen and rejected are the same; change or remove the row")
     return {"prompt": chosen[:-1], "chosen": chosen[-1]["content"],
             "rejected": rejected[-1]["content"]}
+
+
+def checked_texts(row, place):
+    """Returns (chosen, rejected) as lists of messages, of a row whose answers are texts."""
+    prompt = row.get("prompt")
+    require(prompt is not None, f"{place}: prompt is missing; chosen and rejected are texts, which "
+            "need one")
+    if not isinstance(prompt, list):
+        prompt = [{"role": "user", "content": prompt}]
+    prompt = checked_messages(prompt, f"{place}: prompt", "user")
+    sides = []
+    for side in ("chosen", "rejected"):
+        answer = {"role": "assistant", "content": row[side]}
+        sides.append(checked_messages([*prompt, answer], f"{place}: {side}", "assistant"))
+    return sides
+
+
+def check_prompt(prompt, chosen, place):
+    """UserError if a prompt, which UltraFeedback repeats, is not the one in `chosen`."""
+    if prompt is None:
+        return
+    first = next(message for message in chosen if message["role"] == "user")
+    require(isinstance(prompt, str) and prompt.strip() == first["content"].strip(),
+            f"{place}: prompt is not the first user's message in chosen; remove one of the two")
+
+
+def stripped(messages):
+    """What a model sees of messages: their roles, and their contents without outer spaces."""
+    return [(message["role"], message["content"].strip()) for message in messages]
