@@ -49,7 +49,7 @@ from support.tasks import open_suites
 from support.tuned import (check_not_base, held_out_of_base, print_results, print_run, print_set,
                            read_reference, reference_file, refuse_derived)
 from train import (TrainConfig, build_training, check_vocabulary, clip_at_step, cut_batch,
-                   lr_at_step, resumed_argv, saved_settings, train_step)
+                   lr_at_step, resume, resumed_argv, saved_settings, train_step)
 
 
 # ---- Configuration -------------------------------------------------------------------------------
@@ -119,14 +119,12 @@ def adapt(adapt_config, eval_config, config):
     sets = [train_set, eval_set]
     references = reference_log_probs(run, base, model, sets, adapt_config, eval_config)
     if run.checkpoint:
-        run.load(model, optimizer)
+        resume(run, model, optimizer)
     else:
         fill_weights(model, base)
     run.describe(base.home, tuned_on=fingerprint)
-    micro_batch_size = choose_rows(adapt_config, config, base.model_config.max_seq_len)
-    batches, loss_fn = batches_and_loss(run, train_set, references[0], adapt_config,
-                                        micro_batch_size)
-    print_run(run.path, base, adapt_config, config, micro_batch_size)
+    batches, loss_fn = batches_and_loss(run, train_set, references[0], adapt_config)
+    print_run(run.path, base, adapt_config, config, batches.micro_batch_size)
 
     # The steps: the same loop as train.py, with other batches and another loss
     with run:
@@ -137,7 +135,7 @@ def adapt(adapt_config, eval_config, config):
             lr = lr_at_step(step, config)
             max_norm = clip_at_step(step, config)
             batch = batches(step, rank(), world_size())
-            micro_batches = cut_batch(batch, micro_batch_size, device)
+            micro_batches = cut_batch(batch, batches.micro_batch_size, device)
             try:
                 metrics = train_step(model, optimizer, micro_batches, loss_fn, lr, max_norm)
             except FloatingPointError as error:  # the weights are untouched
@@ -150,10 +148,9 @@ def adapt(adapt_config, eval_config, config):
             if run.evaluation_is_due(step):
                 run.log_evaluation(evaluate_tuned(model, tokenizer, suites, eval_set, references[1],
                                                   adapt_config, eval_config))
-    if run.ended_by:
-        return run.say_stopped("adapt.py")
-    print_results(run.path, run.step, run.results)
-    return 0
+    if not run.ended_by:
+        print_results(run.path, run.step, run.results)
+    return run.exit_code("adapt.py")
 
 
 def by_epochs(adapt_config, config, examples):
@@ -187,12 +184,13 @@ def choose_rows(adapt_config, config, seq_len):
     return config.micro_batch_size or max(1, 1024 // seq_len)
 
 
-def batches_and_loss(run, train_set, reference, adapt_config, micro_batch_size):
+def batches_and_loss(run, train_set, reference, adapt_config):
     """Returns (batches, loss_fn): what sets SFT and DPO apart from pretraining, and nothing else.
 
     reference: of the Pairs of train_set, float64 (N, 2); None for SFT.
     """
     seed = run.state["data"]["seed"]
+    micro_batch_size = choose_rows(adapt_config, run.config, run.model_config.max_seq_len)
     order = (train_set, run.config.batch_size, seed, run.model_config, micro_batch_size)
     if adapt_config.method == "sft":
         return ChatBatches(*order), sft_loss

@@ -144,7 +144,7 @@ def train(model_config, data_config, eval_config, config):
         return 0
     model, optimizer = build_training(model_config, config, device, dtype, compiled)
     if run.checkpoint:
-        run.load(model, optimizer)
+        resume(run, model, optimizer)
     else:
         init_weights(model, data_config.seed, own_part)
     run.describe(folder, order=batches.fingerprint())
@@ -171,10 +171,9 @@ def train(model_config, data_config, eval_config, config):
                 run.save(model, optimizer)  # first: an evaluation may fail, and a signal gives 30 s
             if run.evaluation_is_due(step):
                 run.log_evaluation(evaluate_in_loop(model, tokenizer, suites, eval_config))
-    if run.ended_by:
-        return run.say_stopped("train.py")
-    print_results(run, model, tokenizer, eval_config)
-    return 0
+    if not run.ended_by:
+        print_results(run, model, tokenizer, eval_config)
+    return run.exit_code("train.py")
 
 
 # ---- What training starts from -------------------------------------------------------------------
@@ -246,6 +245,22 @@ def create_state(optimizer):
     for state in optimizer.state.values():
         for tensor in state.values():
             tensor.zero_()
+
+
+def resume(run, model, optimizer):
+    """Load the run's checkpoint; print it if the learning rate goes on differently from before."""
+    run.load(model, optimizer)
+    if run.config_before is None or run.step >= run.config.max_steps:
+        return
+    known = TrainConfig.__dataclass_fields__
+    saved = {key: value for key, value in run.config_before.items() if key in known}
+    before = TrainConfig(**saved)
+    step = run.step + 1
+    lr_before = lr_at_step(step, before)
+    lr_now = lr_at_step(step, run.config)
+    if lr_now != lr_before:
+        print(f"the schedule has changed: step {step} has the learning rate {lr_now:.3g}; with "
+              f"max_steps={before.max_steps} it would have had {lr_before:.3g}")
 
 
 # ---- What a step is given ------------------------------------------------------------------------

@@ -125,7 +125,7 @@ def continued_state(saved, fingerprint):
     before = saved["data"]["data_sha256"]
     if before != fingerprint["data_sha256"]:
         earlier_data.append(before)  # for eval.py: what the run was trained on until here
-    return {**state, "earlier_data": earlier_data}
+    return {**state, "earlier_data": earlier_data, "config": saved["config"]}
 
 
 def check_settings(place, saved, settings, config, free_keys):

@@ -76,6 +76,7 @@ class Run:
         directory.check_shared(run.path, lock_text)
         find_start = partial(directory.find_start, config, settings, fingerprint, free_keys)
         run.checkpoint, run.state = on_rank0(find_start, patience=READ_PATIENCE)
+        run.config_before = run.state.get("config")  # None for a new run
         run.state.update(config=settings, data=fingerprint, torch=torch.__version__)
         has_no_row = partial(directory.lacks_evaluation, run.path, run.step)
         run.lacks_evaluation = on_rank0(has_no_row)
@@ -242,8 +243,10 @@ class Run:
 
     # ---- The end ---------------------------------------------------------------------------------
 
-    def say_stopped(self, file):
-        """Print how to go on after a signal; returns the exit code, 128 + the signal's number."""
+    def exit_code(self, file):
+        """0 for a finished run; after signal n 128 + n, and how to continue is printed."""
+        if not self.ended_by:
+            return 0
         launcher = "python" if world_size() == 1 else "torchrun ..."
         print(f"stopped after step {self.step}, which is saved; continue with: {launcher} {file} "
               f"--resume={self.path}")

@@ -993,7 +993,7 @@ def test_a_run_stopped_by_a_signal_goes_on_as_if_it_had_not(method, tmp_path, un
     for file in run.glob("reference-*.json"):
         file.unlink()
     result = call(adapt, f"--resume={run}")
-    assert result.returncode == 0 and f"goes on after step {last}" in result.stdout, result.stderr
+    assert result.returncode == 0 and f"continues after step {last}" in result.stdout, result.stderr
     assert numbers_of(run) == numbers_of(undisturbed[method])
     assert not differing_weights(load_model(run), load_model(undisturbed[method]))
     assert "finished, at step 9 of 9" in call(adapt, f"--resume={run}").stdout

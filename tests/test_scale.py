@@ -26,7 +26,7 @@ from configs import load_config
 from scaling.checkpoint import verify_step
 from scaling.machine import PowerMeter, energy_line, flops_per_token
 from scaling.plan import plan_memory
-from scaling.run import Recent
+from scaling.log import Window
 from scaling.sharding import CHECKPOINTED_BLOCKS, checkpoint_activations
 from support.weights import load_model
 
@@ -139,7 +139,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, fifty, call):
     assert f"stopped after step {last}, which is saved" in stdout
     ahead = max(50, last + 3)
     result = call(train, f"--resume={run}", f"--max_steps={ahead}")
-    assert result.returncode == 0 and f"goes on after step {last}" in result.stdout
+    assert result.returncode == 0 and f"continues after step {last}" in result.stdout
     assert [row["batch_hash"] for row in rows(run)][:50] == [
         row["batch_hash"] for row in rows(fifty[0])]
     assert max(abs(a["loss"] - b["loss"]) for a, b in
@@ -164,7 +164,7 @@ def test_a_dead_rank_ends_the_others_and_torchrun_brings_the_run_back(tmp_path, 
         time.sleep(0.05)
     code, stdout, stderr = end_of(process)
     assert code == 0, stderr
-    assert "goes on after step" in stdout and str(victim) in stderr
+    assert "continues after step" in stdout and str(victim) in stderr
     agree(run, fifty[0])
 
 
@@ -215,7 +215,7 @@ def run_differently(tmp_path, body, *words):
 @pytest.mark.parametrize("body, words", [
     ('sys.argv += ["--lr=0.5"] * (os.environ["RANK"] == "1")',
      ["rank 1 (", "lr: 0.003 on rank 0, 0.5 on rank 1"]),
-    pytest.param('import scaling.run; scaling.run.code_version = lambda: os.environ["RANK"]',
+    pytest.param('import scaling.ranks; scaling.ranks.code_version = lambda: os.environ["RANK"]',
                  ["code: 0 on rank 0, 1 on rank 1"], marks=pytest.mark.slow)])
 def test_ranks_that_disagree_are_told_apart(tmp_path, fifty, body, words):
     code, _, stderr = run_differently(tmp_path, body, fifty[1], f"--run_dir={tmp_path / 'run'}")
@@ -239,8 +239,8 @@ def test_a_gradient_that_is_not_finite_on_one_rank_stops_all_before_the_weights(
     body = '''
 def poisoned(model, batch, loss=train.pretraining_loss, calls=[0]):
     calls[0] += 1
-    summed, count = loss(model, batch)
-    return summed * (float("nan") if calls[0] == 7 and os.environ["RANK"] == "1" else 1), count
+    summed, extra = loss(model, batch)
+    return summed * (float("nan") if calls[0] == 7 and os.environ["RANK"] == "1" else 1), extra
 train.pretraining_loss = poisoned'''
     run = tmp_path / "run"
     code, _, stderr = run_differently(tmp_path, body, fifty[1], f"--run_dir={run}",
@@ -531,7 +531,7 @@ def test_flops_per_token_are_those_of_the_facts():
 
 
 def test_rates_are_of_the_steps_since_the_last_row():
-    recent = Recent(steps=8, clipped=2, tokens=4096, seconds=2.0)
+    recent = Window(steps=8, clipped=2, tokens=4096, seconds=2.0)
     assert recent.rates(1e9, torch.device("cpu")) == {
         "clipping_rate": 0.25, "tokens_per_second": 2048.0,
         "tokens_per_second_per_device": 2048.0, "mfu": None}
@@ -540,7 +540,7 @@ def test_rates_are_of_the_steps_since_the_last_row():
 def test_mfu_is_the_share_of_the_gpus_peak(monkeypatch):
     """1,000 tokens/s at 4.33e10 FLOP a token of 989 TFLOP/s: 4.38 %."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    recent = Recent(steps=1, clipped=0, tokens=1000, seconds=1.0)
+    recent = Window(steps=1, clipped=0, tokens=1000, seconds=1.0)
     assert recent.rates(4.33e10, torch.device("cuda"))["mfu"] == 0.0438
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
     assert recent.rates(4.33e10, torch.device("cuda"))["mfu"] is None
@@ -568,7 +568,7 @@ def test_stated_watts_count_by_the_clock(tmp_path, tiny_config, call):
 def test_a_meter_adds_up_its_power(monkeypatch):
     """At 3.6 MW a second is a kWh; the meter of the GPU goes before the stated watts."""
     monkeypatch.setattr(torch.cuda, "power_draw", lambda device: 3.6e9)
-    monkeypatch.setattr(train.time, "sleep", lambda s, sleep=time.sleep: sleep(0.01))
+    monkeypatch.setattr(time, "sleep", lambda s, sleep=time.sleep: sleep(0.01))
     meter = PowerMeter(torch.device("cuda"), watts=1.0)
     began = time.monotonic()
     while time.monotonic() < began + 0.5:

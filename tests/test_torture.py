@@ -305,7 +305,7 @@ def test_a_node_that_dies_and_comes_back_changes_nothing(tmp_path, tiny_config, 
     assert nodes[1 - dying].pids() == []
     assert max(check_checkpoints(run, saved)) < 120
     supervise(launch, nodes, launchers, file)
-    assert "goes on after step" in run.with_suffix(".1.log").read_text()
+    assert "continues after step" in run.with_suffix(".1.log").read_text()
     assert {row["world_size"] for row in rows(run)} == {2}
     check_same_course(run, reference)
 

@@ -14,12 +14,13 @@ import shutil
 import signal
 import sysconfig
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 import data
 import eval as evaluation
@@ -31,7 +32,11 @@ from eval import evaluate
 from scaling.checkpoint import load_checkpoint, newest_step, training_tensors, verify_step
 from scaling.machine import can_compile, choose_micro_batch
 from scaling.ranks import batch_hash
-from scaling.run import Log, MEASURED, StopSignal, choose_machine, log_evaluation
+from scaling.directory import MEASURED
+from scaling.log import Log, say_evaluation
+from scaling.ranks import agree_on_machine
+from scaling.run import Run
+from scaling.signals import StopSignal
 from scaling.sharding import compile_model
 from support.files import UserError
 from support.weights import load_model, save_hf
@@ -290,8 +295,8 @@ def test_a_gradient_that_is_not_finite_touches_no_weight(poison):
     factors = iter([1.0, poison])
 
     def loss_fn(model, batch):
-        nats, count = train.pretraining_loss(model, batch)
-        return nats * next(factors), count
+        loss, extra = train.pretraining_loss(model, batch)
+        return loss * next(factors), extra
     halves = train.cut_batch(masked_batch(), 4, "cpu")
     with pytest.raises(FloatingPointError, match="gradient norm"):
         train.train_step(model, optimizer, halves, loss_fn, 1e-3, 1.0)
@@ -369,17 +374,19 @@ def test_compiling_needs_a_compiler_and_the_headers_of_python(monkeypatch, tmp_p
 def test_auto_compiles_on_a_cpu_only_where_it_can(monkeypatch, capsys, compiler, wanted):
     monkeypatch.setattr(shutil, "which", lambda name: compiler)
     monkeypatch.setattr(Path, "is_file", lambda path: True)
-    _, compiled = choose_machine(train.TrainConfig(dtype="float32"), torch.device("cpu"))
+    config = train.TrainConfig(dtype="float32")
+    _, compiled = agree_on_machine(config, {}, torch.device("cpu"))
     assert compiled == wanted
     printed = capsys.readouterr().out
     assert ("compiler" in printed and "not compiled" in printed) != wanted
 
 
 def test_what_was_chosen_is_printed(capsys):
-    dtype, compiled = choose_machine(train.TrainConfig(dtype="bfloat16", compile="true"),
-                                           torch.device("cpu"))
+    config = train.TrainConfig(dtype="bfloat16", compile="true")
+    dtype, compiled = agree_on_machine(config, {"lr": 0.5}, torch.device("cpu"))
     assert (dtype, compiled) == (torch.bfloat16, True)
-    [line] = capsys.readouterr().out.splitlines()
+    settings, line = capsys.readouterr().out.splitlines()
+    assert "lr=0.5" in settings
     for word in ("cpu", "1 threads", "torch.bfloat16 (as asked)", "; compiled (as asked)"):
         assert word in line
 
@@ -517,7 +524,7 @@ def test_a_run_stopped_by_signals_goes_on_as_if_it_had_not(tmp_path, tiny_config
         assert steps(run) == list(range(1, last + 1))
         words = [f"--resume={run}"]
     result = call(train, *words)
-    assert result.returncode == 0 and f"goes on after step {last}" in result.stdout
+    assert result.returncode == 0 and f"continues after step {last}" in result.stdout
     same_run(run, uninterrupted)
 
 
@@ -540,7 +547,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path, tiny_config, start
     run, dice = tmp_path / "run", random.Random(7)
     file = tiny_config(run, **LONG)
     torture(run, [file], start, [dice.uniform(0, 0.3), "saving", dice.uniform(0, 0.3)])
-    assert "goes on after step" in call(train, file).stdout
+    assert "continues after step" in call(train, file).stdout
     same_run(run, uninterrupted)
 
 
@@ -553,7 +560,7 @@ def test_ten_kills_change_nothing(tmp_path, tiny_config, start, python, seed):
     assert python("train.py", reference).returncode == 0
     moments = [dice.choice(["saving", dice.uniform(0, 0.4)]) for _ in range(10)]
     torture(tmp_path / "run", [file], start, moments)
-    assert "goes on after step" in python("train.py", file).stdout
+    assert "continues after step" in python("train.py", file).stdout
     same_run(tmp_path / "run", tmp_path / "reference")
 
 
@@ -570,7 +577,7 @@ def test_the_compiled_default_on_two_threads_goes_on_too(tmp_path, start, python
     assert python("train.py", *words, f"--run_dir={reference}", **options).returncode == 0
     words.append(f"--run_dir={run}")
     torture(run, words, start, [0.7, "saving", 0.1], **options)
-    assert "goes on after step" in python("train.py", *words, **options).stdout
+    assert "continues after step" in python("train.py", *words, **options).stdout
     same_run(run, reference)
 
 
@@ -589,8 +596,8 @@ def test_compiled_gradients_are_the_same_bits_each_time_and_near_the_eager_ones(
 
     def gradients(model):
         model.zero_grad()
-        summed, count = train.pretraining_loss(model, batch)
-        (summed / count).backward()
+        summed, _ = train.pretraining_loss(model, batch)
+        (summed / batch["loss_mask"].sum()).backward()
         return {name: p.grad.clone() for name, p in model.named_parameters()}
     eager, compiled = (m.build_model(m.ModelConfig(), 0) for _ in range(2))
     eager.compute_dtype = compiled.compute_dtype = dtype
@@ -616,10 +623,6 @@ class Knocking(dict):
         return super().__getitem__(key)
 
 
-def nothing_measured():
-    return {"bits_per_byte": {}, "sums": {}, "tasks": {}}
-
-
 def test_whenever_the_signal_comes_the_step_that_it_ends_is_saved(tmp_path):
     """The loop reads its state everywhere, so that each count of reads is another moment."""
     config = train.TrainConfig(max_steps=3, save_every_steps=2, eval_every_steps=0,
@@ -633,9 +636,17 @@ def test_whenever_the_signal_comes_the_step_that_it_ends_is_saved(tmp_path):
             run.mkdir()
             state = Knocking(step=0, tokens=0, seconds=0.0, kwh=0.0)
             state.countdown = countdown
-            number, _ = train.train_loop(config, run, state, model, optimizer, lambda _: batch,
-                                         train.pretraining_loss, nothing_measured, list, 8)
-            ended.add((number, state["step"]))
+            this_run = Run(replace(config, run_dir=str(run)), {}, SMALL, torch.device("cpu"),
+                           math.inf)
+            this_run.state = state
+            with this_run:
+                for step in this_run.steps():
+                    metrics = train.train_step(model, optimizer, [batch], train.pretraining_loss,
+                                               1e-3, 1.0)
+                    this_run.log(step, batch, metrics, 1e-3, 1.0)
+                    if this_run.save_is_due(step):
+                        this_run.save(model, optimizer)
+            ended.add((this_run.ended_by, state["step"]))
             saved = saved_steps(run)
             assert (saved[-1] if saved else 0) == state["step"], f"at read {countdown}"
     finally:
@@ -645,13 +656,13 @@ def test_whenever_the_signal_comes_the_step_that_it_ends_is_saved(tmp_path):
 
 def test_a_signal_before_the_first_step_does_not_claim_a_saved_one(tmp_path, tiny_config, call,
                                                                    monkeypatch):
-    bar = train.tqdm
+    bar = tqdm
 
     def knock(*args, **options):
         os.kill(os.getpid(), signal.SIGTERM)
         return bar(*args, **options)
     knock.write = bar.write
-    monkeypatch.setattr(train, "tqdm", knock)
+    monkeypatch.setattr("scaling.run.tqdm", knock)
     run = tmp_path / "run"
     result = call(train, tiny_config(run))
     assert result.returncode == 143
@@ -720,7 +731,7 @@ def test_free_keys_may_differ(copied, call):
                   "--eval_every_steps=3", "--save_every_steps=3", "--keep_last=1",
                   "--micro_batch_size=4", "--dtype=bfloat16", "--device=auto", "--compile=false",
                   "--prompt=x", "--eval_batch_tokens=64")
-    assert result.returncode == 0 and "goes on after step 20" in result.stdout
+    assert result.returncode == 0 and "continues after step 20" in result.stdout
     assert steps(copied) == [*range(1, 21), 22, 24] and steps(copied, "end") == [24]
     assert steps(copied, "eval") == [10, 20, 21, 24] and saved_steps(copied) == [24]
     assert json.loads((copied / "config.json").read_text())["max_steps"] == 24
@@ -767,7 +778,7 @@ def test_an_evaluation_that_fails_loses_no_step_and_is_made_up_for(tmp_path, tin
         if good and not good.pop(0):
             raise UserError("no evaluation today")
         return evaluate(*words)
-    monkeypatch.setattr("train.evaluate_model", sometimes)
+    monkeypatch.setattr("train.evaluate", sometimes)
     file = tiny_config(run, save_every_steps=10)
     for step in (10, 20):
         refused(call(train, file), "no evaluation today")
@@ -799,11 +810,9 @@ def test_a_state_tells_of_the_data_before_accept_changes(copied, finished, call,
 
 
 def test_the_loop_speaks_of_what_there_is(tmp_path, capsys):
-    log = Log(tmp_path, 0)
     tasks = {"one": {"accuracy": 0.254, "greedy": 0.0, "bits_per_byte": 2.0},
              "set": {"greedy": 0.0, "bits_per_byte": 3.25}}
-    log_evaluation(log, {"step": 5, "tokens": 1, "seconds": 1.0},
-                         {"bits_per_byte": {}, "sums": {}, "tasks": tasks})
+    say_evaluation(5, {"bits_per_byte": {}, "sums": {}, "tasks": tasks})
     assert capsys.readouterr().out.splitlines() == [
         "step 5: bits per byte: set 3.250", "step 5: accuracy: one 25.4%"]
 
@@ -866,7 +875,7 @@ def test_data_that_was_only_touched_is_the_same(own_data, call):
     config, file = own_data
     os.utime(file, (1, 1))
     result = call(train, config, "--max_steps=5")
-    assert result.returncode == 0 and "goes on after step 3" in result.stdout
+    assert result.returncode == 0 and "continues after step 3" in result.stdout
 
 
 # ---- Checkpoints are whole or named --------------------------------------------------------------
@@ -900,7 +909,7 @@ def test_a_damaged_step_is_named_and_the_one_before_goes_on(copied, finished, ca
     result = call(train, f"--resume={copied}")
     assert result.returncode == 0
     assert f"warning: {copied / 'step000020' / name}" in result.stdout
-    assert "goes on after step 15" in result.stdout
+    assert "continues after step 15" in result.stdout
     same_run(copied, finished)
 
 
@@ -959,7 +968,7 @@ def test_a_checkpoint_of_another_shape_is_refused_by_name(finished):
     shape = {key: config[key] for key in m.ModelConfig.__dataclass_fields__}
     for change, words in ((dict(n_layers=3), "missing model.blocks.2"),
                           (dict(n_layers=1), "unexpected model.blocks.1"),
-                          (dict(mlp_hidden_size=40), r"shape \(96, 32\), wanted \(80, 32\)")):
+                          (dict(mlp_hidden_size=40), r"shape \(96, 32\), not \(80, 32\)")):
         model = m.build_model(m.ModelConfig(**shape | change), 0)
         optimizer = train.build_optimizer(model, train.TrainConfig())
         with pytest.raises(UserError, match=f"step000020.*{words}"):
@@ -999,12 +1008,12 @@ def test_a_full_disk_ends_in_one_line_and_harms_nothing(copied, python, call, re
     before = content(copied / "step000020")
     words = [f"--resume={copied}", "--max_steps=24", "--save_every_steps=22"]
     result = python("train.py", *words, preexec_fn=small_files)
-    refused(result, "step000022", "make room", f"--resume={copied}")
+    refused(result, "step000022", "free some space", f"--resume={copied}")
     assert saved_steps(copied) == [10, 15, 20] and content(copied / "step000020") == before
     for step in saved_steps(copied):
         verify_step(copied / f"step{step:06d}")
     result = call(train, *words)
-    assert result.returncode == 0 and "goes on after step 20" in result.stdout
+    assert result.returncode == 0 and "continues after step 20" in result.stdout
     assert steps(copied) == list(range(1, 25)) and saved_steps(copied) == [20, 22, 24]
 
 
@@ -1017,7 +1026,7 @@ def test_a_full_disk_under_the_log_is_one_line(tmp_path):
     log = Log(tmp_path, 0)
     log.file.close()
     log.file = FullDisk()
-    with pytest.raises(UserError, match="metrics.jsonl.*No space left.*make room"):
+    with pytest.raises(UserError, match="metrics.jsonl.*No space left.*free some space"):
         log.write("train", {"step": 1, "tokens": 2, "seconds": 3.0})
 
 
