@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from configs import flat, load_config
 from corpus.funnel import print_table
-from corpus.stages import held_out_files
+from corpus.storage import held_out_files
 from corpus.tokenizer import Tokenizer
 from data import Batches, DataConfig, TokenShards, build_data
 from eval import EvalConfig, sample_text
