@@ -1,4 +1,4 @@
-"""The data: raw documents -> a clean mix -> tokens -> batches, and back from any step to its text.
+"""The data: documents -> rules -> mix -> tokens -> shards -> the batch of any step.
 
     python data.py configs/tiny.py                          # build; print what every rule dropped
     python data.py configs/tiny.py --show=gopher_repetition # look at some of what it dropped
@@ -8,17 +8,13 @@
 `trace --help` and `find --help` print their options.
 
 Paper: OLMo (arXiv 2402.00838), section 2.2, and Dolma (arXiv 2402.00159), whose curation this is.
-Parts, in order: configuration, documents, the embedded corpus, filters, the funnel, deduplication
-and decontamination, tokenizer, clean documents and shards, the mix, building, batches, trace.
+Two functions tell the story: `build_data`, from documents to shards, and `Batches`, from shards to
+the batch of a step. The helpers below them come in the order in which these two call them.
 """
 
 import hashlib
 import json
-import os
-import shutil
-from collections import Counter
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -26,407 +22,347 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from configs import load_config
-from corpus.dedup import (BloomFilter, DigestSet, decontaminate, deduplicate, evaluation_paragraphs,
+from configs import load_config, setting
+from corpus.dedup import (decontaminate, deduplicate_source, evaluation_paragraphs,
                           evaluation_sets)
-from corpus.documents import as_document, input_files, is_held_out, read_records, size_of, warn
+from corpus.documents import as_document, is_held_out, read_records, size_of
 from corpus.funnel import Funnel, ShowOptions, print_dropped, print_table
+from corpus.manifest import write_manifest
 from corpus.questions import leaked_docstrings
-from corpus.rules import (CONTENT_SCORERS, DEDUPLICATIONS, LANGUAGE_SCORERS, RULES, Drop,
-                          filter_documents)
-from corpus.sources import parse_source
-from corpus.stages import (DOCUMENT_INDEX, DocumentWriter, ShardWriter, ages_of, blocks_of,
-                           building_code, finished, hash_of, hash_of_id, in_batches, input_ages,
-                           link_files, ordered_map, read_block, stored_documents, taken)
+from corpus.rules import CONTENT_SCORERS, LANGUAGE_SCORERS, RULES, Drop, filter_documents
+from corpus.sources import check_data_config, parse_sources
+from corpus.stages import Stages, build_once, in_batches, link_files, ordered_map, written_aside
+from corpus.storage import (DOCUMENT_INDEX, ShardWriter, blocks_of, hash_of_id, read_block,
+                            shards_of, store_documents, stored_documents, token_dtype,
+                            vocabulary_of)
+from corpus.token_files import write_token_list
 from corpus.tokenizer import BPE_SAMPLE_CHARS, Tokenizer, tokenizer_at, tokenizer_file, train_bpe
-from support.files import Lock, UserError, file_sha256, read_json, run_main, write_json
+from support.files import Lock, UserError, read_json, run_main, write_json
+
+SHARD_TOKENS = 2**28  # a shard is closed before the document that would exceed this
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """What the model reads, and in which order."""
 
-    data_dir: str = "datasets/stdlib"
-    """Where built data lies; each set of sources and settings gets a folder of its own in it."""
-    sources: dict[str, str | dict] = field(default_factory=lambda: {
-        "reference": "stdlib", "docstrings": "stdlib", "code": "stdlib"})
-    """Name -> {"path": ..., "rules": "web", "weight": 1}, or the path alone: a file or folder of
-    .jsonl(.gz), .txt; "stdlib" is the embedded source of that name. rules: names in RULES and
-    RULE_SETS; weight: how often a source is shown (0.5: half of it), or its share of mix_tokens."""
-    mix_tokens: int = 0
-    """Tokens in the mix; the weights are then shares that sum to 1. 0: weights are repetitions."""
-    max_repeats: float = 1.0
-    """How often a source may be shown to fill its share; one that needs more is an error."""
-    token_files: str = ""
-    """A list of ready token files (of the Dolma toolkit), one path a line; instead of sources."""
-    decontaminate: dict[str, str] = field(default_factory=dict)
-    """Evaluation set -> file or folder; no document with a paragraph of it stays (code aside)."""
-    language_scorer: str = "stand-in"
-    """One of LANGUAGE_SCORERS in data.py; the stand-in, no model, counts common words."""
-    content_scorer: str = "none"
-    """One of CONTENT_SCORERS in data.py, where there is no built-in one."""
-    bloom_items: int = 0
-    """Items (URLs, texts, paragraphs) of a source that each Bloom filter expects; 0: exact sets."""
-    bloom_fp_rate: float = 1e-6
-    """Share of new items that a Bloom filter may take for old ones; 1e-6 is Dolma's for the web."""
-    allow_truncated: bool = False
-    """Read a .gz file that is cut off as far as it goes, and count it, instead of stopping."""
-    workers: int = 0
-    """Processes that filter and tokenise, 0 for one a core; the result does not depend on it."""
-    tokenizer: str = "bpe:4096"
-    """bpe:N trains N ids on the sources; olmo is OLMo's own; else the path of a tokenizer.json."""
-    seed: int = 6198
-    """Seed of the data order and of the initial weights."""
-    eval_share: float = 0.05
-    """Share of the groups (modules, topics; else documents) held out, chosen by their hash."""
+    data_dir: str = setting("datasets/stdlib", "Folder for built data; each set of sources and "
+                            "settings gets a folder of its own in it.")
+    sources: dict[str, str | dict] = setting(
+        {"reference": "stdlib", "docstrings": "stdlib", "code": "stdlib"},
+        'Name -> {"path": ..., "rules": "web", "weight": 1}, or the path alone: a file or folder '
+        'of .jsonl(.gz), .txt; "stdlib" is the embedded source of that name. rules: names in RULES '
+        "and RULE_SETS; weight: how often a source is shown (0.5: half of it), or its share of "
+        "mix_tokens.")
+    mix_tokens: int = setting(0, "Tokens in the mix; the weights are then shares that sum to 1. "
+                              "0: the weights are repetitions.")
+    max_repeats: float = setting(1.0, "How often a source may be shown to fill its share; more is "
+                                 "an error.")
+    token_files: str = setting("", "A list of ready token files (the Dolma toolkit's), one path a "
+                               "line; used instead of sources.")
+    decontaminate: dict[str, str] = setting(
+        {}, "Evaluation set -> file or folder; a document that holds a paragraph of it is dropped "
+        "(code is exempt).")
+    language_scorer: str = setting("stand-in", "One of LANGUAGE_SCORERS in corpus/rules.py; the "
+                                   "stand-in is no model, it counts common words.")
+    content_scorer: str = setting("none", "One of CONTENT_SCORERS in corpus/rules.py, where there "
+                                  "is no built-in one.")
+    bloom_items: int = setting(0, "Items (URLs, texts, paragraphs) of a source that each Bloom "
+                               "filter expects; 0: exact sets.")
+    bloom_fp_rate: float = setting(1e-6, "Share of new items that a Bloom filter may take for old "
+                                   "ones; Dolma's for the web is 1e-6.")
+    allow_truncated: bool = setting(False, "Read a .gz file that is cut off as far as it goes, and "
+                                    "count it, instead of stopping.")
+    workers: int = setting(0, "Processes that filter and tokenise, 0 for one a core; the result "
+                           "does not depend on it.")
+    tokenizer: str = setting("bpe:4096", "bpe:N trains N ids on the sources; olmo is OLMo's own; "
+                             "anything else is the path of a tokenizer.json.")
+    seed: int = setting(6198, "Seed of the data order and of the initial weights.")
+    eval_share: float = setting(0.05, "Share of the groups (modules, topics; else documents) held "
+                                "out, chosen by their hash.")
 
     def __post_init__(self):
-        wrong = [(self.language_scorer not in LANGUAGE_SCORERS, "language_scorer",
-                  "one of " + ", ".join(LANGUAGE_SCORERS)),
-                 (self.content_scorer not in CONTENT_SCORERS, "content_scorer",
-                  "one of " + ", ".join(CONTENT_SCORERS)),
-                 ("stdlib" in self.decontaminate.values(), "decontaminate",
-                  "a file or folder for each set"),
-                 (not 0 <= self.eval_share <= 1, "eval_share", "a share between 0 and 1"),
-                 (not 0 < self.bloom_fp_rate < 1, "bloom_fp_rate", "a rate between 0 and 1"),
-                 (not self.max_repeats > 0, "max_repeats", "more than 0"),
-                 *((getattr(self, key) < 0, key, "0 or more")
-                   for key in ("seed", "mix_tokens", "bloom_items", "workers"))]
-        for is_wrong, key, wanted in wrong:
-            if is_wrong:
-                raise UserError(f"{key}={getattr(self, key)}: {wanted} is wanted")
-        self.parse_sources()
+        check_data_config(self)
 
     def parse_sources(self):
-        """The sources as a list of Source. Raises UserError for a name, key or rule unknown."""
-        sources = [parse_source(name, entry) for name, entry in self.sources.items()]
-        if self.token_files:
-            return []
-        if not sources:
-            raise UserError("sources: none; name at least one, --sources=\"{'name': 'path'}\"")
-        if self.mix_tokens and abs(sum(source.weight for source in sources) - 1) > 1e-6:
-            raise UserError("sources: with mix_tokens the weights are shares; they must sum to 1, "
-                            f"not to {sum(source.weight for source in sources):g}")
-        return sources
+        """The sources, a list of Source (name, path, rules, weight); none with token_files."""
+        return [] if self.token_files else parse_sources(self.sources, self.mix_tokens)
 
-
-def render_chat(messages, tokenizer, reply=False):
-    """The ids of a chat and, as long, whether each is trained: an assistant's text and its EOS.
-
-    messages: [{role: system, user or assistant, content}]. The template is that of Tulu and OLMo
-    (paper, section 4.3; Open Instruct): EOS stands for BOS, then for each message `<|role|>`, a
-    line break, the stripped content, and a line break, with EOS before it where an assistant ends.
-    After the last EOS there is none. reply=True ends with the header of the answer that is wanted.
-
-    Each part is encoded by itself. It is as if the whole were: no token reaches over a line break
-    that stripped text stands beside.
-    """
-    ids, trained = [tokenizer.eos_token_id], [False]
-
-    def add(more, train=False):
-        ids.extend(more)
-        trained.extend([train] * len(more))
-    for number, message in enumerate(messages):
-        add(tokenizer.encode(f"<|{message['role']}|>\n"))
-        content = tokenizer.encode(message["content"].strip())
-        if message["role"] == "assistant":
-            add([*content, tokenizer.eos_token_id], train=True)
-        else:
-            add(content)
-        if message["role"] != "assistant" or reply or number < len(messages) - 1:
-            add(tokenizer.encode("\n"))
-    if reply:
-        add(tokenizer.encode("<|assistant|>\n"))
-    return ids, trained
-
-SHARD_TOKENS = 2**28  # a shard is closed before the document that would exceed this
-
-
-def token_dtype(vocab_size):
-    """The narrowest unsigned type that holds every id."""
-    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
-
-
-def encode_block(block, folder, source, tokenizer_path):
-    """(ids, index) of a block's documents, EOS after each; places count from the block's start."""
-    tokenizer, parts, index, end = tokenizer_at(tokenizer_path), [], [], 0
-    eos = np.array([tokenizer.eos_token_id], np.uint32)
-    for line, row in enumerate(read_block(folder, source, *block)):
-        document, start = json.loads(row), end
-        parts += [tokenizer.encode_text(document["text"].strip()), eos]
-        end = start + len(parts[-2]) + 1
-        index.append((start, end, hash_of_id(document["id"]), block[0], line, block[1]))
-    ids = np.concatenate(parts)
-    # subtle: numpy wraps silently when a wide id goes into uint16, so look before the cast
-    if ids.max() >= tokenizer.vocab_size:
-        raise AssertionError(f"{source}: id {ids.max()} is beyond the vocabulary")
-    return ids.astype(token_dtype(tokenizer.vocab_size)), np.array(index, DOCUMENT_INDEX)
-
-
-def write_shards(encoded, folder, name, shard_tokens=SHARD_TOKENS):
-    """Write (ids, index) parts as headerless token files; no document straddles two files.
-
-    # DIFFERS FROM OLMo: its script cuts a document at a file's cap, and lost what came after.
-    NAME-00000.bin holds the tokens and .index a DOCUMENT_INDEX row for each document in it.
-    Returns the records of the shards.
-    """
-    shards, out = [], None
-    for ids, index in encoded:
-        for row in index:
-            document = ids[row["start"]:row["end"]]
-            if out is None or out.tokens + len(document) > shard_tokens:
-                if out:
-                    shards.append(out.close())
-                out = ShardWriter(folder, f"{name}-{len(shards):05d}")
-            out.add(document, row)
-    return [*shards, out.close()] if out else shards
-
-
-# ---- The mix -------------------------------------------------------------------------------------
-
-def repetitions(config, tokens):
-    """{source: how often it is shown}, of its weight and {source: tokens}.
-
-    Raises UserError where a source is too small for its share of mix_tokens.
-    """
-    repeats = {source.name: source.weight for source in config.parse_sources()}
-    if not config.mix_tokens:
-        return repeats
-    for name, part in repeats.items():
-        wanted = part * config.mix_tokens
-        repeats[name] = wanted / tokens[name]
-        if repeats[name] > config.max_repeats:
-            raise UserError(f"sources: {name} holds {tokens[name]:,} tokens; its share of "
-                            f"mix_tokens={config.mix_tokens:,}, {wanted:,.0f}, would show it "
-                            f"{repeats[name]:.2f} times, over max_repeats={config.max_repeats:g}")
-    return repeats
-
-
-def mixed_shards(folder, source, shards, repeats, dtype):
-    """The shards that show a source `repeats` times: all of them, over and over, then a part.
-
-    The part, SOURCE+part-00000.bin, is of documents drawn by the hash of their ids, as many as
-    bring its tokens within one document of the target.
-    """
-    whole, part = int(repeats), repeats % 1
-    mixed = shards * whole
-    if part:
-        mixed = mixed + write_shards(some_documents(folder, shards, part, dtype), folder,
-                                     f"{source}+part")
-    return mixed
-
-
-def some_documents(folder, shards, part, dtype):
-    """(ids, index) of each shard's documents that make `part` of the source's tokens."""
-    paths = [folder / shard["file"] for shard in shards]
-    indexes = [np.fromfile(path.with_suffix(".index"), DOCUMENT_INDEX) for path in paths]
-    every = np.concatenate(indexes)
-    lengths, order = every["end"] - every["start"], np.argsort(every["id"], kind="stable")
-    reached = np.concatenate([[0], np.cumsum(lengths[order])])
-    chosen = np.zeros(len(every), bool)
-    chosen[order[:np.abs(reached - part * lengths.sum()).argmin()]] = True
-    for path, index in zip(paths, indexes, strict=True):
-        yield np.memmap(path, dtype, "r"), index[chosen[:len(index)]]
-        chosen = chosen[len(index):]
-
-
-# ---- Building: stages ----------------------------------------------------------------------------
 
 def build_data(config):
-    """The folder of the built data of `config`; built first if it is not there.
+    """Build the data of `config` and return its folder; data that is already built is reused.
 
-    It holds tokenizer.json, the shards (.bin, .index), documents/ (the clean ones), held_out/,
-    dropped/ (examples of each rule) and manifest.json: settings, funnel, hashes. Stages that are
-    finished are kept in data_dir/stages, each named by the hash of its settings and inputs; every
-    folder is written under another name and renamed when whole.
+    The steps are Dolma's (OLMo paper, section 2.2), in this order: read, decontaminate, filter,
+    deduplicate, hold out, tokenise, write shards, mix, write the manifest.
+
+    The folder holds tokenizer.json, the shards (.bin, .index), documents/ (the clean ones),
+    held_out/, dropped/ (examples for each rule) and manifest.json (settings, counts, hashes).
     """
-    folder, settings = data_folder(config)
-    if (folder / "manifest.json").is_file():
-        return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with Lock(folder.parent / ".lock", on_wait=print_wait):  # it may find it built
-            for leftover in (*folder.parent.glob("*.tmp"), *folder.parent.glob("stages/*.tmp")):
-                shutil.rmtree(leftover, ignore_errors=True)
-            if not (folder / "manifest.json").is_file():
-                shutil.rmtree(folder, ignore_errors=True)
-            build = write_token_list if config.token_files else write_data
-            return finished(folder, partial(build, config, settings))
-    except BrokenProcessPool:
-        raise UserError("a worker process was killed, most likely for want of memory; try fewer: "
-                        "--workers=1") from None
-    except OSError as error:
-        raise UserError(f"{folder}: the data could not be built ({error})") from None
+    stages = Stages(config)  # the folder of each stage, named by a hash of all that it depends on
+    if stages.are_done():
+        return stages.folder
+    with stages.building():  # one process at a time; a crash leaves nothing that is half built
+        if stages.are_done():
+            return stages.folder  # another process built it while this one waited
+        if config.token_files:
+            return build_once(stages.folder, write_token_list, config, stages.settings)
+
+        # 1. documents: the lines below only connect generators; a document is read when
+        # store_documents asks for it, and none is read if that stage was finished earlier
+        clean = {}  # source -> the folder of its clean documents
+        for source in config.parse_sources():
+            funnel = Funnel()  # counts what comes in and what each rule drops
+            records = read_records(source.path, source.name, funnel.notes, config.allow_truncated,
+                                   progress=True)
+            documents = decontaminate_and_filter(records, config, source, funnel)
+            documents = deduplicate_source(documents, config, source, funnel)
+            split = hold_out(documents, config, source, funnel)
+            clean[source.name] = build_once(stages.clean(source), store_documents, split, source,
+                                            funnel)
+
+        # 2. tokens: after all sources are clean, as a new tokenizer is trained on all of them
+        tokenizer = build_once(stages.tokenizer(), write_tokenizer, config, clean)
+        shards = {}  # source -> the folder of its shards
+        for source in config.parse_sources():
+            encoded = tokenise(source.name, clean[source.name], tokenizer, config.workers)
+            shards[source.name] = build_once(stages.shards(source), store_shards, encoded,
+                                             source.name)
+
+        # 3. the mix: after the tokens, as the sources are weighted by their tokens
+        with written_aside(stages.folder) as folder:
+            for stage in (*clean.values(), tokenizer, *shards.values()):
+                link_files(stage, folder)
+            repeats = repetitions(config, folder)
+            mixed = mix_sources(repeats, folder)
+            write_manifest(folder, config, repeats, mixed, stages.settings)
+    return stages.folder
 
 
-def print_wait(holder):
-    print(f"data: waiting for another process that builds here ({holder})")
+# ---- The batch of any step ----------------------------------------------------------------------
+#
+# The data order is a pure function of the step: no loader has a state. So one saved integer resumes
+# a run, another number of GPUs sees the same batches, and `trace` finds the documents of a step.
+
+def instance_order(n, seed, epoch):
+    """The order of the n instances in an epoch: uint32 (n,).
+
+    Source: official OLMo, olmo/data/iterable_dataset.py. OLMo-7B has seed 6198 and saw its data
+    somewhat more than once; its second epoch is shuffled with seed + 1.
+    """
+    order = np.arange(n, dtype=np.uint32)  # 4 bytes an instance: OLMo-7B has about 1e9 of them
+    np.random.Generator(np.random.PCG64(seed + epoch)).shuffle(order)
+    return order
 
 
-def data_folder(config):
-    """(folder, settings) of the data of `config`, built or not: the name is the settings' hash."""
-    settings = {"code": building_code()}
-    if config.token_files:
-        settings["token_files"] = ages_of(listed_token_files(config))
-    else:
-        sources = config.parse_sources()
-        settings["clean"] = {source.name: clean_settings(config, source) for source in sources}
-        settings["mix"] = [(source.name, source.weight) for source in sources], config.mix_tokens
-    settings["tokenizer"] = tokenizer_settings(config)
-    return Path(config.data_dir) / hash_of(settings)[:12], settings
+class Batches:
+    """The batch of any step: `batches(step, rank, world_size)`; steps count from 1.
+
+    With G = batch_size instances a step, step s of an epoch takes the slice [(s-1)G, sG) of that
+    epoch's instance_order, and rank r takes every world_size-th instance of the slice, from the
+    r-th on. The last N mod G instances of an epoch's order are not used in that epoch.
+
+    Each epoch's order is computed once, written to `order_dir` and memory-mapped by all ranks.
+    Raises UserError for a corpus that is smaller than one batch.
+    """
+
+    def __init__(self, shards, batch_size, seed, order_dir):
+        self.shards = shards
+        self.batch_size = batch_size
+        self.seed = seed
+        self.order_dir = Path(order_dir)
+        self.orders = {}  # epoch -> its order; one epoch at a time is kept open
+        self.steps_per_epoch = len(shards) // batch_size
+        if not self.steps_per_epoch:
+            raise UserError(f"batch_size={batch_size}: the corpus has {len(shards)} sequences of "
+                            f"{shards.seq_len} tokens; lower batch_size or add text")
+
+    def __call__(self, step, rank=0, world_size=1):
+        """{tokens, targets: int64 (B, T), loss_mask: bool (B, T)}: this rank's part of the batch.
+
+        B = batch_size / world_size. The target of a token is the next token of its own window, as
+        in official OLMo: a window of T tokens has T - 1 targets.
+        """
+        check_world_size(self.batch_size, world_size)
+        instances = self.instances(step)[rank::world_size]
+        tokens = torch.from_numpy(np.stack([self.shards[i] for i in instances]))
+        targets = tokens.roll(-1, dims=1)
+        loss_mask = torch.ones_like(tokens, dtype=torch.bool)
+        loss_mask[:, -1] = False  # roll put the window's first token there
+        # OLMo 1 attends across the documents of a window, and so do we. A document mask starts
+        # here: documents end where tokens == self.shards.eos_token_id, so `ends.cumsum(1) - ends`
+        # numbers them, and a token may see the earlier tokens with its own number.
+        return {"tokens": tokens, "targets": targets, "loss_mask": loss_mask}
+
+    def instances(self, step):
+        """The instances of a step's global batch: uint32 (G,)."""
+        epoch, position = divmod(step - 1, self.steps_per_epoch)
+        begin = position * self.batch_size
+        return self.order(epoch)[begin:begin + self.batch_size]
+
+    def order(self, epoch):
+        """The memory-mapped order of an epoch: uint32 (N,)."""
+        if epoch not in self.orders:
+            n = len(self.shards)
+            path = self.order_dir / f"order-n{n}-seed{self.seed}-epoch{epoch}.bin"
+            with Lock(self.order_dir / ".lock"):  # the first rank writes it, the others wait
+                if not path.is_file() or path.stat().st_size != 4 * n:
+                    aside = path.with_name(path.name + ".tmp")
+                    aside.write_bytes(instance_order(n, self.seed, epoch).tobytes())
+                    aside.rename(path)
+            self.orders = {epoch: np.memmap(path, np.uint32, "r")}
+        return self.orders[epoch]
+
+    def fingerprint(self):
+        """What a resumed run must find unchanged: the data, its order and how it is cut."""
+        # the order's own hash: numpy does not promise that another version shuffles the same way
+        return {"data_sha256": self.shards.sha256, "seq_len": self.shards.seq_len,
+                "instances": len(self.shards), "batch_size": self.batch_size, "seed": self.seed,
+                "order_sha256": hashlib.sha256(self.order(0)).hexdigest()}
 
 
-def clean_settings(config, source):
-    """All that the clean documents of a source depend on, the code of the rules included."""
-    settings = {"path": source.path, "rules": source.rules, "inputs": input_ages(source.path),
-                "eval_share": config.eval_share, "allow_truncated": config.allow_truncated,
-                "code": building_code()}
-    if set(source.rules) & set(DEDUPLICATIONS):
-        settings["bloom"] = config.bloom_items, config.bloom_fp_rate
-    if sets := evaluation_sets(config, source):
-        settings["decontaminate"] = sets
-    settings.update((rule, name) for rule, name in scorer_names(config).items()
-                    if rule in source.rules)
-    return settings
+def check_world_size(batch_size, world_size):
+    """Raise UserError, naming the nearest batch size that fits, if the ranks' parts differ."""
+    rest = batch_size % world_size
+    if not rest:
+        return
+    nearest = batch_size - rest
+    if nearest == 0 or world_size - rest < rest:
+        nearest += world_size
+    raise UserError(f"batch_size={batch_size} does not divide by {world_size} ranks; the nearest "
+                    f"that does is {nearest}")
 
 
-def scorer_names(config):
-    return {"language": config.language_scorer, "content": config.content_scorer}
+class TokenShards:
+    """The shards as `len(shards)` instances of `seq_len` tokens, in memory-mapped files.
+
+    As in official OLMo, the tokens of a file are cut into windows of seq_len wherever documents
+    begin and end; no window spans two files, and the rest at the end of a file is dropped.
+    Raises UserError for a file that is missing or has the wrong size.
+    """
+
+    def __init__(self, folder, seq_len):
+        folder = Path(folder)
+        manifest = read_json(folder / "manifest.json")
+        self.seq_len = seq_len
+        self.sha256 = manifest["sha256"]
+        self.eos_token_id = manifest["eos_token_id"]  # ends each document in the shards
+        self.tail_tokens = 0  # dropped at the ends of files
+        self.files = []  # for each an array (instances, seq_len)
+        dtype = np.dtype(manifest["dtype"])
+        for shard in manifest["shards"]:
+            path = folder / shard["file"]
+            check_size(path, shard["tokens"] * dtype.itemsize)
+            n = shard["tokens"] // seq_len
+            tokens = np.memmap(path, dtype, "r")[:n * seq_len]
+            self.files.append(tokens.reshape(n, seq_len))
+            self.tail_tokens += shard["tokens"] % seq_len
+        self.ends = np.cumsum([len(file) for file in self.files])  # of each file, in instances
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def __getitem__(self, instance):
+        """The tokens of one instance: int64 (T,)."""
+        file, row = self.locate(instance)
+        return self.files[file][row].astype(np.int64)
+
+    def locate(self, instance):
+        """Returns (file, row): an instance is row `row` of file number `file`."""
+        file = int(np.searchsorted(self.ends, instance, side="right"))
+        return file, int(instance) - self.first_of(file)
+
+    def first_of(self, file):
+        """The first instance of a file."""
+        return int(self.ends[file]) - len(self.files[file])
+
+    def instances_of(self, file, start, end):
+        """The instances that hold any of a file's tokens [start, end); its tail is in none."""
+        first_row = start // self.seq_len
+        last_row = -(-end // self.seq_len)  # rounded up
+        last_row = min(last_row, len(self.files[file]))
+        return [self.first_of(file) + row for row in range(first_row, last_row)]
 
 
-def tokenizer_settings(config):
-    kind, _, size = config.tokenizer.partition(":")
-    if kind == "bpe" and not size.isdigit():
-        raise UserError(f"tokenizer={config.tokenizer}: write bpe:N, N ids, such as bpe:4096")
-    return config.tokenizer if kind == "bpe" else file_sha256(tokenizer_file(config.tokenizer))
+def check_size(path, expected):
+    """Raise UserError if a shard is missing or does not have the `expected` number of bytes."""
+    size = path.stat().st_size if path.is_file() else 0
+    if size != expected:
+        stages = path.parent.parent / "stages"
+        raise UserError(f"{path}: {size} bytes, not {expected}; restore it, or delete "
+                        f"{path.parent} and {stages}: the data is then built again")
 
 
-def write_data(config, settings, folder):
-    """Clean, tokenise and mix every source into `folder`, and write the manifest."""
-    sources, stages, clean = config.parse_sources(), folder.parent / "stages", settings["clean"]
-    announce_memory(config, sources)
-    cleaned = {source.name: finished(
-        stages / f"clean-{source.name}-{hash_of(clean[source.name])[:12]}",
-        partial(write_clean_documents, config, source)) for source in sources}
-    # a trained tokenizer depends on all the clean documents, another one on none
-    made = [settings["code"], settings["tokenizer"], config.tokenizer.startswith("bpe:") and clean]
-    tokenizer = finished(stages / f"tokenizer-{hash_of(made)[:12]}",
-                         partial(write_tokenizer, config, cleaned))
-    tokenised = {name: finished(
-        stages / f"tokens-{name}-{hash_of([made, clean[name]])[:12]}",
-        partial(write_tokens, config, name, cleaned[name], tokenizer / "tokenizer.json"))
-        for name in cleaned}
-    for stage in (*cleaned.values(), tokenizer, *tokenised.values()):
-        link_files(stage, folder)
-    write_manifest(config, settings, folder)
+# ---- Clean documents ----------------------------------------------------------------------------
 
+def decontaminate_and_filter(records, config, source, funnel):
+    """Yield the documents that hold no evaluation text and pass the source's rules, in their order.
 
-def announce_memory(config, sources):
-    """Say what the Bloom filters will take, before anything is read."""
-    if config.bloom_items:
-        size = BloomFilter.bits_for(config.bloom_items, config.bloom_fp_rate) / 8e6
-        most = max(len(set(source.rules) & set(DEDUPLICATIONS)) for source in sources)
-        print(f"data: up to {most} Bloom filters at a time of {size:,.1f} MB each, for "
-              f"{config.bloom_items:,} items at a false-positive rate of {config.bloom_fp_rate:g}")
-
-
-# -- the clean stage of a source
-
-def write_clean_documents(config, source, folder):
-    """Decontaminate, filter and deduplicate a source, and set its held-out share aside."""
-    funnel, counts = Funnel(), Counter()
-    for name in ("documents", "held_out", "dropped"):
-        (folder / name).mkdir()
-    writer = DocumentWriter(folder / "documents", source.name)
-    with open(folder / "held_out" / f"{source.name}.jsonl", "w") as held_out:
-        for document in clean_documents(config, source, funnel):
-            size = size_of(document["text"])
-            if not is_held_out(document, config.eval_share):
-                counts.update({"documents": 1, "bytes": size})
-                writer.add(document)
-            elif is_leaked(document, source, config):
-                funnel.drop("leaked", document, Drop("held out, but also in a training document"))
-            else:
-                counts.update({"held-out documents": 1, "held-out bytes": size})
-                held_out.write(json.dumps(document) + "\n")
-    writer.close()
-    if not writer.blocks:
-        dropped_by = ", ".join(funnel.rules) or "none"
-        raise UserError(
-            f"sources: {source.name} ({source.path}) holds no document with text to train on: "
-            f"{funnel.counts['documents in']} documents and {funnel.counts['bad lines']} bad lines "
-            f"were read; eval_share={config.eval_share} and the rules (those that dropped some: "
-            f"{dropped_by}) left none")
-    np.array(writer.blocks, "<i8").tofile(folder / f"{source.name}.blocks")
-    with open(folder / "dropped" / f"{source.name}.jsonl", "w") as dropped:
-        dropped.writelines(json.dumps({"rule": rule, **example}) + "\n"
-                           for rule, examples in funnel.examples.items() for example in examples)
-    write_json(folder / f"{source.name}.funnel.json", {**funnel.as_json(), **counts})
-
-
-def is_leaked(document, source, config):
-    return source.path == "stdlib" and document["id"] in leaked_docstrings(config.eval_share)
-
-
-def clean_documents(config, source, funnel):
-    """Yield what decontamination, filters and deduplication leave of a source, in its order."""
-    seen = {level: BloomFilter(config.bloom_items, config.bloom_fp_rate) if config.bloom_items
-            else DigestSet() for level in source.rules if level in DEDUPLICATIONS}
+    Worker processes do it: these two steps look at one document at a time.
+    """
     sets = evaluation_sets(config, source)
-    evaluation_paragraphs(sets)
-    ages = input_ages(source.path)
-    total = None if source.path == "stdlib" else sum(size for _, size, _ in ages)
-    with tqdm(desc=f"cleaning {source.name}", total=total, unit="B", unit_scale=True,
-              leave=False) as bar:
-        records = read_records(source.path, source.name, funnel.notes, config.allow_truncated,
-                               bar.update)
-        filtered = ordered_map(partial(filter_batch, source=source, scorers=scorer_names(config),
-                                       sets=sets), in_batches(records), config.workers)
-        yield from deduplicate(taken(filtered, funnel), seen, funnel)
-    for level, items in seen.items():
-        if config.bloom_items and items.count > config.bloom_items:
-            warn(f"{source.name}: the {level} filter took {items.count:,} items; its rate of false "
-                 f"positives is now {items.fp_rate():.2g}; raise bloom_items")
+    evaluation_paragraphs(sets)  # subtle: read before workers are forked, so that they inherit it
+    work = partial(filter_batch, config=config, source=source, sets=sets)
+    for documents, part in ordered_map(work, in_batches(records), config.workers):
+        funnel.add(part)
+        yield from documents
 
 
-def filter_batch(records, source, scorers, sets):
-    """(documents that stay, funnel of the rest) of a batch of records: what workers do."""
+def filter_batch(records, config, source, sets):
+    """What a worker does. Returns (documents kept, Funnel of the others)."""
     funnel = Funnel()
-    scorers = {"language": LANGUAGE_SCORERS[scorers["language"]],
-               "content": CONTENT_SCORERS[scorers["content"]]}
+    # functions cannot be sent to a process, their names can
+    scorers = {"language": LANGUAGE_SCORERS[config.language_scorer],
+               "content": CONTENT_SCORERS[config.content_scorer]}
     rules = [rule for rule in source.rules if rule in RULES]
-    documents = decontaminate(sound_documents(records, source.name, funnel),
-                              evaluation_paragraphs(sets), funnel)
-    return list(filter_documents(documents, rules, funnel, scorers)), funnel
+    documents = parse_documents(records, source.name, funnel)
+    documents = decontaminate(documents, evaluation_paragraphs(sets), funnel)
+    documents = filter_documents(documents, rules, funnel, scorers)
+    return list(documents), funnel
 
 
-def sound_documents(records, source, funnel):
-    """The documents in `records`; a bad one is counted and reported."""
+def parse_documents(records, source, funnel):
+    """Yield the documents in `records`; a record that holds none is counted and named."""
     for record in records:
         try:
             document = as_document(record, source, funnel.notes)
         except UserError as error:
             funnel.bad_line(str(error))
             continue
-        funnel.counts.update({"documents in": 1, "bytes in": size_of(document["text"])})
+        funnel.counts["documents in"] += 1
+        funnel.counts["bytes in"] += size_of(document["text"])
         yield document
 
 
-# -- the tokenizer, the tokens, the manifest
+def hold_out(documents, config, source, funnel):
+    """Yield (document, whether it is held out): the text for measuring bits per byte.
 
-def write_tokenizer(config, cleaned, folder):
-    """The tokenizer that the config names, trained first if it says bpe:N."""
+    A held-out docstring of the embedded corpus whose text is also in a training document is
+    dropped: measured on it, the model would look better than it is.
+    """
+    for document in documents:
+        held_out = is_held_out(document, config.eval_share)
+        if held_out and source.path == "stdlib":
+            if document["id"] in leaked_docstrings(config.eval_share):
+                funnel.drop("leaked", document, Drop("held out, but also in a training document"))
+                continue
+        yield document, held_out
+
+
+# ---- Tokens and shards --------------------------------------------------------------------------
+
+def write_tokenizer(folder, config, clean):
+    """Save the tokenizer that the config names; bpe:N is trained first."""
     kind, _, size = config.tokenizer.partition(":")
     if kind == "bpe":
-        tokenizer = train_bpe(sample_texts(cleaned), int(size))
+        tokenizer = train_bpe(sample_texts(clean), int(size))
     else:
         tokenizer = Tokenizer.load(tokenizer_file(config.tokenizer))
     tokenizer.save(folder / "tokenizer.json")
 
 
-def sample_texts(cleaned):
-    """The first clean texts of each source, to learn a tokenizer from."""
-    for source, folder in cleaned.items():
+def sample_texts(clean):
+    """Yield the first clean texts of each source, BPE_SAMPLE_CHARS of them: enough for merges."""
+    for source, folder in clean.items():
         room = BPE_SAMPLE_CHARS
         for document in stored_documents(folder, source):
             if room <= 0:
@@ -435,231 +371,188 @@ def sample_texts(cleaned):
             yield document["text"]
 
 
-def write_tokens(config, source, cleaned, tokenizer_path, folder):
-    """Tokenise the clean documents of a source into shards."""
-    blocks = blocks_of(cleaned, source)
-    encoded = ordered_map(partial(encode_block, folder=cleaned / "documents", source=source,
-                                  tokenizer_path=tokenizer_path), blocks, config.workers)
-    bar = tqdm(encoded, desc=f"tokenising {source}", total=len(blocks), leave=False)
-    write_json(folder / f"{source}.shards.json", write_shards(bar, folder, source))
+def tokenise(source, clean, tokenizer, workers):
+    """Yield (ids, index) of each block of a source's clean documents; worker processes encode."""
+    blocks = blocks_of(clean, source)
+    work = partial(encode_block, folder=clean / "documents", source=source,
+                   tokenizer_path=tokenizer / "tokenizer.json")
+    encoded = ordered_map(work, blocks, workers)
+    yield from tqdm(encoded, desc=f"tokenising {source}", total=len(blocks), leave=False)
 
 
-def write_manifest(config, settings, folder):
-    """Mix the shards and write manifest.json; its sha256 stands for all that training reads."""
-    vocabulary = vocabulary_of(Tokenizer.load(folder / "tokenizer.json"))
-    shards = {source.name: json.loads((folder / f"{source.name}.shards.json").read_text())
-              for source in config.parse_sources()}
-    tokens = {name: sum(shard["tokens"] for shard in shards[name]) for name in shards}
-    repeats = repetitions(config, tokens)
-    mixed = [{**shard, "source": name} for name in shards for shard in mixed_shards(
-        folder, name, shards[name], repeats[name], np.dtype(vocabulary["dtype"]))]
-    mix_tokens = Counter()
-    for shard in mixed:
-        mix_tokens[shard["source"]] += shard["tokens"]
-    for name in set(shards) - set(mix_tokens):
-        raise UserError(f"sources: {name}, shown {repeats[name]:g} times, leaves no document; give "
-                        "it more weight")
-    sources = {source.name: {
-        "path": source.path, "rules": source.rules,
-        **read_json(folder / f"{source.name}.funnel.json"), "tokens": tokens[source.name],
-        "repeats": repeats[source.name], "mix_tokens": mix_tokens[source.name],
-        "share": mix_tokens[source.name] / mix_tokens.total(),
-        "decontaminated": [name for name, *_ in settings["clean"][source.name].get(
-            "decontaminate", ())]}
-        for source in config.parse_sources()}
-    identity = [file_sha256(folder / "tokenizer.json"),
-                [(shard["file"], shard["sha256"]) for shard in mixed],
-                [file_sha256(folder / "held_out" / f"{name}.jsonl") for name in sources]]
-    write_json(folder / "manifest.json", {
-        "sha256": hash_of(identity), **vocabulary, "sources": sources,
-        "scorers": scorer_names(config), "decontaminate": config.decontaminate,
-        "evaluation_files": {
-            name: [file_sha256(file) for file in input_files(Path(path), Counter())]
-            for name, path in config.decontaminate.items()},
-        "shards": mixed, "settings": settings})
+def encode_block(block, folder, source, tokenizer_path):
+    """Returns (ids, index) of a block of documents, an EOS after each.
 
-
-def vocabulary_of(tokenizer):
-    return {"vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id, "dtype": token_dtype(tokenizer.vocab_size).name}
-
-
-def listed_token_files(config):
-    """The paths in the list of token files, which is relative to its own folder."""
-    if not Path(config.token_files).is_file():
-        raise UserError(f"token_files={config.token_files}: no such list of token files; the "
-                        "README tells under Real Dolma how to get one")
-    root, paths = Path(config.token_files).absolute().parent, []
-    for line in map(str.strip, Path(config.token_files).read_text().splitlines()):
-        if line and not line.startswith("#"):
-            paths.append(root / line)
-            if not paths[-1].is_file():
-                raise UserError(f"{paths[-1]}: named in {config.token_files} but not there; fetch "
-                                "it")
-    if not paths:
-        raise UserError(f"token_files={config.token_files}: names no file; write one path a line")
-    return paths
-
-
-def write_token_list(config, settings, folder):
-    """A manifest for ready token files, which stay where they are: the Dolma toolkit's and OLMo's.
-
-    They are raw ids without a header, whatever their suffix says; the order of the list counts.
+    ids: uint16 or uint32 (n,). index: DOCUMENT_INDEX, its tokens counted from the block's start.
     """
-    tokenizer = Tokenizer.load(tokenizer_file(config.tokenizer))
-    tokenizer.save(folder / "tokenizer.json")
-    shards = [token_file(path, tokenizer) for path in listed_token_files(config)]
-    identity = [[shard["tokens"], shard["ends"]] for shard in shards]
-    write_json(folder / "manifest.json", {
-        "sha256": hash_of([settings["tokenizer"], identity]), **vocabulary_of(tokenizer),
-        "sources": {}, "shards": shards, "settings": settings})
+    tokenizer = tokenizer_at(tokenizer_path)
+    file, begin = block
+    eos = np.array([tokenizer.eos_token_id], np.uint32)
+    parts = []
+    index = []
+    end = 0
+    for line, row in enumerate(read_block(folder, source, file, begin)):
+        document = json.loads(row)
+        ids = tokenizer.encode_text(document["text"].strip())
+        start = end
+        end = start + len(ids) + 1
+        parts += [ids, eos]  # EOS tells the model where a document ends; OLMo has no BOS
+        index.append((start, end, hash_of_id(document["id"]), file, line, begin))
+    ids = np.concatenate(parts)
+    # subtle: numpy wraps silently when a large id is cast to uint16, so look before the cast
+    if ids.max() >= tokenizer.vocab_size:
+        raise AssertionError(f"{source}: id {ids.max()} is beyond the vocabulary")
+    return ids.astype(token_dtype(tokenizer.vocab_size)), np.array(index, DOCUMENT_INDEX)
 
 
-def token_file(path, tokenizer):
-    """The record of a raw token file, with a hash of its two ends; UserError if it is none."""
-    dtype, sample = token_dtype(tokenizer.vocab_size), 2**20
-    with open(path, "rb") as file:
-        first = file.read(sample)
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - sample))
-        last = file.read()
-    if not size or size % dtype.itemsize or first.startswith(b"\x93NUMPY"):
-        raise UserError(f"{path}: not a raw file of {dtype.name} ids, as the Dolma toolkit writes")
-    most = max(np.frombuffer(part, dtype).max() for part in (first, last))
-    if most >= tokenizer.vocab_size:
-        raise UserError(f"{path}: id {most} is beyond the tokenizer's {tokenizer.vocab_size}")
-    return {"file": str(path), "tokens": size // dtype.itemsize,
-            "ends": hashlib.sha256(first + last).hexdigest()}
+def store_shards(folder, encoded, source):
+    """Write the shards of a source and the list of them."""
+    write_json(folder / f"{source}.shards.json", write_shards(encoded, folder, source))
 
 
-# ---- Batches -------------------------------------------------------------------------------------
+def write_shards(encoded, folder, name, shard_tokens=SHARD_TOKENS):
+    """Write (ids, index) parts as token files without a header; returns the manifest's entries.
 
-class TokenShards:
-    """The built shards as `len(shards)` instances of `seq_len` tokens, in memory-mapped files.
-
-    As in official OLMo an instance never spans files and a file's tail is dropped, while documents
-    flow across instances. Raises UserError for a file that is missing or of the wrong size.
+    # DIFFERS FROM OLMo: its script cuts a document at a file's cap and loses the rest of it; here
+    no document spans two files. NAME-00000.bin holds tokens, .index a DOCUMENT_INDEX row for each
+    document.
     """
-
-    def __init__(self, folder, seq_len):
-        folder = Path(folder)
-        manifest = read_json(folder / "manifest.json")
-        dtype = np.dtype(manifest["dtype"])
-        self.files, sizes, self.tail_tokens = [], [], 0
-        for shard in manifest["shards"]:
-            path = folder / shard["file"]
-            size = path.stat().st_size if path.is_file() else 0
-            if size != shard["tokens"] * dtype.itemsize:
-                raise UserError(f"{path}: {size} bytes, not {shard['tokens'] * dtype.itemsize}; "
-                                f"restore it, or delete {folder} and {folder.parent / 'stages'}: "
-                                "the data is then built anew")
-            n = shard["tokens"] // seq_len
-            tokens = np.memmap(path, dtype, "r")[:n * seq_len]
-            self.files.append(tokens.reshape(n, seq_len))
-            sizes.append(n)
-            self.tail_tokens += shard["tokens"] % seq_len
-        self.seq_len, self.sha256 = seq_len, manifest["sha256"]
-        self.ends = np.cumsum(sizes)  # of each file, in instances
-
-    def __len__(self):
-        return int(self.ends[-1])
-
-    def locate(self, instance):
-        """(which file, which instance in it) of an instance."""
-        file = int(np.searchsorted(self.ends, instance, side="right"))
-        return file, int(instance - (self.ends[file - 1] if file else 0))
-
-    def instances_of(self, file, start, end):
-        """The instances that hold tokens start to end of a file; its tail is in none."""
-        first = int(self.ends[file]) - len(self.files[file])
-        rows = range(start // self.seq_len, -(-end // self.seq_len))
-        return [first + row for row in rows if row < len(self.files[file])]
-
-    def __getitem__(self, instance):
-        """The tokens of one instance, int64 (T,)."""
-        file, row = self.locate(instance)
-        return self.files[file][row].astype(np.int64)
+    shards = []
+    writer = None
+    for ids, index in encoded:
+        for row in index:
+            document = ids[row["start"]:row["end"]]
+            if writer is None or writer.tokens + len(document) > shard_tokens:
+                if writer:
+                    shards.append(writer.close())
+                writer = ShardWriter(folder, f"{name}-{len(shards):05d}")
+            writer.add(document, row)
+    if writer:
+        shards.append(writer.close())
+    return shards
 
 
-def instance_order(n, seed, epoch):
-    """The order of epoch `epoch`, uint32 (n,): official OLMo's PCG64(seed + epoch) shuffle."""
-    order = np.arange(n, dtype=np.uint32)
-    np.random.Generator(np.random.PCG64(seed + epoch)).shuffle(order)
-    return order
+# ---- The mix and the manifest -------------------------------------------------------------------
 
+def repetitions(config, folder):
+    """{source: how often the mix shows it}, from the weights.
 
-class Batches:
-    """The batch of any step, a pure function: `batches(step, rank, world_size)`.
-
-    Step s, counted from 1, takes slice [(s-1)G, sG) of its epoch's order, G = batch_size sequences;
-    the N mod G instances at the end of an epoch's order are not seen in it. The orders are written
-    once into `order_dir` and memory-mapped. Raises UserError for a corpus below one batch.
+    OLMo 1 showed every source once, in Dolma's natural proportions (82 % web, 13 % code; paper,
+    section 2.2); weights came with Dolma 1.7. Raises UserError if a source is too small.
     """
+    repeats = {source.name: source.weight for source in config.parse_sources()}
+    if not config.mix_tokens:
+        return repeats  # weights are repetitions
+    for name, share in repeats.items():  # weights are shares of mix_tokens
+        tokens = sum(shard["tokens"] for shard in shards_of(folder, name))
+        target = share * config.mix_tokens
+        repeats[name] = target / tokens
+        if repeats[name] > config.max_repeats:
+            raise UserError(f"sources: {name} holds {tokens:,} tokens; its share of mix_tokens="
+                            f"{config.mix_tokens:,}, {target:,.0f} tokens, would show it "
+                            f"{repeats[name]:.2f} times, over max_repeats={config.max_repeats:g}; "
+                            "lower its weight or raise max_repeats")
+    return repeats
 
-    def __init__(self, shards, batch_size, seed, order_dir):
-        self.shards, self.batch_size, self.seed = shards, batch_size, seed
-        self.order_dir = Path(order_dir)
-        self.steps_per_epoch = len(shards) // batch_size
-        self.orders = {}
-        if not self.steps_per_epoch:
-            raise UserError(f"the corpus makes {len(shards)} sequences of {shards.seq_len} tokens, "
-                            f"fewer than one batch of {batch_size}; lower batch_size or add text")
 
-    def order(self, epoch):
-        """The memory-mapped order of an epoch."""
-        if epoch not in self.orders:
-            n = len(self.shards)
-            path = self.order_dir / f"order-n{n}-seed{self.seed}-epoch{epoch}.bin"
-            with Lock(self.order_dir / ".lock", on_wait=print_wait):
-                if not path.is_file() or path.stat().st_size != 4 * n:
-                    aside = path.with_name(path.name + ".tmp")
-                    aside.write_bytes(instance_order(n, self.seed, epoch).tobytes())
-                    aside.rename(path)
-            self.orders = {epoch: np.memmap(path, np.uint32, "r")}
-        return self.orders[epoch]
+def mix_sources(repeats, folder):
+    """The entries of the mix's shards, source after source, for the manifest.
 
-    def instances(self, step):
-        """The instances (G,) of a step's global batch."""
-        epoch, position = divmod(step - 1, self.steps_per_epoch)
-        return self.order(epoch)[position * self.batch_size:(position + 1) * self.batch_size]
+    No token is copied for a repetition: the mix lists a file several times. Nothing is shuffled
+    here either: instance_order shuffles the complete mix, differently in each epoch.
+    """
+    mixed = []
+    for source, times in repeats.items():
+        shards = repeat_shards(folder, source, times)
+        if not shards:
+            raise UserError(f"sources: {source}: its weight shows it {times:g} times, which leaves "
+                            "no document; give it more weight")
+        mixed += [{**shard, "source": source} for shard in shards]
+    return mixed
 
-    def __call__(self, step, rank=0, world_size=1):
-        """{tokens, targets: int64 (B, T), loss_mask: bool (B, T)}: this rank's share of the step.
 
-        Targets are the tokens shifted inside the window, as in official OLMo: T - 1 a window.
-        """
-        if self.batch_size % world_size:
-            near = min((n for n in range(world_size, 2 * self.batch_size + world_size, world_size)),
-                       key=lambda n: abs(n - self.batch_size))
-            raise UserError(f"batch_size={self.batch_size} does not divide by {world_size} ranks; "
-                            f"the nearest that does is {near}")
-        rows = [self.shards[i] for i in self.instances(step)[rank::world_size]]
-        tokens = torch.from_numpy(np.stack(rows))
-        loss_mask = torch.ones_like(tokens, dtype=torch.bool)
-        loss_mask[:, -1] = False  # its target would be the next window's first token
-        return {"tokens": tokens, "targets": tokens.roll(-1, 1), "loss_mask": loss_mask}
+def repeat_shards(folder, source, times):
+    """A source's shards int(times) times, then one shard for the fraction: SOURCE+part-00000.bin.
 
-    def fingerprint(self):
-        """What a resumed run must find unchanged: the data, the order and how it is cut."""
-        return {"data_sha256": self.shards.sha256, "seq_len": self.shards.seq_len,
-                "instances": len(self.shards), "batch_size": self.batch_size, "seed": self.seed,
-                "order_sha256": hashlib.sha256(self.order(0)).hexdigest()}
+    That shard holds documents drawn by the hash of their ids, as many as bring its tokens within
+    one document of the target.
+    """
+    shards = shards_of(folder, source)
+    repeated = shards * int(times)
+    fraction = times % 1
+    if fraction:
+        sample = sample_documents(folder, shards, fraction)
+        repeated = repeated + write_shards(sample, folder, f"{source}+part")
+    return repeated
+
+
+def sample_documents(folder, shards, fraction):
+    """Yield (ids, index) of the sampled documents of each shard: `fraction` of all tokens."""
+    dtype = vocabulary_of(Tokenizer.load(folder / "tokenizer.json"))["dtype"]
+    paths = [folder / shard["file"] for shard in shards]
+    indexes = [np.fromfile(path.with_suffix(".index"), DOCUMENT_INDEX) for path in paths]
+    documents = np.concatenate(indexes)
+    lengths = documents["end"] - documents["start"]
+
+    # order the documents by their hash, which knows nothing of their length or place in the files
+    order = np.argsort(documents["id"], kind="stable")
+    # take the first of them, as many as come nearest to the target
+    tokens = np.concatenate([[0], np.cumsum(lengths[order])])  # in the first 0, 1, 2, ... of them
+    count = np.abs(tokens - fraction * lengths.sum()).argmin()
+    is_chosen = np.zeros(len(documents), bool)
+    is_chosen[order[:count]] = True
+
+    # give them back in the order of the files
+    begin = 0
+    for path, index in zip(paths, indexes, strict=True):
+        yield np.memmap(path, dtype, "r"), index[is_chosen[begin:begin + len(index)]]
+        begin += len(index)
+
+
+# ---- Chats, for adapt.py ------------------------------------------------------------------------
+
+def render_chat(messages, tokenizer, reply=False):
+    """Returns (ids, trained): the token ids of a chat, and for each whether the loss counts it.
+
+    messages: [{role: system, user or assistant, content}]. Trained are the assistant's content and
+    the EOS after it. The template is Tulu's and OLMo's (paper, section 4.3; Open Instruct): EOS in
+    place of a BOS; then for each message `<|role|>`, a newline, the stripped content, EOS if it is
+    an assistant's, and a newline; no newline after the last EOS. reply=True ends with the header
+    of the answer to be generated.
+    """
+    ids = [tokenizer.eos_token_id]
+    trained = [False]
+
+    def add(more, train=False):
+        ids.extend(more)
+        trained.extend([train] * len(more))
+
+    # Each part is encoded separately, so that we know which ids the loss counts. That gives the
+    # same ids as encoding the joined string: no token spans a newline next to stripped text.
+    for i, message in enumerate(messages):
+        is_assistant = message["role"] == "assistant"
+        is_last = i == len(messages) - 1
+        add(tokenizer.encode(f"<|{message['role']}|>\n"))
+        add(tokenizer.encode(message["content"].strip()), train=is_assistant)
+        if is_assistant:
+            add([tokenizer.eos_token_id], train=True)  # so that the model learns to stop
+        if not is_assistant or reply or not is_last:
+            add(tokenizer.encode("\n"))
+    if reply:
+        add(tokenizer.encode("<|assistant|>\n"))
+    return ids, trained
 
 
 def main(argv):
-    verb = argv[0] if argv and argv[0] in ("trace", "find") else None
-    if not verb:
-        config, options = load_config(argv, DataConfig, ShowOptions)
-        folder = build_data(config)
-        print_dropped(folder, options.show) if options.show else print_table(folder)
-        return
-    from corpus.trace import FindOptions, TraceOptions, print_found, print_trace
-    runs = [word for word in argv[1:] if not word.startswith("-")]
-    options = [word for word in argv[1:] if word.startswith("-")]
-    [options] = load_config(options, TraceOptions if verb == "trace" else FindOptions)
-    if len(runs) != 1:
-        raise UserError(f"{verb}: name one run, such as runs/tiny; --help shows the form")
-    (print_trace if verb == "trace" else print_found)(runs[0], options)
+    if argv and argv[0] in ("trace", "find"):
+        from corpus.trace import main as trace_main  # only here: it imports this file
+        return trace_main(argv)
+    config, options = load_config(argv, DataConfig, ShowOptions)
+    folder = build_data(config)
+    if options.show:
+        print_dropped(folder, options.show)
+    else:
+        print_table(folder)
 
 
 if __name__ == "__main__":

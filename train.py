@@ -22,7 +22,7 @@ import torch
 
 from configs import flat, load_config, setting
 from corpus.funnel import print_table
-from corpus.stages import held_out_files
+from corpus.storage import held_out_files
 from corpus.tokenizer import Tokenizer
 from corpus.trace import places_of_step
 from data import Batches, DataConfig, TokenShards, build_data

@@ -7,13 +7,33 @@ from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 
-from corpus.documents import checked_document, parse, read_records
-from corpus.rules import WORD, Drop, keep_parts
-from corpus.stages import input_ages
+from corpus.documents import as_document, input_ages, parse, read_records, warn
+from corpus.rules import DEDUPLICATIONS, WORD, Drop, keep_parts
 from support.files import UserError
 
 
 # ---- Deduplication -------------------------------------------------------------------------------
+
+def deduplicate_source(documents, config, source, funnel):
+    """Yield the documents of a source without copies, by the levels that its rules name.
+
+    Says how much memory Bloom filters take before it reads anything, and afterwards if one was
+    too small.
+    """
+    levels = [level for level in source.rules if level in DEDUPLICATIONS]
+    if not config.bloom_items:
+        yield from deduplicate(documents, {level: DigestSet() for level in levels}, funnel)
+        return
+    seen = {level: BloomFilter(config.bloom_items, config.bloom_fp_rate) for level in levels}
+    megabytes = BloomFilter.bits_for(config.bloom_items, config.bloom_fp_rate) / 8e6
+    print(f"data: {source.name}: {len(seen)} Bloom filters of {megabytes:,.1f} MB each, for "
+          f"{config.bloom_items:,} items at a false-positive rate of {config.bloom_fp_rate:g}")
+    yield from deduplicate(documents, seen, funnel)
+    for level, items in seen.items():
+        if items.count > config.bloom_items:
+            warn(f"{source.name}: the {level} filter took {items.count:,} items; its rate of false "
+                 f"positives is now {items.fp_rate():.2g}; raise bloom_items")
+
 
 def deduplicate(documents, seen, funnel):
     """Yield the documents without copies of what came before; the first copy is kept.
@@ -193,7 +213,7 @@ def evaluation_texts(path):
             yield str(request.get("context", "")) + str(request.get("continuation", ""))
             yield from strings_in(entry.get("doc"))
         else:
-            yield checked_document(entry, "", record, Counter())["text"]
+            yield as_document(record, "", Counter())["text"]
 
 
 def strings_in(value):

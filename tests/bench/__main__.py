@@ -107,9 +107,13 @@ def bench_stages():
     import numpy as np
 
     from corpus.rules import Page, RULES, english_score
-    from corpus.stages import DOCUMENT_INDEX, DocumentWriter
+    from corpus.dedup import deduplicate_source
+    from corpus.documents import read_records
+    from corpus.funnel import Funnel
+    from corpus.storage import DOCUMENT_INDEX, DocumentWriter, store_documents
     from corpus.tokenizer import tokenizer_file
-    from data import Batches, DataConfig, TokenShards, encode_block, write_clean_documents
+    from data import (Batches, DataConfig, TokenShards, decontaminate_and_filter, encode_block,
+                      hold_out)
     from support.files import write_json
     documents = library_documents()
     megabytes = sum(len(document["text"].encode()) for document in documents) / 1e6
@@ -131,7 +135,8 @@ def bench_stages():
         tokens = np.random.default_rng(0).integers(0, 50_000, 10**8, dtype="<u2")
         tokens.tofile(folder / "bench-00000.bin")
         np.zeros(0, DOCUMENT_INDEX).tofile(folder / "bench-00000.index")
-        write_json(folder / "manifest.json", {"dtype": "uint16", "sha256": "", "shards": [
+        write_json(folder / "manifest.json", {
+            "dtype": "uint16", "sha256": "", "eos_token_id": 0, "shards": [
             {"file": "bench-00000.bin", "tokens": len(tokens)}]})
         batches = Batches(TokenShards(folder, 2048), 16, 0, folder)
         write_random_documents(folder / "in.jsonl", 20)
@@ -139,8 +144,13 @@ def bench_stages():
             "random": {"path": f"{folder}/in.jsonl", "rules": "url document paragraph"}})
 
         def write_clean():
+            [source], funnel = config.parse_sources(), Funnel()
+            records = read_records(source.path, source.name, funnel.notes)
+            documents = decontaminate_and_filter(records, config, source, funnel)
+            documents = deduplicate_source(documents, config, source, funnel)
             with tempfile.TemporaryDirectory(dir=folder) as aside:
-                write_clean_documents(config, *config.parse_sources(), Path(aside))
+                store_documents(Path(aside), hold_out(documents, config, source, funnel), source,
+                                funnel)
         seconds = alternate({
             f"filter chain, all {len(web)} rules but code's on every document": run_rules,
             "reading, Bloom deduplication, writing, beside workers that parse": write_clean,

@@ -1,0 +1,43 @@
+"""The data behind a run: where it lies, and what the weights saw before this run."""
+
+from pathlib import Path
+
+from support.files import UserError, read_json
+
+
+def data_of_run(run, config):
+    """The folder of built data that holds what a run was trained on; raw sources are not needed.
+
+    Found by its content's hash: data that was built again by other code has another folder.
+    """
+    expected = read_json(run / "manifest.json")["sha256"]
+    for manifest in sorted(Path(config.data_dir).glob("*/manifest.json")):
+        if read_json(manifest)["sha256"] == expected:
+            return manifest.parent
+    raise UserError(f"{config.data_dir}: does not hold the data that {run} was trained on; restore "
+                    f"it, or, if its sources have not changed, build it again: python data.py "
+                    f"{run / 'config.json'} (eval.py also takes other text: --suite=PATH)")
+
+
+def manifests_behind(run, state):
+    """Yield the manifests of all data behind a step's weights: of its run, and of those before it.
+
+    state: the content of the step's state.json. Raises UserError where the data is not known.
+    """
+    while True:
+        if not state or not (run / "manifest.json").is_file():
+            raise UserError(f"{run} has no manifest of its training data")
+        if "method" in state["config"]:
+            raise UserError(f"{run} was tuned, and what it was tuned on was not searched")
+        manifest = read_json(run / "manifest.json")
+        if state["data"]["data_sha256"] != manifest["sha256"] or state.get("earlier_data"):
+            raise UserError(f"the data of {run} changed during the run (--accept_changes)")
+        yield manifest
+        start = state["config"].get("start_from")
+        if not start:
+            return
+        step = state["step"]
+        run = Path(start).parent
+        state = read_json(Path(start) / "state.json")
+        if state["step"] >= step:  # also ends a circle of runs
+            raise UserError(f"{start} is not what a run at step {step} can have started from")

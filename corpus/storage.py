@@ -1,0 +1,183 @@
+"""The files of built data: clean documents in gzip blocks, token shards with an index."""
+
+import gzip
+import hashlib
+import json
+import zlib
+
+import numpy as np
+
+from corpus.documents import size_of
+from support.files import UserError, file_sha256, write_json
+
+BLOCK_BYTES = 2**16  # JSON lines compressed together: what is read to get at one document
+FILE_BYTES = 2**30  # a file of clean documents is closed when it is larger (compressed)
+
+# A row for each document of a shard: NAME.index next to NAME.bin.
+DOCUMENT_INDEX = np.dtype([
+    ("start", "<i8"), ("end", "<i8"),  # its tokens in the shard, EOS included, end exclusive
+    ("id", "<u8"),  # hash_of_id of its id
+    ("file", "<i4"), ("line", "<i4"), ("block", "<i8"),  # where its text lies: see read_block
+])
+
+
+def store_documents(folder, split, source, funnel):
+    """Write the clean documents of a source, the held-out ones, and what the rules did.
+
+    split: the (document, is held out) of hold_out; as a generator, it is what does all the work.
+    """
+    for name in ("documents", "held_out", "dropped"):
+        (folder / name).mkdir()
+    writer = DocumentWriter(folder / "documents", source.name)
+    with open(folder / "held_out" / f"{source.name}.jsonl", "w") as held_out_file:
+        for document, held_out in split:
+            kind = "held-out " if held_out else ""
+            funnel.counts[kind + "documents"] += 1
+            funnel.counts[kind + "bytes"] += size_of(document["text"])
+            if held_out:
+                held_out_file.write(json.dumps(document) + "\n")
+            else:
+                writer.add(document)
+    writer.close()
+    if not writer.blocks:
+        rules = ", ".join(funnel.rules) or "none"
+        raise UserError(f"sources: {source.name}: {source.path}: no text to train on is left of "
+                        f"{funnel.counts['documents in']} documents and "
+                        f"{funnel.counts['bad lines']} bad lines; rules that dropped some: "
+                        f"{rules}; add text, or change the rules or eval_share")
+    np.array(writer.blocks, "<i8").tofile(folder / f"{source.name}.blocks")
+    with open(folder / "dropped" / f"{source.name}.jsonl", "w") as dropped_file:
+        for rule, examples in funnel.examples.items():
+            for example in examples:
+                dropped_file.write(json.dumps({"rule": rule, **example}) + "\n")
+    write_json(folder / f"{source.name}.funnel.json", funnel.as_json())
+
+
+class DocumentWriter:
+    """Writes clean documents in Dolma's layout: SOURCE-00000.jsonl.gz, -00001, ...
+
+    A gzip file may consist of many members, and each can be read without the ones before it. So
+    each block of lines is a member of its own; `blocks` lists (file number, first byte) of each.
+    """
+
+    def __init__(self, folder, source):
+        self.folder = folder
+        self.source = source
+        self.blocks = []
+        self.lines = []  # of the block that is not written yet
+        self.bytes = 0
+        self.files = 0
+        self.out = None
+
+    def add(self, document):
+        line = json.dumps(document).encode() + b"\n"
+        self.lines.append(line)
+        self.bytes += len(line)
+        if self.bytes >= BLOCK_BYTES:
+            self.write_block()
+
+    def write_block(self):
+        if self.out is None or self.out.tell() > FILE_BYTES:
+            self.open_next_file()
+        self.blocks.append((self.files - 1, self.out.tell()))
+        # mtime=0: gzip stores the time, and the same documents must give the same bytes
+        self.out.write(gzip.compress(b"".join(self.lines), 3, mtime=0))
+        self.lines = []
+        self.bytes = 0
+
+    def open_next_file(self):
+        if self.out:
+            self.out.close()
+        self.out = open(self.folder / f"{self.source}-{self.files:05d}.jsonl.gz", "wb")
+        self.files += 1
+
+    def close(self):
+        if self.lines:
+            self.write_block()
+        if self.out:
+            self.out.close()
+
+
+def read_block(folder, source, file, begin):
+    """The JSON lines, list of bytes, of the block that begins at byte `begin` of a file."""
+    member = zlib.decompressobj(wbits=31)  # 31: gzip's header; it stops after one member
+    lines = b""
+    with open(folder / f"{source}-{file:05d}.jsonl.gz", "rb") as compressed:
+        compressed.seek(begin)
+        while not member.eof:
+            part = compressed.read(BLOCK_BYTES)
+            if not part:
+                break
+            lines += member.decompress(part)
+    return lines.splitlines()
+
+
+def blocks_of(folder, source):
+    """[[file number, first byte]] of the blocks of a source, as the clean stage wrote them."""
+    return np.fromfile(folder / f"{source}.blocks", "<i8").reshape(-1, 2).tolist()
+
+
+def stored_documents(folder, source):
+    """Yield the clean documents of a source in their order."""
+    for file, begin in blocks_of(folder, source):
+        for line in read_block(folder / "documents", source, file, begin):
+            yield json.loads(line)
+
+
+def held_out_files(folder):
+    """{source: file} of the held-out documents in a folder of built data."""
+    return {path.stem: path for path in sorted((folder / "held_out").glob("*.jsonl"))}
+
+
+def hash_of_id(name):
+    """64 bits of the hash of a document's id: finds it in an index, draws it for a part."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
+
+
+class ShardWriter:
+    """Writes one shard: NAME.bin, its token ids without a header, and NAME.index."""
+
+    def __init__(self, folder, name):
+        self.path = folder / f"{name}.bin"
+        self.token_file = open(self.path, "wb")
+        self.index_file = open(self.path.with_suffix(".index"), "wb")
+        self.tokens = 0
+        self.documents = 0
+
+    def add(self, ids, row):
+        """Append a document; row: its DOCUMENT_INDEX, but for its place in this shard."""
+        row = row.copy()
+        row["start"] = self.tokens
+        row["end"] = self.tokens + len(ids)
+        self.token_file.write(ids.tobytes())
+        self.index_file.write(row.tobytes())
+        self.tokens += len(ids)
+        self.documents += 1
+
+    def close(self):
+        """Returns the shard's entry in the manifest."""
+        self.token_file.close()
+        self.index_file.close()
+        return {"file": self.path.name, "tokens": self.tokens, "documents": self.documents,
+                "sha256": file_sha256(self.path)}
+
+
+def shards_of(folder, source):
+    """The list of a source's shards, as write_shards gave it: {file, tokens, documents, sha256}."""
+    return json.loads((folder / f"{source}.shards.json").read_text())
+
+
+def token_dtype(vocab_size):
+    """The narrowest unsigned type that holds every id: 2 bytes a token for OLMo's 50,280 ids."""
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+
+
+def vocabulary_of(tokenizer):
+    """What the manifest says about the ids in its shards."""
+    return {"vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id, "dtype": token_dtype(tokenizer.vocab_size).name}
+
+
+def hash_of(settings):
+    """SHA-256, in hex, of a value that JSON can hold."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
