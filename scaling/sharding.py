@@ -104,9 +104,12 @@ def apply_fsdp(model, mesh, dtype):
     """Split every parameter over the ranks (FSDP2): a unit per block, and one for the rest."""
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
                                   cast_forward_inputs=False)  # RoPE's table stays float32
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)  # last: the root takes embedding and head
+    for module in (*model.blocks, model):  # the root comes last: it takes embedding and head
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+        # Gradients are summed over the ranks, because train_step divides by the global count.
+        # (FSDP's default is the mean.) gloo knows no scaled sum, hence the second line.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
     # FSDP warns against writing in place into an output that is a view; nobody does.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module")
 

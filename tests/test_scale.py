@@ -261,7 +261,7 @@ def test_a_batch_that_the_ranks_do_not_divide_is_refused(tmp_path, fifty):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-def test_the_ranks_shares_of_an_evaluation_add_up(world_size):
+def test_the_ranks_shares_of_an_evaluation_add_up(world_size, monkeypatch):
     """Every rank makes as many forward passes, and the sum is that of one process."""
     dice, passes = random.Random(3), []
     windows = [(row, row, 1) for row in ([dice.randrange(60)] * dice.randint(1, 16)
@@ -275,7 +275,9 @@ def test_the_ranks_shares_of_an_evaluation_add_up(world_size):
         passes.clear()
         shares, counts = [], []
         for rank in range(world_size):
-            shares.append(evaluation.score_windows(model, windows, 40, rank, world_size))
+            monkeypatch.setattr("support.scoring.rank", lambda rank=rank: rank)
+            monkeypatch.setattr("support.scoring.world_size", lambda: world_size)
+            shares.append(evaluation.score_windows(model, windows, 40))
             counts.append(len(passes))
             passes.clear()
     assert sum(shares) == pytest.approx(whole, rel=1e-12) and len(set(counts)) == 1
@@ -335,7 +337,7 @@ def test_changes_are_accepted_on_request_and_named(copied, finished, call, refus
     refused(call(train, *words), "lr: 0.003 there, 0.001 now", "--accept_changes")
     result = call(train, *words, "--accept_changes")
     assert result.returncode == 0
-    assert "goes on with changes: lr: 0.003 there, 0.001 now" in result.stdout
+    assert "continues with changes: lr: 0.003 there, 0.001 now" in result.stdout
     assert steps(copied) == list(range(1, 25))
     assert json.loads((copied / "config.json").read_text())["lr"] == 0.001
     assert call(train, f"--resume={copied}", "--max_steps=25").returncode == 0
@@ -367,7 +369,7 @@ def test_an_anneal_on_other_data_is_refused(tmp_path, finished, tiny_config, cal
                                             sources):
     file = tiny_config(tmp_path / "run", sources={"web": sources["web"]}, seed=1)
     refused(call(train, file, f"--start_from={finished / 'step000015'}"), "its data has changed",
-            "seed: 6198 then, 1 now")
+            "seed: 6198 there, 1 now")
 
 
 def test_overwrite_never_deletes_what_it_needs(copied, call, refused, monkeypatch):
@@ -419,7 +421,7 @@ def test_a_second_process_in_a_run_is_refused(tmp_path, tiny_config, start, call
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     try:
-        refused(call(train, file), run, "another process trains there")
+        refused(call(train, file), run, "another process works there")
     finally:
         process.kill()
         process.communicate()
@@ -513,7 +515,7 @@ def test_the_documents_of_a_bad_step_are_those_of_trace(tmp_path, tiny_config, c
     poison(monkeypatch, 3)
     run = tmp_path / "run"
     result = call(train, tiny_config(run, max_steps=9))
-    assert result.returncode == 1 and "its documents are in" in result.stderr
+    assert result.returncode == 1 and "names its documents" in result.stderr
     [row] = rows(run, "not_finite")
     traced = call(data, "trace", run, "--step=3").stdout
     for line in row["documents"]:

@@ -1089,9 +1089,9 @@ BAD_SOURCES = {
     "missing folder": (Path.rmdir, "bpe:512", ["no such file or folder", "--sources"]),
     "truncated gzip": (broken_gzip, "bpe:512", ["part.jsonl.gz", "cut off"]),
     "corrupt gzip": (flipped_gzip, "bpe:512", ["part.jsonl.gz", "corrupt"]),
-    "bad lines alone": (jsonl("{oh", "[1]"), "own", ["mine", "no document with text", "2 bad"]),
-    "no document": (jsonl(), "own", ["mine", "no document with text"]),
-    "blank documents": (jsonl('{"text": " "}'), "own", ["mine", "no document with text"]),
+    "bad lines alone": (jsonl("{oh", "[1]"), "own", ["mine", "2 bad lines", "2 bad"]),
+    "no document": (jsonl(), "own", ["mine", "2 bad lines"]),
+    "blank documents": (jsonl('{"text": " "}'), "own", ["mine", "2 bad lines"]),
     "nothing to learn from": (jsonl(), "bpe:512", ["holds no document with text"]),
     "less than a batch": (jsonl(GOOD), "own", ["fewer than one batch", "add text"])}
 
