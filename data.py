@@ -547,7 +547,8 @@ def main(argv):
     if argv and argv[0] in ("trace", "find"):
         from corpus.trace import main as trace_main  # only here: it imports this file
         return trace_main(argv)
-    config, options = load_config(argv, DataConfig, ShowOptions)
+    from train import SCHEMAS  # only here: the keys of train.py, which a config file may hold
+    config, options = load_config(argv, DataConfig, ShowOptions, other=SCHEMAS)
     folder = build_data(config)
     if options.show:
         print_dropped(folder, options.show)

@@ -145,6 +145,9 @@ class TrainConfig:
             raise UserError(f"beta1={self.beta1} and beta2={self.beta2} must be below 1")
 
 
+SCHEMAS = (ModelConfig, DataConfig, EvalConfig, TrainConfig, PlanConfig)  # whose keys a config has
+
+
 def build_training(model_config, config, device, dtype, compiled):
     """An OLMo without weights yet, sharded and compiled as the config says, and its optimiser."""
     with torch.device("meta"):
@@ -517,7 +520,6 @@ def train_loop(config, run, state, model, optimizer, batches, loss_fn, evaluate,
 
 @on_all_ranks
 def main(argv):
-    schemas = (ModelConfig, DataConfig, EvalConfig, TrainConfig, PlanConfig)
     resumed = [word.partition("=")[2] for word in argv if word.startswith("--resume=")]
     if resumed:
         saved = Path(resumed[-1]) / "config.json"
@@ -528,7 +530,7 @@ def main(argv):
         argv = [str(saved), f"--run_dir={resumed[-1]}", *argv]
     if all(word.startswith("-") for word in argv) and not {"-h", "--help"} & set(argv):
         raise UserError("name a config file (python train.py configs/tiny.py) or --resume=RUN")
-    *configs, plan = load_config(argv, *schemas)
+    *configs, plan = load_config(argv, *SCHEMAS)
     if not plan.plan:
         return train(*configs)
     if os.environ.get("RANK", "0") == "0":

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from configs import HOUSE, PARTS, ROOMS
+from configs import ROOT
 from scaling.machine import choose_device
 from support.files import UserError, file_sha256
 
@@ -153,9 +153,11 @@ def check_agreement(facts):
 
 def code_version():
     """One hash over the code that every rank must share."""
-    rooms = [HOUSE / room for room in ("configs/__init__.py", *ROOMS) if (HOUSE / room).is_file()]
-    rooms += sorted(file for part in PARTS for file in (HOUSE / part).glob("*.py"))
-    return hashlib.sha256("".join(map(file_sha256, rooms)).encode()).hexdigest()[:12]
+    modules = ("model.py", "data.py", "eval.py", "train.py", "adapt.py", "configs/__init__.py")
+    files = [ROOT / module for module in modules]
+    for part in ("corpus", "scaling", "support"):
+        files += sorted((ROOT / part).glob("*.py"))
+    return hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()[:12]
 
 
 def batch_hash(tokens):
