@@ -69,7 +69,6 @@ def test_nobody_imports_what_is_above(name):
     assert ours(name) <= allowed
 
 
-@pytest.mark.xfail(reason="model.py still has CPU code")
 @pytest.mark.parametrize("name", ["model", "data"])
 def test_the_network_and_the_data_know_neither_ranks_nor_weight_files(name):
     forbidden = ("torch.distributed", "scaling", "safetensors", "ctypes", "support.cpu",
