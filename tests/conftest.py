@@ -1,5 +1,6 @@
 """What the tests of train.py and eval.py share: a tiny corpus, config and run, ways to call."""
 
+import gzip
 import itertools
 import json
 import os
@@ -167,3 +168,41 @@ def refused():
             assert str(word) in lines[-1], f"{word!r} not in {lines[-1]!r}"
         return lines[-1]
     return check
+
+
+# ---- For the data --------------------------------------------------------------------------------
+
+def refusal(function, *arguments, **options):
+    """The one line of the UserError with which a call is refused."""
+    from support.files import UserError
+    with pytest.raises(UserError) as caught:
+        function(*arguments, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def write_jsonl(path, records):
+    """A file of JSON lines, gzipped if its name says so."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(record) + "\n" for record in records).encode()
+    path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+    return str(path)
+
+
+def manifest_of(folder):
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def index_of(folder, shard):
+    """The index of a shard in a manifest."""
+    import numpy as np
+    from corpus.storage import DOCUMENT_INDEX
+    return np.fromfile((folder / shard["file"]).with_suffix(".index"), DOCUMENT_INDEX)
+
+
+def official_order(n, seed, epoch):
+    """The order of an epoch, as in OLMo's iterable_dataset.py."""
+    import numpy as np
+    indices = np.arange(n, dtype=np.uint32)
+    np.random.Generator(np.random.PCG64(seed=seed + epoch)).shuffle(indices)
+    return indices
