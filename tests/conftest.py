@@ -107,6 +107,52 @@ def sharpened(model, factor):
     return model
 
 
+# ---- Small networks ------------------------------------------------------------------------------
+
+SMALL = dict(d_model=32, n_layers=2, n_heads=2, mlp_hidden_size=40, max_seq_len=64, vocab_size=50,
+             embedding_size=64, eos_token_id=49, pad_token_id=1)
+
+
+def small_config(**changes):
+    from model import ModelConfig
+    return ModelConfig(**SMALL | changes)
+
+
+def random_model(scale=2.0, seed=0, **changes):
+    """A model with weights `scale` times larger than at the start, so that attention is peaked."""
+    from model import build_model
+    return sharpened(build_model(small_config(**changes), seed), scale)
+
+
+def random_ids(*shape, seed=0, low=2, high=SMALL["vocab_size"]):
+    """Ids without pad_token_id: to that row HF's padding_idx gives no gradient, OLMo 1.0 does."""
+    import torch
+    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def difference(ours, theirs, reference=None):
+    """Largest absolute difference over the largest absolute value of `reference`, or `theirs`."""
+    reference = theirs if reference is None else reference
+    return ((ours - theirs).abs().max() / reference.abs().max()).item()
+
+
+def same_weights(one, other):
+    import torch
+    one, other = one.state_dict(), other.state_dict()
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="session")
+def transformers():
+    """The oracle, for tests that need it."""
+    pytest.importorskip("safetensors")
+    transformers = pytest.importorskip("transformers")
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
+# ---- Ways to call --------------------------------------------------------------------------------
+
 @pytest.fixture(scope="module")
 def one_thread():
     """So small a model is faster on one thread, and runs in and out of this process compare."""
