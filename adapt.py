@@ -48,8 +48,8 @@ from support.talk import ShowOptions, answer_prompts, chat, generate_answers, sh
 from support.tasks import open_suites
 from support.tuned import (check_not_base, held_out_of_base, print_results, print_run, print_set,
                            read_reference, reference_file, refuse_derived)
-from train import (TrainConfig, build_training, check_vocabulary, clip_at_step, cut_batch,
-                   lr_at_step, resume, resumed_argv, saved_settings, train_step)
+from train import (SCHEMAS, TrainConfig, build_training, check_vocabulary, clip_at_step,
+                   cut_batch, lr_at_step, resume, resumed_argv, saved_settings, train_step)
 
 
 # ---- Configuration -------------------------------------------------------------------------------
@@ -695,7 +695,8 @@ def held_out_prompts(eval_set, max_seq_len, at_most):
 
 def show_train_data(argv):
     """Print examples of a config's train_data, with what is trained in colour or in brackets."""
-    adapt_config, config, options = load_config(argv, AdaptConfig, TrainConfig, ShowOptions)
+    adapt_config, config, options = load_config(argv, AdaptConfig, TrainConfig, ShowOptions,
+                                                other=SCHEMAS)
     base = open_base(config.start_from, config.verify)
     tokenizer = Tokenizer.load(base.home / "tokenizer.json")
     train_set, _ = read_sets(replace(adapt_config, eval_data=""), base, tokenizer)
@@ -718,7 +719,7 @@ def main(argv):
     if all(word.startswith("-") for word in argv) and not {"-h", "--help"} & set(argv):
         raise UserError("name a config file (python adapt.py configs/tiny_sft.py), --resume=RUN, "
                         "show, chat or generate")
-    return adapt(*load_config(argv, AdaptConfig, EvalConfig, TrainConfig))
+    return adapt(*load_config(argv, AdaptConfig, EvalConfig, TrainConfig, other=SCHEMAS))
 
 
 if __name__ == "__main__":

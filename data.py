@@ -46,40 +46,55 @@ SHARD_TOKENS = 2**28  # a shard is closed before the document that would exceed 
 class DataConfig:
     """What the model reads, and in which order."""
 
-    data_dir: str = setting("datasets/stdlib", "Folder for built data; each set of sources and "
-                            "settings gets a folder of its own in it.")
+    # what is read, and where the result lies
+    data_dir: str = setting(
+        "datasets/stdlib", "Folder for built data; each set of sources and settings gets a folder "
+        "of its own in it.")
     sources: dict[str, str | dict] = setting(
         {"reference": "stdlib", "docstrings": "stdlib", "code": "stdlib"},
         'Name -> {"path": ..., "rules": "web", "weight": 1}, or the path alone: a file or folder '
         'of .jsonl(.gz), .txt; "stdlib" is the embedded source of that name. rules: names in RULES '
         "and RULE_SETS; weight: how often a source is shown (0.5: half of it), or its share of "
         "mix_tokens.")
-    mix_tokens: int = setting(0, "Tokens in the mix; the weights are then shares that sum to 1. "
-                              "0: the weights are repetitions.")
-    max_repeats: float = setting(1.0, "How often a source may be shown to fill its share; more is "
-                                 "an error.")
-    token_files: str = setting("", "A list of ready token files (the Dolma toolkit's), one path a "
-                               "line; used instead of sources.")
+    token_files: str = setting(
+        "", "A list of ready token files (the Dolma toolkit's), one path a line; used instead of "
+        "sources.")
+    allow_truncated: bool = setting(
+        False, "Read a .gz file that is cut off as far as it goes, and count it, instead of "
+        "stopping.")
+
+    # what the rules need to know
     decontaminate: dict[str, str] = setting(
         {}, "Evaluation set -> file or folder; a document that holds a paragraph of it is dropped "
         "(code is exempt).")
-    language_scorer: str = setting("stand-in", "One of LANGUAGE_SCORERS in corpus/rules.py; the "
-                                   "stand-in is no model, it counts common words.")
-    content_scorer: str = setting("none", "One of CONTENT_SCORERS in corpus/rules.py, where there "
-                                  "is no built-in one.")
-    bloom_items: int = setting(0, "Items (URLs, texts, paragraphs) of a source that each Bloom "
-                               "filter expects; 0: exact sets.")
-    bloom_fp_rate: float = setting(1e-6, "Share of new items that a Bloom filter may take for old "
-                                   "ones; Dolma's for the web is 1e-6.")
-    allow_truncated: bool = setting(False, "Read a .gz file that is cut off as far as it goes, and "
-                                    "count it, instead of stopping.")
-    workers: int = setting(0, "Processes that filter and tokenise, 0 for one a core; the result "
-                           "does not depend on it.")
-    tokenizer: str = setting("bpe:4096", "bpe:N trains N ids on the sources; olmo is OLMo's own; "
-                             "anything else is the path of a tokenizer.json.")
-    seed: int = setting(6198, "Seed of the data order and of the initial weights.")
-    eval_share: float = setting(0.05, "Share of the groups (modules, topics; else documents) held "
-                                "out, chosen by their hash.")
+    language_scorer: str = setting(
+        "stand-in", "One of LANGUAGE_SCORERS in corpus/rules.py; the stand-in is no model, it "
+        "counts common words.")
+    content_scorer: str = setting(
+        "none", "One of CONTENT_SCORERS in corpus/rules.py, where there is no built-in one.")
+    bloom_items: int = setting(
+        0, "Items (URLs, texts, paragraphs) of a source that each Bloom filter expects; 0: exact "
+        "sets.")
+    bloom_fp_rate: float = setting(
+        1e-6, "Share of new items that a Bloom filter may take for old ones; 1e-6 is Dolma's for "
+        "the web.")
+    eval_share: float = setting(
+        0.05, "Share of the groups (modules, topics; else documents) held out, chosen by their "
+        "hash.")
+
+    # the mix and its tokens
+    mix_tokens: int = setting(
+        0, "Tokens in the mix; the weights are then shares that sum to 1. 0: the weights are "
+        "repetitions.")
+    max_repeats: float = setting(
+        1.0, "How often a source may be shown to fill its share; more is an error.")
+    tokenizer: str = setting(
+        "bpe:4096", "bpe:N trains N ids on the sources; olmo is OLMo's own; anything else is the "
+        "path of a tokenizer.json.")
+    seed: int = setting(6198, "Seed of the data order and of the initial weights.")  # OLMo's own
+    workers: int = setting(
+        0, "Processes that filter and tokenise, 0 for one a core; the result does not depend on "
+        "it.")
 
     def __post_init__(self):
         check_data_config(self)
@@ -92,8 +107,8 @@ class DataConfig:
 def build_data(config):
     """Build the data of `config` and return its folder; data that is already built is reused.
 
-    The steps are Dolma's (OLMo paper, section 2.2), in this order: read, decontaminate, filter,
-    deduplicate, hold out, tokenise, write shards, mix, write the manifest.
+    The steps are those of Dolma (OLMo paper, section 2.2): read, decontaminate, filter,
+    deduplicate, hold out, tokenise, write shards, mix, and write the manifest.
 
     The folder holds tokenizer.json, the shards (.bin, .index), documents/ (the clean ones),
     held_out/, dropped/ (examples for each rule) and manifest.json (settings, counts, hashes).
@@ -107,8 +122,9 @@ def build_data(config):
         if config.token_files:
             return build_once(stages.folder, write_token_list, config, stages.settings)
 
-        # 1. documents: the lines below only connect generators; a document is read when
-        # store_documents asks for it, and none is read if that stage was finished earlier
+        # 1. Documents. The five lines from `records` to `split` only connect generators: a document
+        # is read when store_documents asks for it, and passes through all of them before the next
+        # one is read. If this stage was finished earlier, nothing is read.
         clean = {}  # source -> the folder of its clean documents
         for source in config.parse_sources():
             funnel = Funnel()  # counts what comes in and what each rule drops
@@ -120,7 +136,8 @@ def build_data(config):
             clean[source.name] = build_once(stages.clean(source), store_documents, split, source,
                                             funnel)
 
-        # 2. tokens: after all sources are clean, as a new tokenizer is trained on all of them
+        # 2. Tokens, when all sources are clean: a new tokenizer is trained on all of them, and
+        # never on held-out text.
         tokenizer = build_once(stages.tokenizer(), write_tokenizer, config, clean)
         shards = {}  # source -> the folder of its shards
         for source in config.parse_sources():
@@ -128,7 +145,7 @@ def build_data(config):
             shards[source.name] = build_once(stages.shards(source), store_shards, encoded,
                                              source.name)
 
-        # 3. the mix: after the tokens, as the sources are weighted by their tokens
+        # 3. The mix, when all sources are tokens: tokens are what their weights count.
         with written_aside(stages.folder) as folder:
             for stage in (*clean.values(), tokenizer, *shards.values()):
                 link_files(stage, folder)
@@ -140,16 +157,23 @@ def build_data(config):
 
 # ---- The batch of any step ----------------------------------------------------------------------
 #
-# The data order is a pure function of the step: no loader has a state. So one saved integer resumes
-# a run, another number of GPUs sees the same batches, and `trace` finds the documents of a step.
+# The data order is a pure function of the step; no loader has a state. The shards are cut into N
+# instances of T tokens, and each epoch takes them in an order of its own, G of them a step:
+#
+#     instance_order    7 2 9   4 0 5   1 8 3   6           N = 10 instances, G = batch_size = 3
+#     step of the epoch   1       2       3     not used
+#
+# So one saved integer resumes a run, another number of GPUs sees the same batches, and `trace`
+# finds the documents of any step, with no log of what was read.
 
 def instance_order(n, seed, epoch):
-    """The order of the n instances in an epoch: uint32 (n,).
+    """The order of the n instances in an epoch: uint32 (n,), as in official OLMo.
 
-    Source: official OLMo, olmo/data/iterable_dataset.py. OLMo-7B has seed 6198 and saw its data
-    somewhat more than once; its second epoch is shuffled with seed + 1.
+    Source: olmo/data/iterable_dataset.py. OLMo-7B's seed is 6198; it saw its data somewhat more
+    than once, and its second epoch is shuffled with seed + 1.
     """
     order = np.arange(n, dtype=np.uint32)  # 4 bytes an instance: OLMo-7B has about 1e9 of them
+    # PCG64 is named, and is not "the default generator": numpy may change its default
     np.random.Generator(np.random.PCG64(seed + epoch)).shuffle(order)
     return order
 
@@ -157,9 +181,9 @@ def instance_order(n, seed, epoch):
 class Batches:
     """The batch of any step: `batches(step, rank, world_size)`; steps count from 1.
 
-    With G = batch_size instances a step, step s of an epoch takes the slice [(s-1)G, sG) of that
-    epoch's instance_order, and rank r takes every world_size-th instance of the slice, from the
-    r-th on. The last N mod G instances of an epoch's order are not used in that epoch.
+    Step s of an epoch takes the slice [(s-1)G, sG) of that epoch's order; rank r takes elements r,
+    r + world_size, r + 2 world_size, ... of the slice. The last N mod G instances of the order
+    are not used in that epoch.
 
     Each epoch's order is computed once, written to `order_dir` and memory-mapped by all ranks.
     Raises UserError for a corpus that is smaller than one batch.
@@ -170,7 +194,7 @@ class Batches:
         self.batch_size = batch_size
         self.seed = seed
         self.order_dir = Path(order_dir)
-        self.orders = {}  # epoch -> its order; one epoch at a time is kept open
+        self.orders = {}  # epoch -> its order, of one epoch at a time
         self.steps_per_epoch = len(shards) // batch_size
         if not self.steps_per_epoch:
             raise UserError(f"batch_size={batch_size}: the corpus has {len(shards)} sequences of "
@@ -183,18 +207,20 @@ class Batches:
         in official OLMo: a window of T tokens has T - 1 targets.
         """
         check_world_size(self.batch_size, world_size)
+        # every world_size-th instance, so that the ranks' parts together are the global batch
         instances = self.instances(step)[rank::world_size]
         tokens = torch.from_numpy(np.stack([self.shards[i] for i in instances]))
         targets = tokens.roll(-1, dims=1)
         loss_mask = torch.ones_like(tokens, dtype=torch.bool)
         loss_mask[:, -1] = False  # roll put the window's first token there
-        # OLMo 1 attends across the documents of a window, and so do we. A document mask starts
-        # here: documents end where tokens == self.shards.eos_token_id, so `ends.cumsum(1) - ends`
-        # numbers them, and a token may see the earlier tokens with its own number.
+        # OLMo 1 attends across the documents in a window, and so do we. A document mask is a change
+        # here: with ends = (tokens == self.shards.eos_token_id).long(), ends.cumsum(1) - ends
+        # numbers the documents of a window, and a token may see its own number alone.
         return {"tokens": tokens, "targets": targets, "loss_mask": loss_mask}
 
     def instances(self, step):
         """The instances of a step's global batch: uint32 (G,)."""
+        # epochs count from 0, steps from 1
         epoch, position = divmod(step - 1, self.steps_per_epoch)
         begin = position * self.batch_size
         return self.order(epoch)[begin:begin + self.batch_size]
@@ -206,6 +232,7 @@ class Batches:
             path = self.order_dir / f"order-n{n}-seed{self.seed}-epoch{epoch}.bin"
             with Lock(self.order_dir / ".lock"):  # the first rank writes it, the others wait
                 if not path.is_file() or path.stat().st_size != 4 * n:
+                    # aside first: a file with its own name is complete
                     aside = path.with_name(path.name + ".tmp")
                     aside.write_bytes(instance_order(n, self.seed, epoch).tobytes())
                     aside.rename(path)
@@ -221,7 +248,7 @@ class Batches:
 
 
 def check_world_size(batch_size, world_size):
-    """Raise UserError, naming the nearest batch size that fits, if the ranks' parts differ."""
+    """Raise UserError if the ranks' parts differ in size; it names the nearest batch size."""
     rest = batch_size % world_size
     if not rest:
         return
@@ -253,10 +280,12 @@ class TokenShards:
             path = folder / shard["file"]
             check_size(path, shard["tokens"] * dtype.itemsize)
             n = shard["tokens"] // seq_len
+            # mapped, not read: the operating system loads the pages that a batch touches
             tokens = np.memmap(path, dtype, "r")[:n * seq_len]
             self.files.append(tokens.reshape(n, seq_len))
             self.tail_tokens += shard["tokens"] % seq_len
-        self.ends = np.cumsum([len(file) for file in self.files])  # of each file, in instances
+        # for each file the number of instances up to its end: finds the file of an instance
+        self.ends = np.cumsum([len(file) for file in self.files])
 
     def __len__(self):
         return int(self.ends[-1])
@@ -264,7 +293,7 @@ class TokenShards:
     def __getitem__(self, instance):
         """The tokens of one instance: int64 (T,)."""
         file, row = self.locate(instance)
-        return self.files[file][row].astype(np.int64)
+        return self.files[file][row].astype(np.int64)  # torch indexes embeddings with int64
 
     def locate(self, instance):
         """Returns (file, row): an instance is row `row` of file number `file`."""
@@ -285,6 +314,7 @@ class TokenShards:
 
 def check_size(path, expected):
     """Raise UserError if a shard is missing or does not have the `expected` number of bytes."""
+    # sizes are checked at every start; hashes are not, as they would read terabytes
     size = path.stat().st_size if path.is_file() else 0
     if size != expected:
         stages = path.parent.parent / "stages"
@@ -293,12 +323,13 @@ def check_size(path, expected):
 
 
 # ---- Clean documents ----------------------------------------------------------------------------
+#
+# Decontamination and the rules look at one document at a time, so worker processes share them.
+# Deduplication must remember what it saw and is one pass in the order of the input: with threads,
+# which copy of a paragraph stays would depend on chance (it does in Dolma's toolkit).
 
 def decontaminate_and_filter(records, config, source, funnel):
-    """Yield the documents that hold no evaluation text and pass the source's rules, in their order.
-
-    Worker processes do it: these two steps look at one document at a time.
-    """
+    """Yield the documents that hold no evaluation text and pass the rules, in their order."""
     sets = evaluation_sets(config, source)
     evaluation_paragraphs(sets)  # subtle: read before workers are forked, so that they inherit it
     work = partial(filter_batch, config=config, source=source, sets=sets)
@@ -315,6 +346,7 @@ def filter_batch(records, config, source, sets):
                "content": CONTENT_SCORERS[config.content_scorer]}
     rules = [rule for rule in source.rules if rule in RULES]
     documents = parse_documents(records, source.name, funnel)
+    # decontamination is first: it must see the text that the rules may edit as it was written
     documents = decontaminate(documents, evaluation_paragraphs(sets), funnel)
     documents = filter_documents(documents, rules, funnel, scorers)
     return list(documents), funnel
@@ -326,7 +358,7 @@ def parse_documents(records, source, funnel):
         try:
             document = as_document(record, source, funnel.notes)
         except UserError as error:
-            funnel.bad_line(str(error))
+            funnel.bad_line(str(error))  # a few bad lines among billions do not stop a build
             continue
         funnel.counts["documents in"] += 1
         funnel.counts["bytes in"] += size_of(document["text"])
@@ -340,6 +372,7 @@ def hold_out(documents, config, source, funnel):
     dropped: measured on it, the model would look better than it is.
     """
     for document in documents:
+        # by a hash of its group: the same side in every build, whatever else is in the source
         held_out = is_held_out(document, config.eval_share)
         if held_out and source.path == "stdlib":
             if document["id"] in leaked_docstrings(config.eval_share):
@@ -349,10 +382,13 @@ def hold_out(documents, config, source, funnel):
 
 
 # ---- Tokens and shards --------------------------------------------------------------------------
+#
+# A shard is a file of token ids without a header, documents one after another with an EOS after
+# each, as the Dolma toolkit and OLMo have it. Training maps it into memory: no parsing, no copies.
 
 def write_tokenizer(folder, config, clean):
     """Save the tokenizer that the config names; bpe:N is trained first."""
-    kind, _, size = config.tokenizer.partition(":")
+    kind, _, size = config.tokenizer.partition(":")  # bpe:4096
     if kind == "bpe":
         tokenizer = train_bpe(sample_texts(clean), int(size))
     else:
@@ -363,7 +399,7 @@ def write_tokenizer(folder, config, clean):
 def sample_texts(clean):
     """Yield the first clean texts of each source, BPE_SAMPLE_CHARS of them: enough for merges."""
     for source, folder in clean.items():
-        room = BPE_SAMPLE_CHARS
+        room = BPE_SAMPLE_CHARS  # for each source: the largest would crowd out the others' words
         for document in stored_documents(folder, source):
             if room <= 0:
                 break
@@ -373,7 +409,7 @@ def sample_texts(clean):
 
 def tokenise(source, clean, tokenizer, workers):
     """Yield (ids, index) of each block of a source's clean documents; worker processes encode."""
-    blocks = blocks_of(clean, source)
+    blocks = blocks_of(clean, source)  # 64 KiB of JSON lines each
     work = partial(encode_block, folder=clean / "documents", source=source,
                    tokenizer_path=tokenizer / "tokenizer.json")
     encoded = ordered_map(work, blocks, workers)
@@ -393,10 +429,10 @@ def encode_block(block, folder, source, tokenizer_path):
     end = 0
     for line, row in enumerate(read_block(folder, source, file, begin)):
         document = json.loads(row)
-        ids = tokenizer.encode_text(document["text"].strip())
+        ids = tokenizer.encode_text(document["text"].strip())  # stripped, as in the toolkit
         start = end
         end = start + len(ids) + 1
-        parts += [ids, eos]  # EOS tells the model where a document ends; OLMo has no BOS
+        parts += [ids, eos]  # EOS parts the documents; OLMo has no BOS
         index.append((start, end, hash_of_id(document["id"]), file, line, begin))
     ids = np.concatenate(parts)
     # subtle: numpy wraps silently when a large id is cast to uint16, so look before the cast
@@ -421,7 +457,8 @@ def write_shards(encoded, folder, name, shard_tokens=SHARD_TOKENS):
     writer = None
     for ids, index in encoded:
         for row in index:
-            document = ids[row["start"]:row["end"]]
+            document = ids[row["start"]:row["end"]]  # its EOS included
+            # a document that is longer than shard_tokens has a shard of its own
             if writer is None or writer.tokens + len(document) > shard_tokens:
                 if writer:
                     shards.append(writer.close())
@@ -432,7 +469,10 @@ def write_shards(encoded, folder, name, shard_tokens=SHARD_TOKENS):
     return shards
 
 
-# ---- The mix and the manifest -------------------------------------------------------------------
+# ---- The mix ------------------------------------------------------------------------------------
+#
+# The mix is a list of shards. A source that is shown twice has its shards in the list twice: no
+# token is copied. Nothing is shuffled here: instance_order shuffles the complete mix in each epoch.
 
 def repetitions(config, folder):
     """{source: how often the mix shows it}, from the weights.
@@ -447,6 +487,7 @@ def repetitions(config, folder):
         tokens = sum(shard["tokens"] for shard in shards_of(folder, name))
         target = share * config.mix_tokens
         repeats[name] = target / tokens
+        # a cap, as in OLMo-core: nobody should repeat a small source without knowing it
         if repeats[name] > config.max_repeats:
             raise UserError(f"sources: {name} holds {tokens:,} tokens; its share of mix_tokens="
                             f"{config.mix_tokens:,}, {target:,.0f} tokens, would show it "
@@ -456,11 +497,7 @@ def repetitions(config, folder):
 
 
 def mix_sources(repeats, folder):
-    """The entries of the mix's shards, source after source, for the manifest.
-
-    No token is copied for a repetition: the mix lists a file several times. Nothing is shuffled
-    here either: instance_order shuffles the complete mix, differently in each epoch.
-    """
+    """The mix, a list of shards: {file, tokens, documents, sha256, source}, source after source."""
     mixed = []
     for source, times in repeats.items():
         shards = repeat_shards(folder, source, times)
@@ -479,7 +516,7 @@ def repeat_shards(folder, source, times):
     """
     shards = shards_of(folder, source)
     repeated = shards * int(times)
-    fraction = times % 1
+    fraction = times % 1  # 2.5 times: all of it twice, then half of its tokens
     if fraction:
         sample = sample_documents(folder, shards, fraction)
         repeated = repeated + write_shards(sample, folder, f"{source}+part")
@@ -521,7 +558,7 @@ def render_chat(messages, tokenizer, reply=False):
     of the answer to be generated.
     """
     ids = [tokenizer.eos_token_id]
-    trained = [False]
+    trained = [False]  # the model learns to answer, not to write the user's part
 
     def add(more, train=False):
         ids.extend(more)
@@ -535,8 +572,8 @@ def render_chat(messages, tokenizer, reply=False):
         add(tokenizer.encode(f"<|{message['role']}|>\n"))
         add(tokenizer.encode(message["content"].strip()), train=is_assistant)
         if is_assistant:
-            add([tokenizer.eos_token_id], train=True)  # so that the model learns to stop
-        if not is_assistant or reply or not is_last:
+            add([tokenizer.eos_token_id], train=True)  # trained: the model must learn to stop
+        if not is_assistant or reply or not is_last:  # no newline after the chat's last EOS
             add(tokenizer.encode("\n"))
     if reply:
         add(tokenizer.encode("<|assistant|>\n"))
@@ -547,7 +584,8 @@ def main(argv):
     if argv and argv[0] in ("trace", "find"):
         from corpus.trace import main as trace_main  # only here: it imports this file
         return trace_main(argv)
-    config, options = load_config(argv, DataConfig, ShowOptions)
+    from train import SCHEMAS  # only here: the keys of train.py, which a config file may hold
+    config, options = load_config(argv, DataConfig, ShowOptions, other=SCHEMAS)
     folder = build_data(config)
     if options.show:
         print_dropped(folder, options.show)

@@ -18,7 +18,7 @@ Paper: OLMo (arXiv 2402.00838), sections 2.4, 4.1 and 4.2; the method is that of
 import math
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -32,12 +32,12 @@ from scaling.checkpoint import run_of, step_directories
 from scaling.ranks import from_rank0, reduce_sum
 from scaling.sharding import evaluating
 from support.cpu import packed_weights
-from support.files import UserError, log_rows, read_json, run_main
+from support.files import UserError, run_main
 from support.models import open_model
-from support.records import (bits_per_byte, domains_table, evaluation_key, pooled, record,
-                             tasks_table, verdict_on)
+from support.records import (bits_per_byte, domains_table, evaluation_key, keys_recorded, pooled,
+                             record, sample_key, tasks_table, verdict_on)
 from support.report import report
-from support.scoring import length_batches, own_batches, score_requests
+from support.scoring import length_batches, own_batches, padded, score_requests
 from support.tasks import documents_at, open_suites
 
 
@@ -47,29 +47,23 @@ from support.tasks import documents_at, open_suites
 class EvalConfig:
     """What is measured, here and in the loop of train.py, and how samples are drawn."""
 
-    # what to evaluate
-    suite: str = setting("domains", "What to evaluate, with commas between: domains is the held-"
-                         "out text of the run's sources.")
-    limit: int = setting(0, "Use at most this many questions of a task, as the paper used 1,000 "
-                         "(drawn with seed 1234); 0 uses all.")
+    # What is measured
+    suite: str = setting("domains", "Suites, with commas between; domains is the held-out text of "
+                         "the run's sources.")
+    limit: int = setting(0, "Questions of a task, drawn with seed 1234; the paper: 1,000; 0: all.")
     metric: Literal["paper", "acc_raw", "acc_per_token", "acc_per_char", "acc_uncond"] = setting(
-        "paper", "How a task's choices are ranked for its main accuracy; paper takes the paper's "
-        "choice for each task.")
-    chat: bool = setting(False, "Ask a task's questions as a user of a tuned model does, in the "
-                         "format of its chats.")
-    subdomain: str = setting("", "The field of a document that names its part of a domain, such "
-                             "as source or subdomain.")
-    # how the forward runs
-    eval_batch_tokens: int = setting(2048, "Tokens of one forward pass of an evaluation.")
+        "paper", "What ranks the choices of a task; paper is the paper's choice for each task.")
+    chat: bool = setting(False, "Ask a task's questions in the chat format of a tuned model.")
+    subdomain: str = setting("", "The field that names a document's part of a domain: source, ...")
+    # The forward
+    eval_batch_tokens: int = setting(2048, "Tokens in one forward pass of an evaluation.")
     eval_dtype: Literal["float32", "bfloat16"] = setting(
         "float32", "Dtype of the forward in eval.py; train.py evaluates in its own dtype.")
-    # the sample
+    # The sample
     prompt: str = setting("class ", "What the sample starts with.")
     max_new_tokens: int = setting(200, "Longest sample in tokens; the context length ends it too.")
-    temperature: float = setting(0.6, "0 takes the likeliest token each time; 1 samples from the "
-                                 "model's own distribution.")
-    top_p: float = setting(0.95, "Sample from the smallest set of tokens that holds this much of "
-                           "the probability.")
+    temperature: float = setting(0.6, "0: the likeliest token; 1: samples as the model predicts.")
+    top_p: float = setting(0.95, "Sample from the likeliest tokens that hold this probability.")
     sample_seed: int = setting(1, "Seed of the sample.")
 
     def __post_init__(self):
@@ -98,40 +92,49 @@ def evaluate(model, tokenizer, suites, config):
     """Measure a model on some suites: {bits_per_byte, sums, tasks, of}, the same on every rank.
 
     bits_per_byte {domain: float}; sums {domain: see evaluate_perplexity}; tasks {task: see
-    task_result}; of [evaluation key of each suite], which names what the numbers depend on. All
-    ranks of a sharded model must call it together. No weight and no mode of the model changes.
+    task_result}; of [evaluation key of each suite]. All ranks of a sharded model must call it
+    together. The model's weights do not change.
     """
     sums = {}
     tasks = {}
-    with evaluating(model):  # no gradient, nothing compiled: each batch has a shape of its own
+    with evaluating(model):  # no gradients; nothing is compiled, as the shapes of batches vary
         for suite in suites:
             # 1. How well does the model predict text? (paper 4.2)
             for name, path in suite.domains.items():
                 domains = documents_at(path, name, config.subdomain)
                 results = evaluate_domains(model, tokenizer, domains, config.eval_batch_tokens)
-                if config.subdomain:
+                if config.subdomain:  # the domain is the sum of its parts
                     sums[name] = pooled(results.values())
                 sums.update(results)
-            # 2. Does it find the right answer more likely than the wrong ones? (paper 4.1)
+            # 2. Does it find the right answer likelier than the wrong ones? (paper 4.1)
             for task in suite.tasks:
                 found = evaluate_task(model, tokenizer, task, config.eval_batch_tokens, config.chat)
                 name = f"{task.name} (chat)" if config.chat else task.name
                 tasks[name] = task_result(found, task.metric)
-    dtype = str(model.compute_dtype or model.wte.weight.dtype).removeprefix("torch.")
-    return {"bits_per_byte": {name: bits_per_byte(found) for name, found in sums.items()},
-            "sums": sums,
-            "tasks": tasks,
-            "of": [evaluation_key(suite, config, dtype) for suite in suites]}
+    # A number means little without what it depends on: the files, the limit, the dtype.
+    dtype = dtype_name(model)
+    return {
+        "bits_per_byte": {name: bits_per_byte(found) for name, found in sums.items()},
+        "sums": sums,
+        "tasks": tasks,
+        "of": [evaluation_key(suite, config, dtype) for suite in suites],
+    }
+
+
+def dtype_name(model):
+    """The dtype in which the model multiplies, such as bfloat16."""
+    dtype = model.compute_dtype or model.wte.weight.dtype
+    return str(dtype).removeprefix("torch.")
 
 
 # ---- Perplexity ----------------------------------------------------------------------------------
 #
-# A language model gives each token a probability; the negative log-likelihood of a text is the sum
-# of -ln p over its tokens, in nats. Perplexity is exp(nats / tokens). It depends on the tokenizer:
-# a larger vocabulary cuts a text into fewer tokens, each of which is harder to predict. So that
-# models with different tokenizers can be compared, Paloma and the paper (4.2) report bits per byte,
-# nats / ln 2 / bytes: the bytes of a text are the same for every model. A model that knows nothing
-# but bytes needs 8.
+# A language model gives each token a probability p. The sum of -ln p over a text, in nats, says how
+# badly the model predicts it. Perplexity is exp(nats / tokens), and depends on the tokenizer: a
+# larger vocabulary cuts a text into fewer tokens, each harder to predict. The bytes of a text are
+# the same for every model. So Paloma and the paper (4.2) compare models by bits per byte,
+#     nats / ln 2 / bytes,
+# which is also how well the model would compress the text: 8 bits is no compression at all.
 
 def evaluate_domains(model, tokenizer, domains, batch_tokens):
     """{domain: sums} for {domain: documents}; a domain without documents is left out."""
@@ -145,45 +148,49 @@ def evaluate_domains(model, tokenizer, domains, batch_tokens):
 
 @torch.no_grad()
 def evaluate_perplexity(model, tokenizer, documents, batch_tokens=2048):
-    """Sums over `documents` ({text, ...}): {documents, tokens, bytes, nats}.
+    """Sums over `documents` ({text, ...}): {documents, tokens, bytes, nats}, over all ranks.
 
-    Documents are never joined: the text of a neighbour would help or disturb (Paloma, guideline 5).
-    `bytes` counts the raw UTF-8 text, before the tokenizer normalises it. `nats` is the total
-    negative log-likelihood. Sums of several sets may be added up: long documents weigh more. Every
-    rank returns the sums of all ranks.
+    They are sums, not means, so that several sets can be added up before nats are divided by bytes.
     """
     sums = {"documents": 0, "tokens": 0, "bytes": 0}
-    nats = 0.0
+    nats = 0.0  # of this rank's share
     windows = []
     for document in documents:
-        ids = tokenizer.encode(document["text"])
+        text = document["text"]
+        ids = tokenizer.encode(text)
         sums["documents"] += 1
         sums["tokens"] += len(ids)
-        sums["bytes"] += len(document["text"].encode())
+        # subtle: bytes of the raw text; the tokenizer's Unicode normalisation may shorten it
+        sums["bytes"] += len(text.encode())
+        # Documents are never joined: a neighbour would be a wrong context (Paloma, guideline 5).
         windows += rolling_windows(ids, tokenizer.eos_token_id, model.config.max_seq_len)
-        if len(windows) > 4096:  # enough to sort by length; the documents need not fit in memory
+        if len(windows) > 4096:  # enough to sort by length; a large set need not fit in memory
             nats += score_windows(model, windows, batch_tokens)
             windows = []
     nats += score_windows(model, windows, batch_tokens)
     total = reduce_sum(torch.tensor(nats, dtype=torch.float64))
-    return {**sums, "nats": total.item()}
+    sums["nats"] = total.item()
+    return sums
 
 
 def rolling_windows(ids, eos_token_id, max_seq_len):
     """[(inputs, targets, scored), ...] over one document; only the last `scored` targets count.
 
-    Every id is scored exactly once. EOS, which precedes every document in the training data, is the
-    context of the first id and is never scored itself.
+    Every id is scored exactly once.
     """
+    # EOS stands before every document in training, so it is the context of the first id here.
+    # It is never a target: whether the model would have ended here is not asked.
     stream = [eos_token_id, *ids]
     windows = []
     for begin in range(0, len(ids), max_seq_len):
         end = min(begin + max_seq_len, len(ids))
-        # subtle: the last window reaches back over ids that are already scored, so that its own
-        # ids have a full context, as in Paloma's official code and lm-eval. Disjoint windows, as
-        # the paper's text has them, would give a long document slightly more nats.
+        # subtle: the last window reaches back over ids that are scored already, so that its own
+        # ids have a full context. Paloma's official code and lm-eval do so too, although the paper
+        # describes disjoint windows, which give long documents slightly more nats.
         left = max(0, end - max_seq_len)
-        windows.append((stream[left:end], stream[left + 1:end + 1], end - begin))
+        inputs = stream[left:end]
+        targets = stream[left + 1:end + 1]
+        windows.append((inputs, targets, end - begin))
     return windows
 
 
@@ -193,7 +200,7 @@ def score_windows(model, windows, batch_tokens):
     batches = length_batches(windows, batch_tokens, lambda window: len(window[0]))
     for batch, counts in own_batches(batches):
         batch_nats = score_batch(model, batch)
-        if counts:
+        if counts:  # false for a batch that only keeps the ranks in step
             nats += batch_nats
     return nats
 
@@ -201,68 +208,72 @@ def score_windows(model, windows, batch_tokens):
 def score_batch(model, windows):
     """Total nats (float) of the scored targets of windows, the longest first, in one forward."""
     device = model.wte.weight.device
-    shape = (len(windows), len(windows[0][0]))
-    tokens = torch.full(shape, model.config.pad_token_id)
-    targets = torch.full(shape, model.config.pad_token_id)
-    loss_mask = torch.zeros(shape, dtype=torch.bool)
-    for row, (inputs, outputs, scored) in enumerate(windows):
-        # Padding on the right is harmless: attention is causal, so that no real token sees it.
-        tokens[row, :len(inputs)] = torch.tensor(inputs)
-        targets[row, :len(inputs)] = torch.tensor(outputs)
-        loss_mask[row, len(inputs) - scored:len(inputs)] = True
-    # The softmax runs over all rows of the embedding, those of no token too (official code: same).
+    pad = model.config.pad_token_id
+    # Padding on the right changes nothing: attention is causal, so no real token sees it.
+    tokens = padded([inputs for inputs, _, _ in windows], pad)  # (B, T)
+    targets = padded([outputs for _, outputs, _ in windows], pad)
+    loss_mask = torch.zeros_like(tokens, dtype=torch.bool)
+    for row, (inputs, _, scored) in enumerate(windows):
+        end = len(inputs)
+        loss_mask[row, end - scored:end] = True
+    # The softmax runs over all rows of the output head, the padding rows of the vocabulary too:
+    # official OLMo, Catwalk and lm-eval do the same, and leaving them out would flatter the model.
     token_losses = model(tokens.to(device), targets=targets.to(device))  # (B, T)
-    summed, _ = next_token_loss(token_losses, loss_mask.to(device))
-    return summed.item()
+    nats, _ = next_token_loss(token_losses, loss_mask.to(device))
+    return nats.item()
 
 
 # ---- Ranked choice -------------------------------------------------------------------------------
 #
-# A small base model cannot be told "answer with A, B, C or D". It can be asked which of some
-# answers it finds likeliest: each choice becomes a request (context, continuation), the model gives
-# each continuation a log-probability, and the question counts as right if the right choice ranks
-# first (paper 2.4, "rank classification").
+# A base model continues text; it has not learned to answer "A" or "B" when asked to. So the tasks
+# are turned round: each choice becomes a request (context, continuation), the model says how likely
+# the continuation is, and a question counts as right if the right choice ranks first. Catwalk calls
+# this rank classification (paper 2.4 and 4.1).
 
 def evaluate_task(model, tokenizer, task, batch_tokens=2048, chat=False):
-    """Sums over a task's questions, the same on every rank.
+    """Sums over a task's questions, the same on every rank; their names are explained below.
 
-    {questions; correct: {metric: how many}; by_guessing: how many are right by chance; gold_nats,
-    gold_bytes, gold_greedy: of the right continuations; too_long: how many of those exceed the
-    model's context and are left out; requests; cut: how many requests lost their beginning}.
-    acc_uncond is among the metrics if every question has unconditional requests. Raises UserError
-    for scores that are not finite.
+    Raises UserError for scores that are not finite.
     """
-    # 1. Questions become encoded requests.
-    def encode(pairs):
-        return [encode_request(pair, tokenizer, model.config.max_seq_len, chat) for pair in pairs]
-    choices = [encode(question.choices) for question in task.questions]
-    unconditional = [encode(question.unconditional) for question in task.questions]
-    groups = choices + unconditional
+    # 1. A question becomes a group of encoded requests; its unconditional requests another one.
+    groups = [question.choices for question in task.questions]
+    groups += [question.unconditional for question in task.questions]  # the same n, maybe empty
+    encoded = []
+    for group in groups:
+        encoded.append(encode_group(group, tokenizer, model.config.max_seq_len, chat))
 
-    # 2. Each request gets a score. This is score_request, below, for all of them at once.
-    scores = score_requests(model, groups, batch_tokens)  # (N, 2)
+    # 2. Each request gets a score: `score_request` below, computed for all of them together.
+    scores = score_requests(model, encoded, batch_tokens)  # (N, 2)
     if not scores.isfinite().all():
         raise UserError(f"{task.name}: the model's scores are not finite; its weights are damaged "
-                        "or training diverged; evaluate an earlier step")
-    scores = scores.split([len(group) for group in groups])  # one (choices, 2) for each group
+                        "or its training diverged: evaluate an earlier step")
 
-    # 3. Scores become rankings, and rankings accuracies.
-    sums = {"questions": len(task.questions), "correct": Counter(), "by_guessing": 0.0,
-            "gold_nats": 0.0, "gold_bytes": 0, "gold_greedy": 0, "too_long": 0,
-            "requests": sum(len(group) for group in groups),
-            "cut": sum(count_cut(group) for group in groups)}
+    # 3. The scores of a question become rankings, and all rankings accuracies.
+    n = len(task.questions)
+    sums = {
+        "questions": n,
+        "correct": Counter(),  # {metric: how many questions rank the right choice first}
+        "by_guessing": 0.0,  # how many a random choice would get right on average
+        "gold_nats": 0.0,  # of the right continuations: the summed -ln p,
+        "gold_bytes": 0,  # the bytes,
+        "gold_greedy": 0,  # and how many the model would have said by itself
+        "too_long": 0,  # how many of them exceed the context; the three sums leave them out
+        "requests": len(scores),
+        "cut": 0,  # how many requests exceed the context and lost their beginning
+    }
+    for group in encoded:
+        sums["cut"] += sum(request.cut > 0 for request in group)
+    scores = scores.split([len(group) for group in groups])  # one (choices, 2) for each group
     has_unconditional = all(question.unconditional for question in task.questions)
     for i, question in enumerate(task.questions):
-        count_gold(sums, question, choices[i], scores[i], chat)
-        without = None
-        if has_unconditional:
-            without = scores[len(task.questions) + i][:, 0].tolist()
-        token_counts = [request.scored for request in choices[i]]
-        ranked = rankings(question, scores[i][:, 0].tolist(), token_counts, without)
-        for metric, values in ranked.items():
-            best = values.index(max(values))  # the first of several equal ones
-            sums["correct"][metric] += best == question.label
-    return {**sums, "correct": dict(sums["correct"])}
+        count_gold(sums, question, encoded[i], scores[i], chat)
+        log_probs = scores[i][:, 0].tolist()
+        token_counts = [request.scored for request in encoded[i]]
+        unconditional = scores[n + i][:, 0].tolist() if has_unconditional else None
+        ranked = rankings(question, log_probs, token_counts, unconditional)
+        count_correct(sums, question, ranked)
+    sums["correct"] = dict(sums["correct"])
+    return sums
 
 
 class Encoded(NamedTuple):
@@ -270,61 +281,64 @@ class Encoded(NamedTuple):
 
     ids: list
     scored: int
-    cut: int  # how many ids were cut off on the left, as they exceed the model's context
+    cut: int  # how many ids were cut off on the left, because the model's context is shorter
     complete: bool  # whether all of the continuation is scored
+
+
+def encode_group(group, tokenizer, max_seq_len, chat=False):
+    return [encode_request(request, tokenizer, max_seq_len, chat) for request in group]
 
 
 def encode_request(request, tokenizer, max_seq_len, chat=False):
     """The Encoded of a pair of texts (context, continuation).
 
-    Each is encoded separately, as in Catwalk, so that the choices of a question share their context
-    to the token. No BOS precedes them: OLMo has none. An empty context becomes EOS. Too long a
-    request is cut on the left. chat: the context is a user's message and the continuation is the
-    answer, without the space before it, as in tuning.
+    chat: the context becomes a user's message, and the continuation the assistant's answer.
     """
     context, continuation = request
     if chat:
         before, _ = render_chat([{"role": "user", "content": context}], tokenizer, reply=True)
     else:
+        # OLMo has no BOS, so nothing precedes a context; an empty one needs an id to predict from.
         before = tokenizer.encode(context) or [tokenizer.eos_token_id]
+    # The two are encoded separately, as in Catwalk: no token can reach over the border, and all
+    # choices of a question have the very same context.
     after = tokenizer.encode(scored_text(continuation, chat))
     ids = before + after
-    kept = ids[-max_seq_len - 1:]  # one more than the context: the last id is only predicted
+    # Too long a request is cut on the left, where it matters least. One id more than the context
+    # length is kept, because the last id is predicted and never read.
+    kept = ids[-max_seq_len - 1:]
     scored = min(len(after), len(kept) - 1)
-    return Encoded(kept, scored, cut=len(ids) - len(kept), complete=scored == len(after))
+    return Encoded(kept, scored, len(ids) - len(kept), scored == len(after))
 
 
 def scored_text(continuation, chat):
+    """Continuations begin with a space, which an assistant's answer does not."""
     return continuation.strip() if chat else continuation
 
 
 @torch.no_grad()
 def score_request(model, request):
     """(log_prob, likeliest) of one Encoded: ln p(continuation | context) in nats, and how many of
-    the continuation's ids are the ones that the model itself finds likeliest.
+    the continuation's ids are the ones that the model finds likeliest.
 
     This slow version says what is computed. `score_requests` (support/scoring.py) returns the same
-    for all requests of a task; there the choices of a question share one forward.
+    for many requests, faster: the choices of a question share the forward of their context.
     """
     ids = torch.tensor(request.ids, device=model.wte.weight.device)
-    logits = at_least_float32(model(ids[None, :-1])[0])  # (T, V): position i predicts ids[i + 1]
-    logits = logits[len(logits) - request.scored:]
-    targets = ids[len(ids) - request.scored:]
-    log_probs = logits.log_softmax(-1).gather(1, targets[:, None])
-    likeliest = logits.argmax(-1) == targets
+    inputs = ids[None, :-1]
+    logits = at_least_float32(model(inputs)[0])  # (T, V); row i predicts ids[i + 1]
+    first = len(logits) - request.scored  # the context's own tokens are not scored
+    targets = ids[first + 1:]
+    log_probs = logits[first:].log_softmax(-1)
+    log_probs = log_probs.gather(1, targets[:, None])  # those of the targets
+    likeliest = logits[first:].argmax(-1) == targets
     return log_probs.sum().item(), likeliest.sum().item()
 
 
-def count_cut(group):
-    return sum(request.cut > 0 for request in group)
-
-
 def count_gold(sums, question, choices, scores, chat):
-    """Add what is known of a question's right answer: its nats and bytes, and whether the model
-    would have said it by itself, greedily."""
+    """Add the right continuation, as text that is predicted: a smoother measure than accuracy."""
     gold = choices[question.label]
     log_prob, likeliest = scores[question.label].tolist()
-    sums["by_guessing"] += 1 / len(choices)
     if not gold.complete:
         sums["too_long"] += 1
         return
@@ -334,67 +348,84 @@ def count_gold(sums, question, choices, scores, chat):
     sums["gold_greedy"] += likeliest == gold.scored
 
 
-def rankings(question, log_probs, token_counts, unconditional):
-    """{metric: [score of each choice]}; the highest score ranks first.
+def count_correct(sums, question, ranked):
+    """Add whether the right choice ranks first, by each metric of `rankings`."""
+    sums["by_guessing"] += 1 / len(question.choices)
+    for metric, values in ranked.items():
+        best = values.index(max(values))  # the first of several equal ones, as numpy's argmax
+        sums["correct"][metric] += best == question.label
 
-    Why four: a longer answer has a lower probability, as each token multiplies it by something
-    below 1, and a common phrase has a higher one, whatever was asked. Each metric corrects for
-    something else; the paper takes one per task (support/tasks.py, PAPER_METRIC).
+
+def rankings(question, log_probs, token_counts, unconditional):
+    """{metric: [value of each choice]}; the highest value ranks first.
+
+    unconditional: the log-probabilities of the choices without the question, or None.
+
+    Why four metrics? A longer answer is less likely, as every token multiplies its probability by
+    less than 1; and a common phrase is likely whatever the question. Each metric corrects for
+    something else. The paper uses one for each task (4.1; PAPER_METRIC in support/tasks.py).
     """
-    texts = [continuation for _, continuation in question.choices]
-    pairs = list(zip(log_probs, token_counts, texts, strict=True))
-    scores = {
-        # as it is: fair if the choices have one length, such as yes and no
-        "acc_raw": log_probs,
-        # per token: for answers of different length; depends on the tokenizer
-        "acc_per_token": [log_prob / max(1, count) for log_prob, count, _ in pairs],
-        # per character, the leading space included (Catwalk; lm-eval leaves it out)
-        "acc_per_char": [log_prob / max(1, len(text)) for log_prob, _, text in pairs]}
+    ranked = {"acc_raw": [], "acc_per_token": [], "acc_per_char": []}
+    for i, (_, continuation) in enumerate(question.choices):
+        # Uncorrected: fair where the choices are equally long, such as yes and no
+        ranked["acc_raw"].append(log_probs[i])
+        # The mean over tokens: fair to long answers, but it depends on the tokenizer
+        ranked["acc_per_token"].append(log_probs[i] / max(1, token_counts[i]))
+        # The mean over characters does not. The leading space counts, as in Catwalk; lm-eval's
+        # acc_norm leaves it out.
+        ranked["acc_per_char"].append(log_probs[i] / max(1, len(continuation)))
     if unconditional:
-        # how much likelier the question makes it: ln p(answer | question) - ln p(answer | nothing),
-        # the pointwise mutual information. A difference: official OLMo's later code divides.
-        scores["acc_uncond"] = [log_prob - without for log_prob, without
-                                in zip(log_probs, unconditional, strict=True)]
-    return scores
+        # How much likelier the question makes the answer: ln p(answer | question) - ln p(answer |
+        # "Answer:"), their pointwise mutual information. Official OLMo's later code divides the
+        # two, which ranks the other way round.
+        ranked["acc_uncond"] = [log_probs[i] - unconditional[i] for i in range(len(log_probs))]
+    return ranked
 
 
 def task_result(sums, metric):
-    """What is reported of a task's sums, accuracies between 0 and 1.
+    """What is reported of a task's sums: {metric, accuracy, chance, stderr, centred, the accuracy
+    by each metric, bits_per_byte, greedy, and the sums}; shares between 0 and 1.
 
-    accuracy by `metric`, its standard error, chance, and centred: 0 for guessing, 1 for all right.
-    A set without choices has only bits_per_byte (of the right continuations) and greedy (the share
-    of them that the model would have said by itself).
+    A set without choices has only bits_per_byte and greedy, of the right continuations.
     """
     n = max(1, sums["questions"])
-    gold = {"nats": sums["gold_nats"], "bytes": sums["gold_bytes"]}
-    result = {"bits_per_byte": bits_per_byte(gold), "greedy": sums["gold_greedy"] / n, **sums}
+    result = {}
     chance = sums["by_guessing"] / n
-    if chance == 1:
-        return result
-    accuracy = sums["correct"][metric] / n
-    return {"metric": metric, "accuracy": accuracy, "chance": chance,
-            "stderr": math.sqrt(accuracy * (1 - accuracy) / max(1, n - 1)),
-            "centred": (accuracy - chance) / (1 - chance),
-            **{name: right / n for name, right in sums["correct"].items()}, **result}
+    if chance < 1:
+        accuracy = sums["correct"][metric] / n
+        variance = accuracy * (1 - accuracy) / max(1, n - 1)
+        result["metric"] = metric
+        result["accuracy"] = accuracy
+        result["chance"] = chance
+        result["stderr"] = math.sqrt(variance)  # 2 points for 500 questions
+        result["centred"] = (accuracy - chance) / (1 - chance)  # 0 for guessing, 1 for all right
+        for name, right in sums["correct"].items():
+            result[name] = right / n
+    gold = {"nats": sums["gold_nats"], "bytes": sums["gold_bytes"]}
+    result["bits_per_byte"] = bits_per_byte(gold)
+    result["greedy"] = sums["gold_greedy"] / n
+    return result | sums
 
 
 # ---- Samples -------------------------------------------------------------------------------------
 
 def sample_text(model, tokenizer, config):
-    """The prompt and the model's continuation of it, as text; all ranks draw the same.
+    """The prompt and the model's continuation of it, as text; all ranks return the same.
 
     Raises UserError for a prompt that fills the context.
     """
-    # A sample starts after EOS, as each document does in training.
-    ids = [tokenizer.eos_token_id, *tokenizer.encode(config.prompt)]
+    eos = tokenizer.eos_token_id
+    ids = [eos, *tokenizer.encode(config.prompt)]  # as a document begins in training
     try:
         with evaluating(model), packed_weights(model):
             [new] = generate(model, [ids], config.max_new_tokens, config.temperature, config.top_p,
-                             stop_ids=(tokenizer.eos_token_id,), seed=config.sample_seed,
-                             sync=from_rank0)  # ranks may round differently; rank 0 decides
+                             stop_ids=(eos,), seed=config.sample_seed, sync=from_rank0)
     except ValueError as error:
         raise UserError(f"prompt: {error}") from None
-    return config.prompt + tokenizer.decode(i for i in new if i != tokenizer.eos_token_id)
+    if new and new[-1] == eos:
+        new = new[:-1]
+    # The prompt is shown as the user wrote it, before the tokenizer's Unicode normalisation.
+    return config.prompt + tokenizer.decode(new)
 
 
 # ---- Commands ------------------------------------------------------------------------------------
@@ -405,37 +436,40 @@ def evaluate_and_record(run, model, tokenizer, state, suites, config):
         began = time.monotonic()
         results = evaluate(model, tokenizer, [suite], config)
         [key] = results.pop("of")
+        if suite.tasks:
+            print(tasks_table(results["tasks"]))
+        else:
+            print(domains_table(results["sums"]))
+        # A number is only as good as the data is clean: was the suite in the training data?
         verdict, said = verdict_on(suite, key, run, state)
-        print(tasks_table(results["tasks"]) if suite.tasks else domains_table(results["sums"]))
         print(f"{suite.name}: {said}\n")
-        if state:  # a run of ours; a Hugging Face directory is left alone
+        if state:  # a step of a run; a Hugging Face directory is left alone
+            seconds = round(time.monotonic() - began, 1)
             record(run, "eval", state, of=key, decontaminated=verdict, said=said, **results,
-                   seconds=round(time.monotonic() - began, 1))
+                   seconds=seconds)
 
 
 def evaluate_every_checkpoint(run, suites, config):
-    """Evaluate each complete step of a run and draw a sample from it.
+    """Evaluate every complete step of a run and draw a sample from it.
 
-    What eval.jsonl already has, for the same weights and the same key, is skipped.
+    What eval.jsonl has already, for the same weights and an equal key, is skipped.
     """
-    keys = [evaluation_key(suite, config, config.eval_dtype) for suite in suites]
-    sample_key = {name: asdict(config)[name] for name in (
-        "prompt", "max_new_tokens", "temperature", "top_p", "sample_seed", "eval_dtype")}
     for step in step_directories(run):
         try:
-            weights = read_json(step / "state.json").get("sha256")
-            rows = log_rows(run, "eval.jsonl")
-            done = [row.get("of") for row in rows if row.get("weights") == weights]
-            missing = [suite for suite, key in zip(suites, keys, strict=True) if key not in done]
-            if not missing and sample_key in done:
+            done = keys_recorded(run, step)
+            missing = []
+            for suite in suites:
+                if evaluation_key(suite, config, config.eval_dtype) not in done:
+                    missing.append(suite)
+            if not missing and sample_key(config) in done:
                 print(f"{step}: done already")
                 continue
             print(f"{step}:")
             model, tokenizer, state = open_model(step, config)
             evaluate_and_record(run, model, tokenizer, state, missing, config)
-            if sample_key not in done:
+            if sample_key(config) not in done:
                 text = sample_text(model, tokenizer, config)
-                record(run, "sample", state, of=sample_key, text=text)
+                record(run, "sample", state, of=sample_key(config), text=text)
         except UserError as error:  # a damaged step does not stop the others
             warn(f"{error}; the other steps are evaluated")
     print(f"the numbers are in {run / 'eval.jsonl'}; python eval.py report {run} draws them")
@@ -463,7 +497,7 @@ def main(argv):
         return
 
     run = runs[0]
-    if not any((run / name).is_file() for name in ("config.json", "model.pt")):
+    if not (run / "config.json").is_file() and not (run / "model.pt").is_file():
         raise UserError(f"{run}: no model here; train.py configs/tiny.py makes runs/tiny")
     if verb == "sample":
         model, tokenizer, _ = open_model(paths[0], config)
@@ -472,7 +506,7 @@ def main(argv):
         return
     if what.every_checkpoint and not step_directories(run):
         raise UserError(f"{run}: --every_checkpoint needs a run with step directories")
-    suites = open_suites(config, lambda: held_out_of(run))
+    suites = open_suites(config, lambda: held_out_of(run))  # reads every file once: faults show now
     if what.every_checkpoint:
         evaluate_every_checkpoint(run, suites, config)
         return

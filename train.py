@@ -113,6 +113,10 @@ class TrainConfig:
             raise UserError(f"beta1={self.beta1} and beta2={self.beta2} must be below 1")
 
 
+# Their keys may stand in a config file.
+SCHEMAS = (ModelConfig, DataConfig, EvalConfig, TrainConfig, PlanConfig)
+
+
 # ---- The story -----------------------------------------------------------------------------------
 
 def train(model_config, data_config, eval_config, config):
@@ -423,12 +427,10 @@ def main(argv):
     wants_help = {"-h", "--help"} & set(argv)
     if all(word.startswith("-") for word in argv) and not wants_help:
         raise UserError("name a config file (python train.py configs/tiny.py) or --resume=RUN")
-    schemas = (ModelConfig, DataConfig, EvalConfig, TrainConfig, PlanConfig)
-    *configs, plan = load_config(argv, *schemas)
+    model_config, data_config, eval_config, config, plan = load_config(argv, *SCHEMAS)
     if not plan.plan:
-        return train(*configs)
+        return train(model_config, data_config, eval_config, config)
     if os.environ.get("RANK", "0") == "0":
-        model_config, _, _, config = configs
         print_plan(model_config, config, plan)
     return 0
 

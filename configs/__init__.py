@@ -1,8 +1,9 @@
 """The one config loader: defaults < config files, left to right < --key=value.
 
-A config file is flat assignments of plain values, `lr = 3e-3  # why`, and nothing else: it is
-parsed, never run. A run's saved `config.json` serves as a config file too. Which keys exist, their
-types, their defaults and the sentences of --help stand in frozen dataclasses that the modules own.
+A config file holds flat assignments of plain values, `lr = 3e-3  # why`, and nothing else. It is
+parsed and never run, so that a config from a stranger is harmless. A run's saved config.json can
+be used as a config file too. The keys are the fields of frozen dataclasses, the schemas; each is
+defined in the module that uses it.
 """
 
 import ast
@@ -12,71 +13,98 @@ import inspect
 import itertools
 import json
 import sys
-import typing
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 from support.files import UserError
 
-HOUSE = Path(__file__).resolve().parent.parent
-
-PARTS = ("corpus", "scaling", "support")
-ROOMS = ("model.py", "data.py", "eval.py", "train.py", "adapt.py", "scaling/plan.py")
+ROOT = Path(__file__).resolve().parent.parent  # the repository
 
 
 def setting(default, help):
-    """A field of a config dataclass: its default, and the sentence that --help prints."""
-    if isinstance(default, dict | list):  # a fresh copy for each instance
-        return dataclasses.field(default_factory=lambda: type(default)(default),
-                                 metadata={"help": help})
-    return dataclasses.field(default=default, metadata={"help": help})
+    """A field of a schema: its default and the sentence that --help prints."""
+    metadata = {"help": help}
+    if isinstance(default, dict | list):  # each instance gets its own copy
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
-def load_config(argv, *schemas):
-    """Read `argv`, config files and --key=value words, into one frozen instance of each schema.
+def load_config(argv, *schemas, other=()):
+    """Read the words of a command line, config files and options, into one instance per schema.
 
-    Raises UserError for an unknown key (with the nearest name), a wrong type or a missing file.
-    --help prints every field with its type, default and sentence, and exits.
+    A later file overrides an earlier one, and an option overrides every file. `other` are schemas
+    of other commands: a config file may hold their keys, because one file serves every command.
+    Returns the instances as a tuple. --help prints every key and exits.
+    Raises UserError for an unknown key, a wrong type, a missing file or code in a file.
     """
     if "--help" in argv or "-h" in argv:
-        print(help_text(*schemas))
+        print(help_text(schemas))
         sys.exit(0)
-    fields = {field.name: field for schema in schemas for field in dataclasses.fields(schema)}
-    assert len(fields) == sum(len(dataclasses.fields(s)) for s in schemas), "a key in two schemas"
+    fields = fields_of(schemas)
+    known = set(fields) | set(fields_of(other))
+
     values = {}
     for word in argv:
         if not word.startswith("-"):
-            values.update(read_config_file(Path(word), fields))
-    for word in argv:
+            values.update(read_config_file(Path(word), fields, known))
+    for word in argv:  # after all files: the place of an option among the words does not matter
         if word.startswith("-"):
-            values.update(read_option(word, fields))
-    return tuple(schema(**{field.name: values[field.name] for field in dataclasses.fields(schema)
-                           if field.name in values}) for schema in schemas)
+            key, value = read_option(word, fields, known)
+            values[key] = value
+
+    configs = []
+    for schema in schemas:
+        own = {name: values[name] for name in fields_of([schema]) if name in values}
+        configs.append(schema(**own))  # a schema may check its values in __post_init__
+    return tuple(configs)
 
 
-def read_config_file(path, fields):
-    """The values that a config file, or a run's saved config.json, gives to `fields`."""
+def fields_of(schemas):
+    """Returns {key: dataclass field} of all schemas. A key must belong to one schema only."""
+    fields = {}
+    for schema in schemas:
+        for field in dataclasses.fields(schema):
+            assert field.name not in fields, f"{field.name}: a key of two schemas"
+            fields[field.name] = field
+    return fields
+
+
+# ---- Config files --------------------------------------------------------------------------------
+
+def read_config_file(path, fields, known):
+    """Returns {key: value} for the keys of `fields` that a config file or a config.json sets."""
     if not path.is_file():
-        raise UserError(f"{path}: no such config file; those that come along lie in configs/")
+        raise UserError(f"{path}: no such config file; configs/ holds those that come with nanOLMo")
     if path.suffix == ".json":
-        try:
-            saved = dict(json.loads(path.read_text()))
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{path}: not valid JSON of an object ({error})") from None
-        return {key: checked(fields[key], value, f"{path}: ") for key, value in saved.items()
-                if key in fields}
-    values, known = {}, None
+        return read_saved_config(path, fields)
+    values = {}
     for line, key, value in read_assignments(path):
+        place = f"{path}:{line}: "
         if key in fields:
-            values[key] = checked(fields[key], value, f"{path}:{line}: ")
-            continue
-        known = known or house_keys()  # read once, and only where a key of another room comes
-        if key not in known:  # one file serves every command: another room's key is fine
-            raise unknown_key(key, known, f"{path}:{line}: ")
+            values[key] = checked(fields[key], value, place)
+        elif key not in known:
+            raise unknown_key(key, known, place)
+    return values
+
+
+def read_saved_config(path, fields):
+    """The same for a run's config.json. It may be of another version: unknown keys are ignored."""
+    try:
+        saved = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: not a JSON object ({error})") from None
+    values = {}
+    for key, value in saved.items():
+        if key in fields:
+            values[key] = checked(fields[key], value, f"{path}: ")
     return values
 
 
 def read_assignments(path):
-    """(line, key, value) of every assignment; anything but `key = literal` is an error."""
+    """Yields (line number, key, value) of each assignment in a config file.
+
+    The file is parsed, and each value must be a literal; any other code is a UserError.
+    """
     try:
         statements = ast.parse(path.read_text(), str(path)).body
     except SyntaxError as error:
@@ -88,76 +116,102 @@ def read_assignments(path):
             continue  # the docstring
         try:
             [target] = statement.targets
-            yield statement.lineno, target.id, ast.literal_eval(statement.value)
+            value = ast.literal_eval(statement.value)  # numbers, strings, dicts: never a call
+            yield statement.lineno, target.id, value
         except (AttributeError, ValueError, TypeError):
             raise UserError(f"{path}:{statement.lineno}: a config file holds only lines of the "
-                            "form `key = value`, with a plain value") from None
+                            "form `key = value`, and the value must be a literal") from None
 
 
-def read_option(word, fields):
-    """One --key=value word of the command line; --flag alone means true."""
-    key, equals, text = word.removeprefix("--").partition("=")
+# ---- Options -------------------------------------------------------------------------------------
+
+def read_option(word, fields, known):
+    """Returns (key, value) of a --key=value word; --key alone sets a flag to true."""
     if not word.startswith("--"):
-        raise UserError(f"{word}: an option is written --key=value")
+        raise UserError(f"{word}: options have the form --key=value")
+    key, equals, text = word[2:].partition("=")
+    if key not in fields and key in known:
+        raise UserError(f"--{key}: this command does not use {key}; --help lists the keys it uses")
     if key not in fields:
-        if key in house_keys():
-            raise UserError(f"--{key}: this command does not use {key}; --help lists its keys")
         raise unknown_key(key, fields, "--")
     kind = fields[key].type
-    if not equals and kind in (int, float, str):
-        raise UserError(f"--{key}: {key} needs a value, --{key}=...")
-    return {key: checked(fields[key], parse(kind, text if equals else "true"), "--")}
+    if not equals:
+        if kind in (int, float, str):
+            raise UserError(f"--{key}: the value is missing; write --{key}=VALUE")
+        text = "true"
+    return key, checked(fields[key], parse(text, kind), "--")
 
 
-def parse(kind, text):
-    """`text` read as `kind`, or left as it is where it does not read so: `checked` then says it."""
+def parse(text, kind):
+    """Returns the text as a value of `kind`, or unchanged: then checked() reports it."""
     try:
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
         if kind in (int, float):
             return kind(text)
-        if typing.get_origin(kind) is dict:
+        if get_origin(kind) is dict:
             return ast.literal_eval(text)
     except (KeyError, ValueError, SyntaxError, TypeError):
         return text
-    return text.lower() if typing.get_origin(kind) is typing.Literal else text
+    if get_origin(kind) is Literal:
+        return text.lower()
+    return text
 
+
+# ---- Checks --------------------------------------------------------------------------------------
 
 def checked(field, value, place):
-    """`value` if it has the field's type; an int is accepted for a float. Raises UserError."""
+    """Returns the value if it has the field's type. `place` begins the error's message."""
     kind = field.type
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int:  # lr = 1
         return float(value)
-    if typing.get_origin(kind) is typing.Literal:
-        value = str(value).lower() if type(value) is bool else value  # compile = True
-        if value in typing.get_args(kind):
-            return value
-        wanted = "one of " + ", ".join(map(str, typing.get_args(kind)))
-    elif typing.get_origin(kind) is dict and type(value) is dict:
-        _, wanted = typing.get_args(kind)
-        if all(type(key) is str and isinstance(entry, wanted) for key, entry in value.items()):
-            return value
-        wanted = f"names, each with a {getattr(wanted, '__name__', wanted)}"
-    elif type(value) is kind:
+    if get_origin(kind) is Literal and type(value) is bool:  # compile = True
+        value = str(value).lower()
+    if has_type(value, kind):
         return value
-    else:
-        wanted = f"{type_name(kind)}, not {type(value).__name__}"
-    raise UserError(f"{place}{field.name}={value}: {field.name} takes {wanted}")
+    given = value if get_origin(kind) is Literal else type(value).__name__
+    raise UserError(f"{place}{field.name}={value}: {field.name} takes {type_name(kind)}, "
+                    f"not {given}")
+
+
+def has_type(value, kind):
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is dict:
+        _, entry_kind = get_args(kind)
+        return type(value) is dict and all(type(key) is str and isinstance(entry, entry_kind)
+                                           for key, entry in value.items())
+    return type(value) is kind  # not isinstance: in Python True is an int
+
+
+def type_name(kind):
+    """The type as messages and --help show it: int, linear|cosine, dict[str, float]."""
+    if get_origin(kind) is Literal:
+        return "|".join(map(str, get_args(kind)))
+    if get_origin(kind) is dict:
+        return str(kind)
+    return kind.__name__
 
 
 def unknown_key(key, known, place):
     near = difflib.get_close_matches(key, known, n=1)
-    hint = f"; did you mean {near[0]}?" if near else "; --help lists the keys"
-    return UserError(f"{place}{key}: unknown key{hint}")
+    hint = f"did you mean {near[0]}?" if near else "--help lists the keys"
+    return UserError(f"{place}{key}: unknown key; {hint}")
 
 
-def house_keys():
-    """Every key of every room's config class, read from the sources without importing them."""
-    rooms = [HOUSE / room for room in ROOMS if (HOUSE / room).is_file()]
-    classes = [node for room in rooms for node in ast.parse(room.read_text()).body
-               if isinstance(node, ast.ClassDef) and node.name.endswith("Config")]
-    return {item.target.id for node in classes for item in node.body
-            if isinstance(item, ast.AnnAssign)}
+# ---- Output --------------------------------------------------------------------------------------
+
+def help_text(schemas):
+    """The command's docstring, then every key with its default, type and sentence."""
+    lines = [(sys.modules["__main__"].__doc__ or "").strip()]
+    for schema in schemas:
+        lines += ["", f"{schema.__name__}: {inspect.getdoc(schema)}"]
+        default = schema()
+        for field in dataclasses.fields(schema):
+            value = getattr(default, field.name)
+            lines.append(f"  --{field.name}={value}  ({type_name(field.type)})")
+            lines.append(f"      {field.metadata.get('help') or sentences(schema)[field.name]}")
+    return "\n".join(lines)
 
 
 def sentences(schema):
@@ -168,25 +222,9 @@ def sentences(schema):
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)}
 
 
-def type_name(kind):
-    if typing.get_origin(kind) is typing.Literal:
-        return "|".join(map(str, typing.get_args(kind)))
-    return (typing.get_origin(kind) or kind).__name__
-
-
-def help_text(*schemas):
-    lines = [(sys.modules["__main__"].__doc__ or "").strip()]
-    for schema in schemas:
-        about = sentences(schema)
-        lines += ["", f"{schema.__name__}: {inspect.getdoc(schema)}"]
-        for field in dataclasses.fields(schema):
-            default = (field.default if field.default is not dataclasses.MISSING
-                       else field.default_factory())
-            lines += [f"  --{field.name}={default}  ({type_name(field.type)})",
-                      f"      {field.metadata.get('help') or about[field.name]}"]
-    return "\n".join(lines)
-
-
 def flat(*configs):
-    """{key: value} of several configs, as config.json holds it."""
-    return {key: value for config in configs for key, value in dataclasses.asdict(config).items()}
+    """Returns {key: value} of several configs, as config.json holds it."""
+    merged = {}
+    for config in configs:
+        merged.update(dataclasses.asdict(config))
+    return merged

@@ -1,32 +1,12 @@
-"""OLMo-1B after olmo_1b_sft.py, on UltraFeedback; after the card of hamishivi/OLMo-1B-0724."""
+"""OLMo-1B-SFT learns preferences: olmo_7b_dpo.py with the settings of a 1B model.
 
-# what is tuned, and on what
-method = "dpo"
+    torchrun ... adapt.py configs/olmo_7b_dpo.py configs/olmo_1b_dpo.py
+
+This file names what differs from olmo_7b_dpo.py. The paper tunes no 1B model. Batch, epochs and
+beta are those of the model card of hamishivi/OLMo-1B-0724; the learning rate is that of OLMo-7B.
+"""
+
 start_from = "runs/olmo_1b_sft"
-train_data = "ultrafeedback/train_prefs.jsonl"  # allenai/ultrafeedback_binarized_cleaned
-eval_data = "ultrafeedback/test_prefs.jsonl"
-faulty = "skip"  # some of its pairs are the same answer twice
-beta = 0.1
-
-# the run: card (batch, epochs, beta); the rate is that of OLMo-7B
 run_dir = "runs/olmo_1b_dpo"
-dtype = "bfloat16"
-epochs = 3
-batch_size = 32  # pairs
 micro_batch_size = 4
-lr = 5e-7
-min_lr = 0.0
-warmup_share = 0.1
-schedule = "linear"
-weight_decay = 0.0
-grad_clip = 0.0
-beta1 = 0.9
-beta2 = 0.999  # AdamW as PyTorch has it
-eps = 1e-8
-suite = "mmlu"
-chat = True
-eval_batch_tokens = 8192
-eval_every_steps = 1000
-save_every_steps = 500
-max_new_tokens = 512
-watts = 400.0  # of an A100 where its meter cannot be read
+activation_checkpointing = "none"

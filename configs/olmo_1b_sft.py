@@ -1,31 +1,14 @@
-"""OLMo-1B, tuned on Tulu 2: after the card of hamishivi/OLMo-1B-0724-SFT-hf; the paper has none."""
+"""OLMo-1B learns to answer: olmo_7b_sft.py with the settings of a 1B model.
 
-# what is tuned, and on what
-method = "sft"
+    torchrun ... adapt.py configs/olmo_7b_sft.py configs/olmo_1b_sft.py
+
+This file names what differs from olmo_7b_sft.py. The paper tunes no 1B model; the settings are
+those of the model card of hamishivi/OLMo-1B-0724-SFT-hf.
+"""
+
 start_from = "runs/olmo_1b"  # or a Hugging Face directory of OLMo-1B
-train_data = "tulu/train.jsonl"  # allenai/tulu-v2-sft-mixture-olmo-2048
-eval_data = "tulu/eval.jsonl"  # a share of it that was put aside
-faulty = "skip"
-
-# the run: card
 run_dir = "runs/olmo_1b_sft"
-dtype = "bfloat16"
 epochs = 5
-batch_size = 128  # chats
-micro_batch_size = 4  # packed rows of 2,048 tokens
 lr = 1e-5
-min_lr = 0.0
-warmup_share = 0.03
-schedule = "linear"
-weight_decay = 0.0
-grad_clip = 0.0
-beta1 = 0.9
-beta2 = 0.999  # AdamW as PyTorch has it
-eps = 1e-8
-suite = "mmlu"
-chat = True
-eval_batch_tokens = 8192
-eval_every_steps = 1000
-save_every_steps = 500
-max_new_tokens = 512
-watts = 400.0  # of an A100 where its meter cannot be read
+micro_batch_size = 4
+activation_checkpointing = "none"

@@ -1,6 +1,6 @@
-"""152M parameters for one consumer GPU, on a folder of your own documents; untried on one."""
+"""152M parameters for one consumer GPU, on a folder of your own documents; not yet tried."""
 
-# the model: own choice, between the tiny one and OLMo-1B
+# the model: our own choice, between tiny.py and OLMo-1B
 d_model = 768
 n_layers = 16
 n_heads = 12
@@ -8,7 +8,7 @@ mlp_hidden_size = 2048  # 8/3 d_model
 max_seq_len = 1024
 vocab_size = 50280
 embedding_size = 50304  # a multiple of 128
-weight_tying = True  # as OLMo-1B
+weight_tying = True  # as in OLMo-1B
 eos_token_id = 50279
 pad_token_id = 1
 
@@ -21,7 +21,7 @@ tokenizer = "olmo"  # pip install --no-deps ai2-olmo-eval==0.9.0; or "bpe:50280"
 run_dir = "runs/small"
 batch_size = 256  # 262,144 tokens
 micro_batch_size = 8
-max_steps = 12_000  # 3.1B tokens, 20 a parameter
+max_steps = 12_000  # 3.1B tokens, 20 per parameter
 lr = 6e-4
 min_lr = 6e-5
 warmup_steps = 500

@@ -13,16 +13,15 @@ import textwrap
 import time
 import uuid
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from configs import ROOT
 from scaling.machine import choose_compile, choose_device, choose_dtype, keep_freed_memory
 from support.files import UserError, file_sha256
 
-ROOT = Path(__file__).resolve().parent.parent
 ERROR_GRACE_S = 3  # how long a rank other than 0 waits before it prints an error of its own
 
 

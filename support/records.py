@@ -5,112 +5,198 @@ import math
 
 from corpus.dedup import searchable_lines
 from corpus.lineage import manifests_behind
-from support.files import UserError
+from support.files import UserError, log_rows, read_json
 from support.tasks import METRICS
 
 
+# ---- Bits per byte -------------------------------------------------------------------------------
+
 def bits_per_byte(sums):
-    """Total bits over total raw bytes; nan where there are none."""
-    return sums["nats"] / math.log(2) / sums["bytes"] if sums["bytes"] else math.nan
+    """Total bits / total raw bytes, never a mean over documents; nan where there are no bytes."""
+    if not sums["bytes"]:
+        return math.nan
+    return sums["nats"] / math.log(2) / sums["bytes"]
 
 
 def pooled(results):
-    """The sums of several domains as those of one."""
-    return {key: sum(sums[key] for sums in results) for key in ("documents", "tokens", "bytes",
-                                                                "nats")}
+    """The sums of several domains, added up."""
+    total = {"documents": 0, "tokens": 0, "bytes": 0, "nats": 0}
+    for sums in results:
+        for key in total:
+            total[key] += sums[key]
+    return total
 
 
 def summed_up(results):
-    """(sums, mean bits per byte) of {domain or domain/part: sums}; Paloma reports both.
+    """(pooled sums, mean bits per byte) of {domain or domain/part: sums}; None for fewer than two.
 
-    Of a domain with parts the parts count. None where there is nothing to sum up.
+    Paloma reports both: the first weighs bytes equally, the second domains. If a domain has parts,
+    only those are counted.
     """
-    leaves = [sums for name, sums in results.items()
-              if not any(other.startswith(f"{name}/") for other in results)]
-    if len(leaves) > 1:
-        return pooled(leaves), sum(map(bits_per_byte, leaves)) / len(leaves)
-    return None
+    leaves = []
+    for name, sums in results.items():
+        has_parts = any(other.startswith(f"{name}/") for other in results)
+        if not has_parts:
+            leaves.append(sums)
+    if len(leaves) < 2:
+        return None
+    mean = sum(map(bits_per_byte, leaves)) / len(leaves)
+    return pooled(leaves), mean
 
+
+# ---- Tables --------------------------------------------------------------------------------------
 
 def domains_table(results):
-    """The lines of a table of {domain or domain/part: sums}, summed up below."""
+    """A table of {domain or domain/part: sums}, with their pooled sums and mean below, as text."""
     if not results:
         return "there is no held-out text"
-    wide = max(14, *(len(name) + 1 for name in results))
+    longest = max(len(name) for name in results)
+    wide = max(14, longest + 1)
     lines = [f"{'domain':<{wide}}{'documents':>10}{'tokens':>12}{'KB':>10}"
              f"{'nats/token':>12}{'bits/byte':>11}"]
-    rows, both = dict(results), summed_up(results)
+    for name, sums in results.items():
+        lines.append(domain_line(name, sums, wide))
+    both = summed_up(results)
     if both:
-        rows["(pooled)"] = both[0]
-    for name, sums in rows.items():
-        nats = sums["nats"] / max(1, sums["tokens"])
-        lines.append(f"{name:<{wide}}{sums['documents']:>10,}{sums['tokens']:>12,}"
-                     f"{sums['bytes'] / 1e3:>10,.1f}{nats:>12.4f}{bits_per_byte(sums):>11.4f}")
-    if both:
-        lines.append(f"{'(macro)':<{wide}}{both[1]:>55.4f}")
+        pooled_sums, mean = both
+        lines.append(domain_line("(pooled)", pooled_sums, wide))
+        lines.append(f"{'(macro)':<{wide}}{mean:>55.4f}")
     return "\n".join(lines)
+
+
+def domain_line(name, sums, wide):
+    kilobytes = sums["bytes"] / 1e3
+    nats_per_token = sums["nats"] / max(1, sums["tokens"])
+    return (f"{name:<{wide}}{sums['documents']:>10,}{sums['tokens']:>12,}{kilobytes:>10,.1f}"
+            f"{nats_per_token:>12.4f}{bits_per_byte(sums):>11.4f}")
 
 
 def tasks_table(results):
-    """The lines of a table of {task: result}, accuracies in percent; then of sets without choices.
+    """Tables of {task: result}, as text: tasks with choices, then sets without, then notes.
 
-    The average is over the tasks, as in the paper's table 3.
+    Accuracies are in percent; their average is over the tasks, as in the paper's table 3.
     """
-    ranked = {name: result for name, result in results.items() if "accuracy" in result}
-    others = {name: result for name, result in results.items() if name not in ranked}
     wide = 2 + max(map(len, results), default=0)
+    ranked = {name: row for name, row in results.items() if "accuracy" in row}
+    unranked = {name: row for name, row in results.items() if "accuracy" not in row}
     lines = []
     if ranked:
+        columns = "".join(f"{metric.removeprefix('acc_'):>10}" for metric in METRICS)
         lines.append(f"{'task':<{wide}}{'questions':>9}{'accuracy':>10}{'+-':>6}{'chance':>8}"
-                     f"{'centred':>9}  {'by':<13}" + "".join(
-                         f"{name.removeprefix('acc_'):>10}" for name in METRICS)
-                     + f"{'bits/byte':>11}")
+                     f"{'centred':>9}  {'by':<13}{columns}{'bits/byte':>11}")
     for name, row in ranked.items():
-        beside = "".join(f"{100 * row[metric]:>10.1f}" if metric in row else f"{'-':>10}"
-                         for metric in METRICS)
-        lines.append(f"{name:<{wide}}{row['questions']:>9,}{100 * row['accuracy']:>10.1f}"
-                     f"{100 * row['stderr']:>6.1f}{100 * row['chance']:>8.1f}"
-                     f"{100 * row['centred']:>9.1f}  {row['metric']:<13}{beside}"
-                     f"{row['bits_per_byte']:>11.4f}")
+        lines.append(task_line(name, row, wide))
     if len(ranked) > 1:
-        means = [100 * sum(row[key] for row in ranked.values()) / len(ranked)
-                 for key in ("accuracy", "chance", "centred")]
-        lines.append(f"{'average':<{wide}}{means[0]:>19.1f}{means[1]:>14.1f}{means[2]:>9.1f}")
-    if others:
+        lines.append(average_line(ranked.values(), wide))
+    if unranked:
         lines.append(f"{'set':<{wide}}{'answers':>9}{'bits/byte':>11}{'greedy %':>10}")
-    lines += [f"{name:<{wide}}{row['questions']:>9,}{row['bits_per_byte']:>11.4f}"
-              f"{100 * row['greedy']:>10.1f}" for name, row in others.items()]
-    lines += [f"{name}: {row['cut']:,} of {row['requests']:,} requests exceed the model's context "
-              "and lost their beginning" for name, row in results.items() if row["cut"]]
-    lines += [f"{name}: {row['too_long']:,} of {row['questions']:,} right answers exceed it by "
-              "themselves; bits/byte leaves them out"
-              for name, row in results.items() if row["too_long"]]
+    for name, row in unranked.items():
+        lines.append(f"{name:<{wide}}{row['questions']:>9,}{row['bits_per_byte']:>11.4f}"
+                     f"{100 * row['greedy']:>10.1f}")
+    for name, row in results.items():
+        if row["cut"]:
+            lines.append(f"{name}: {row['cut']:,} of {row['requests']:,} requests exceed the "
+                         "model's context and lost their beginning")
+    for name, row in results.items():
+        if row["too_long"]:
+            lines.append(f"{name}: {row['too_long']:,} of {row['questions']:,} right answers "
+                         "exceed the context by themselves; bits/byte leaves them out")
     return "\n".join(lines)
 
 
+def task_line(name, row, wide):
+    columns = ""
+    for metric in METRICS:
+        cell = f"{100 * row[metric]:.1f}" if metric in row else "-"
+        columns += f"{cell:>10}"
+    return (f"{name:<{wide}}{row['questions']:>9,}{100 * row['accuracy']:>10.1f}"
+            f"{100 * row['stderr']:>6.1f}{100 * row['chance']:>8.1f}"
+            f"{100 * row['centred']:>9.1f}  {row['metric']:<13}{columns}"
+            f"{row['bits_per_byte']:>11.4f}")
+
+
+def average_line(rows, wide):
+    line = f"{'average':<{wide}}"
+    for key, width in (("accuracy", 19), ("chance", 14), ("centred", 9)):  # under their columns
+        mean = sum(row[key] for row in rows) / len(rows)
+        line += f"{100 * mean:>{width}.1f}"
+    return line
+
+
+# ---- eval.jsonl ----------------------------------------------------------------------------------
+
 def evaluation_key(suite, config, dtype):
-    """What, besides the weights, a result of a suite depends on: equal keys, equal results."""
-    own = ({"limit": config.limit, "metric": config.metric, "chat": config.chat} if suite.tasks
-           else {"subdomain": config.subdomain})
-    return {"suite": suite.name, "dtype": dtype, **own,
-            "files": list(suite.digests)}
+    """What a suite's result depends on, the weights aside: equal keys have equal results."""
+    key = {"suite": suite.name, "dtype": dtype}
+    if suite.tasks:
+        key["limit"] = config.limit
+        key["metric"] = config.metric
+        key["chat"] = config.chat
+    else:
+        key["subdomain"] = config.subdomain
+    key["files"] = suite.digests
+    return key
+
+
+def sample_key(config):
+    """What a sample depends on, the weights aside."""
+    names = ("prompt", "max_new_tokens", "temperature", "top_p", "sample_seed", "eval_dtype")
+    return {name: getattr(config, name) for name in names}
+
+
+def keys_recorded(run, step):
+    """The keys of what eval.jsonl has of the weights in a step directory."""
+    weights = read_json(step / "state.json").get("sha256")
+    rows = log_rows(run, "eval.jsonl")
+    return [row.get("of") for row in rows if row.get("weights") == weights]
+
+
+def record(run, kind, state, **row):
+    """Append a row to RUN/eval.jsonl; in one write, as several evaluations may run at once."""
+    row = {"kind": kind, "step": state["step"], "tokens": state["tokens"],
+           "weights": state["sha256"], **row}
+    line = json.dumps(row) + "\n"
+    with open(run / "eval.jsonl", "ab+") as file:
+        file.seek(max(0, file.tell() - 1))
+        last = file.read()
+        if last not in (b"", b"\n"):  # a crash tore the last row
+            line = "\n" + line
+        file.write(line.encode())
+
+
+# ---- Contamination -------------------------------------------------------------------------------
+
+def verdict_on(suite, key, run, state):
+    """(decontaminated, sentence): whether a step's training data may be called free of a suite."""
+    try:
+        manifests = list(manifests_behind(run, state))
+    except UserError as error:
+        return False, f"not decontaminated: {error}"
+    verdict, why = decontaminated(manifests, suite.files(), set(key["files"]))
+    said = f"decontaminated: {why}" if verdict else f"not decontaminated: {why}"
+    one_data_set = len({manifest["sha256"] for manifest in manifests}) == 1
+    if suite.name == "domains" and one_data_set:
+        word = "and" if verdict else "but"
+        said = f"held out of the training data as whole documents, {word} {said}"
+    return verdict, said
 
 
 def decontaminated(manifests, files, digests):
-    """(whether the data of all manifests was searched for files of these SHA-256, why or not).
+    """(verdict, why): whether the data of every manifest was searched for a suite's files.
 
-    Of code sources it is not asked (Paloma, sec. 3.1).
+    digests: the files' SHA-256. Sources of code are not searched (Paloma, section 3.1).
     """
     if not files:
         return False, "it holds no file"
     for manifest in manifests:
-        sources = [(name, source) for name, source in manifest["sources"].items()
-                   if "code_extension" not in source["rules"]]
+        sources = {name: source for name, source in manifest["sources"].items()
+                   if "code_extension" not in source["rules"]}
         if not sources:
             return False, "a manifest names no source that was searched"
-        for name, source in sources:
-            searched = {digest for searched_for in source["decontaminated"]
-                        for digest in manifest["evaluation_files"][searched_for]}
+        for name, source in sources.items():
+            searched = set()
+            for evaluation_set in source["decontaminated"]:
+                searched.update(manifest["evaluation_files"][evaluation_set])
             if not digests <= searched:
                 return False, (f"the source {name} was not searched for it (decontaminate in the "
                                "config)")
@@ -119,27 +205,3 @@ def decontaminated(manifests, files, digests):
         return False, f"it has no line of 13 words; its {lines:,} shorter ones are not searched for"
     return True, (f"documents with one of its lines of 13 words or more, {found:,} of {lines:,}, "
                   "were left out, code aside")
-
-
-def verdict_on(suite, of, run, state):
-    """(whether a suite may be called decontaminated of a step, a sentence on it)."""
-    try:
-        manifests = list(manifests_behind(run, state))
-    except UserError as error:
-        return False, f"not decontaminated: {error}"
-    verdict, why = decontaminated(manifests, suite.files(), set(of["files"]))
-    said = f"{'' if verdict else 'not '}decontaminated: {why}"
-    if suite.name == "domains" and len({manifest["sha256"] for manifest in manifests}) == 1:
-        said = (f"held out of the training data as whole documents, {'and' if verdict else 'but'} "
-                + said)
-    return verdict, said
-
-
-def record(run, kind, state, **row):
-    """Append a row to RUN/eval.jsonl; in one write, as several evaluations may run at once."""
-    row = {"kind": kind, "step": state["step"], "tokens": state["tokens"],
-           "weights": state["sha256"], **row}
-    with open(run / "eval.jsonl", "ab+") as file:
-        file.seek(max(0, file.tell() - 1))
-        torn = file.read() not in (b"", b"\n")  # by a crash
-        file.write(("\n" * torn + json.dumps(row) + "\n").encode())

@@ -40,13 +40,20 @@ def own_batches(batches):
     All ranks get the same number of batches, because a sharded forward needs every rank. A rank
     that is one short repeats the last batch with counts=False: its results are thrown away.
     """
-    rounds = -(-len(batches) // world_size())  # rounded up
     own = []
-    for i in range(rounds):
-        index = rank() + i * world_size()
-        counts = index < len(batches)
-        own.append((batches[index if counts else -1], counts))
+    for first in range(0, len(batches), world_size()):  # batches first, first + 1, ... run together
+        index = first + rank()
+        if index < len(batches):
+            own.append((batches[index], True))
+        else:
+            own.append((batches[-1], False))
     return own
+
+
+def padded(lists, value):
+    """(B, T) int64 tensor of lists of ids, filled up with `value` on the right; T is at least 1."""
+    longest = max(1, *map(len, lists))
+    return torch.tensor([ids + [value] * (longest - len(ids)) for ids in lists])
 
 
 # ---- Requests that share their beginning ---------------------------------------------------------
@@ -58,20 +65,22 @@ class Row(NamedTuple):
     branches: list  # (index of the request, Encoded)
 
     def length(self):
-        """In tokens; the last id of a request is predicted and never read."""
-        own = [len(request.ids) - 1 - len(self.shared) for _, request in self.branches]
-        return max(1, len(self.shared) + sum(own))
+        """Tokens that the model reads, at least 1; the last id of a request is only predicted."""
+        length = len(self.shared)
+        for _, request in self.branches:
+            length += len(request.ids) - 1 - len(self.shared)
+        return max(1, length)
 
 
 def rows_of(group, max_seq_len):
     """The Rows of one question's [(index, Encoded), ...], none longer than max_seq_len."""
     inputs = [request.ids[:-1] for _, request in group]
-    length = shared_length(inputs)
+    shared = shared_length(inputs)
     rows = []
     for index, request in group:
-        more = len(request.ids) - 1 - length
-        if not rows or rows[-1].length() + more > max_seq_len:
-            rows.append(Row(inputs[0][:length], []))
+        own_length = len(request.ids) - 1 - shared
+        if not rows or rows[-1].length() + own_length > max_seq_len:
+            rows.append(Row(request.ids[:shared], []))  # the first row, or the last one is full
         rows[-1].branches.append((index, request))
     return rows
 
@@ -105,10 +114,11 @@ def score_requests(model, groups, batch_tokens=2048):
 
     scores = torch.zeros(len(first_equal), 2, dtype=torch.float64)
     batches = own_batches(length_batches(rows, batch_tokens, Row.length))
-    for batch, counts in tqdm(batches, leave=False, unit="batch", disable=rank() > 0 or None):
+    silent = rank() > 0 or None  # None: a bar, but on a terminal only
+    for batch, counts in tqdm(batches, leave=False, unit="batch", disable=silent):
         indices, found = score_rows(model, batch)
         if counts:
-            scores.index_add_(0, indices, found)
+            scores.index_add_(0, indices, found)  # a request's score is the sum over its ids
     scores = reduce_sum(scores)  # the requests of other ranks were 0 here
     return scores[torch.tensor(first_equal, dtype=torch.int64)]
 
@@ -117,49 +127,51 @@ def score_rows(model, rows):
     """(indices, scores) of a batch of Rows: int64 (M,) and float64 (M, 2), for M scored ids.
 
     indices: the request that an id belongs to. scores: log-probability of the id in nats, and 1 if
-    it is the likeliest, else 0.
+    it is the likeliest id, else 0.
     """
     device = model.wte.weight.device
     tokens, positions, branch_of, scored = lay_out(rows, model.config.pad_token_id)
+    cells, targets, indices = scored.split((2, 1, 1), dim=1)
     # A token sees the shared beginning (branch 0) and its own branch, up to itself.
     sees = branch_of[:, None] == branch_of[..., None]  # (B, T, T)
     sees |= branch_of[:, None] == 0
-    logits = model(tokens.to(device), attn_mask=sees.tril()[:, None].to(device),
-                   positions=positions.to(device), positions_wanted=scored[:, :2].to(device))
+    sees = sees.tril()[:, None]  # (B, 1, T, T), for all heads
+    logits = model(tokens.to(device), attn_mask=sees.to(device), positions=positions.to(device),
+                   positions_wanted=cells.to(device))
     logits = at_least_float32(logits)  # (M, V)
-    targets = scored[:, 2].to(device)
+    targets = targets[:, 0].to(device)
     log_probs = -F.cross_entropy(logits, targets, reduction="none")
     likeliest = logits.argmax(-1) == targets
-    return scored[:, 3], torch.stack((log_probs, likeliest), dim=1).cpu().double()
+    scores = torch.stack((log_probs, likeliest), dim=1)
+    return indices[:, 0], scores.cpu().double()
 
 
 def lay_out(rows, pad_token_id):
-    """(tokens, positions, branch_of, scored) of a batch of Rows, the longest first.
+    """(tokens, positions, branch_of, scored) of a batch of Rows.
 
-    A row is [shared, branch 1, branch 2, ...]. Each branch has the positions that it would have
+    A row is [shared, branch 1, branch 2, ...]; each branch has the positions that it would have
     without the others. tokens, positions and branch_of (0: shared, -1: padding) are int64 (B, T).
     scored is int64 (M, 4): row and column of the logits, the target id, index of the request.
     """
-    shape = (len(rows), rows[0].length())
-    tokens = torch.full(shape, pad_token_id)
-    positions = torch.zeros(shape, dtype=torch.int64)
-    branch_of = torch.full(shape, -1)
+    tokens = []
+    positions = []
+    branch_of = []
     scored = []
     for r, row in enumerate(rows):
         shared = len(row.shared)
-        tokens[r, :shared] = torch.tensor(row.shared)
-        positions[r, :shared] = torch.arange(shared)
-        branch_of[r, :shared] = 0
-        end = shared
-        for b, (index, request) in enumerate(row.branches, 1):
+        tokens.append(list(row.shared))
+        positions.append(list(range(shared)))
+        branch_of.append([0] * shared)
+        for branch, (index, request) in enumerate(row.branches, 1):
             own = request.ids[shared:-1]
-            begin = end
-            end = begin + len(own)
-            tokens[r, begin:end] = torch.tensor(own)
-            positions[r, begin:end] = torch.arange(shared, shared + len(own))
-            branch_of[r, begin:end] = b
-            for i in range(len(request.ids) - request.scored, len(request.ids)):
-                # subtle: ids[i] is predicted by the column of ids[i - 1], which may be shared
-                column = i - 1 if i <= shared else begin + i - 1 - shared
-                scored.append((r, column, request.ids[i], index))
-    return tokens, positions, branch_of, torch.tensor(scored, dtype=torch.int64).view(-1, 4)
+            begin = len(tokens[r])
+            tokens[r] += own
+            positions[r] += range(shared, shared + len(own))
+            branch_of[r] += [branch] * len(own)
+            # The column of ids[i] predicts ids[i + 1].
+            columns = [*range(shared), *range(begin, begin + len(own))]
+            first = len(columns) - request.scored
+            for i in range(first, len(columns)):
+                scored.append((r, columns[i], request.ids[i + 1], index))
+    scored = torch.tensor(scored, dtype=torch.int64).view(-1, 4)
+    return padded(tokens, pad_token_id), padded(positions, 0), padded(branch_of, -1), scored

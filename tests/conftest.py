@@ -1,5 +1,6 @@
 """What the tests of train.py and eval.py share: a tiny corpus, config and run, ways to call."""
 
+import gzip
 import itertools
 import json
 import os
@@ -106,6 +107,52 @@ def sharpened(model, factor):
     return model
 
 
+# ---- Small networks ------------------------------------------------------------------------------
+
+SMALL = dict(d_model=32, n_layers=2, n_heads=2, mlp_hidden_size=40, max_seq_len=64, vocab_size=50,
+             embedding_size=64, eos_token_id=49, pad_token_id=1)
+
+
+def small_config(**changes):
+    from model import ModelConfig
+    return ModelConfig(**SMALL | changes)
+
+
+def random_model(scale=2.0, seed=0, **changes):
+    """A model with weights `scale` times larger than at the start, so that attention is peaked."""
+    from model import build_model
+    return sharpened(build_model(small_config(**changes), seed), scale)
+
+
+def random_ids(*shape, seed=0, low=2, high=SMALL["vocab_size"]):
+    """Ids without pad_token_id: to that row HF's padding_idx gives no gradient, OLMo 1.0 does."""
+    import torch
+    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def difference(ours, theirs, reference=None):
+    """Largest absolute difference over the largest absolute value of `reference`, or `theirs`."""
+    reference = theirs if reference is None else reference
+    return ((ours - theirs).abs().max() / reference.abs().max()).item()
+
+
+def same_weights(one, other):
+    import torch
+    one, other = one.state_dict(), other.state_dict()
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="session")
+def transformers():
+    """The oracle, for tests that need it."""
+    pytest.importorskip("safetensors")
+    transformers = pytest.importorskip("transformers")
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
+# ---- Ways to call --------------------------------------------------------------------------------
+
 @pytest.fixture(scope="module")
 def one_thread():
     """So small a model is faster on one thread, and runs in and out of this process compare."""
@@ -167,3 +214,41 @@ def refused():
             assert str(word) in lines[-1], f"{word!r} not in {lines[-1]!r}"
         return lines[-1]
     return check
+
+
+# ---- For the data --------------------------------------------------------------------------------
+
+def refusal(function, *arguments, **options):
+    """The one line of the UserError with which a call is refused."""
+    from support.files import UserError
+    with pytest.raises(UserError) as caught:
+        function(*arguments, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def write_jsonl(path, records):
+    """A file of JSON lines, gzipped if its name says so."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(record) + "\n" for record in records).encode()
+    path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+    return str(path)
+
+
+def manifest_of(folder):
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def index_of(folder, shard):
+    """The index of a shard in a manifest."""
+    import numpy as np
+    from corpus.storage import DOCUMENT_INDEX
+    return np.fromfile((folder / shard["file"]).with_suffix(".index"), DOCUMENT_INDEX)
+
+
+def official_order(n, seed, epoch):
+    """The order of an epoch, as in OLMo's iterable_dataset.py."""
+    import numpy as np
+    indices = np.arange(n, dtype=np.uint32)
+    np.random.Generator(np.random.PCG64(seed=seed + epoch)).shuffle(indices)
+    return indices

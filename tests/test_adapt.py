@@ -158,7 +158,7 @@ def hf_of(model, tmp_path):
     def found():
         theirs = {name: parameter.grad for name, parameter in hf.named_parameters()}
         return {name: torch.cat([theirs[part] for part in parts])
-                for name, _, parts in name_table(model.config)}
+                for name, _, parts, _ in name_table(model.config)}
     return hf, found
 
 

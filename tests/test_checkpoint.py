@@ -1,18 +1,36 @@
-"""Step directories: read by name, whole or refused, and never run."""
+"""Step directories: read by name, complete or refused, and never run."""
 
 import hashlib
 import json
+import pickle
 import shutil
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from conftest import random_model, same_weights, small_config
 
 import eval as e
 import train
+from scaling.checkpoint import newest_step, step_directories, verify_step
+from support.files import UserError
 from support.weights import load_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+def write_step(path, model=None, tensors=None):
+    """A step directory as train.py writes it: tensors through DCP, all else in state.json."""
+    model = model or random_model()
+    entries = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    entries |= {"optimizer.wte.weight.exp_avg": torch.ones(3), "optimizer.step": torch.tensor(7)}
+    entries |= tensors or {}
+    path.mkdir(parents=True)
+    dcp.save({name: entry for name, entry in entries.items() if entry is not None},
+             checkpoint_id=str(path), no_dist=True)
+    return seal(path, {"step": 1, "config": asdict(model.config)})
 
 
 def seal(path, state):
@@ -20,11 +38,56 @@ def seal(path, state):
     files = {file.name: {"size": file.stat().st_size,
                          "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
              for file in path.iterdir() if file.name != "state.json"}
-    state = {**state, "files": files}
-    state.pop("sha256", None)
+    state = {key: value for key, value in state.items() if key != "sha256"} | {"files": files}
     state["sha256"] = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
     (path / "state.json").write_text(json.dumps(state, indent=1))
     return path
+
+
+def state_of(path):
+    return json.loads((path / "state.json").read_text())
+
+
+def refused(path, *words):
+    """Loading `path` is the user's error, in one line that names `words`."""
+    with pytest.raises(UserError) as caught:
+        load_model(path)
+    message = str(caught.value)
+    assert all(word in message for word in words), message
+    assert str(path) in message and "\n" not in message, message
+
+
+# ---- Loading -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_step_directory_loads_bit_for_bit_and_warns_of_nothing(tmp_path, tied, recwarn):
+    """torch would warn that there are no ranks, and that .metadata is left open."""
+    model = random_model(weight_tying=tied)
+    path = write_step(tmp_path / "step000001", model)
+    recwarn.clear()
+    loaded = load_model(path)
+    assert loaded.config == model.config and same_weights(loaded, model)
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+def test_a_run_directory_is_its_newest_step(tmp_path):
+    """By number, not by name: step10 follows step9; what is no step directory is passed over."""
+    models = {name: random_model(seed=i) for i, name in enumerate(("step9", "step10"))}
+    for name, model in models.items():
+        write_step(tmp_path / name, model)
+    write_step(tmp_path / "step11.tmp")  # a save that was cut off
+    (tmp_path / "step12").write_text("a file")
+    (tmp_path / "config.json").write_text(json.dumps(asdict(small_config()) | {"lr": 1e-3}))
+    assert step_directories(tmp_path) == [tmp_path / "step9", tmp_path / "step10"]
+    assert newest_step(tmp_path) == (tmp_path / "step10", state_of(tmp_path / "step10"))
+    assert same_weights(load_model(tmp_path), models["step10"])
+
+
+def test_a_key_that_a_step_lacks_takes_its_default(tmp_path):
+    path = write_step(tmp_path / "step1")
+    state = state_of(path)
+    del state["config"]["rope_theta"], state["config"]["weight_tying"]
+    assert load_model(seal(path, state)).config == small_config()
 
 
 def tensors_of(step):
@@ -36,9 +99,9 @@ def tensors_of(step):
     return tensors
 
 
-def with_the_heads_old_name(step):
-    """The step directory as it was written when the output head was called ff_out."""
-    state = json.loads((step / "state.json").read_text())
+def give_the_head_its_old_name(step):
+    """Write a step directory as it was when the output head was called ff_out."""
+    state = state_of(step)
     tensors = {name.replace(".lm_head.", ".ff_out."): tensor
                for name, tensor in tensors_of(step).items()}
     assert {"model.ff_out.weight", "optimizer.ff_out.weight.exp_avg"} < tensors.keys()
@@ -47,16 +110,152 @@ def with_the_heads_old_name(step):
     seal(step, state)
 
 
-def test_a_run_from_before_the_head_was_called_lm_head_loads_evaluates_and_resumes(copied, call):
+def test_a_run_from_before_the_head_was_called_lm_head_loads_evaluates_and_resumes(
+        copied, call, one_thread):
     """Steps 16 to 20 after the old step 15 end at the very bits of the uninterrupted run."""
     wanted = tensors_of(copied / "step000020")
     model = load_model(copied / "step000015")
     shutil.rmtree(copied / "step000020")
-    with_the_heads_old_name(copied / "step000015")
-    loaded = load_model(copied).state_dict()
-    assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
+    give_the_head_its_old_name(copied / "step000015")
+    assert same_weights(load_model(copied), model)
     assert call(e, copied).returncode == 0
     assert call(train, f"--resume={copied}").returncode == 0
     resumed = tensors_of(copied / "step000020")
     assert resumed.keys() == wanted.keys()
     assert all(torch.equal(resumed[name], wanted[name]) for name in wanted)
+
+
+# ---- Damage --------------------------------------------------------------------------------------
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def edit_state(file):
+    text = file.read_text()
+    assert '"n_heads": 2' in text
+    file.write_text(text.replace('"n_heads": 2', '"n_heads": 4'))
+
+
+def rewrite(change):
+    return lambda file: file.write_bytes(change(file.read_bytes()))
+
+
+@pytest.mark.parametrize("pattern, damage, word", [
+    pytest.param("*.distcp", flip, "SHA-256", id="a flipped bit"),
+    pytest.param(".metadata", flip, "SHA-256", id="a flipped bit of the metadata"),
+    pytest.param("*.distcp", rewrite(lambda old: old[:-1]), "bytes", id="truncated"),
+    pytest.param("*.distcp", rewrite(lambda old: old + b"0"), "bytes", id="a byte more"),
+    pytest.param("*.distcp", Path.unlink, "missing", id="missing"),
+    pytest.param("state.json", Path.unlink, "state.json", id="no state"),
+    pytest.param("state.json", edit_state, "digest", id="an edited state"),
+    pytest.param("state.json", rewrite(lambda old: old[:-9]), "JSON", id="a truncated state"),
+    pytest.param("state.json", rewrite(lambda old: b""), "JSON", id="an empty state"),
+    pytest.param("state.json", rewrite(lambda old: b"\xff\xfe\0"), "JSON", id="a binary state"),
+    pytest.param("state.json", rewrite(lambda old: b"{}"), "digest", id="a bare state"),
+    pytest.param("state.json", rewrite(lambda old: b"[1]"), "list", id="a state of another kind"),
+])
+def test_damage_to_a_step_is_named(tmp_path, pattern, damage, word):
+    path = write_step(tmp_path / "step1")
+    verify_step(path)
+    [file] = path.glob(pattern)
+    damage(file)
+    with pytest.raises(UserError) as caught:
+        verify_step(path)
+    assert str(file) in str(caught.value) and word in str(caught.value)
+    refused(path, str(file) if file.exists() else "")
+
+
+def test_the_newest_step_passes_over_damaged_ones(tmp_path, capsys):
+    model = random_model(seed=1)
+    write_step(tmp_path / "step000001", random_model(seed=0))
+    write_step(tmp_path / "step000002", model)
+    flip(next(write_step(tmp_path / "step000003").glob("*.distcp")))
+    (write_step(tmp_path / "step000004") / "state.json").unlink()
+    assert newest_step(tmp_path)[0] == tmp_path / "step000002"
+    printed = capsys.readouterr().out
+    assert "step000003" in printed and "step000004" in printed
+    (tmp_path / "config.json").write_text(json.dumps(asdict(model.config)))
+    assert same_weights(load_model(tmp_path), model)
+
+
+def test_a_run_without_a_sound_step_says_so(tmp_path):
+    flip(next(write_step(tmp_path / "step000001").glob("*.distcp")))
+    for run in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError, match=str(run)):
+            newest_step(run)
+
+
+NAMES = [f"model.blocks.{i}.{part}.weight" for i in (0, 1)
+         for part in ("attn.att_proj", "attn.attn_out", "mlp.ff_proj", "mlp.ff_out")]
+
+
+@pytest.mark.parametrize("tensors, words", [
+    ({NAMES[5]: None}, ("missing", NAMES[5])),
+    ({"model.norm.weight": torch.ones(32)}, ("unexpected", "model.norm.weight")),
+    ({"model.wte.weight": torch.ones(64, 30)}, ("model.wte.weight", "(64, 30)", "(64, 32)")),
+    (dict.fromkeys(NAMES), (NAMES[4], "3 more"))])  # five are named, the others counted
+def test_misfitting_tensors_of_a_step_are_named(tmp_path, tensors, words):
+    refused(write_step(tmp_path / "step1", tensors=tensors), *words)
+
+
+# ---- No file's content is run --------------------------------------------------------------------
+
+class Bomb:
+    """Unpickling this without limits creates the file `marker`."""
+
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return open, (self.marker, "w")
+
+
+def dotted_bomb(marker):
+    """The pickle of a call of torch.serialization's os.system: an allowed module, a dotted name."""
+    def text(value):
+        return b"\x8c" + bytes([len(value)]) + value.encode()
+    return (b"\x80\x04" + text("torch.serialization") + text("os.system") + b"\x93"
+            + text(f"touch '{marker}'") + b"\x85R.")
+
+
+@pytest.mark.parametrize("make", [lambda marker: pickle.dumps(Bomb(marker)), dotted_bomb])
+def test_a_bomb_in_a_step_does_not_go_off(tmp_path, make):
+    """The digests fit, as they do where a stranger wrote the complete directory."""
+    marker = tmp_path / "boom"
+    bomb = make(marker)
+    pickle.loads(bomb)
+    assert marker.exists()  # it is live
+    marker.unlink()
+    path = write_step(tmp_path / "step1")
+    (path / ".metadata").write_bytes(bomb)
+    seal(path, state_of(path))
+    verify_step(path)
+    refused(path, ".metadata")
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", ["model.wte.weight", "model.note", "note"])
+def test_pickled_bytes_in_a_step_are_refused(tmp_path, name):
+    """DCP would unpickle such an entry without limits."""
+    marker = tmp_path / "boom"
+    refused(write_step(tmp_path / "step1", tensors={name: Bomb(marker)}), ".metadata", name)
+    assert not marker.exists()
+
+
+def test_torchs_own_reader_of_metadata_is_never_asked(tmp_path, monkeypatch):
+    """It unpickles without limits, and what was checked could have been exchanged since."""
+    def unlimited(*args, **kwargs):
+        raise AssertionError("unpickled without limits")
+    path = write_step(tmp_path / "step1")
+    monkeypatch.setattr(dcp.FileSystemReader, "read_metadata", unlimited)
+    assert same_weights(load_model(path), random_model())
+
+
+def test_metadata_of_another_kind_is_refused(tmp_path):
+    """A harmless pickle that is not DCP's must not end in an AttributeError."""
+    path = write_step(tmp_path / "step1")
+    (path / ".metadata").write_bytes(pickle.dumps({"a": 1}))
+    refused(seal(path, state_of(path)), ".metadata")

@@ -1,4 +1,4 @@
-"""data.py's curation against planted dirt, slow counters and plain string search."""
+"""The curation against planted dirt, slow counters, brute-force search and a Python set."""
 
 import gzip
 import json
@@ -8,15 +8,15 @@ import re
 import string
 import zlib
 from collections import defaultdict
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+import corpus.stages as stages
 import data
-from corpus.dedup import BloomFilter, DigestSet, decontaminate, deduplicate, evaluation_paragraphs
+from corpus.dedup import BloomFilter, DigestSet, deduplicate
 from corpus.funnel import Funnel, print_table
-from corpus.rules import CONTENT_SCORERS, Drop, Page, RULES, english_score, ngram_ratios
+from corpus.rules import CONTENT_SCORERS, RULES, Drop, Page, english_score, ngram_ratios
 from data import DataConfig, build_data
 from support.files import UserError
 
@@ -35,13 +35,13 @@ def filled(dice, pattern):
 
 
 def prose(dice, lines=3):
-    """Clean English by every rule: 30 words a line, and no two n-grams alike."""
+    """English that every rule keeps: 30 words a line, and no two n-grams alike."""
     return "\n".join(filled(dice, " ".join(["The _ and _ of _ have _ with _."] * 3))
                      for _ in range(lines))
 
 
 def paragraph(dice, n):
-    """n words as evaluation sets count them: the full stop is one."""
+    """A paragraph of n words as evaluation sets count them: the full stop is one."""
     return filled(dice, " ".join(["The"] + ["_"] * (n - 2)) + ".")
 
 
@@ -63,11 +63,6 @@ def edited(rule, text, **options):
     return text if edit is None else edit.text
 
 
-def documents_of(*texts):
-    return [{"id": f"d{i}", "text": text, "source": "s", "metadata": {"provenance": f"f:{i}"}}
-            for i, text in enumerate(texts)]
-
-
 def texts_of(documents):
     return [(document["id"], document["text"]) for document in documents]
 
@@ -79,7 +74,7 @@ def write_texts(path, *texts):
 
 
 def kept_documents(folder, source):
-    """The clean documents of a built folder, in their order, read by gzip alone."""
+    """The clean documents of a built folder in their order, read by gzip alone."""
     return [json.loads(line) for path in sorted((folder / "documents").glob(f"{source}-*.gz"))
             for line in gzip.open(path, "rt", encoding="utf-8")]
 
@@ -93,10 +88,18 @@ def config_of(folder, **changes):
                          "eval_share": 0.0, "workers": 1} | changes)
 
 
+def words_of(folder, path, rules, **changes):
+    """The same on the command line."""
+    settings = {"data_dir": folder / "built", "tokenizer": "bpe:300", "eval_share": 0, "workers": 1,
+                "sources": {"s": {"path": path, "rules": rules}}} | changes
+    return [f"--{key}={value}" for key, value in settings.items()]
+
+
 # ---- Planted dirt --------------------------------------------------------------------------------
+# A row is (text, steps, metadata): a document, and what the rules do to it. A step is (rule, the
+# text that it leaves, or None if it drops the document).
 
 def row(text, *steps, **metadata):
-    """A document and what becomes of it; a step is (rule, the text that it leaves, or None)."""
     return text, steps, metadata
 
 
@@ -105,59 +108,61 @@ def bad(text, rule, **metadata):
 
 
 def web_dirt(dice):
-    """Each kind of dirt that the rules "web c4" find in a document by itself."""
+    """A row for each kind of dirt that the rules "web c4" find in a document by itself."""
     clean, name, extra = prose(dice), word(dice).strip("é"), word(dice)
     first, rest = clean.split("\n", 1)
     opening, more = first.split(". ", 1)
-    yield bad(" \n\t", "empty")
-    yield bad(filled(dice, "_ " * 60 + "."), "language")
-    yield row(f"{clean}\nHome | News | {name}", ("c4_punctuation", clean))
-    yield bad(clean.replace(".", ";"), "c4_punctuation")
-    yield row(f"Read {name}.\n{clean}", ("c4_short_lines", clean))
-    yield bad("As is.\nNot now.", "c4_short_lines")
-    yield bad(f"{clean} It has a {{ brace.", "c4_document")
-    yield bad(f"{clean} It has Lorem Ipsum.", "c4_document")
-    yield bad(prose(dice, 1), "gopher_word_count")
-    yield bad(" ".join(dice.choices(["to", "be", "of", "a", "in"], k=60)) + ".",
-              "gopher_word_length")
-    yield bad(clean.replace("The ", "#The ") + " #a #b.", "gopher_symbols")
-    yield bad(clean + "".join(f" {n}" for n in dice.sample(range(100, 999), 30)) + ".",
-              "gopher_alphabetic")
-    yield bad(filled(dice, "A _ is in _ on _ for _ as _. " * 6), "gopher_stop_words")
-    yield bad("- " + clean.replace("\n", "\n- "), "gopher_bullets")
-    yield bad(f"{first}\n{clean}", "gopher_repetition")
-    yield bad(f"{clean} And {first} But {first}", "gopher_repetition")
-    yield bad(prose(dice, 50) + f" {name[:2]}" * 100 + ".", "repeated_tokens")
-    yield row(prose(dice, 50) + f" {name[:2]}" * 99 + ".")
-    yield row(f"{opening}. This is vile, {name}. {more}\n{rest}", ("content", clean))
-    yield bad(clean.replace("The", "The vile"), "content")
-    yield row(f"{clean}\nFor {extra}: {name}@example.org, 555-123-4567.",
-              ("pii", f"{clean}\nFor {extra}: {EMAIL}, {PHONE}."))
-    yield row(f"{clean}\nThe {extra} is (10.0.0.1)!\nOf {name}: yes",
-              ("c4_punctuation", f"{clean}\nThe {extra} is (10.0.0.1)!"),
-              ("pii", f"{clean}\nThe {extra} is ({IP})!"))
-    yield bad(clean + "".join(f" {name}{i}@a.example.com." for i in range(6)), "pii")
-    yield row(clean + "".join(f" {name}{i}@a.example.com." for i in range(5)),
-              ("pii", clean + f" {EMAIL}." * 5))
+    stop_words_only = " ".join(dice.choices(["to", "be", "of", "a", "in"], k=60)) + "."
+    numbers = "".join(f" {n}" for n in dice.sample(range(100, 999), 30)) + "."
+    return [
+        bad(" \n\t", "empty"),
+        bad(filled(dice, "_ " * 60 + "."), "language"),
+        row(f"{clean}\nHome | News | {name}", ("c4_punctuation", clean)),
+        bad(clean.replace(".", ";"), "c4_punctuation"),
+        row(f"Read {name}.\n{clean}", ("c4_short_lines", clean)),
+        bad("As is.\nNot now.", "c4_short_lines"),
+        bad(f"{clean} It has a {{ brace.", "c4_document"),
+        bad(f"{clean} It has Lorem Ipsum.", "c4_document"),
+        bad(prose(dice, 1), "gopher_word_count"),
+        bad(stop_words_only, "gopher_word_length"),
+        bad(clean.replace("The ", "#The ") + " #a #b.", "gopher_symbols"),
+        bad(clean + numbers, "gopher_alphabetic"),
+        bad(filled(dice, "A _ is in _ on _ for _ as _. " * 6), "gopher_stop_words"),
+        bad("- " + clean.replace("\n", "\n- "), "gopher_bullets"),
+        bad(f"{first}\n{clean}", "gopher_repetition"),
+        bad(f"{clean} And {first} But {first}", "gopher_repetition"),
+        bad(prose(dice, 50) + f" {name[:2]}" * 100 + ".", "repeated_tokens"),
+        row(prose(dice, 50) + f" {name[:2]}" * 99 + "."),
+        row(f"{opening}. This is vile, {name}. {more}\n{rest}", ("content", clean)),
+        bad(clean.replace("The", "The vile"), "content"),
+        row(f"{clean}\nFor {extra}: {name}@example.org, 555-123-4567.",
+            ("pii", f"{clean}\nFor {extra}: {EMAIL}, {PHONE}.")),
+        row(f"{clean}\nThe {extra} is (10.0.0.1)!\nOf {name}: yes",
+            ("c4_punctuation", f"{clean}\nThe {extra} is (10.0.0.1)!"),
+            ("pii", f"{clean}\nThe {extra} is ({IP})!")),
+        bad(clean + "".join(f" {name}{i}@a.example.com." for i in range(6)), "pii"),
+        row(clean + "".join(f" {name}{i}@a.example.com." for i in range(5)),
+            ("pii", clean + f" {EMAIL}." * 5))]
 
 
 def code_dirt(dice):
     code, name = program(dice), word(dice)
-    for metadata in ({"ext": "JSON"}, {"ext": ".svg"}, {"path": "a/b.csv"}, {"path": "a.py/b.asm"}):
-        yield bad(code, "code_extension", **metadata)
-    yield row(f"# Copyright {name}\n# All rights reserved.\n{code}", ("code_header", code))
-    yield row(f"/* (c)\n copyright {name} */\n{code}", ("code_header", code))
-    yield bad(f"// Copyright {name}\n", "code_header")
-    yield bad(filled(dice, "_ = " + "_ + " * 15 + "1\n") * 9, "code_mean_line")
-    yield bad(code * 3 + "x = '" + "abcdefgh " * 112 + "'", "code_longest_line")
-    yield bad(filled(dice, "_ ++ -- (*) [[]] == != <> %% && || ~~ ^^ :: ;; {{ }} // ??\n" * 5),
-              "code_alphanumeric")
-    yield bad("\n".join(str(dice.randint(10, 999)) for _ in range(60)), "code_letters")
+    return [
+        *(bad(code, "code_extension", **metadata) for metadata in (
+            {"ext": "JSON"}, {"ext": ".svg"}, {"path": "a/b.csv"}, {"path": "a.py/b.asm"})),
+        row(f"# Copyright {name}\n# All rights reserved.\n{code}", ("code_header", code)),
+        row(f"/* (c)\n copyright {name} */\n{code}", ("code_header", code)),
+        bad(f"// Copyright {name}\n", "code_header"),
+        bad(filled(dice, "_ = " + "_ + " * 15 + "1\n") * 9, "code_mean_line"),
+        bad(code * 3 + "x = '" + "abcdefgh " * 112 + "'", "code_longest_line"),
+        bad(filled(dice, "_ ++ -- (*) [[]] == != <> %% && || ~~ ^^ :: ;; {{ }} // ??\n" * 5),
+            "code_alphanumeric"),
+        bad("\n".join(str(dice.randint(10, 999)) for _ in range(60)), "code_letters")]
 
 
 def each(dirt, dice):
     """One row of every kind, no two made of the same clean text."""
-    return [list(dirt(dice))[i] for i, _ in enumerate(dirt(dice))]
+    return [dirt(dice)[i] for i in range(len(dirt(dice)))]
 
 
 def lines_of(rows, name):
@@ -177,8 +182,10 @@ def plant_web(dice, folder, paragraphs):
     rows = clean + [dirt for _ in range(dice.randint(2, 3)) for dirt in each(web_dirt, dice)]
     rows += [row(f"{prose(dice)}\n{paragraphs[12]}"), row(f"{prose(dice)}\n{paragraphs['marks']}"),
              bad(f"{prose(dice)}\n{paragraphs[13]}", "decontaminate:paloma"),
-             bad(f"{paragraphs[14]}\n{prose(dice)}", "decontaminate:paloma")]
+             bad(f"{paragraphs['mail']}\n{prose(dice)}", "decontaminate:paloma")]
     dice.shuffle(rows)
+    # a copy in a dropped document must not cost a later document its own paragraphs
+    rows.insert(0, bad(f"{clean[20][0]}\n{paragraphs[14]}", "decontaminate:paloma"))
     for one, other in zip(clean[0:10:2], clean[1:10:2], strict=True):
         own, mixed = prose(dice), "\n".join(f"{one[0]}\n{other[0]}".split("\n")[::-1])
         for copy in (bad(prose(dice), "url", **one[2]), bad(other[0], "document"),
@@ -198,21 +205,20 @@ def plant_web(dice, folder, paragraphs):
     tail, lines = lines_of([row(prose(dice)) for _ in range(40)], "cut")
     cut = gzip.compress(b"\n".join(lines))[:-2000]
     (folder / "cut.jsonl.gz").write_bytes(cut)
-    whole = zlib.decompressobj(wbits=31).decompress(cut).count(b"\n")
-    assert 10 < whole < 40
-    return rows | dict(list(tail.items())[:whole]), [
+    complete = zlib.decompressobj(wbits=31).decompress(cut).count(b"\n")
+    assert 10 < complete < 40
+    return rows | dict(list(tail.items())[:complete]), [
         f"{folder}/{file}:{i}: " for file, part in parts.items()
         for i, line in enumerate(part, 1) if line in BAD_LINES]
-
-
-SOURCES = ("web", "code", "books", "forum")
 
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
     """(folder, {source: ({id: row}, [place of each bad line])}) of a build of everything."""
     home, dice = tmp_path_factory.mktemp("planted"), random.Random(6198)
-    paragraphs = {n: paragraph(dice, n) for n in (12, 13, 14)} | {"marks": "! ? " * 8 + "!"}
+    paragraphs = {n: paragraph(dice, n) for n in (12, 13, 14)}
+    paragraphs["marks"] = "! ? " * 8 + "!"
+    paragraphs["mail"] = f"{paragraph(dice, 14)} me@a.co."  # decontaminated before it is masked
     write_texts(home / "paloma.jsonl", *(f"Of:\n{text}" for text in paragraphs.values()))
     code, lines = lines_of([
         *(row(program(dice)) for _ in range(20)), *each(code_dirt, dice), *each(code_dirt, dice),
@@ -243,10 +249,10 @@ def planted(tmp_path_factory):
         content_scorer="vileness")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(CONTENT_SCORERS, "vileness", lambda text: 0.4 if "vile" in text else 0.3)
-        patch.setattr("corpus.stages.BATCH_BYTES", 20_000)
-        with pytest.raises(UserError, match=r"web/cut\.jsonl\.gz: corrupt or cut off after line"):
+        patch.setattr(stages, "BATCH_BYTES", 20_000)
+        with pytest.raises(UserError, match=r"web/cut\.jsonl\.gz"):
             build_data(config_of(home, **settings))
-        return build_data(config_of(home, **settings, allow_truncated=True)), rows
+        return build_data(config_of(home, **settings, allow_truncated=True, workers=2)), rows
 
 
 def outcome(rows):
@@ -261,22 +267,17 @@ def outcome(rows):
     return kept, by_rule
 
 
-@pytest.mark.parametrize("source", SOURCES)
-def test_what_is_kept_is_exactly_the_clean_documents_in_their_order(planted, source):
-    folder, rows = planted
-    documents = kept_documents(folder, source)
-    assert texts_of(documents) == outcome(rows[source][0])[0]
-    for document in documents:
-        steps = rows[source][0][document["id"]][1]
-        assert set(document["metadata"].get("edited_by", {})) == {rule for rule, _ in steps}
-
-
-@pytest.mark.parametrize("source", SOURCES)
-def test_every_counter_is_what_was_planted(planted, source):
+@pytest.mark.parametrize("source", ["web", "code", "books", "forum"])
+def test_a_build_keeps_exactly_what_was_clean_and_counts_what_was_planted(planted, source):
     """The bytes too, which an edit may add to: masks are longer than most of what they mask."""
     folder, rows = planted
     (rows, places), found = rows[source], counted(folder, source)
     kept, by_rule = outcome(rows)
+    documents = kept_documents(folder, source)
+    assert texts_of(documents) == kept
+    for document in documents:
+        steps = rows[document["id"]][1]
+        assert set(document["metadata"].get("edited_by", {})) == {rule for rule, _ in steps}
     assert found["by_rule"] == by_rule
     assert found["documents in"] == len(rows) and found["documents"] == len(kept)
     assert found["bytes in"] == sum(len(row[0].encode()) for row in rows.values())
@@ -288,14 +289,14 @@ def test_every_counter_is_what_was_planted(planted, source):
                               if source == "web" else {})
 
 
-def test_table_shows_every_counter_and_every_rule_was_planted(planted, capsys):
+def test_the_table_shows_every_counter_and_every_rule_was_planted(planted, capsys):
     folder, rows = planted
     print_table(folder)
     table = {line[2:32].strip(): line[32:].split() for line in capsys.readouterr().out.splitlines()}
-    kept, by_rule = zip(*(outcome(rows[name][0]) for name in SOURCES), strict=True)
-    assert table[""] == list(SOURCES)
-    assert table["documents in"] == [str(len(rows[name][0])) for name in SOURCES]
-    assert table["bad lines left out"] == [str(len(rows[name][1]) or "-") for name in SOURCES]
+    kept, by_rule = zip(*(outcome(planted) for planted, _ in rows.values()), strict=True)
+    assert table[""] == list(rows)
+    assert table["documents in"] == [str(len(planted)) for planted, _ in rows.values()]
+    assert table["bad lines left out"] == [str(len(places) or "-") for _, places in rows.values()]
     assert table["documents kept"] == [str(len(documents)) for documents in kept]
     shown = {key: cells for key, cells in table.items() if key.endswith((" dropped", " edited"))}
     assert shown == {f"{rule} {what}": [str(one.get(rule, {}).get(what, "-")) for one in by_rule]
@@ -309,8 +310,8 @@ def test_table_shows_every_counter_and_every_rule_was_planted(planted, capsys):
 LIMITS = {2: 0.20, 3: 0.18, 4: 0.16, 5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
 
 
-def brute_shares(words):
-    """(n, share) for each n of which some n-gram occurs twice: each is counted by itself."""
+def slow_ratios(words):
+    """(n, ratio) for each n of which some n-gram occurs twice: each is counted by itself."""
     for n in LIMITS:
         grams = [tuple(words[i:i + n]) for i in range(len(words) - n + 1)]
         counts = [grams.count(gram) for gram in grams]
@@ -322,7 +323,7 @@ def brute_shares(words):
                       again / sum(characters))
 
 
-def brute_repetition(text):
+def slow_repetition(text):
     """Which measure drops the text: "lines", "characters", an n, or None."""
     words, lines = text.split(), [line for line in text.split("\n") if line.strip()]
     again = [line for line in lines if lines.count(line) > 1]
@@ -330,18 +331,18 @@ def brute_repetition(text):
         return "lines"
     if sum(map(len, again)) / sum(map(len, words)) > 0.3:
         return "characters"
-    return next((n for n, part in brute_shares(words) if part > LIMITS[n]), None)
+    return next((n for n, part in slow_ratios(words) if part > LIMITS[n]), None)
 
 
 def repetition(text):
-    """The same of data.py, read from its reason."""
+    """The same by the rule, read from its reason."""
     drop = verdict("gopher_repetition", text)
     found = drop and re.search(r"\d+(?=-gram)|characters(?= in repeated)|lines", drop.why)[0]
     return int(found) if found and found.isdigit() else found
 
 
 def with_phrase(n, times, size, stretch=lambda: 0):
-    """`size` words of 4 letters, of which a phrase of n, perhaps of longer ones, comes again."""
+    """`size` words of 4 letters in which a phrase of n words, perhaps longer ones, comes again."""
     words = [f"u{i:03d}" for i in range(size)]
     phrase = [f"p{i:03d}" + "x" * stretch() for i in range(n)]
     for i in range(times):
@@ -355,7 +356,7 @@ def test_ngram_ratios_are_those_of_a_slow_counter():
         vocabulary = [word(dice)[:dice.randint(1, 7)] for _ in range(dice.choice([2, 9, 60]))]
         words = dice.choices(vocabulary, k=dice.randint(0, 90))
         found = list(ngram_ratios(words, np.array([len(w) for w in words], np.int64)))
-        expected = list(brute_shares(words))
+        expected = list(slow_ratios(words))
         assert [n for n, _, _ in found] == [n for n, _ in expected]
         assert np.allclose([p for _, p, _ in found], [p for _, p in expected], rtol=0, atol=1e-12)
 
@@ -370,29 +371,26 @@ def test_repetition_is_judged_as_by_a_slow_counter():
         if i % 7 == 0:
             lines = [filled(dice, "_ " * dice.randint(1, 12)) for _ in range(12)]
             text = "\n".join(lines + dice.choices(lines, k=dice.randint(0, 3)))
-        seen.add(brute_repetition(text))
-        assert repetition(text) == brute_repetition(text), text
+        seen.add(slow_repetition(text))
+        assert repetition(text) == slow_repetition(text), text
     assert seen == {"lines", "characters", None, *LIMITS}
 
 
-@pytest.mark.parametrize("n, times, size, dropped_by", [
-    (2, 5, 50, None), (2, 5, 49, 2), (3, 3, 50, None), (3, 3, 49, 3), (4, 2, 50, None),
-    (4, 2, 49, 4), *((19, 2, 198 + n, n) for n in range(5, 11)), (19, 2, 209, None)])
-def test_ngrams_at_their_limit_stay(n, times, size, dropped_by):
-    """n x times of 50 words are the limit; so are, for n from 5, 2 (20 - n) n-grams of 200."""
-    assert repetition(with_phrase(n, times, size)) == dropped_by
+@pytest.mark.parametrize("text, dropped_by", [
+    # n x times of 50 words are the limit; so are, for n from 5, 2 (20 - n) n-grams of 200
+    *((with_phrase(n, times, size), dropped_by) for n, times, size, dropped_by in [
+        (2, 5, 50, None), (2, 5, 49, 2), (3, 3, 50, None), (3, 3, 49, 3), (4, 2, 50, None),
+        (4, 2, 49, 4), *((19, 2, 198 + n, n) for n in range(5, 11)), (19, 2, 209, None)]),
+    *((lines.replace(" ", "\n"), dropped_by) for lines, dropped_by in [
+        ("zz u1 u2 u3 zz u5 zz u7 u8 u9", None), ("zz u1 u2 u3 zz u5 zz u7 u8 zz", "lines"),
+        ("zz  u1  u2  zz  u3 u4 u5", None),  # blank lines do not count
+        ("zzz u1 u2 zzz u3 u4 u5 u6", "characters")])])
+def test_repetition_at_its_limits_is_kept(text, dropped_by):
+    assert repetition(text) == dropped_by
 
 
-@pytest.mark.parametrize("lines, dropped_by", [
-    ("zz u1 u2 u3 zz u5 zz u7 u8 u9", None), ("zz u1 u2 u3 zz u5 zz u7 u8 zz", "lines"),
-    ("zz  u1  u2  zz  u3 u4 u5", None),  # blank lines are none
-    ("zzz u1 u2 zzz u3 u4 u5 u6", "characters")])
-def test_repeated_lines_at_their_limit_stay(lines, dropped_by):
-    assert repetition(lines.replace(" ", "\n")) == dropped_by
-
-
-def brute_gopher(text):
-    """{rule: whether it drops the text} by the table of Dolma's measures, repetition aside."""
+def slow_gopher(text):
+    """{rule: whether it drops the text} by Dolma's table of measures, repetition aside."""
     words, lines = text.split(), [line for line in text.split("\n") if line.strip()]
     n, ordered = len(words), sorted(len(w) for w in words)
     stops = sum(words.count(w) for w in ("the", "be", "to", "of", "and", "that", "have", "with"))
@@ -419,29 +417,10 @@ def test_gopher_rules_judge_as_the_table_of_their_measures():
             lines.append("- " * (dice.random() < bullet) + " ".join(words)
                          + " \u2026" * (dice.random() < dots))
         text = "\n".join(lines + dice.choices(["the end", "The be", "of it", "so", ""], k=2))
-        for rule, dropped in brute_gopher(text).items():
+        for rule, dropped in slow_gopher(text).items():
             seen[rule].add(dropped)
             assert drops(f"gopher_{rule}", text) == dropped, (rule, text)
     assert len(seen) == 7 and all(both == {False, True} for both in seen.values())
-
-
-@pytest.mark.parametrize("rule, text, dropped", [
-    ("word_count", "a " * 49, True), ("word_count", "a " * 50, False),
-    ("word_count", "a " * 100_000, False), ("word_count", "a " * 100_001, True),
-    ("word_length", "aa " * 5 + "aaaa " * 5, False),  # 3: the middle of an even number
-    ("word_length", "aa " * 5 + "aaa " * 5, True), ("word_length", "a" * 10 + " " + "a" * 11, True),
-    ("word_length", ("a" * 10 + " ") * 2 + "a" * 99, False),  # the median, not the mean
-    ("symbols", "# " * 3 + "a\u2026b " * 2 + "a " * 45, False),
-    ("symbols", "# " * 3 + "a\u2026b " * 3 + "a " * 45, True),
-    ("alphabetic", "a1 " * 30 + "é " * 10 + "12 " * 10, False),
-    ("alphabetic", "a1 " * 30 + "é " * 9 + "12 " * 10, True),
-    ("stop_words", "the cat", True), ("stop_words", "The The of.", True),
-    ("stop_words", "the the", False),  # occurrences, not kinds
-    ("bullets", "- a\n" * 9 + "\n\na", False), ("bullets", "- a\n" * 9 + "* b", True),
-    ("ellipsis", "a\u2026\n" * 3 + "b...\n" * 7, False),
-    ("ellipsis", "a\u2026\n" * 4 + "b\n" * 9, True)])
-def test_gopher_limits_are_strict(rule, text, dropped):
-    assert drops(f"gopher_{rule}", text) == dropped
 
 
 def test_repeated_tokens_are_found_as_by_a_slow_scan():
@@ -461,7 +440,35 @@ def test_repeated_tokens_are_found_as_by_a_slow_scan():
         assert drops("repeated_tokens", f" z{pattern * 100} y z") == (period < 14)
 
 
-# ---- Small rules ---------------------------------------------------------------------------------
+# ---- Limits, cuts and masks ----------------------------------------------------------------------
+
+AT_THE_LIMIT = [  # (rule, a text that it keeps, one just beyond that it drops)
+    ("gopher_word_count", "a " * 50, "a " * 49),
+    ("gopher_word_count", "a " * 100_000, "a " * 100_001),
+    # a median of 3: the middle of an even number of words
+    ("gopher_word_length", "aa " * 5 + "aaaa " * 5, "aa " * 5 + "aaa " * 5),
+    ("gopher_word_length", ("a" * 10 + " ") * 2 + "a" * 99, "a" * 10 + " " + "a" * 11),
+    ("gopher_symbols", "# a…b " * 2 + "# " + "a " * 45, "# a…b " * 3 + "a " * 45),
+    ("gopher_alphabetic", "a1 " * 30 + "é " * 10 + "12 " * 10, "a1 " * 30 + "é " * 9 + "12 " * 10),
+    ("gopher_stop_words", "the the", "the cat"), ("gopher_stop_words", "of to", "The The of."),
+    ("gopher_bullets", "- a\n" * 9 + "\n\na", "- a\n" * 9 + "* b"),
+    ("gopher_ellipsis", "a\u2026\n" * 3 + "b...\n" * 7, "a\u2026\n" * 4 + "b\n" * 9),
+    ("empty", ".", "\u2003\n\t "), ("c4_document", "lorem  ipsum java script ( [", "LOREM IPSUM"),
+    ("c4_document", "java", "Get javaScripts"), ("c4_document", "x }", "x {"),
+    ("code_mean_line", "\n".join(["x" * 100] * 9), "\n".join(["x" * 100] * 8 + ["x" * 101])),
+    ("code_longest_line", "x\n" * 20 + "x" * 1000, "x\n" * 20 + "x" * 1001),
+    ("code_alphanumeric", "a1" + "-" * 6, "a1" + "-" * 7), ("code_letters", "aaa +", "aaa + -"),
+    ("min_words", "a " * 24 + ".", "a-b " * 8), ("language", "the naïve", "the наивный"),
+    ("language", "x y z q v w u s r the", "x y z q v w u s r t the"),
+    ("language", "12 the", "12 34 56")]
+
+
+def test_a_value_at_the_limit_is_kept_and_the_next_is_dropped():
+    scorers = {"language": english_score}
+    for rule, kept, dropped in AT_THE_LIMIT:
+        assert not drops(rule, kept, scorers=scorers), (rule, kept)
+        assert drops(rule, dropped, scorers=scorers), (rule, dropped)
+
 
 @pytest.mark.parametrize("rule, text, left", [
     ("c4_punctuation", 'One.\nTwo\nThree?\nFour!\nHe: "5"\nSix:', 'One.\nThree?\nFour!\nHe: "5"'),
@@ -478,24 +485,6 @@ def test_rules_that_cut_leave_this(rule, text, left):
     assert edited(rule, text) == edited(rule, left) == left
 
 
-@pytest.mark.parametrize("rule, text, dropped", [
-    ("empty", "\u2003\n\t ", True), ("empty", ".", False),
-    ("c4_document", "lorem  ipsum java script ( [", False), ("c4_document", "LOREM IPSUM", True),
-    ("c4_document", "Get javaScripts", True), ("c4_document", "x {", True),
-    ("code_mean_line", "\n".join(["x" * 100] * 9), False),
-    ("code_mean_line", "\n".join(["x" * 100] * 8 + ["x" * 101]), True),
-    ("code_longest_line", "x\n" * 20 + "x" * 1000, False),
-    ("code_longest_line", "x\n" * 20 + "x" * 1001, True),
-    ("code_alphanumeric", "a1" + "-" * 6, False), ("code_alphanumeric", "a1" + "-" * 7, True),
-    ("code_letters", "aaa +", False), ("code_letters", "aaa + -", True),
-    ("min_words", "a " * 24 + ".", False), ("min_words", "a-b " * 8, True),
-    ("language", "the naïve", False), ("language", "the наивный", True),
-    ("language", "x y z q v w u s r the", False), ("language", "x y z q v w u s r t the", True),
-    ("language", "12 34 56", True)])
-def test_rules_that_drop_do_so_from_here_on(rule, text, dropped):
-    assert drops(rule, text, scorers={"language": english_score}) == dropped
-
-
 @pytest.mark.parametrize("name, metadata, dropped", [
     ("a/b.csv", {}, True), ("a/b.py", {}, False), ("a.csv", {"path": "a.py"}, False),
     ("a.py", {"path": "a.SVG"}, True), ("a.csv", {"ext": "py"}, False), ("json", {}, False),
@@ -508,13 +497,13 @@ def test_scores_are_compared_with_dolmas_limits():
     for score, dropped in ((0.5, False), (0.4999, True)):
         assert drops("language", "x", scorers={"language": lambda _, s=score: s}) == dropped
     scores = {"Good one.": 0.1, "Bad!?": 0.4, "Fine 3.5 too.": 0.3999, "Worse.": 1.0,
-              "No stop here": 0, "End.": 0, "": 0}  # a KeyError: another sentence was asked for
-    asked = {"content": scores.__getitem__}
+              "No stop here": 0, "End.": 0, "": 0}  # a KeyError: another sentence was scored
+    scorers = {"content": scores.__getitem__}
     for text, lines in (
             ("Good one. Bad!? Fine 3.5 too.\nWorse.\n\nNo stop here\nEnd.",
              ["Good one. Fine 3.5 too.", "No stop here", "End."]),
             ("Good one. Bad!?\nNo stop here\nEnd.", ["Good one.", "No stop here", "End."])):
-        left = edited("content", text, scorers=asked).split("\n")  # no two lines become one
+        left = edited("content", text, scorers=scorers).split("\n")  # no two lines become one
         assert [line.strip() for line in left if line.strip()] == lines
     assert edited("content", text, scorers={"content": None}) == text
 
@@ -549,10 +538,7 @@ def test_masking_equals_replacing_the_spans_from_right_to_left_and_is_idempotent
         for start, end, mask in reversed(spans):
             masked = masked[:start] + mask + masked[end:]
         assert edited("pii", text) == edited("pii", masked) == masked
-    assert edited("pii", "10.0.0.1(555) 123-4567") == f"{IP}{PHONE}"  # a mask bares a number
-
-
-def test_five_pieces_of_whatever_kind_are_masked_and_six_drop():
+    assert edited("pii", "10.0.0.1(555) 123-4567") == f"{IP}{PHONE}"  # a mask sets a number free
     things, masks = zip(*FOUND, strict=True)
     assert edited("pii", " and ".join(things[1:6])) == " and ".join(masks[1:6])
     assert drops("pii", " and ".join(things[:6]))
@@ -579,8 +565,8 @@ def test_bloom_filter_forgets_nothing_and_is_wrong_at_the_rate_of_the_formula(ra
     assert abs(wrong / probes - expected) < 3 * math.sqrt(expected * (1 - expected) / probes)
 
 
-def naive_deduplicate(documents, levels):
-    """[(id, text)] of what stays, level by level, each compared with all that came before."""
+def slow_deduplicate(documents, levels):
+    """[(id, text)] of what is kept, level by level, each compared with all that came before."""
     for level, key in (("url", lambda d: d["metadata"]["url"] or d["id"]),
                        ("document", lambda d: d["text"])):
         if level in levels:
@@ -602,121 +588,50 @@ def test_deduplication_keeps_what_a_quadratic_search_keeps(levels):
     dice, levels = random.Random(levels), levels.split()
     for _ in range(20):
         lines = ["", " ", *(word(dice) for _ in range(dice.choice([5, 40])))]
-        documents = documents_of(*("\n".join(dice.choices(lines, k=dice.randint(1, 4)))
-                                   for _ in range(40)))
-        for document in documents:
-            document["metadata"]["url"] = dice.choice([None, "", *range(1, 60)])
+        documents = [{"id": f"d{i}", "text": "\n".join(dice.choices(lines, k=dice.randint(1, 4))),
+                      "source": "s", "metadata": {"provenance": f"f:{i}", "url": dice.choice(
+                          [None, "", *range(1, 60)])}} for i in range(40)]
         for make in (DigestSet, lambda: BloomFilter(500, 1e-12)):
             funnel = Funnel()
             left = list(deduplicate(documents, {level: make() for level in levels}, funnel))
-            assert texts_of(left) == naive_deduplicate(documents, levels)
+            assert texts_of(left) == slow_deduplicate(documents, levels)
             assert sum(n["dropped"] for n in funnel.rules.values()) == 40 - len(left)
             assert list(deduplicate(left, {level: make() for level in levels}, funnel)) == left
 
 
-def test_no_document_with_an_evaluation_paragraph_stays_whatever_file_held_it(tmp_path):
+def test_no_document_with_an_evaluation_paragraph_is_kept_whatever_file_held_it(tmp_path):
     dice = random.Random(7)
     plain, paper, bare, context, short = (paragraph(dice, n) for n in (13, 14, 15, 6, 12))
     continuation = " so" + filled(dice, " _" * 6)  # 13 words with the context's last line
-    (tmp_path / "plain.txt").write_text(f"Title\n{plain}\n{short}\n")
+    (tmp_path / "plain.txt").write_text(f"Title\n  {plain}\t\n{short}\n")
     write_texts(tmp_path / "papers.jsonl", f"{paper}\n\n{'- ' * 20}")
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks/requests.jsonl").write_text(json.dumps({"doc_id": 0, "request": {
         "context": f"Say this:\n{context}", "continuation": continuation},
         "doc": {"id": 7, "choices": [{"text": f"A word.\n{bare}"}]}}))
-    hits = [plain, f"\t{plain} ", paper, paper, context + continuation, bare]
-    misses = [short, "- " * 20, context, continuation, plain.lower(), "Title"]
+    hits = [plain, f"\t{plain} \r", paper, paper, context + continuation, bare]
+    misses = [short, "- " * 20, context, continuation, plain.lower(), f"{plain} not", "Title"]
     texts = [f"{prose(dice)}\n{line}\n{prose(dice)}" for line in hits + misses]
     sets = {"plain": "plain.txt", "papers": "papers.jsonl", "tasks": "tasks"}
     folder = build_data(config_of(
         tmp_path, sources={"s": write_texts(tmp_path / "s.jsonl", *texts)},
         decontaminate={name: f"{tmp_path}/{file}" for name, file in sets.items()}))
     kept = [document["text"] for document in kept_documents(folder, "s")]
-    assert kept == texts[len(hits):] and not [hit for hit in hits for text in kept
-                                              if f"\n{hit}\n" in text]
+    assert kept == texts[len(hits):]
     assert {rule: n["dropped"] for rule, n in counted(folder, "s")["by_rule"].items()} == {
         "decontaminate:plain": 2, "decontaminate:papers": 2, "decontaminate:tasks": 2}
 
 
-def test_spaces_at_the_ends_of_a_line_hide_no_paragraph(tmp_path):
-    line = "thirteen words and more of an evaluation set which no document may ever hold"
-    (tmp_path / "set.txt").write_text(f"  {line}\t\n")
-    paragraphs = evaluation_paragraphs((("mine", str(tmp_path / "set.txt"), ()),))
-    documents = documents_of(line, f"a\n {line} \r\nb", f"{line} not")
-    assert texts_of(decontaminate(documents, paragraphs, Funnel())) == [
-        ("d2", f"{line} not")]
-
-
-def test_decontamination_sees_the_text_as_it_came(tmp_path):
-    """Before a mask hides a paragraph, or a copy in a document that goes costs another document."""
-    dice = random.Random(9)
-    mail, plain, clean = f"{paragraph(dice, 14)} me@a.co", paragraph(dice, 15), prose(dice)
-    (tmp_path / "set.txt").write_text(f"{mail}\n{plain}")
-    texts = [f"{prose(dice)}\n{mail}", f"{clean}\n{plain}", f"{prose(dice)}\n{plain}", clean]
-    folder = build_data(config_of(
-        tmp_path, decontaminate={"set": f"{tmp_path}/set.txt"}, sources={"s": {
-            "path": write_texts(tmp_path / "s.jsonl", *texts), "rules": "pii paragraph"}}))
-    assert [document["text"] for document in kept_documents(folder, "s")] == [clean]
-    assert counted(folder, "s")["by_rule"] == {"decontaminate:set": {
-        "dropped": 3, "bytes": len("".join(texts[:3]).encode())}}
-
-
-# ---- Builds --------------------------------------------------------------------------------------
-
-def test_builds_of_any_number_of_workers_are_byte_for_byte_the_same(tmp_path, monkeypatch):
-    dice = random.Random(8)
-    texts = [text for _ in range(4) for text, _, _ in each(web_dirt, dice)]
-    dice.shuffle(texts)
-    path = write_texts(tmp_path / "web.jsonl", *texts, *dice.sample(texts, 9))
-    monkeypatch.setattr("corpus.stages.BATCH_BYTES", 4000)
-    monkeypatch.setattr("corpus.storage.BLOCK_BYTES", 4000)
-    folders = [build_data(config_of(tmp_path, data_dir=f"{tmp_path}/{workers}", workers=workers,
-                                    eval_share=0.2, sources={"a": {"path": path, "rules": "web"}}))
-               for workers in (1, 2, 4)]
-    one, *others = [{file.relative_to(folder): file.read_bytes() for file in folder.rglob("*")
-                     if file.is_file()} for folder in folders]
-    assert len(one) > 6 and len(one[Path("a.blocks")]) > 16 * 3
-    assert others == [one, one]
-
-
-def test_only_what_depends_on_a_change_is_done_again(tmp_path, monkeypatch):
-    dice, built, folders = random.Random(9), {}, set()
-    a, b = (write_texts(tmp_path / f"{name}.jsonl", *(prose(dice) for _ in range(9)))
-            for name in "ab")
-
-    def redone(**changes):
-        """The kinds of stages that this build made."""
-        before = dict(built)
-        folders.add(build_data(config_of(tmp_path, **{"sources": {"a": a}} | changes)))
-        built.update((path.name, path.stat().st_ino)
-                     for path in (tmp_path / "built/stages").iterdir())
-        return {name.rsplit("-", 1)[0] for name in built if built[name] != before.get(name)}
-    assert redone() == {"clean-a", "tokenizer", "tokens-a"}
-    fixed = {"tokenizer": str(next(iter(folders)) / "tokenizer.json")}
-    assert redone(tokenizer="bpe:310") == {"tokenizer", "tokens-a"}
-    assert redone(sources={"a": {"path": a, "weight": 1.5}}) == set()
-    assert redone(sources={"a": a, "b": b}) == {"clean-b", "tokenizer", "tokens-a", "tokens-b"}
-    assert redone(**fixed) == {"tokenizer", "tokens-a"}
-    assert redone(**fixed, sources={"a": a, "b": b}) == {"tokens-b"}
-    monkeypatch.setattr("corpus.stages.building_code", lambda stage: "an edited rule")
-    assert redone() == {"clean-a", "tokenizer", "tokens-a"}
-    assert len(folders) == 7
-
-
-def options(folder, path, rules, **changes):
-    settings = {"data_dir": folder / "built", "tokenizer": "bpe:300", "eval_share": 0, "workers": 1,
-                "sources": {"s": {"path": path, "rules": rules}}} | changes
-    return [f"--{key}={value}" for key, value in settings.items()]
-
+# ---- The command line ----------------------------------------------------------------------------
 
 def test_show_prints_what_a_rule_dropped_or_edited_marked_and_why(tmp_path, call, refused):
     path = write_texts(tmp_path / "s.jsonl", "It has lorem ipsum.", "Write to a@b.co.",
                        "As it was.\nHead:", "As it was.\nAnd so on.", prose(random.Random(1), 9))
-    words = options(tmp_path, path, "c4 pii paragraph")
+    words = words_of(tmp_path, path, "c4 pii paragraph")
     for rule, parts in {
-            "c4_document": ["dropped by c4_document: holds 'lorem ipsum'", "d0 (s.jsonl:1)",
+            "c4_document": ["dropped by c4_document: ", "d0 (s.jsonl:1)",
                             "It has >>>lorem ipsum<<<."],
-            "pii": ["edited by pii: 1 masked", "d1 (s.jsonl:2)", "to >>>a@b.co<<<."],
+            "pii": ["edited by pii: ", "d1 (s.jsonl:2)", "to >>>a@b.co<<<."],
             "paragraph": ["d3 (s.jsonl:4)", "| >>>As it was.<<<\n    | And so on."]}.items():
         printed = call(data, *words, f"--show={rule}").stdout
         assert printed.count(" (s.jsonl:") == 1
@@ -727,35 +642,32 @@ def test_show_prints_what_a_rule_dropped_or_edited_marked_and_why(tmp_path, call
 
 def test_stand_ins_and_the_memory_of_bloom_filters_are_announced(tmp_path, call):
     path = write_texts(tmp_path / "s.jsonl", *(prose(random.Random(i)) for i in range(20)))
-    words = options(tmp_path, path, "web")
+    words = words_of(tmp_path, path, "web")
     printed = call(data, *words).stdout
-    assert "language was scored by a stand-in" in printed and "content was not scored" in printed
+    assert "language_scorer" in printed and "content_scorer" in printed
     assert "Bloom" not in printed
     printed = call(data, *words, "--bloom_items=2_000_000").stdout
-    assert printed.startswith("data: s: 3 Bloom filters of 7.2 MB each")
-    assert "raise bloom_items" not in printed
+    assert re.search("Bloom filters .* 7.2 MB", printed) and "bloom_items" not in printed
     done = call(data, *words, "--bloom_items=10", "--bloom_fp_rate=1e-9")
     assert done.stdout.index("Bloom filters") < done.stdout.index("documents in")
-    assert "document filter took 20 items" in done.stderr and "raise bloom_items" in done.stderr
+    assert re.search("document .*20 items.*bloom_items", done.stderr)
 
 
-@pytest.mark.parametrize("entry, shown", [
+@pytest.mark.parametrize("entry, words", [
     ({"rules": "gohper"}, ["'gohper'", "gopher?"]),
     ({"rules": "web c4_documents"}, ["'c4_documents'", "c4_document?"]),
     ({"rules": "paragraf"}, ["'paragraf'", "paragraph?"]),
-    ({"rules": ["web"]}, ["rules", "['web']"]), ({"rule": "web"}, ["'rule'", "path, rules"]),
-    ({"path": 5}, ["path", "5"]),
-    *(({"weight": weight}, ["weight", weight]) for weight in (0, -1, True, "1", 1e9))])
-def test_mistake_in_a_source_is_one_line_with_the_remedy(tmp_path, call, refused, entry, shown):
+    ({"rule": "web"}, ["'rule'", "path, rules"]), ({"weight": 1e9}, ["weight", 1e9])])
+def test_mistake_in_a_source_is_refused_before_anything_is_built(tmp_path, call, refused, entry,
+                                                                 words):
     entry = {"path": write_texts(tmp_path / "s.jsonl", "a")} | entry
-    refused(call(data, *options(tmp_path, "", "", sources={"s": entry})), "sources: s: ", *shown)
+    refused(call(data, *words_of(tmp_path, "", "", sources={"s": entry})), "sources: s: ", *words)
     assert not (tmp_path / "built").exists()
 
 
 @pytest.mark.parametrize("key, scorer, known", [
     ("language_scorer", "none", "stand-in"), ("language_scorer", "os:system", "stand-in"),
     ("content_scorer", "stand-in", "none")])
-def test_scorer_that_is_not_there_is_refused_by_name(tmp_path, call, refused, key, scorer, known):
-    path = write_texts(tmp_path / "s.jsonl", "a")
-    refused(call(data, *options(tmp_path, path, "language content", **{key: scorer})),
-            f"{key}={scorer}: ", known)
+def test_unknown_scorer_is_refused_by_name(key, scorer, known):
+    with pytest.raises(UserError, match=f"{key}={scorer}.* {known}"):
+        DataConfig(**{key: scorer})

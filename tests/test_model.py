@@ -1,86 +1,26 @@
-"""model.py against transformers' OlmoForCausalLM, numpy, and arithmetic by hand."""
+"""The network against transformers' OlmoForCausalLM, numpy, and arithmetic by hand."""
 
 import hashlib
-import json
 import math
-import os
-import pickle
-import subprocess
-import sys
-from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from conftest import difference, random_ids, random_model, same_weights, small_config
 
 import model as m
-from scaling.checkpoint import newest_step, step_directories, verify_step
 from scaling.machine import choose_device, choose_dtype
 from support import cpu
 from support.files import UserError
-from support.weights import config_to_hf, load_model, name_table, official_config, save_hf
+from support.weights import config_to_hf, load_model, name_table, save_hf
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-HOUSE = Path(m.__file__).parent
-SMALL = dict(d_model=32, n_layers=2, n_heads=2, mlp_hidden_size=40, max_seq_len=64, vocab_size=50,
-             embedding_size=64, eos_token_id=49, pad_token_id=1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 ONE_B = dict(d_model=2048, n_layers=16, n_heads=16, mlp_hidden_size=8192, max_seq_len=2048,
              vocab_size=50280, embedding_size=50304, weight_tying=True, eos_token_id=50279,
              pad_token_id=1)
 SEVEN_B = ONE_B | dict(d_model=4096, n_layers=32, n_heads=32, mlp_hidden_size=11008,
                        weight_tying=False)
-
-
-# ---- Helpers -------------------------------------------------------------------------------------
-
-def small_config(**changes):
-    return m.ModelConfig(**SMALL | changes)
-
-
-def random_model(scale=2.0, seed=0, **changes):
-    """A model with weights `scale` times larger than at the start, so that attention is peaked."""
-    model = m.build_model(small_config(**changes), seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter *= scale
-    return model
-
-
-def random_ids(*shape, seed=0, low=2, high=SMALL["vocab_size"]):
-    """Ids without pad_token_id: to that row HF's padding_idx gives no gradient, OLMo 1.0 does."""
-    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def difference(ours, theirs, reference=None):
-    """Largest absolute difference over the largest absolute value of `reference`, or `theirs`."""
-    reference = theirs if reference is None else reference
-    return ((ours - theirs).abs().max() / reference.abs().max()).item()
-
-
-def same_weights(one, other):
-    one, other = one.state_dict(), other.state_dict()
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """So small a model is faster on one thread than on two that wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def transformers():
-    """The oracle, for tests that need it."""
-    pytest.importorskip("safetensors")
-    transformers = pytest.importorskip("transformers")
-    transformers.logging.disable_progress_bar()
-    return transformers
 
 
 # ---- Parity with transformers --------------------------------------------------------------------
@@ -108,13 +48,15 @@ def same_function(ours, hf, T):
     m.next_token_loss(ours(inputs, targets), torch.ones(3, T, dtype=torch.bool))[0].backward()
     theirs = {name: parameter.grad for name, parameter in hf.named_parameters()}
     mine = dict(ours.named_parameters())
-    assert len(theirs) == sum(len(names) for _, _, names in name_table(ours.config))
-    for our_name, _, names in name_table(ours.config):
-        whole = torch.cat([theirs[name] for name in names])
-        for name, piece in zip(names, mine[our_name].grad.chunk(len(names)), strict=True):
-            # with one position softmax has no gradient: q's and k's are noise beside v's
-            reference = theirs[name] if T > 1 else whole
-            assert difference(piece, theirs[name], reference) < 1e-5, name
+    table = name_table(ours.config)
+    assert len(theirs) == sum(len(names.parts) for names in table)
+    for names in table:
+        fused = torch.cat([theirs[part] for part in names.parts])
+        pieces = mine[names.ours].grad.chunk(len(names.parts))
+        for part, piece in zip(names.parts, pieces, strict=True):
+            # With one position softmax has no gradient: q's and k's are noise next to v's.
+            reference = theirs[part] if T > 1 else fused
+            assert difference(piece, theirs[part], reference) < 1e-5, part
 
 
 @pytest.mark.parametrize("changes, T", SHAPES)
@@ -136,16 +78,15 @@ def test_weights_of_transformers_do_the_same_here(transformers, tmp_path, change
             parameter *= 2 / (0.02 * math.sqrt(config.d_model))  # from HF's 0.02 to 2 / sqrt(D)
     hf.save_pretrained(tmp_path)
     ours = load_model(tmp_path)
-    # HF knows the padded size only; everything else comes back as it was
     assert ours.config == config
     same_function(ours, hf, T)
 
 
 def test_rotary_angles_equal_those_of_transformers_bit_for_bit(transformers):
-    """At position 2,047 a frequency off by its last bit, 6e-8, puts the angle off by 1e-4.
+    """At position 2,047 a frequency that is off by its last bit, 6e-8, turns the angle by 1e-4.
 
-    Otherwise: `theta ** -x` rounds otherwise than `1.0 / theta ** x`, which transformers and
-    official OLMo compute; logits then drift by up to 2e-4 at 1,024 tokens.
+    `theta ** -x` rounds differently from `1.0 / theta ** x`, which transformers and official OLMo
+    compute; with it the logits drift by up to 2e-4 at 1,024 tokens.
     """
     from transformers.models.olmo.modeling_olmo import OlmoRotaryEmbedding
     for heads in (16, 8, 2, 1):  # K = 8, 16, 64, 128
@@ -156,16 +97,6 @@ def test_rotary_angles_equal_those_of_transformers_bit_for_bit(transformers):
         for half in range(2):  # theirs are written twice, one for each half of a head
             assert all(torch.equal(x, theirs[0].chunk(2, dim=-1)[half])
                        for x, theirs in zip(ours, (cos, sin), strict=True))
-
-
-def test_logits_still_agree_at_a_thousand_tokens(transformers, tmp_path):
-    """Otherwise: 9.8e-5 instead of about 2e-6."""
-    ours = random_model(d_model=48, max_seq_len=2048)
-    save_hf(ours, tmp_path / "hf")
-    hf = transformers.OlmoForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager")
-    tokens = random_ids(1, 1024)
-    with torch.no_grad():
-        assert difference(ours(tokens), hf(tokens).logits) < 1e-5
 
 
 # ---- Cached decoding -----------------------------------------------------------------------------
@@ -227,16 +158,11 @@ def test_greedy_generation_equals_that_of_transformers(transformers, tmp_path):
     assert m.generate(model, prompts.tolist(), 20) == theirs[:, 6:].tolist()
 
 
-def test_greedy_rows_do_not_depend_on_their_neighbours():
+def test_greedy_rows_follow_the_full_forward_of_each_alone():
     model = random_model()
-    alone = [m.generate(model, [prompt], 20)[0] for prompt in PROMPTS]
-    assert m.generate(model, PROMPTS, 20) == alone
-    assert len(set(map(tuple, alone))) == len(alone) and all(len(set(row)) > 3 for row in alone)
-
-
-def test_greedy_rows_follow_the_full_forward():
-    model = random_model()
-    for prompt, new in zip(PROMPTS, m.generate(model, PROMPTS, 12), strict=True):
+    rows = m.generate(model, PROMPTS, 12)
+    assert len(set(map(tuple, rows))) == len(rows) and all(len(set(row)) > 3 for row in rows)
+    for prompt, new in zip(PROMPTS, rows, strict=True):
         with torch.no_grad():
             logits = model(torch.tensor([prompt + new]))[0, len(prompt) - 1:-1, :50]
         assert logits.argmax(-1).tolist() == new
@@ -255,7 +181,7 @@ def test_sampled_rows_depend_on_seed_and_row_only():
 
 
 def test_a_short_prompt_is_not_cut_short_by_a_long_neighbour():
-    """Otherwise: beside 12 ids in a context of 16, a prompt of 2 ids gets 4 ids, not 10."""
+    """In a context of 16, next to a prompt of 12 ids, one of 2 ids still gets 10 new ids, not 4."""
     model = random_model(max_seq_len=16)
     prompts = [[5, 9], list(range(2, 14))]
     alone = [m.generate(model, [prompt], 10)[0] for prompt in prompts]
@@ -371,15 +297,6 @@ def test_rope_is_a_complex_rotation(head_dim, start, theta):
     assert difference(m.apply_rope(x, exact, 0 * exact), scaled) == 0  # nothing falls to float32
 
 
-def test_rope_pairs_halves_not_neighbours():
-    """The unit vector of dim 1 (K = 8) turns into dims 1 and 5 by 10000^(-2/8) = 0.1 a position."""
-    x = torch.zeros(1, 1, 2, 8)
-    x[..., 1] = 1
-    turned = m.apply_rope(x, *m.rope_table(torch.arange(2), 8, 10000.0))[0, 0, 1]
-    expected = torch.tensor([0, math.cos(0.1), 0, 0, 0, math.sin(0.1), 0, 0])
-    assert torch.allclose(turned, expected, atol=1e-7)
-
-
 def test_rope_rotates_bfloat16_in_float32():
     """Rounded once, at the end: equal to the float32 rotation cast down."""
     x = torch.randn(1, 2, 20, 16).bfloat16()
@@ -416,30 +333,30 @@ def test_a_future_token_changes_no_earlier_logit():
     assert ((one - other).abs().amax(-1)[:, 11:] > 1e-3).all()
 
 
-def test_nats_are_the_log_softmax_of_all_rows_in_float64():
-    """All 64 rows of the embedding, also those above vocab_size, stand in the denominator."""
+def test_token_losses_are_the_log_softmax_of_all_rows_in_float64():
+    """All 64 rows of the embedding, also those above vocab_size, are in the denominator."""
     model, tokens, targets = random_model().double(), random_ids(3, 9), random_ids(3, 9, seed=1)
     with torch.no_grad():
         logits = model(tokens).numpy()
-        nats = model(tokens, targets)
-    assert nats.dtype == torch.float64 and nats.shape == (3, 9) and logits.shape == (3, 9, 64)
+        losses = model(tokens, targets)
+    assert losses.dtype == torch.float64 and losses.shape == (3, 9) and logits.shape == (3, 9, 64)
     log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     expected = -np.take_along_axis(log_probs, targets.numpy()[..., None], -1)[..., 0]
-    assert np.allclose(nats.numpy(), expected, rtol=1e-12, atol=1e-12)
+    assert np.allclose(losses.numpy(), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_next_token_loss_sums_and_counts_what_the_mask_keeps():
     """1 + 2 + 8 = 11 over 3 targets."""
-    nats = torch.tensor([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]])
-    total, count = m.next_token_loss(nats, torch.tensor([[1, 1, 0], [1, 0, 0]], dtype=torch.bool))
+    losses = torch.tensor([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]])
+    total, count = m.next_token_loss(losses, torch.tensor([[1, 1, 0], [1, 0, 0]], dtype=torch.bool))
     assert (total.item(), count.item()) == (11, 3)
 
 
-def test_sequence_log_probs_are_minus_the_nats_of_each_row():
+def test_sequence_log_probs_are_minus_the_losses_of_each_row():
     """-(1 + 4) over 2 targets, -(8 + 16 + 32) over 3."""
-    nats = torch.tensor([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]])
+    losses = torch.tensor([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]])
     log_probs, counts = m.sequence_log_probs(
-        nats, torch.tensor([[1, 0, 1], [1, 1, 1]], dtype=torch.bool))
+        losses, torch.tensor([[1, 0, 1], [1, 1, 1]], dtype=torch.bool))
     assert log_probs.tolist() == [-5, -56] and counts.tolist() == [2, 3]
 
 
@@ -455,17 +372,17 @@ def test_compute_dtype_is_the_dtype_of_the_stream_but_not_of_the_weights():
     for block in model.blocks:
         block.register_forward_hook(lambda _, args, out: seen.extend((args[0].dtype, out.dtype)))
     assert model(tokens).dtype == torch.bfloat16
-    nats = model(tokens, targets)
+    losses = model(tokens, targets)
     assert seen == [torch.bfloat16] * 8
-    assert nats.dtype == torch.float32  # the softmax and the log are not rounded
-    assert not torch.equal(nats, nats.bfloat16().float())
-    total, _ = m.next_token_loss(nats, torch.ones_like(nats, dtype=torch.bool))
-    log_probs, _ = m.sequence_log_probs(nats, torch.ones_like(nats, dtype=torch.bool))
+    assert losses.dtype == torch.float32  # the softmax and the log are not rounded
+    assert not torch.equal(losses, losses.bfloat16().float())
+    total, _ = m.next_token_loss(losses, torch.ones_like(losses, dtype=torch.bool))
+    log_probs, _ = m.sequence_log_probs(losses, torch.ones_like(losses, dtype=torch.bool))
     assert total.dtype == log_probs.dtype == torch.float32
     total.backward()
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
-    assert abs(nats.mean().item() / exact.mean().item() - 1) < 0.01
-    assert difference(nats, exact) < 0.05
+    assert abs(losses.mean().item() / exact.mean().item() - 1) < 0.01
+    assert difference(losses, exact) < 0.05
 
 
 def test_bfloat16_gradients_point_where_those_of_float32_do():
@@ -518,21 +435,22 @@ def test_plain_attention_is_as_near_to_float64_as_sdpa():
         assert difference(found, truth) < 2 * difference(library, truth) < 0.1
 
 
-def causal(T):
-    return [torch.randn(2, 3, T, 16) for _ in range(3)]
+MASK = torch.ones(16, 16, dtype=torch.bool)
 
 
-@pytest.mark.parametrize("q_len, k_len, mask, is_causal, plain", [
-    (16, 16, None, True, True), (512, 512, None, True, True), (513, 513, None, True, False),
-    (16, 16, None, False, False), (4, 16, None, True, False),
-    (16, 16, torch.ones(16, 16, dtype=torch.bool), False, False)])
-def test_plain_attention_is_for_short_causal_rows(monkeypatch, q_len, k_len, mask, is_causal,
-                                                  plain):
+@pytest.mark.parametrize("q_len, k_len, mask, is_causal, trains, plain", [
+    (16, 16, None, True, True, True), (512, 512, None, True, True, True),
+    (513, 513, None, True, True, False), (16, 16, None, True, False, False),
+    (16, 16, None, False, True, False), (4, 16, None, True, True, False),
+    (16, 16, MASK, False, True, False)])
+def test_plain_attention_is_for_short_causal_rows_that_train(monkeypatch, q_len, k_len, mask,
+                                                             is_causal, trains, plain):
     """Everything else is SDPA's, with the same answer."""
     calls = []
     attend = cpu.plain_attention
     monkeypatch.setattr(cpu, "plain_attention", lambda *qkv: calls.append(1) or attend(*qkv))
-    q, (_, k, v) = torch.randn(2, 3, q_len, 16), causal(k_len)
+    q = torch.randn(2, 3, q_len, 16, requires_grad=trains)
+    k, v = torch.randn(2, 2, 3, k_len, 16)
     found = cpu.fast_attention(q, k, v, mask, is_causal=is_causal)
     wanted = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal)
     assert len(calls) == plain and difference(found, wanted) < 1e-5
@@ -732,622 +650,3 @@ def test_parameter_counts_of_the_released_models(shape, count):
 def test_an_impossible_shape_is_refused(changes, message):
     with pytest.raises(UserError, match=message):
         small_config(**changes)
-
-
-# ---- Weights: Hugging Face -----------------------------------------------------------------------
-
-def hf_directory(path, model=None, tensors=None, **changes):
-    """A Hugging Face directory of `model`, some of its tensors and settings replaced."""
-    safetensors = pytest.importorskip("safetensors.torch")
-    save_hf(model or random_model(), path)
-    if tensors is not None:
-        weights = safetensors.load_file(path / "model.safetensors") | tensors
-        kept = {name: tensor.clone() for name, tensor in weights.items() if tensor is not None}
-        safetensors.save_file(kept, path / "model.safetensors")
-    config = json.loads((path / "config.json").read_text()) | changes
-    (path / "config.json").write_text(json.dumps(config))
-    return path
-
-
-def refused(path, *words):
-    """Loading `path` is the user's error, in one line that names `words`."""
-    with pytest.raises(UserError) as caught:
-        load_model(path)
-    message = str(caught.value)
-    assert all(word in message for word in words), message
-    assert str(path) in message and "\n" not in message, message
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_save_and_load_change_no_bit(tmp_path, tied):
-    model = random_model(weight_tying=tied)
-    loaded = load_model(hf_directory(tmp_path / "hf", model))
-    assert loaded.config == model.config and same_weights(loaded, model)
-
-
-def test_an_eos_that_is_not_the_last_id_survives_or_is_refused(tmp_path):
-    """Otherwise: vocab_size came back as eos + 1 = 21; ids 21 to 49 were never sampled."""
-    pytest.importorskip("safetensors")
-    model = random_model()
-    try:
-        model.config = small_config(eos_token_id=20)
-        save_hf(model, tmp_path / "hf")
-    except UserError:
-        return
-    assert load_model(tmp_path / "hf").config == model.config
-
-
-def test_sharded_safetensors_load_like_one_file(transformers, tmp_path):
-    model = random_model()
-    save_hf(model, tmp_path / "one")
-    hf = transformers.OlmoForCausalLM.from_pretrained(tmp_path / "one")
-    hf.save_pretrained(tmp_path / "many", max_shard_size="20KB")
-    shards = sorted((tmp_path / "many").glob("model-*.safetensors"))
-    assert len(shards) > 2 and not (tmp_path / "many" / "model.safetensors").exists()
-    assert same_weights(load_model(tmp_path / "many"), model)
-    shards[1].unlink()
-    with pytest.raises(UserError, match=shards[1].name):
-        load_model(tmp_path / "many")
-
-
-def test_bfloat16_weights_come_in_as_float32(tmp_path):
-    model = random_model()
-    hf_directory(tmp_path / "hf", model)
-    safetensors = pytest.importorskip("safetensors.torch")
-    wide = safetensors.load_file(tmp_path / "hf/model.safetensors")
-    halves = {name: tensor.bfloat16() for name, tensor in wide.items()}
-    safetensors.save_file(halves, tmp_path / "hf/model.safetensors")
-    loaded = load_model(tmp_path / "hf")
-    assert all(p.dtype == torch.float32 and p.requires_grad for p in loaded.parameters())
-    assert same_weights(loaded, model.bfloat16().float())
-
-
-def test_a_repeated_tied_head_is_accepted_and_a_differing_one_refused(tmp_path):
-    model = random_model(weight_tying=True)
-    head = model.wte.weight.detach()
-    hf_directory(tmp_path / "same", model, {"lm_head.weight": head})
-    assert same_weights(load_model(tmp_path / "same"), model)
-    hf_directory(tmp_path / "other", model, {"lm_head.weight": head + 1})
-    refused(tmp_path / "other", "lm_head.weight")
-
-
-def test_a_missing_hf_tensor_is_named(tmp_path):
-    hf_directory(tmp_path / "hf", tensors={"model.layers.1.self_attn.k_proj.weight": None})
-    refused(tmp_path / "hf", "missing model.layers.1.self_attn.k_proj.weight")
-
-
-def test_an_unexpected_hf_tensor_is_named(tmp_path):
-    hf_directory(tmp_path / "hf", tensors={"model.norm.weight": torch.ones(32)})
-    refused(tmp_path / "hf", "unexpected model.norm.weight")
-
-
-def test_a_missing_embedding_beside_a_tied_head_is_named(tmp_path):
-    """Otherwise: torch.equal(head, None), a TypeError."""
-    model = random_model(weight_tying=True)
-    hf_directory(tmp_path / "hf", model, {"lm_head.weight": model.wte.weight.detach(),
-                                          "model.embed_tokens.weight": None})
-    refused(tmp_path / "hf", "model.embed_tokens.weight")
-
-
-@pytest.mark.parametrize("name, shape, words", [
-    ("model.layers.0.mlp.down_proj.weight", (32, 41), ("0.mlp", "(32, 41)", "(32, 40)")),
-    ("model.layers.1.self_attn.v_proj.weight", (30, 32), ("1.", "att", "_proj")),
-    ("model.embed_tokens.weight", (60, 32), ("(60, 32)", "(64, 32)"))])
-def test_a_misshapen_hf_tensor_is_named(tmp_path, name, shape, words):
-    hf_directory(tmp_path / "hf", tensors={name: torch.ones(shape)})
-    refused(tmp_path / "hf", *words)
-
-
-@pytest.mark.parametrize("tensors", [
-    {"model.layers.1.self_attn.q_proj.weight": torch.ones(32, 31)},
-    {"model.layers.1.mlp.up_proj.weight": torch.ones(42, 32),
-     "model.layers.1.mlp.gate_proj.weight": torch.ones(38, 32)}])
-def test_misshapen_parts_of_a_fused_tensor_are_refused(tmp_path, tensors):
-    """Otherwise: torch.cat's RuntimeError; 42 + 38 rows taken for 40 + 40 in silence."""
-    hf_directory(tmp_path / "hf", tensors=tensors)
-    refused(tmp_path / "hf", "1.", "_proj")
-
-
-@pytest.mark.parametrize("key, value", [
-    ("clip_qkv", 8.0), ("attention_bias", True),
-    ("rope_scaling", {"type": "linear", "factor": 2.0}), ("num_key_value_heads", 1),
-    ("hidden_act", "gelu"), ("model_type", "olmo2")])
-def test_a_setting_that_olmo_1_does_not_have_is_refused(tmp_path, key, value):
-    hf_directory(tmp_path / "hf", **{key: value})
-    refused(tmp_path / "hf", "config.json", f"{key}={value}")
-
-
-def test_scaled_rotary_positions_are_refused(tmp_path):
-    hf_directory(tmp_path / "hf", rope_parameters={"rope_type": "linear", "factor": 2.0})
-    refused(tmp_path / "hf", "config.json", "rope_type=linear")
-
-
-@pytest.mark.parametrize("changes, theta", [
-    (dict(rope_parameters=None, rope_theta=500.0), 500),  # transformers before 5
-    (dict(rope_parameters={"rope_type": "default", "rope_theta": 600.0}), 600)])
-def test_rope_theta_is_read_in_both_forms(tmp_path, changes, theta):
-    assert load_model(hf_directory(tmp_path / "hf", **changes)).config.rope_theta == theta
-
-
-def test_a_lacking_hf_setting_is_named(tmp_path):
-    hf_directory(tmp_path / "hf")
-    config = json.loads((tmp_path / "hf/config.json").read_text())
-    del config["intermediate_size"]
-    (tmp_path / "hf/config.json").write_text(json.dumps(config))
-    refused(tmp_path / "hf", "config.json", "intermediate_size")
-
-
-@pytest.mark.parametrize("changes", [dict(pad_token_id=None), dict(eos_token_id=[49, 0])])
-def test_a_garbled_hf_setting_is_the_users_error(tmp_path, changes):
-    """Otherwise: a TypeError; HF's own config class allows null and, for eos, a list."""
-    hf_directory(tmp_path / "hf", **changes)
-    refused(tmp_path / "hf", *changes)
-
-
-def test_a_damaged_safetensors_file_is_named(tmp_path):
-    file = hf_directory(tmp_path / "hf") / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    refused(tmp_path / "hf", "model.safetensors")
-    file.unlink()
-    refused(tmp_path / "hf", "model.safetensors", "missing")
-
-
-def test_no_directory_and_an_empty_one_say_what_is_wanted(tmp_path):
-    for path in (tmp_path, tmp_path / "nowhere"):
-        refused(path, "run directory")
-
-
-def test_a_tokenizer_travels_with_the_model(transformers, tmp_path):
-    tokenizers = pytest.importorskip("tokenizers")
-    words = {f"w{i}": i for i in range(48)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens(["<|padding|>", "<|endoftext|>"])
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    save_hf(random_model(pad_token_id=48), tmp_path / "hf", tmp_path / "tokenizer.json")
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
-    assert theirs("w3 w47 <|endoftext|>")["input_ids"] == [3, 47, 49]
-    assert (theirs.eos_token_id, theirs.pad_token_id) == (49, 48)
-
-
-def test_a_failed_export_leaves_nothing_behind(tmp_path):
-    """Otherwise: OUT.tmp stayed, with the weights in it."""
-    pytest.importorskip("safetensors")
-    (tmp_path / "tokenizer.json").write_text("{damaged")
-    with pytest.raises(UserError, match="tokenizer.json"):
-        save_hf(random_model(), tmp_path / "hf", tmp_path / "tokenizer.json")
-    assert not (tmp_path / "hf").exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
-
-
-# ---- Weights: official OLMo ----------------------------------------------------------------------
-
-OFFICIAL_YAML = """\
-run_name: OLMo-tiny
-seed: 6198
-
-wandb:
-  project: olmo-small
-
-model:
-  d_model: 32
-  n_heads: 2
-  n_layers: 2
-  {width}
-  weight_tying: false
-  alibi: false
-  rope: true
-  flash_attention: false  # not available on AMD
-  attention_dropout: 0.0
-  attention_layer_norm: false
-  multi_query_attention: false
-  include_bias: false
-  block_type: sequential
-  layer_norm_type: default
-  layer_norm_with_affine: false
-  bias_for_layer_norm: false
-  activation_type: swiglu
-  max_sequence_length: 64
-  vocab_size: 50
-  embedding_size: 64
-  eos_token_id: 49
-  pad_token_id: 1
-  init_device: meta
-  init_fn: mitchell
-
-decoy:
-  n_layers: 99
-
-optimizer:
-  betas:
-  - 0.9
-  - 0.95
-"""
-
-
-def official_directory(path, model=None, tensors=None, edit=("", ""), width="mlp_hidden_size: 80"):
-    """model.pt and config.yaml, as official OLMo writes an unsharded checkpoint."""
-    path.mkdir()
-    model = model or random_model()
-    # by hand rather than with name_table, which this is to test
-    weights = {"transformer." + name.replace(".attn.", ".").replace(".mlp.", ".")
-               .replace("lm_head", "ff_out"): parameter.data
-               for name, parameter in model.named_parameters()} | (tensors or {})
-    weights = {name: tensor for name, tensor in weights.items() if tensor is not None}
-    torch.save(weights, path / "model.pt")
-    text = OFFICIAL_YAML.format(width=width)
-    assert edit[0] in text
-    (path / "config.yaml").write_text(text.replace(*edit, 1))
-    return path
-
-
-@pytest.mark.parametrize("width", ["mlp_hidden_size: 80", "mlp_ratio: 2\n  mlp_hidden_size: 80",
-                                   "mlp_hidden_size: null\n  mlp_ratio: 2", "mlp_ratio: 2"])
-def test_an_official_checkpoint_loads_bit_for_bit(tmp_path, width):
-    """OLMo's own mlp_hidden_size, or else mlp_ratio * d_model = 2 * 32, counts both halves."""
-    ours = 40 if "80" in width else 32
-    model = random_model(mlp_hidden_size=ours)
-    loaded = load_model(official_directory(tmp_path / "official", model, width=width))
-    assert loaded.config == model.config and same_weights(loaded, model)
-
-
-def test_a_tied_official_checkpoint_has_no_head(tmp_path):
-    model = random_model(weight_tying=True)
-    official_directory(tmp_path / "one", model, edit=("weight_tying: false", "weight_tying: true"))
-    assert same_weights(load_model(tmp_path / "one"), model)
-    official_directory(tmp_path / "default", model, edit=("  weight_tying: false\n", ""))
-    assert same_weights(load_model(tmp_path / "default"), model)  # OLMo ties by default
-
-
-def test_the_released_shapes_are_read_from_their_official_yaml(tmp_path):
-    """1B has mlp_ratio 8, so 16,384 for both halves; 7B mlp_hidden_size 22,016; EOS 0 is V - 1."""
-    released = (("d_model: 32", "d_model: 2048"), ("n_heads: 2", "n_heads: 16"),
-                ("n_layers: 2", "n_layers: 16"), ("length: 64", "length: 2048"),
-                ("vocab_size: 50", "vocab_size: 50280"), ("size: 64", "size: 50304"),
-                ("weight_tying: false", "weight_tying: true"),
-                ("eos_token_id: 49", "eos_token_id: 0"))
-    text = OFFICIAL_YAML.format(width="mlp_ratio: 8")
-    for old, new in released:
-        text = text.replace(old, new, 1)
-    (tmp_path / "config.yaml").write_text(text)
-    assert official_config(tmp_path / "config.yaml") == m.ModelConfig(**ONE_B)
-    for old, new in (("d_model: 2048", "d_model: 4096"), ("n_heads: 16", "n_heads: 32"),
-                     ("n_layers: 16", "n_layers: 32"), ("mlp_ratio: 8", "mlp_hidden_size: 22016"),
-                     ("weight_tying: true", "weight_tying: false")):
-        text = text.replace(old, new, 1)
-    (tmp_path / "config.yaml").write_text(text)
-    assert official_config(tmp_path / "config.yaml") == m.ModelConfig(**SEVEN_B)
-
-
-@pytest.mark.parametrize("tensors, words", [
-    ({"transformer.blocks.1.ff_proj.weight": None}, ("missing", "blocks.1", "ff_proj")),
-    ({"transformer.ff_out.weight": None}, ("missing", "lm_head.weight")),
-    ({"transformer.blocks.0.attn_norm.weight": torch.ones(32)},
-     ("unexpected", "transformer.blocks.0.attn_norm.weight")),
-    ({"transformer.blocks.1.att_proj.weight": torch.ones(96, 31)},
-     ("blocks.1", "att_proj", "(96, 31)"))])
-def test_misfitting_official_tensors_are_named(tmp_path, tensors, words):
-    official_directory(tmp_path / "official", tensors=tensors)
-    refused(tmp_path / "official", *words)
-
-
-@pytest.mark.parametrize("old, new", [
-    ("rope: true", "rope: true\n  clip_qkv: 8.0"), ("rope: true", "rope: false"),
-    ("alibi: false", "alibi: true"), ("include_bias: false", "include_bias: true"),
-    ("block_type: sequential", "block_type: llama"),
-    ("activation_type: swiglu", "activation_type: gelu"),
-    ("layer_norm_type: default", "layer_norm_type: rms"),
-    ("layer_norm_with_affine: false", "layer_norm_with_affine: true"),
-    ("attention_layer_norm: false", "attention_layer_norm: true"),
-    ("multi_query_attention: false", "multi_query_attention: true")])
-def test_an_official_setting_that_olmo_1_does_not_have_is_refused(tmp_path, old, new):
-    official_directory(tmp_path / "official", edit=(old, new))
-    refused(tmp_path / "official", "config.yaml", new.splitlines()[-1].strip())
-
-
-@pytest.mark.parametrize("edit, word", [
-    (("  n_layers: 2\n", ""), "n_layers"), (("d_model: 32", "d_model: wide"), "wide"),
-    (("model:\n", "network:\n"), "model")])
-def test_a_garbled_official_yaml_is_named(tmp_path, edit, word):
-    official_directory(tmp_path / "official", edit=edit)
-    refused(tmp_path / "official", "config.yaml", word)
-    (tmp_path / "official/config.yaml").unlink()
-    refused(tmp_path / "official", "config.yaml", "missing")
-
-
-@pytest.mark.parametrize("weights", [{"model": {"wte.weight": torch.ones(2)}}, [torch.ones(2)]])
-def test_a_model_pt_of_another_kind_is_the_users_error(tmp_path, weights):
-    """Otherwise: an AttributeError where the tensors lie nested, or in a list."""
-    official_directory(tmp_path / "official")
-    torch.save(weights, tmp_path / "official/model.pt")
-    refused(tmp_path / "official")
-
-
-# ---- Weights: step directories -------------------------------------------------------------------
-
-def write_step(path, model=None, tensors=None):
-    """A step directory as train.py writes it: tensors through DCP, all else in state.json."""
-    model = model or random_model()
-    entries = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
-    entries |= {"optimizer.wte.weight.exp_avg": torch.ones(3), "optimizer.step": torch.tensor(7)}
-    entries |= tensors or {}
-    path.mkdir(parents=True)
-    dcp.save({name: entry for name, entry in entries.items() if entry is not None},
-             checkpoint_id=str(path), no_dist=True)
-    return seal(path, model.config)
-
-
-def seal(path, config):
-    """Write state.json: the size and SHA-256 of every file, and of its own other keys."""
-    files = {file.name: {"size": file.stat().st_size,
-                         "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
-             for file in path.iterdir() if file.name != "state.json"}
-    state = {"step": 1, "config": asdict(config), "files": files}
-    state["sha256"] = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-    (path / "state.json").write_text(json.dumps(state, indent=1))
-    return path
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_step_directory_loads_bit_for_bit(tmp_path, tied):
-    model = random_model(weight_tying=tied)
-    loaded = load_model(write_step(tmp_path / "step000001", model))
-    assert loaded.config == model.config and same_weights(loaded, model)
-
-
-def test_loading_a_step_without_ranks_warns_of_nothing(tmp_path, recwarn):
-    """Otherwise: torch's lines that there are no ranks, and .metadata left open."""
-    path = write_step(tmp_path / "step1")
-    recwarn.clear()
-    load_model(path)
-    assert [str(warning.message) for warning in recwarn] == []
-
-
-def test_a_run_directory_is_its_newest_step(tmp_path):
-    """By number, not by name: step10 follows step9; what is no step directory is passed over."""
-    models = {name: random_model(seed=i) for i, name in enumerate(("step9", "step10"))}
-    for name, model in models.items():
-        write_step(tmp_path / name, model)
-    write_step(tmp_path / "step11.tmp")  # a save that was cut off
-    (tmp_path / "step12").write_text("a file")
-    (tmp_path / "config.json").write_text(json.dumps(asdict(small_config()) | {"lr": 1e-3}))
-    assert step_directories(tmp_path) == [tmp_path / "step9", tmp_path / "step10"]
-    path, state = newest_step(tmp_path)
-    assert path == tmp_path / "step10"
-    assert state == json.loads((path / "state.json").read_text())
-    assert same_weights(load_model(tmp_path), models["step10"])
-
-
-@pytest.mark.parametrize("tensors, words", [
-    ({"model.blocks.1.attn.attn_out.weight": None}, "missing model.blocks.1.attn.attn_out.weight"),
-    ({"model.norm.weight": torch.ones(32)}, "unexpected model.norm.weight"),
-    ({"model.wte.weight": torch.ones(64, 30)}, "wte.weight has shape (64, 30), wanted (64, 32)")])
-def test_misfitting_tensors_of_a_step_are_named(tmp_path, tensors, words):
-    refused(write_step(tmp_path / "step1", tensors=tensors), words)
-
-
-def test_more_than_five_misfits_are_counted(tmp_path):
-    names = [f"model.blocks.{i}.{part}.weight" for i in (0, 1)
-             for part in ("attn.att_proj", "attn.attn_out", "mlp.ff_proj", "mlp.ff_out")]
-    refused(write_step(tmp_path / "step1", tensors=dict.fromkeys(names)), names[4], "3 more")
-
-
-def flip(file):
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-
-
-def edit_state(file):
-    text = file.read_text()
-    assert '"n_heads": 2' in text
-    file.write_text(text.replace('"n_heads": 2', '"n_heads": 4'))
-
-
-def rewrite(change):
-    return lambda file: file.write_bytes(change(file.read_bytes()))
-
-
-DAMAGE = [
-    pytest.param("*.distcp", flip, "SHA-256 differs", id="a flipped bit"),
-    pytest.param(".metadata", flip, "SHA-256 differs", id="a flipped bit of the metadata"),
-    pytest.param("*.distcp", rewrite(lambda old: old[:-1]), "bytes", id="truncated"),
-    pytest.param("*.distcp", rewrite(lambda old: old + b"0"), "bytes", id="a byte more"),
-    pytest.param("*.distcp", Path.unlink, "missing", id="missing"),
-    pytest.param("state.json", edit_state, "digest differs", id="an edited state"),
-    pytest.param("state.json", rewrite(lambda old: old[:-9]), "JSON", id="a truncated state"),
-    pytest.param("state.json", rewrite(lambda old: b""), "JSON", id="an empty state"),
-    pytest.param("state.json", rewrite(lambda old: b"\xff\xfe\0"), "JSON", id="a binary state"),
-    pytest.param("state.json", rewrite(lambda old: b"{}"), "digest differs", id="a bare state"),
-    pytest.param("state.json", rewrite(lambda old: b"[1]"), "list", id="a state of another kind"),
-]
-
-
-@pytest.mark.parametrize("pattern, damage, word", DAMAGE)
-def test_damage_to_a_step_is_named(tmp_path, pattern, damage, word):
-    path = write_step(tmp_path / "step1")
-    verify_step(path)
-    [file] = path.glob(pattern)
-    damage(file)
-    with pytest.raises(UserError) as caught:
-        verify_step(path)
-    assert str(file) in str(caught.value) and word in str(caught.value)
-    refused(path, str(file))
-
-
-def test_a_step_without_its_state_is_not_whole(tmp_path):
-    path = write_step(tmp_path / "step1")
-    (path / "state.json").unlink()
-    with pytest.raises(UserError, match="state.json"):
-        verify_step(path)
-
-
-def test_the_newest_step_passes_over_damaged_ones(tmp_path, capsys):
-    model = random_model(seed=1)
-    write_step(tmp_path / "step000001", random_model(seed=0))
-    write_step(tmp_path / "step000002", model)
-    flip(next(write_step(tmp_path / "step000003").glob("*.distcp")))
-    (write_step(tmp_path / "step000004") / "state.json").unlink()
-    assert newest_step(tmp_path)[0] == tmp_path / "step000002"
-    printed = capsys.readouterr().out
-    assert "step000003" in printed and "step000004" in printed and "SHA-256 differs" in printed
-    (tmp_path / "config.json").write_text(json.dumps(asdict(model.config)))
-    assert same_weights(load_model(tmp_path), model)
-
-
-def test_a_run_without_a_whole_step_says_so(tmp_path):
-    flip(next(write_step(tmp_path / "step000001").glob("*.distcp")))
-    for run in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(UserError, match="step"):
-            newest_step(run)
-
-
-# ---- Weights: no file's content is run -----------------------------------------------------------
-
-class Bomb:
-    """Unpickling this without limits creates the file `marker`."""
-
-    def __init__(self, marker):
-        self.marker = str(marker)
-
-    def __reduce__(self):
-        return open, (self.marker, "w")
-
-
-def dotted_bomb(marker):
-    """The pickle of a call of torch.serialization's os.system: an allowed module, a dotted name."""
-    def text(value):
-        return b"\x8c" + bytes([len(value)]) + value.encode()
-    return (b"\x80\x04" + text("torch.serialization") + text("os.system") + b"\x93"
-            + text(f"touch '{marker}'") + b"\x85R.")
-
-
-@pytest.mark.parametrize("make", [lambda marker: pickle.dumps(Bomb(marker)), dotted_bomb])
-def test_a_bomb_in_a_step_does_not_go_off(tmp_path, make):
-    """The digests fit, as they do where a stranger wrote the whole directory."""
-    marker = tmp_path / "boom"
-    bomb = make(marker)
-    pickle.loads(bomb)
-    assert marker.exists()  # it is live
-    marker.unlink()
-    path = write_step(tmp_path / "step1")
-    (path / ".metadata").write_bytes(bomb)
-    seal(path, small_config())
-    verify_step(path)
-    refused(path, ".metadata", "refused")
-    assert not marker.exists()
-
-
-@pytest.mark.parametrize("name", ["model.wte.weight", "model.note", "note"])
-def test_pickled_bytes_in_a_step_are_refused(tmp_path, name):
-    """DCP unpickles such an entry without limits, were it read."""
-    marker = tmp_path / "boom"
-    path = write_step(tmp_path / "step1", tensors={name: Bomb(marker)})
-    refused(path, ".metadata", f"{name} is pickled bytes")
-    assert not marker.exists()
-
-
-def test_torchs_own_reader_of_metadata_is_never_asked(tmp_path, monkeypatch):
-    """It unpickles without limits, and what was checked could have been exchanged since."""
-    def unlimited(*args, **kwargs):
-        raise AssertionError("unpickled without limits")
-    path = write_step(tmp_path / "step1")
-    monkeypatch.setattr(dcp.FileSystemReader, "read_metadata", unlimited)
-    assert same_weights(load_model(path), random_model())
-
-
-def test_metadata_of_another_kind_is_refused(tmp_path):
-    """Otherwise: an AttributeError, for a harmless pickle that is not DCP's."""
-    path = write_step(tmp_path / "step1")
-    (path / ".metadata").write_bytes(pickle.dumps({"a": 1}))
-    refused(seal(path, small_config()), ".metadata")
-
-
-def test_a_bomb_in_model_pt_does_not_go_off(tmp_path):
-    marker = tmp_path / "boom"
-    path = official_directory(tmp_path / "official")
-    torch.save({"transformer.wte.weight": Bomb(marker)}, path / "model.pt")
-    with pytest.raises(UserError, match="model.pt"):
-        load_model(path)
-    assert not marker.exists()
-    torch.load(path / "model.pt", weights_only=False)
-    assert marker.exists()  # it is live
-
-
-def test_the_refusal_of_a_model_pt_is_one_line(tmp_path):
-    """Otherwise: torch's own 8 lines, which advise to try weights_only=False."""
-    path = official_directory(tmp_path / "official")
-    torch.save({"transformer.wte.weight": Bomb(tmp_path / "boom")}, path / "model.pt")
-    refused(path, "model.pt")
-
-
-# ---- The command ---------------------------------------------------------------------------------
-
-def export(*words):
-    return subprocess.run([sys.executable, HOUSE / "model.py", "export", *words], text=True,
-                          capture_output=True, timeout=120, env=os.environ | {"PYTHONPATH": ""})
-
-
-def test_export_writes_what_transformers_loads(transformers, tmp_path):
-    model = random_model(seed=3)
-    step, out = write_step(tmp_path / "run/step000001", model), tmp_path / "deep/hf"
-    done = export(step, out)
-    assert done.returncode == 0, done.stderr
-    count = sum(parameter.numel() for parameter in model.parameters())
-    assert str(out) in done.stdout and f"{count:,} parameters" in done.stdout
-    hf = transformers.AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager")
-    assert type(hf).__name__ == "OlmoForCausalLM"
-    tokens = random_ids(2, 20)
-    with torch.no_grad():
-        assert difference(hf(tokens).logits, model(tokens)) < 1e-5
-    assert [path.name for path in out.parent.iterdir()] == ["hf"]
-
-
-def test_export_to_a_name_that_exists_is_one_line(tmp_path):
-    pytest.importorskip("safetensors")
-    step, out = write_step(tmp_path / "step1"), tmp_path / "out"
-    out.mkdir()
-    (out / "precious").write_text("mine")
-    done = export(step, out)
-    assert done.returncode != 0 and done.stdout == ""
-    errors = [line for line in done.stderr.splitlines() if "error" in line.lower()]
-    assert len(errors) == 1 and errors[0].startswith(f"error: {out}: exists already")
-    assert "Traceback" not in done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "step1"]
-    assert (out / "precious").read_text() == "mine" and len(list(out.iterdir())) == 1
-
-
-def test_export_takes_the_tokenizer_from_beside_the_model(tmp_path, capsys):
-    pytest.importorskip("safetensors")
-    step = write_step(tmp_path / "run/step1")
-    (tmp_path / "run/config.json").write_text(json.dumps(asdict(small_config())))
-    assert not m.main(["export", str(step), str(tmp_path / "bare")])
-    assert "no tokenizer.json" in capsys.readouterr().out
-    tokens = [{"id": 1, "content": "<pad>"}, {"id": 49, "content": "<end>"}]
-    (tmp_path / "run/tokenizer.json").write_text(json.dumps({"added_tokens": tokens}))
-    for source in (step, tmp_path / "run"):
-        out = tmp_path / f"hf-{source.name}"
-        assert not m.main(["export", str(source), str(out)])
-        special = json.loads((out / "special_tokens_map.json").read_text())
-        assert special == {"eos_token": "<end>", "pad_token": "<pad>"}
-        assert (out / "tokenizer.json").is_file()
-
-
-def test_an_empty_directory_may_be_exported_to(tmp_path):
-    pytest.importorskip("safetensors")
-    (tmp_path / "out").mkdir()
-    save_hf(random_model(), tmp_path / "out")
-    assert same_weights(load_model(tmp_path / "out"), random_model())
-    with pytest.raises(UserError, match="exists already"):
-        save_hf(random_model(), tmp_path / "out")
-
-
-def test_help_prints_the_usage(capsys):
-    assert not m.main(["--help"])
-    assert "python model.py export RUN OUT" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("argv", [[], ["export", "one"], ["import"]])
-def test_wrong_words_name_the_form(argv):
-    with pytest.raises(UserError, match="export RUN OUT"):
-        m.main(argv)

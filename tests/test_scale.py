@@ -399,14 +399,14 @@ def test_a_torn_log_does_not_stop_a_run(copied, call):
 
 def test_the_shipped_anneal_ends_where_olmo_7b_ended():
     """2.3e-5 at step 556,000, half at 556,500, 2.3e-8 at 557,000 (facts/recipe.md, 2.4)."""
-    [config] = load_config([str(HOUSE / "configs/olmo_7b_anneal.py")], train.TrainConfig)
+    [config] = load_config([SEVEN_B, ANNEAL], train.TrainConfig, other=train.SCHEMAS)
     lrs = [train.lr_at_step(step, config) for step in (556_001, 556_500, 557_000)]
     assert lrs == pytest.approx([2.2977e-5, 1.15115e-5, 2.3e-8], rel=1e-5)
     assert config.max_steps == 557_000
 
 
 def test_the_shipped_7b_uses_its_early_clip_and_its_horizon():
-    [config] = load_config([str(HOUSE / "configs/olmo_7b.py")], train.TrainConfig)
+    [config] = load_config([SEVEN_B], train.TrainConfig, other=train.SCHEMAS)
     assert [train.clip_at_step(step, config) for step in (1, 2, 1001, 1002)] == [1, 10, 10, 1]
     assert train.lr_at_step(5000, config) == 3e-4 and train.lr_at_step(452_112, config) == 3e-5
     assert config.batch_size * 2048 * config.max_steps == pytest.approx(2.46e12, rel=1e-3)
@@ -528,7 +528,8 @@ def test_the_documents_of_a_bad_step_are_those_of_trace(tmp_path, tiny_config, c
 def test_flops_per_token_are_those_of_the_facts():
     """facts/perf.md, 3: 1B 7.87e9, 7B 4.33e10."""
     for name, wanted in (("olmo_1b", 7.87e9), ("olmo_7b", 4.33e10)):
-        [config] = load_config([str(HOUSE / f"configs/{name}.py")], m.ModelConfig)
+        [config] = load_config([str(HOUSE / f"configs/{name}.py")], m.ModelConfig,
+                               other=train.SCHEMAS)
         assert flops_per_token(config) == pytest.approx(wanted, rel=2e-3)
 
 
@@ -611,7 +612,8 @@ import model as m, train
 from configs import load_config
 from scaling import sharding
 name, ranks, rows, changes = json.loads(sys.argv[1])
-model_config, config = load_config([name], m.ModelConfig, train.TrainConfig)
+model_config, config = load_config([name], m.ModelConfig, train.TrainConfig,
+                                   other=train.SCHEMAS)
 config = replace(config, **changes)
 if ranks > 1:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
@@ -646,7 +648,8 @@ def tracked_peak(tmp_path, *case):
     return int(done.stdout.split("PEAK")[1])
 
 
-SEVEN_B, ONE_B = (str(HOUSE / f"configs/olmo_{size}.py") for size in ("7b", "1b"))
+SEVEN_B, ONE_B, ANNEAL = (str(HOUSE / f"configs/olmo_{name}.py")
+                          for name in ("7b", "1b", "7b_anneal"))
 PLANS = [(SEVEN_B, 256, 2, {"reduce_every_micro_batch": False, "batch_size": 512})]
 SLOW_PLANS = [
     (SEVEN_B, 8, 2, {}), (SEVEN_B, 256, 2, {}),
@@ -661,7 +664,8 @@ SLOW_PLANS = [
                                           for case in SLOW_PLANS])
 def test_the_plan_is_within_15_percent_of_torchs_tracker(tmp_path, case):
     name, ranks, rows_a_pass, changes = case
-    model_config, config = load_config([name], m.ModelConfig, train.TrainConfig)
+    model_config, config = load_config([name], m.ModelConfig, train.TrainConfig,
+                                       other=train.SCHEMAS)
     parts = plan_memory(model_config, replace(config, **changes), ranks, rows_a_pass)
     ratio = sum(parts.values()) / tracked_peak(tmp_path, *case)
     assert 0.85 < ratio < 1.15, ratio
@@ -691,7 +695,7 @@ def test_the_plan_advises(call, words, advice):
 
 
 def test_the_plan_of_the_anneal_is_of_its_1000_steps(call):
-    result = call(train, HOUSE / "configs/olmo_7b_anneal.py", "--plan", "--gpus=216", "--gpu=a100")
+    result = call(train, SEVEN_B, ANNEAL, "--plan", "--gpus=216", "--gpu=a100")
     assert "1,000 steps" in result.stdout and "4.424 G tokens" in result.stdout
     assert "for the 2 that are kept" in result.stdout
 

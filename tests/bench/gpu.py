@@ -15,7 +15,7 @@ import numpy as np
 
 import train
 from tests.bench.speed import allocated_peak
-from configs import HOUSE, load_config
+from configs import ROOT, load_config
 from model import ModelConfig, OLMo, init_weights
 from scaling.machine import choose_device, flops_per_token, peak_flops, peak_memory
 from scaling.plan import plan_memory
@@ -39,13 +39,13 @@ def logged_rows(config, options, steps, minutes=9):
 
     It is killed then: its end would save a checkpoint, of 83 GB for the 7B.
     """
-    [model_config] = load_config([str(HOUSE / config)], ModelConfig)
+    [model_config] = load_config([str(ROOT / config)], ModelConfig, other=train.SCHEMAS)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         tokens = write_random_tokens(folder, model_config.vocab_size, 2**24)
         log = folder / "run/metrics.jsonl"
         process = subprocess.Popen(
-            [sys.executable, HOUSE / "train.py", HOUSE / config, tokens, *options,
+            [sys.executable, ROOT / "train.py", ROOT / config, tokens, *options,
              *QUIET, f"--run_dir={folder}/run", f"--data_dir={folder}/data"],
             start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         deadline = time.monotonic() + 60 * minutes
@@ -84,8 +84,8 @@ def bench_gpu():
     for name, rows, policy in cases:
         config = f"configs/{name}.py"
         row = measured(config, rows, policy)
-        model_config, settings = load_config([str(HOUSE / config)], ModelConfig,
-                                             train.TrainConfig)
+        model_config, settings = load_config([str(ROOT / config)], ModelConfig,
+                                             train.TrainConfig, other=train.SCHEMAS)
         plan = plan_memory(model_config, replace(
             settings, activation_checkpointing=policy), 1, rows)
         print(f"| {name} | {rows} | {policy} | {row['tokens_per_second']:,.0f} | "
@@ -98,7 +98,7 @@ def bench_gpu():
             for recompute in ("", "all"):
                 words = [sys.executable, "-m", "tests.bench", "peer", f"configs/{name}.py",
                          str(rows), recompute]
-                done = subprocess.run(words, capture_output=True, text=True, cwd=HOUSE)
+                done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
                 if done.returncode and "OutOfMemoryError" not in done.stderr:
                     raise SystemExit(done.stderr[-2000:])
                 said = (" does not fit | | |" if done.returncode else done.stdout.splitlines()[-1])
@@ -124,7 +124,7 @@ def print_peer(config, rows, recompute, steps=10):
     from transformers import OlmoConfig, OlmoForCausalLM
 
     from tests.bench.speed import transformers_step
-    [model_config] = load_config([str(HOUSE / config)], ModelConfig)
+    [model_config] = load_config([str(ROOT / config)], ModelConfig, other=train.SCHEMAS)
     device = choose_device()
     with device:
         model = OlmoForCausalLM(OlmoConfig(**config_to_hf(model_config)))
@@ -162,7 +162,7 @@ def bench_plan():
     for ranks, policy in ((1, "none"), (1, "whole_layer"), (2, "none"), (2, "fine_grained")):
         launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"] * (ranks > 1)
         done = subprocess.run([sys.executable, *launcher, "-m", "tests.bench", "allocated", policy],
-                              capture_output=True, text=True, check=True, cwd=HOUSE)
+                              capture_output=True, text=True, check=True, cwd=ROOT)
         plan, measured = (float(word) / 1e6 for word in done.stdout.split()[-2:])
         print(f"| {ranks} | {policy} | {plan:,.0f} | {measured:,.0f} | {plan / measured:.2f} |",
               flush=True)
@@ -198,7 +198,7 @@ def bench_checkpoint():
     """
     with tempfile.TemporaryDirectory(dir=".") as folder:
         folder = Path(folder)
-        subprocess.run([sys.executable, HOUSE / "train.py", HOUSE / "configs/tiny.py",
+        subprocess.run([sys.executable, ROOT / "train.py", ROOT / "configs/tiny.py",
                         f"--run_dir={folder}/run", "--max_steps=300", "--save_every_steps=100",
                         "--eval_every_steps=0", "--log_every_steps=50"], check=True,
                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

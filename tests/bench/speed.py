@@ -28,7 +28,7 @@ import torch
 
 import train
 from tests.bench.__main__ import alternate, library_texts
-from configs import HOUSE
+from configs import ROOT
 from corpus.tokenizer import train_bpe
 from data import Batches, DataConfig, TokenShards, build_data
 from model import ModelConfig, build_model, generate, init_weights
@@ -150,7 +150,7 @@ class Side:
             "build": build, "shape": shape, "dtype": dtype, "directory": str(directory),
             "keep": keep}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.bench", "side", json.dumps(spec)], cwd=HOUSE, text=True,
+            [sys.executable, "-m", "tests.bench", "side", json.dumps(spec)], cwd=ROOT, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.first = self.answer()
 

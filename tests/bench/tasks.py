@@ -9,17 +9,18 @@ from pathlib import Path
 from statistics import median
 
 from tests.bench.__main__ import alternate, library_texts
-from configs import HOUSE, load_config
+from configs import ROOT, load_config
 from corpus.tokenizer import Tokenizer, tokenizer_file, train_bpe
 from eval import EvalConfig, encode_request, score_requests
 from model import ModelConfig, build_model
+from train import SCHEMAS
 from support.tasks import PAPER_METRIC, packaged_task
 from support.weights import load_model, save_hf
 
 
 def models(folder):
     """{name: Hugging Face directory} of two untrained models of the shape in configs/tiny.py."""
-    [tiny] = load_config([str(HOUSE / "configs/tiny.py")], ModelConfig)
+    [tiny] = load_config([str(ROOT / "configs/tiny.py")], ModelConfig, other=SCHEMAS)
     own = folder / "tokenizer.json"
     train_bpe(library_texts(2_000_000), tiny.vocab_size).save(own)
     save_hf(build_model(tiny, seed=1), folder / "tiny", own)
