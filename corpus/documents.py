@@ -55,11 +55,13 @@ def read_records(path, source, counts, allow_truncated=False, progress=False):
     with tqdm(desc=f"cleaning {source}", total=total, unit="B", unit_scale=True, leave=False,
               disable=not progress) as bar:
         for file in files:
+            # relative, so that ids and provenance do not depend on where the source lies
             name = file.relative_to(root).as_posix() if root.is_dir() else file.name
             if not name.endswith(JSON_SUFFIXES):
                 yield Record(name, 1, str(file), file.read_bytes())
                 bar.update(file.stat().st_size)
                 continue
+            # JSON: a document a line
             try:
                 for line, content in read_lines(file, bar):
                     if content.strip():
@@ -101,12 +103,13 @@ def read_lines(file, bar):
     done = 0
     with open(file, "rb") as raw:
         try:
+            # subtle: gzip takes 0 bytes for an empty file, but they are a download that failed
             if file.suffix == ".gz" and not file.stat().st_size:
                 raise EOFError("0 bytes")
             lines = gzip.open(raw) if file.suffix == ".gz" else raw
             for line, content in enumerate(lines, 1):
                 yield line, content
-                bar.update(raw.tell() - done)
+                bar.update(raw.tell() - done)  # compressed bytes: the bar's total counts them
                 done = raw.tell()
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise UserError(f"{file}: corrupt or cut off after line {line} ({error}); fetch it "
@@ -142,9 +145,10 @@ def as_document(record, source, counts):
     if not isinstance(text, str):
         raise UserError(f"{place}: text is {type(text).__name__}, not a string; "
                         "correct or delete the line")
+    # where it was read, as in Dolma: trace leads back to this line
     provenance = f"{record.file}:{record.line}"
     name = entry.get("id", provenance)
-    metadata = entry.get("metadata") or {}
+    metadata = entry.get("metadata") or {}  # null stands for none
     if not isinstance(name, (str, int)):
         raise UserError(f"{place}: id is {type(name).__name__}, not a string; correct the line")
     if not isinstance(metadata, dict):
@@ -161,6 +165,7 @@ def as_document(record, source, counts):
 
 def without_surrogates(text):
     """`text` with U+FFFD for each lone surrogate, which JSON can hold and UTF-8 cannot."""
+    # through UTF-16, as a proper pair of surrogates becomes its character there
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -170,9 +175,10 @@ def is_held_out(document, eval_share):
     A hash, not a random draw: a document stays on its side when others are added or removed, and
     in every later build (Dolma's held-out sets are drawn by hash too).
     """
+    # kept together: near copies on both sides would make the held-out text too easy
     group = str(document["metadata"].get("split_group", document["id"]))
     digest = hashlib.sha256(group.encode("utf-8", "replace")).digest()
-    return int.from_bytes(digest[:8], "big") < eval_share * 2**64
+    return int.from_bytes(digest[:8], "big") < eval_share * 2**64  # 64 bits as a fraction of 1
 
 
 def input_ages(path):

@@ -33,6 +33,7 @@ def manifests_behind(run, state):
         if state["data"]["data_sha256"] != manifest["sha256"] or state.get("earlier_data"):
             raise UserError(f"the data of {run} changed during the run (--accept_changes)")
         yield manifest
+        # a run that started from another one's weights has also seen that one's data
         start = state["config"].get("start_from")
         if not start:
             return

@@ -1,4 +1,10 @@
-"""Stages of a build: each built once, complete or absent after a crash, in worker processes."""
+"""The stages of build_data: each built once, complete or absent after a crash, in processes.
+
+    data_dir/stages/clean-SOURCE-HASH/      documents/, held_out/, dropped/, the funnel's counts
+    data_dir/stages/tokenizer-HASH/         tokenizer.json
+    data_dir/stages/tokens-SOURCE-HASH/     the shards of a source
+    data_dir/HASH/                          hard links to all of these, and manifest.json
+"""
 
 import ast
 import multiprocessing
@@ -54,6 +60,7 @@ class Stages:
         self.config = config
         self.data_dir = Path(config.data_dir)
         if config.token_files:
+            # their bytes are not hashed: Dolma's have terabytes
             files = listed_token_files(config.token_files)
             self.settings = {"code": building_code("token files"), "token_files": ages_of(files)}
         else:
@@ -64,6 +71,7 @@ class Stages:
                 "clean": {source.name: clean_settings(config, source) for source in sources},
                 "mix": [weights, config.mix_tokens]}
         self.settings["tokenizer"] = tokenizer_settings(config)
+        # 12 hex digits, 48 bits: enough to tell a few thousand folders apart
         self.folder = self.data_dir / hash_of(self.settings)[:12]
 
     def clean(self, source):
@@ -100,13 +108,15 @@ class Stages:
         try:
             self.data_dir.mkdir(parents=True, exist_ok=True)
             with Lock(self.data_dir / ".lock", on_wait=print_wait):
+                # what has a name without .tmp is complete, so all else may go
                 for pattern in ("*.tmp", "stages/*.tmp"):
                     for leftover in self.data_dir.glob(pattern):
                         shutil.rmtree(leftover, ignore_errors=True)
+                # write_manifest comes last, so a folder without one was damaged by hand
                 if not self.are_done():
                     shutil.rmtree(self.folder, ignore_errors=True)
                 yield
-        except BrokenProcessPool:
+        except BrokenProcessPool:  # the system kills a process when memory runs out
             raise UserError("a worker process was killed, most likely because memory ran out; try "
                             "fewer: --workers=1") from None
         except OSError as error:
@@ -122,6 +132,7 @@ def clean_settings(config, source):
     settings = {"path": source.path, "rules": source.rules, "inputs": input_ages(source.path),
                 "eval_share": config.eval_share, "allow_truncated": config.allow_truncated,
                 "code": building_code("clean")}
+    # only what this source uses: a change of the rest keeps its documents
     if set(source.rules) & set(DEDUPLICATIONS):
         settings["bloom"] = [config.bloom_items, config.bloom_fp_rate]
     sets = evaluation_sets(config, source)
@@ -156,7 +167,7 @@ def building_code(stage):
         if file == "data.py":
             tree.body = [node for node in tree.body
                          if getattr(node, "name", "") not in NOT_BUILDING]
-        code.append(ast.unparse(tree))
+        code.append(ast.unparse(tree))  # the code without its comments and layout
     return hash_of(code)
 
 
@@ -178,7 +189,7 @@ def written_aside(folder):
     try:
         aside.mkdir(parents=True)
         yield aside
-        aside.rename(folder)
+        aside.rename(folder)  # one step for the file system: there or not there
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -191,7 +202,7 @@ def link_files(stage, folder):
         target = folder / file.relative_to(stage)
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            os.link(file, target)
+            os.link(file, target)  # a second name for the same bytes
         except OSError:
             shutil.copy(file, target)
 
@@ -228,7 +239,7 @@ def ordered_map(function, items, workers):
     # forked workers inherit what this process has read; only Linux forks safely
     start = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     with ProcessPoolExecutor(workers, start, follow_parent, [os.getpid()]) as pool:
-        ahead = deque()
+        ahead = deque()  # results that are not taken yet, oldest first
         for item in items:
             ahead.append(pool.submit(function, item))
             if len(ahead) > 2 * workers:
@@ -239,10 +250,10 @@ def ordered_map(function, items, workers):
 
 def follow_parent(parent):
     """In a worker: leave Ctrl-C to the parent, and end when the parent does, even by SIGKILL."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends Ctrl-C to all of them
 
     def end_with_parent():
-        while os.getppid() == parent:
+        while os.getppid() == parent:  # a process without a parent is given another one
             time.sleep(0.5)
         os._exit(1)
 

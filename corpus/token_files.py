@@ -19,7 +19,7 @@ def listed_token_files(list_file):
     if not list_file.is_file():
         raise UserError(f"token_files={list_file}: no such list of token files; the documentation "
                         "of real Dolma says how to get one")
-    paths = []
+    paths = []  # in the list's order, which decides where each instance is
     for line in list_file.read_text().splitlines():
         line = line.strip()
         if not line or line.startswith("#"):
@@ -38,6 +38,7 @@ def write_token_list(folder, config, settings):
     tokenizer = Tokenizer.load(tokenizer_file(config.tokenizer))
     tokenizer.save(folder / "tokenizer.json")
     shards = [token_file(path, tokenizer) for path in listed_token_files(config.token_files)]
+    # the tokenizer and each file's size and ends stand for the content: it is too long to hash
     identity = [[shard["tokens"], shard["ends"]] for shard in shards]
     write_json(folder / "manifest.json", {
         "sha256": hash_of([settings["tokenizer"], identity]), **vocabulary_of(tokenizer),
@@ -59,6 +60,7 @@ def token_file(path, tokenizer):
     if size == 0 or size % dtype.itemsize or has_header:
         raise UserError(f"{path}: not a raw file of {dtype.name} ids, as the Dolma toolkit writes "
                         "them; convert it or take it off the list")
+    # an id outside the vocabulary shows that another tokenizer made the file
     largest = max(np.frombuffer(part, dtype).max() for part in (first, last))
     if largest >= tokenizer.vocab_size:
         raise UserError(f"{path}: id {largest} is outside the tokenizer's vocabulary of "

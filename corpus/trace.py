@@ -102,6 +102,7 @@ class RunData:
 
     def trace(self, step, rank=0, world_size=1):
         """The Spans of a rank's part of a step, sequence by sequence."""
+        # numbered in the global batch first, so that a rank's sequences keep their numbers
         sequences = list(enumerate(self.batches.instances(step).tolist()))[rank::world_size]
         sequences.sort(key=lambda entry: entry[1])  # by instance: each index is then read once
         found = []
@@ -118,7 +119,7 @@ class RunData:
         # subtle: bisect looks at a few rows, where np.searchsorted would copy the whole column
         first = bisect.bisect_right(index["end"], begin)
         last = bisect.bisect_left(index["start"], end)
-        for entry in index[first:last]:
+        for entry in index[first:last]:  # the documents that overlap [begin, end)
             document_start = int(entry["start"])
             start = max(begin, document_start)
             stop = min(end, int(entry["end"]))
@@ -157,6 +158,7 @@ class RunData:
         needle = re.escape(unicodedata.normalize("NFC", text).encode())
         ranges = []
         for match in re.finditer(needle, unicodedata.normalize("NFC", content).encode()):
+            # the tokens of the first and of the last byte of the match
             begin = int(np.searchsorted(ends, match.start(), side="right"))
             end = int(np.searchsorted(ends, match.end())) + 1
             ranges.append((begin, end))
@@ -168,6 +170,7 @@ class RunData:
         per_epoch = self.batches.steps_per_epoch
         epochs = -(-last_step // per_epoch)  # rounded up
         for epoch in range(epochs):
+            # without the instances at the end of the order, which no step of the epoch uses
             order = self.batches.order(epoch)[:per_epoch * self.batches.batch_size]
             for position in np.flatnonzero(np.isin(order, instances)).tolist():
                 step, sequence = divmod(position, self.batches.batch_size)
@@ -216,7 +219,7 @@ def read_sidecar(path):
     if not path.is_file():
         return np.array([(0, 2**62, 0, 0, 0, 0)], DOCUMENT_INDEX), [(f"(no {path.name})", "?", "?")]
     index = []
-    names = []
+    names = []  # DOCUMENT_INDEX.line counts them
     with gzip.open(path, "rt", newline="", encoding="utf-8") as rows:
         for start, end, name, origin, line in csv.reader(rows):
             index.append((int(start), int(end), hash_of_id(name), 0, len(names), 0))
@@ -269,6 +272,7 @@ def print_trace(run, options):
     step = options.step
     rank = options.rank
     world_size = options.world_size or data.ranks_at(step)
+    # a step that the run has not reached is shown too: the order is known before
     if step < 1 or options.world_size < 0 or not -1 <= rank < world_size:
         raise UserError(f"--step={step} --rank={rank} --world_size={world_size}: steps count from "
                         "1, ranks from 0 to world_size - 1")
@@ -336,6 +340,7 @@ def print_texts(data, text, limit):
     for document in data.search(text):
         count += 1
         if count <= limit:
+            # an id may occur twice: only the document that holds the text
             found = data.find(document["id"], text)
             print_steps(data, [entry for entry in found if entry[0] == document])
     rest = f"; the first {limit} are shown" if count > limit else ""

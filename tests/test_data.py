@@ -28,9 +28,7 @@ from conftest import index_of, manifest_of, official_order, refusal, write_jsonl
 
 import data
 from corpus.documents import is_held_out, read_documents
-from corpus.questions import leaked_docstrings
 from corpus.stages import STAGE_FILES, building_code, ordered_map
-from corpus.stdlib import stdlib_document
 from corpus.storage import (BLOCK_BYTES, DocumentWriter, ShardWriter, blocks_of, read_block,
                             token_dtype)
 from corpus.tokenizer import (EOS, PAD, PII_MARKERS, SPACE_RUNS, Tokenizer, tokenizer_spec,
@@ -202,7 +200,6 @@ def in_share(name, share):
 
 
 HELD_OUT = next(f"doc-{i}" for i in range(99) if in_share(f"doc-{i}", 0.1))
-TRAINING = next(f"doc-{i}" for i in range(99) if not in_share(f"doc-{i}", 0.1))
 
 
 def test_held_out_share_is_a_hash_of_the_id():
@@ -288,19 +285,6 @@ def test_held_out_docstrings_are_in_no_training_document_and_leaked_ones_are_dro
     leaked = manifest_of(embedded.folder)["sources"]["docstrings"]["by_rule"]["leaked"]["dropped"]
     assert kept < chosen and 0 < leaked <= len(chosen - kept)
     assert not chosen & {row["id"] for row in embedded.rows}
-
-
-@pytest.mark.parametrize("source", SOURCES)
-def test_leaks_are_found_in_every_source_with_any_spacing(monkeypatch, source):
-    """One held-out docstring is also in a training document of `source`, the other one nowhere."""
-    documents = [stdlib_document(*row, "file:1") for row in (
-        ("docstrings", "leaked", "f()\n\nShared  text\nof two.\n", HELD_OUT),
-        ("docstrings", "alone", "g()\n\nText of its own.\n", HELD_OUT),
-        ("code", "same group", "Text of its own.", HELD_OUT),
-        (source, "where", "x = 1\n  # Shared text of\ttwo. And so on.", TRAINING))]
-    monkeypatch.setattr("corpus.questions.stdlib_documents", lambda source: iter(
-        [document for document in documents if document["source"] == source]))
-    assert leaked_docstrings.__wrapped__(0.1) == {"docstrings/leaked"}
 
 
 def test_docstrings_and_code_of_a_module_are_on_one_side(embedded):

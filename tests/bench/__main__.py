@@ -1,18 +1,18 @@
 """Speed, measured side by side: python -m tests.bench VERB
 
-    cpu [F]   our training step beside transformers', and the model of an adapter file F; the loop
-              beside its bare step; 10 minutes
-    generate  greedy answers beside transformers' generate
-    data      the tokenizer beside HF `tokenizers`, the filter chain, tokenisation, the loader
+    cpu [F]   our training step against transformers', and against the model of an adapter file F;
+              the loop of train.py against its bare step; 10 minutes
+    generate  greedy answers against transformers' generate
+    data      the tokenizer against HF `tokenizers`; the rules, tokenisation, the loader
     memory    peak memory of a build that deduplicates with Bloom filters: 100 MB and 2 GB of input
     checkpoint  what saving every 100 steps costs a run of configs/tiny.py
-    plan      the memory that --plan reckons beside that of real processes on a CPU
-    eval [N]  each N-th (10th) question of the core tasks, beside lm-eval's HFLM; 10 minutes
-    gpu       the official 1B and 7B on one GPU beside transformers': tokens/s, MFU, peak memory
+    plan      the memory that --plan computes against that of real processes on a CPU
+    eval [N]  each N-th (10th) question of the core tasks, against lm-eval's HFLM; 10 minutes
+    gpu       the official 1B and 7B on one GPU against transformers': tokens/s, MFU, peak memory
 
-Sides that are compared run in turns, so that a machine's bad minute hits both (of cpu and gpu each
-in a process of its own); the figures are medians over the rounds, a ratio is the median of the
-rounds' ratios. Nothing is kept.
+Sides that are compared run in turns, so that a slow minute of the machine slows both (in cpu and
+gpu each has a process of its own). Figures are medians over the rounds, a ratio is the median of
+the rounds' ratios. Nothing is kept.
 """
 
 import importlib
@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 from statistics import median
 
@@ -36,11 +37,19 @@ def alternate(sides, rounds=ROUNDS):
     for function in sides.values():
         function()
     for i in range(rounds):
-        for name in list(sides)[::1 if i % 2 else -1]:
+        order = list(sides)
+        if i % 2 == 0:
+            order.reverse()
+        for name in order:
             start = time.perf_counter()
             sides[name]()
             seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def ratios_of(seconds, slow, fast):
+    """The ratio slow / fast of each round of `alternate`."""
+    return [b / a for a, b in zip(seconds[fast], seconds[slow], strict=True)]
 
 
 def library_texts(size):
@@ -49,7 +58,8 @@ def library_texts(size):
     texts = [document["text"] for source in ("reference", "docstrings", "code")
              for document in stdlib_documents(source)]
     random.Random(0).shuffle(texts)
-    chosen, room = [], size
+    chosen = []
+    room = size
     while texts and room > 0:
         chosen.append(texts.pop())
         room -= len(chosen[-1].encode())
@@ -57,7 +67,7 @@ def library_texts(size):
 
 
 def library_documents():
-    """The topics, and the docstrings of each module as one document: prose, long as pages."""
+    """The topics, and the docstrings of each module as one document: prose of web pages' length."""
     from corpus.stdlib import stdlib_documents
     texts = [document["text"] for document in stdlib_documents("reference")]
     modules = {}
@@ -76,40 +86,44 @@ def bench_data():
 
 
 def bench_tokenizer():
-    """Text to ids with OLMo's own tokenizer file. The bar: a ratio of at least 4."""
+    """Text to ids with OLMo's own tokenizer file. The bar: at least 4 times as fast as HF."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import tokenizers
 
     from corpus.tokenizer import Tokenizer, tokenizer_file
-    file, texts = tokenizer_file("olmo"), library_texts(3_000_000)
-    ours, theirs = Tokenizer.load(file), tokenizers.Tokenizer.from_file(str(file))
+    file = tokenizer_file("olmo")
+    texts = library_texts(3_000_000)
+    ours = Tokenizer.load(file)
+    theirs = tokenizers.Tokenizer.from_file(str(file))
     ids = [ours.encode(text) for text in texts]
     if ids != [theirs.encode(text).ids for text in texts]:
-        raise SystemExit("the two sides give other ids, so their speeds do not compare")
-    megabytes, tokens = sum(len(text.encode()) for text in texts) / 1e6, sum(map(len, ids)) / 1e6
+        raise SystemExit("the two sides give different ids, so their speeds do not compare")
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    tokens = sum(map(len, ids)) / 1e6
     name = f"HF tokenizers {tokenizers.__version__}"
-    seconds = alternate({"data.py": lambda: [ours.encode(text) for text in texts],
+    seconds = alternate({"nanOLMo": lambda: [ours.encode(text) for text in texts],
                          name: lambda: [theirs.encode(text) for text in texts]})
-    ratios = [slow / fast for fast, slow in zip(seconds["data.py"], seconds[name], strict=True)]
+    ratios = ratios_of(seconds, name, "nanOLMo")
+    notes = {"nanOLMo": f"{median(ratios):.2f} | {min(ratios):.2f} to {max(ratios):.2f}",
+             name: "1 |"}
     print(f"{len(texts):,} documents, {megabytes:.2f} MB, {tokens:.2f} M tokens, {ROUNDS} rounds, "
           "one thread\n")
-    print("| tokenizer | MB/s | Mtokens/s | ratio | ratio, least to most |")
+    print("| tokenizer | MB/s | Mtokens/s | ratio | lowest to highest ratio |")
     print("|---|---|---|---|---|")
-    for side, taken in seconds.items():
-        speed = f"| {side} | {megabytes / median(taken):.2f} | {tokens / median(taken):.2f} "
-        print(speed + (f"| {median(ratios):.2f} | {min(ratios):.2f} to {max(ratios):.2f} |"
-                       if side == "data.py" else "| 1 | |"))
+    for side in seconds:
+        took = median(seconds[side])
+        print(f"| {side} | {megabytes / took:.2f} | {tokens / took:.2f} | {notes[side]} |")
 
 
 def bench_stages():
-    """Filters, tokenisation from clean documents, batches; one process. The bars: 1.5 MB/s,
-    12 MB/s, 10 M tokens/s."""
+    """Rules, cleaning, tokenisation, batches; one process. The bars for the rules, tokenisation and
+    batches: 1.5 MB/s, 12 MB/s, 10 M tokens/s."""
     import numpy as np
 
-    from corpus.rules import Page, RULES, english_score
     from corpus.dedup import deduplicate_source
     from corpus.documents import read_records
     from corpus.funnel import Funnel
+    from corpus.rules import RULES, Page, english_score
     from corpus.storage import DOCUMENT_INDEX, DocumentWriter, store_documents
     from corpus.tokenizer import tokenizer_file
     from data import (Batches, DataConfig, TokenShards, decontaminate_and_filter, encode_block,
@@ -118,52 +132,69 @@ def bench_stages():
     documents = library_documents()
     megabytes = sum(len(document["text"].encode()) for document in documents) / 1e6
     scorers = {"language": english_score, "content": lambda sentence: 0.0}
-    web = [rule for rule in RULES if not rule.startswith("code")]
+    rules = [rule for rule in RULES if not rule.startswith("code")]
 
     def run_rules():
         for document in documents:
             page = Page(document, scorers)
-            for rule in web:
-                RULES[rule](page)  # whatever it says, the next one runs as well
+            for rule in rules:
+                RULES[rule](page)  # whatever it says, the next rule runs as well
 
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
+
+        # clean documents, for tokenisation
         writer = DocumentWriter(folder, "bench")
         for document in documents:
             writer.add(document)
         writer.close()
+
+        def tokenise():
+            for block in writer.blocks:
+                encode_block(block, folder, "bench", tokenizer_file("olmo"))
+
+        # one shard of random tokens, for the loader
         tokens = np.random.default_rng(0).integers(0, 50_000, 10**8, dtype="<u2")
         tokens.tofile(folder / "bench-00000.bin")
         np.zeros(0, DOCUMENT_INDEX).tofile(folder / "bench-00000.index")
-        write_json(folder / "manifest.json", {
-            "dtype": "uint16", "sha256": "", "eos_token_id": 0, "shards": [
-            {"file": "bench-00000.bin", "tokens": len(tokens)}]})
+        shard = {"file": "bench-00000.bin", "tokens": len(tokens)}
+        write_json(folder / "manifest.json", {"dtype": "uint16", "sha256": "", "eos_token_id": 0,
+                                              "shards": [shard]})
         batches = Batches(TokenShards(folder, 2048), 16, 0, folder)
+
+        def load():
+            for step in range(1, 301):
+                batches(step)
+
+        # raw documents with duplicates, for the first stage of a build
         write_random_documents(folder / "in.jsonl", 20)
         config = DataConfig(bloom_items=10**7, sources={
             "random": {"path": f"{folder}/in.jsonl", "rules": "url document paragraph"}})
 
-        def write_clean():
-            [source], funnel = config.parse_sources(), Funnel()
+        def clean():
+            [source] = config.parse_sources()
+            funnel = Funnel()
             records = read_records(source.path, source.name, funnel.notes)
             documents = decontaminate_and_filter(records, config, source, funnel)
             documents = deduplicate_source(documents, config, source, funnel)
+            split = hold_out(documents, config, source, funnel)
             with tempfile.TemporaryDirectory(dir=folder) as aside:
-                store_documents(Path(aside), hold_out(documents, config, source, funnel), source,
-                                funnel)
-        seconds = alternate({
-            f"filter chain, all {len(web)} rules but code's on every document": run_rules,
-            "reading, Bloom deduplication, writing, beside workers that parse": write_clean,
-            "tokenisation, from compressed clean documents": lambda: [
-                encode_block(block, folder, "bench", tokenizer_file("olmo"))
-                for block in writer.blocks],
-            "loader, batches of 16 x 2,048": lambda: [batches(step) for step in range(1, 301)]})
-    print(f"\n{len(documents)} documents, {megabytes:.2f} MB; one process\n\n| stage | speed |"
-          "\n|---|---|")
-    for name, taken in seconds.items():
-        speed = (f"{300 * 16 * 2048 / median(taken) / 1e6:,.0f} M tokens/s" if "loader" in name
-                 else f"{(20 if 'reading' in name else megabytes) / median(taken):.2f} MB/s")
-        print(f"| {name} | {speed} |")
+                store_documents(Path(aside), split, source, funnel)
+
+        with redirect_stdout(None):  # the size of the Bloom filters, each time
+            seconds = alternate({"rules": run_rules, "clean": clean, "tokenise": tokenise,
+                                 "load": load})
+    took = {name: median(times) for name, times in seconds.items()}
+    print(f"\n{len(documents)} documents, {megabytes:.2f} MB; one process\n")
+    print("| stage | speed |\n|---|---|")
+    print(f"| all {len(rules)} rules but code's, on every document "
+          f"| {megabytes / took['rules']:.2f} MB/s |")
+    print("| reading, Bloom deduplication and writing; workers parse "
+          f"| {20 / took['clean']:.2f} MB/s |")
+    print("| tokenisation of compressed clean documents "
+          f"| {megabytes / took['tokenise']:.2f} MB/s |")
+    print("| loader, batches of 16 x 2,048 "
+          f"| {300 * 16 * 2048 / took['load'] / 1e6:,.0f} M tokens/s |")
 
 
 def bench_memory():
@@ -175,60 +206,66 @@ def bench_memory():
             start = time.perf_counter()
             done = subprocess.run([sys.executable, "-m", "tests.bench", "build", folder],
                                   capture_output=True, text=True, check=True)
-            own, worker = done.stdout.split()[-2:]
-            print(f"| {megabytes:,} MB | {own} | {worker} "
-                  f"| {(time.perf_counter() - start) / 60:.1f} |", flush=True)
+            minutes = (time.perf_counter() - start) / 60
+            main_peak, worker_peak = done.stdout.split()[-2:]
+            print(f"| {megabytes:,} MB | {main_peak} | {worker_peak} | {minutes:.1f} |", flush=True)
 
 
 def write_random_documents(path, megabytes):
-    """JSONL of random words; each has an URL, and a tenth of the paragraphs stand in others too."""
-    dice, size, number = random.Random(0), 0, 0
+    """Write JSONL of random words; each document has a URL, and a tenth of the paragraphs occur in
+    several documents."""
+    dice = random.Random(0)
     words = ["".join(dice.choices("etaoinshrdlu", k=dice.randint(2, 9))) for _ in range(5000)]
     common = [" ".join(dice.choices(words, k=30)) for _ in range(1000)]
+
+    def paragraph():
+        if dice.random() < 0.1:
+            return dice.choice(common)
+        return " ".join(dice.choices(words, k=60))
+
+    size = 0
+    number = 0
     with open(path, "w") as out:
         while size < megabytes * 1e6:
-            paragraphs = [dice.choice(common) if dice.random() < 0.1 else
-                          " ".join(dice.choices(words, k=60)) for _ in range(8)]
-            size += out.write(json.dumps({"id": str(number), "text": "\n".join(paragraphs),
-                                          "metadata": {"url": f"http://site/{number}"}}) + "\n")
+            text = "\n".join(paragraph() for _ in range(8))
+            document = {"id": str(number), "text": text,
+                        "metadata": {"url": f"http://site/{number}"}}
+            size += out.write(json.dumps(document) + "\n")
             number += 1
 
 
 def build_in(folder):
-    """Build the data of `bench_memory`, print the peaks: this process's and a worker's, in MB."""
+    """A process of `bench_memory`: build; print the peaks of this process and of a worker, MB."""
     from data import DataConfig, build_data
     build_data(DataConfig(
         data_dir=f"{folder}/data", tokenizer="bpe:512", bloom_items=10_000_000, eval_share=0.001,
         sources={"bench": {"path": f"{folder}/in.jsonl", "rules": "url document paragraph"}}))
-    print(*(round(resource.getrusage(who).ru_maxrss / 1e3)
-            for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+    for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN):
+        print(round(resource.getrusage(who).ru_maxrss / 1e3))
 
 
-VERBS = {"data": bench_data, "memory": bench_memory}
-FILES = {"cpu": "speed", "generate": "speed", "checkpoint": "gpu", "plan": "gpu", "gpu": "gpu",
-         "eval": "tasks"}  # imported when asked
+VERBS = {  # verb: the module of its function bench_VERB, imported when it is asked for
+    "cpu": "speed", "generate": "speed", "data": "__main__", "memory": "__main__",
+    "checkpoint": "gpu", "plan": "gpu", "gpu": "gpu", "eval": "tasks"}
+
+PROCESSES = {  # what the benches themselves start: verb: (module, function)
+    "build": ("__main__", "build_in"), "allocated": ("gpu", "print_allocated"),
+    "peer": ("gpu", "print_peer"), "side": ("speed", "serve")}
 
 
 def main(argv):
-    if argv[:1] == ["build"]:  # what bench_memory starts
-        return build_in(argv[1])
-    if argv[:1] == ["allocated"]:  # what the bench of the plan starts
-        from tests.bench import gpu
-        return gpu.print_allocated(argv[1])
-    if argv[:1] == ["peer"]:  # and that of a GPU
-        from tests.bench import gpu
-        return gpu.print_peer(*argv[1:])
-    if argv[:1] == ["side"]:  # what the benches of speed start
-        from tests.bench import speed
-        return speed.serve(argv[1])
     verb, *words = argv or [""]
-    if verb not in (*VERBS, *FILES) or words and verb not in ("eval", "cpu"):
-        raise SystemExit(f"{__doc__}\nverbs: {', '.join((*VERBS, *FILES))}")
-    if verb in FILES:
-        module = importlib.import_module(f"tests.bench.{FILES[verb]}")
-        words = map(int, words) if verb == "eval" else words
-        return getattr(module, f"bench_{verb}")(*words)
-    VERBS[verb]()
+    if verb in PROCESSES:
+        module, function = PROCESSES[verb]
+    elif verb in VERBS and (not words or verb in ("cpu", "eval")):
+        module = VERBS[verb]
+        function = f"bench_{verb}"
+    else:
+        raise SystemExit(f"{__doc__}\nverbs: {', '.join(VERBS)}")
+    if verb == "eval":
+        words = map(int, words)
+    module = importlib.import_module(f"tests.bench.{module}")
+    return getattr(module, function)(*words)
 
 
 if __name__ == "__main__":
