@@ -1037,7 +1037,7 @@ def test_a_full_disk_under_the_log_is_one_line(tmp_path):
     (["--lr=fast"], ["lr=fast", "float", "str"]),
     (["--max_steps=1.5"], ["max_steps=1.5", "int"]),
     (["--compile=maybe"], ["compile=maybe", "auto, true, false"]),
-    (["--batch_size=100000"], ["fewer than one batch of 100000", "lower batch_size"]),
+    (["--batch_size=100000"], ["batch_size=100000", "lower batch_size"]),
     (["--n_heads=5"], ["d_model=32", "n_heads"]),
     (["--batch_size=0"], ["batch_size"]),
     (["--micro_batch_size=-1"], ["micro_batch_size"]),
@@ -1089,11 +1089,11 @@ BAD_SOURCES = {
     "missing folder": (Path.rmdir, "bpe:512", ["no such file or folder", "--sources"]),
     "truncated gzip": (broken_gzip, "bpe:512", ["part.jsonl.gz", "cut off"]),
     "corrupt gzip": (flipped_gzip, "bpe:512", ["part.jsonl.gz", "corrupt"]),
-    "bad lines alone": (jsonl("{oh", "[1]"), "own", ["mine", "2 bad lines", "2 bad"]),
-    "no document": (jsonl(), "own", ["mine", "2 bad lines"]),
-    "blank documents": (jsonl('{"text": " "}'), "own", ["mine", "2 bad lines"]),
-    "nothing to learn from": (jsonl(), "bpe:512", ["holds no document with text"]),
-    "less than a batch": (jsonl(GOOD), "own", ["fewer than one batch", "add text"])}
+    "bad lines alone": (jsonl("{oh", "[1]"), "own", ["mine", "2 bad lines"]),
+    "no document": (jsonl(), "own", ["mine", "no text to train on"]),
+    "blank documents": (jsonl('{"text": " "}'), "own", ["mine", "no text to train on"]),
+    "nothing to learn from": (jsonl(), "bpe:512", ["mine", "no text to train on"]),
+    "less than a batch": (jsonl(GOOD), "own", ["batch_size=8", "add text"])}
 
 
 @pytest.mark.parametrize("spoil, tokenizer, words", BAD_SOURCES.values(), ids=BAD_SOURCES.keys())
