@@ -27,7 +27,7 @@ from corpus.tokenizer import Tokenizer
 from corpus.trace import places_of_step
 from data import Batches, DataConfig, TokenShards, build_data
 from eval import EvalConfig, evaluate, sample_text
-from model import ModelConfig, OLMo, init_weights, next_token_loss
+from model import ModelConfig, OLMo, build_model, init_weights, next_token_loss
 from scaling.directory import NOT_SAVED
 from scaling.machine import choose_micro_batch
 from scaling.plan import PlanConfig, print_plan
@@ -404,6 +404,16 @@ def print_results(run, model, tokenizer, eval_config):
     print(f"  python model.py export {run.path} OUT")
 
 
+def state_bytes_per_weight(config):
+    """Bytes of optimiser state per weight (AdamW: 8), counted on a model of a few weights."""
+    tiny = ModelConfig(d_model=16, n_layers=1, n_heads=1, mlp_hidden_size=16)
+    model = build_model(tiny, seed=0)
+    optimizer = build_optimizer(model, config)
+    moments = [tensor for state in optimizer.state.values() for tensor in state.values()
+               if tensor.dim() > 0]  # not the step counters
+    return sum(tensor.nbytes for tensor in moments) / sum(p.numel() for p in model.parameters())
+
+
 # ---- The command ---------------------------------------------------------------------------------
 
 def resumed_argv(argv, file, is_tuned):
@@ -431,7 +441,7 @@ def main(argv):
     if not plan.plan:
         return train(model_config, data_config, eval_config, config)
     if os.environ.get("RANK", "0") == "0":
-        print_plan(model_config, config, plan)
+        print_plan(model_config, config, plan, state_bytes_per_weight(config))
     return 0
 
 

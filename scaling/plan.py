@@ -7,125 +7,194 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from configs import setting
 from model import count_parameters
 from scaling.machine import GPUS, carbon_kg, choose_micro_batch, flops_per_token
 from scaling.sharding import CHECKPOINTED_BLOCKS
 from support.files import UserError
 
+GPUS_PER_NODE = 8
+RESERVED_BYTES = 2e9  # for the driver, and for memory that fragments make unusable
+
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """What --plan reckons with."""
+    """What --plan assumes."""
 
-    plan: bool = False
-    """Train nothing: print memory per GPU, tokens, days, energy and carbon of the config."""
-    gpus: int = 8
-    """How many GPUs."""
-    gpu: Literal["a100-40", "a100", "h100", "h200", "mi250x"] = "h100"
-    """Which GPU; of an MI250X, one of its two halves."""
-    assumed_mfu: float = 0.4
-    """Share of the GPU's peak that training reaches; 0.4 to 0.5 is what others report for 7B."""
+    plan: bool = setting(False, "Train nothing: print memory per GPU, tokens, days and energy.")
+    gpus: int = setting(8, "How many GPUs.")
+    gpu: Literal["a100-40", "a100", "h100", "h200", "mi250x"] = setting(
+        "h100", "Which GPU; an MI250X counts as two, as torch sees it.")
+    assumed_mfu: float = setting(0.4, "Share of the GPU's peak FLOP/s; others report 0.4 to 0.5.")
 
     def __post_init__(self):
-        if self.gpus < 1 or not 0 < self.assumed_mfu <= 1:
-            raise UserError(f"gpus={self.gpus} must be at least 1 and "
-                            f"assumed_mfu={self.assumed_mfu} above 0 and at most 1")
+        if self.gpus < 1:
+            raise UserError(f"gpus={self.gpus}: must be at least 1")
+        if not 0 < self.assumed_mfu <= 1:
+            raise UserError(f"assumed_mfu={self.assumed_mfu}: must be above 0 and at most 1")
 
 
-def plan_memory(model_config, config, ranks, rows):
-    """{part: bytes} that one GPU holds at the worst moment of a step of `rows` sequences a pass.
+def print_plan(model_config, config, plan, state_bytes):
+    """Print what training `config` on plan.gpus GPUs takes; trains nothing.
 
-    Reckoned from what autograd keeps of the eager model on a GPU; compiled it needs less. The tests
-    hold it within 15 % of torch's own memory trackers. On top come the driver and fragments: 2 GB.
+    state_bytes: bytes of optimiser state per weight (AdamW: 8).
     """
-    D, F, L = model_config.d_model, model_config.mlp_hidden_size, model_config.n_layers
-    V, tokens = model_config.embedding_size, rows * model_config.max_seq_len
+    steps = config.max_steps - steps_before(config)
+    tokens = steps * config.batch_size * model_config.max_seq_len
+    print(f"{count_parameters(model_config):,} parameters; {steps:,} steps of "
+          f"{config.batch_size:,} x {model_config.max_seq_len:,} tokens: {tokens / 1e9:,.4g} G "
+          "tokens")
+    print_batch_size_hint(config, plan.gpus)
+    print_memory(model_config, config, plan, state_bytes)
+    print_time_and_energy(model_config, config, plan, tokens)
+    print_disk(model_config, config, steps, state_bytes)
+
+
+def steps_before(config):
+    """The steps that were taken before start_from, as for an anneal; else 0."""
+    match = re.fullmatch(r"step(\d+)", Path(config.start_from).name)
+    return int(match[1]) if match else 0
+
+
+def print_batch_size_hint(config, gpus):
+    """If the GPUs do not divide the batch: which numbers of GPUs would, and which batch size."""
+    if config.batch_size % gpus == 0:
+        return
+    divisors = [n for n in range(1, config.batch_size + 1) if config.batch_size % n == 0]
+    nearest = sorted(divisors, key=lambda n: abs(n - gpus))[:2]
+    choices = " or ".join(str(n) for n in sorted(nearest))
+    batch_size = max(1, round(config.batch_size / gpus)) * gpus
+    print(f"  batch_size={config.batch_size} is not a multiple of {gpus} GPUs: use {choices} GPUs, "
+          f"or --batch_size={batch_size}, which is another run")
+
+
+# ---- Memory --------------------------------------------------------------------------------------
+
+def print_memory(model_config, config, plan, state_bytes):
+    """The memory of one GPU, part by part, and whether it fits."""
+    micro_batch_size = choose_micro_batch(config, model_config.max_seq_len, plan.gpus)
+    _, capacity, _ = GPUS[plan.gpu]
+    print(f"\nmemory of each of {plan.gpus:,} {plan.gpu} ({capacity} GiB), {micro_batch_size} "
+          f"sequences at a time, activation_checkpointing={config.activation_checkpointing}:")
+    parts = plan_memory(model_config, config, plan.gpus, micro_batch_size, state_bytes)
+    for part, size in parts.items():
+        print(f"  {part:<20}{size / 2**30:>9.2f} GiB")
+    print(f"  {'peak':<20}{sum(parts.values()) / 2**30:>9.2f} GiB")
+    print(f"  {advice(model_config, config, plan, micro_batch_size, state_bytes)}")
+
+
+def plan_memory(model_config, config, world_size, micro_batch_size, state_bytes=8):
+    """{part: bytes} that one GPU holds at the worst moment of a step.
+
+    Computed from what autograd keeps of the eager model on a GPU; a compiled model needs less. The
+    tests hold it within 15 % of torch's own memory trackers.
+    """
+    D = model_config.d_model
+    F = model_config.mlp_hidden_size
+    V = model_config.embedding_size
+    tokens = micro_batch_size * model_config.max_seq_len
     width = 4 if config.dtype == "float32" else 2  # bytes of an activation or a gathered weight
     weights = count_parameters(model_config)
-    block = 4 * D * D + 3 * D * F
-    root = weights - L * block  # embedding and head
-    slices = ranks if config.shard == "all" else min(ranks, 8)  # the node has 8
-    one_pass = rows * ranks >= config.batch_size
-    whole_gradients = ranks > 1 and not one_pass and not config.reduce_every_micro_batch
+    block_weights = 4 * D * D + 3 * D * F
+    root_weights = weights - model_config.n_layers * block_weights  # embedding and head
+    is_sharded = world_size > 1
+    slices = world_size if config.shard == "all" else min(world_size, GPUS_PER_NODE)
 
-    # What a block keeps for the backward. With one rank that includes its weights' bf16 copies.
-    casts = width * block if ranks == 1 and width == 2 else 0
-    everything = (10 * D + 4 * F) * width * tokens + casts
-    every = CHECKPOINTED_BLOCKS[config.activation_checkpointing]
-    fine = config.activation_checkpointing == "fine_grained"
-    little = (4 * D + 2 * F if fine else D) * width * tokens
-    few = -(-L // every) if every else 0
-    kept = (L - few) * everything + few * little
+    # FSDP keeps whole gradients from one micro-batch to the next, unless it reduces each of them.
+    one_pass = micro_batch_size * world_size >= config.batch_size
+    keeps_gradients = is_sharded and not one_pass and not config.reduce_every_micro_batch
 
-    # The worst moment is the loss, with three float32 tensors the size of the logits, or the
-    # backward of the last block, where it is computed again and its gradients reduced.
-    gathered = 2 * width * block if ranks > 1 else 0  # this block's weights and the next one's
-    at_the_loss = 3 * 4 * V * tokens + (gathered / 2 or width * V * D)
-    in_the_block = (everything if every else 0) + gathered + (width + 4) * block + width * V * D
-    return {"weights": 4 * weights / slices, "AdamW": 8 * weights / slices,
-            "gradients": 4 * weights / (1 if whole_gradients else slices),
-            "gathered weights": width * root if ranks > 1 else 0,
-            "activations": kept, "at the worst moment": max(at_the_loss, in_the_block)}
+    # What a block keeps for the backward; without FSDP, also the bf16 copies of its weights.
+    copies = width * block_weights if not is_sharded and width == 2 else 0
+    kept_by_block = (10 * D + 4 * F) * width * tokens + copies
+    activations = kept_activations(model_config, config, tokens, width, kept_by_block)
+
+    # The worst moment is one of two: the loss, with three float32 tensors the size of the logits,
+    # or the backward of the last block, when it is recomputed and its gradients are reduced.
+    gathered = 2 * width * block_weights if is_sharded else 0  # of this block and of the next
+    head_gradient = width * V * D
+    at_the_loss = 3 * 4 * V * tokens + (gathered / 2 if is_sharded else head_gradient)
+    recomputed = kept_by_block if config.activation_checkpointing != "none" else 0
+    in_the_block = recomputed + gathered + (width + 4) * block_weights + head_gradient
+    return {"weights": 4 * weights / slices,
+            "optimiser": state_bytes * weights / slices,
+            "gradients": 4 * weights / (1 if keeps_gradients else slices),
+            "gathered weights": width * root_weights if is_sharded else 0,
+            "activations": activations,
+            "at the worst moment": max(at_the_loss, in_the_block)}
 
 
-def print_plan(model_config, config, plan):
-    """Memory per GPU by part, tokens, days, energy, carbon and disk of a config; trains nothing."""
-    tflops, capacity, watts = GPUS[plan.gpu]
-    weights = count_parameters(model_config)
-    before = re.fullmatch(r"step(\d+)", Path(config.start_from).name)  # an anneal's first part
-    steps = config.max_steps - (int(before[1]) if before else 0)
-    tokens = steps * config.batch_size * model_config.max_seq_len
-    print(f"{weights:,} parameters; {steps:,} steps of {config.batch_size:,} x "
-          f"{model_config.max_seq_len:,} tokens: {tokens / 1e9:,.4g} G tokens")
-    if config.batch_size % plan.gpus:
-        near = [n for n in range(1, config.batch_size + 1) if config.batch_size % n == 0]
-        near = sorted(near, key=lambda n: abs(n - plan.gpus))[:2]
-        print(f"  batch_size={config.batch_size} does not divide by {plan.gpus} GPUs: use "
-              f"{' or '.join(map(str, sorted(near)))}, or --batch_size="
-              f"{max(1, round(config.batch_size / plan.gpus)) * plan.gpus}, another run")
-    rows = choose_micro_batch(config, model_config.max_seq_len, plan.gpus)
-    print(f"\nmemory of each of {plan.gpus:,} {plan.gpu} ({capacity} GiB), {rows} sequences at a "
-          f"time, activation_checkpointing={config.activation_checkpointing}:")
-    parts = plan_memory(model_config, config, plan.gpus, rows)
-    for part, size in [*parts.items(), ("peak", sum(parts.values()))]:
-        print(f"  {part:<20}{size / 2**30:>9.2f} GiB")
-    print(advice(model_config, config, plan, rows))
-    seconds = tokens * flops_per_token(model_config) / (plan.gpus * tflops * 1e12
-                                                        * plan.assumed_mfu)
-    kwh = plan.gpus * watts / 1000 * seconds / 3600
-    print(f"\nat {plan.assumed_mfu:.0%} MFU of {tflops} TFLOP/s (assumed; --assumed_mfu):\n"
-          f"  {tokens / seconds:,.0f} tokens/s, {tokens / seconds / plan.gpus:,.0f} a GPU\n"
-          f"  {seconds / 86400:,.1f} days, {plan.gpus * seconds / 3600:,.0f} GPU hours\n"
-          f"  {kwh:,.0f} kWh at {watts} W a GPU x {config.pue:g} (PUE) x "
-          f"{config.kg_co2_per_kwh:g} kg/kWh = "
-          f"{carbon_kg(kwh, config) / 1000:,.2f} t CO2eq")
-    saved = -(-steps // config.save_every_steps) if config.save_every_steps else 1
+def kept_activations(model_config, config, tokens, width, kept_by_block):
+    """Bytes that all blocks keep between forward and backward, under activation_checkpointing."""
+    D = model_config.d_model
+    F = model_config.mlp_hidden_size
+    interval = CHECKPOINTED_BLOCKS[config.activation_checkpointing]
+    if not interval:
+        return model_config.n_layers * kept_by_block
+    recomputing = math.ceil(model_config.n_layers / interval)
+    if config.activation_checkpointing == "fine_grained":
+        kept_by_recomputing = (4 * D + 2 * F) * width * tokens  # input and two large projections
+    else:
+        kept_by_recomputing = D * width * tokens  # the input alone
+    others = model_config.n_layers - recomputing
+    return others * kept_by_block + recomputing * kept_by_recomputing
+
+
+def advice(model_config, config, plan, micro_batch_size, state_bytes):
+    """One line: that it fits, or the mildest setting with which it would."""
+    capacity = 2**30 * GPUS[plan.gpu][1] - RESERVED_BYTES
+
+    def fits(micro_batch_size, world_size=plan.gpus, **changes):
+        changed = replace(config, **changes)
+        parts = plan_memory(model_config, changed, world_size, micro_batch_size, state_bytes)
+        return sum(parts.values()) < capacity
+
+    if fits(micro_batch_size):
+        double = micro_batch_size * 2
+        if double <= config.batch_size // plan.gpus and fits(double):
+            return f"it fits; so would --micro_batch_size={double}"
+        return "it fits"
+    # From mild to harsh: smaller micro-batches cost most speed, recomputation least.
+    sizes = sorted({micro_batch_size, micro_batch_size // 2, micro_batch_size // 4, 1} - {0})
+    reductions = sorted({config.reduce_every_micro_batch, plan.gpus > 1})
+    for size, reduces, policy in itertools.product(sizes[::-1], reductions, CHECKPOINTED_BLOCKS):
+        if fits(size, activation_checkpointing=policy, reduce_every_micro_batch=reduces):
+            words = f"--activation_checkpointing={policy} --micro_batch_size={size}"
+            if reduces and not config.reduce_every_micro_batch:
+                words += " --reduce_every_micro_batch"
+            return f"it does not fit; {words} would"
+    for gpus in range(plan.gpus, 8 * plan.gpus + 1):
+        if fits(1, gpus, activation_checkpointing="whole_layer", reduce_every_micro_batch=True,
+                shard="all"):
+            return f"it does not fit, whatever is recomputed; it would on {gpus} GPUs"
+    return "it does not fit, whatever is recomputed; use many more GPUs"
+
+
+# ---- Time, energy, disk --------------------------------------------------------------------------
+
+def print_time_and_energy(model_config, config, plan, tokens):
+    """Speed, days, kWh and CO2, from the assumed share of the GPUs' peak."""
+    tflops, _, watts = GPUS[plan.gpu]
+    flops = tokens * flops_per_token(model_config)
+    seconds = flops / (plan.gpus * tflops * 1e12 * plan.assumed_mfu)
+    speed = tokens / seconds
+    gpu_hours = plan.gpus * seconds / 3600
+    kwh = gpu_hours * watts / 1000
+    tonnes = carbon_kg(kwh, config) / 1000
+    print(f"\nat {plan.assumed_mfu:.0%} MFU of {tflops} TFLOP/s (assumed; --assumed_mfu):")
+    print(f"  {speed:,.0f} tokens/s, {speed / plan.gpus:,.0f} per GPU")
+    print(f"  {seconds / 86400:,.1f} days, {gpu_hours:,.0f} GPU hours")
+    print(f"  {kwh:,.0f} kWh at {watts} W per GPU x {config.pue:g} (PUE) x "
+          f"{config.kg_co2_per_kwh:g} kg/kWh = {tonnes:,.2f} t CO2eq")
+
+
+def print_disk(model_config, config, steps, state_bytes):
+    """The size of a checkpoint, and of all that are kept: weights and optimiser state."""
+    size = (4 + state_bytes) * count_parameters(model_config)
+    saved = math.ceil(steps / config.save_every_steps) if config.save_every_steps else 1
     kept = min(saved, config.keep_last or saved)
     if config.keep_every and config.save_every_steps:
-        kept = min(saved, kept + steps // math.lcm(config.keep_every, config.save_every_steps))
-    print(f"  {12 * weights / 1e9:,.1f} GB a checkpoint, {12 * weights * kept / 1e12:,.2f} TB for "
-          f"the {kept:,} that are kept")
-
-
-def advice(model_config, config, plan, rows):
-    """One line: that it fits, or the mildest setting with which it would."""
-    room = 2**30 * GPUS[plan.gpu][1] - 2e9  # of the driver and fragments
-
-    def fits(rows, ranks=plan.gpus, **changes):
-        parts = plan_memory(model_config, replace(config, **changes), ranks, rows)
-        return sum(parts.values()) < room
-    if fits(rows):
-        return "  it fits" + ("" if rows * 2 > config.batch_size // plan.gpus or not fits(rows * 2)
-                              else f"; so would --micro_batch_size={rows * 2}")
-    fewer = dict.fromkeys(n for n in (rows, rows // 2, rows // 4, 1) if n)
-    reduces = sorted({config.reduce_every_micro_batch, plan.gpus > 1})
-    for n, reduce_every, policy in itertools.product(fewer, reduces, CHECKPOINTED_BLOCKS):
-        if fits(n, activation_checkpointing=policy, reduce_every_micro_batch=reduce_every):
-            added = reduce_every and not config.reduce_every_micro_batch
-            return (f"  it does not fit; --activation_checkpointing={policy} "
-                    f"--micro_batch_size={n}{' --reduce_every_micro_batch' * added} would")
-    for ranks in range(plan.gpus, 8 * plan.gpus + 1):
-        if fits(1, ranks, activation_checkpointing="whole_layer", reduce_every_micro_batch=True,
-                shard="all"):
-            return f"  it does not fit, whatever is computed again; it would on {ranks} GPUs"
-    return "  it does not fit, whatever is computed again; take many more GPUs"
+        also_kept = steps // math.lcm(config.keep_every, config.save_every_steps)
+        kept = min(saved, kept + also_kept)
+    print(f"  {size / 1e9:,.1f} GB per checkpoint, {size * kept / 1e12:,.2f} TB for the {kept:,} "
+          "that are kept")
