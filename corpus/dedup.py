@@ -43,6 +43,7 @@ def deduplicate(documents, seen, funnel):
     takes out lines that came before, in this document or an earlier one (Dolma's three stages).
     """
     for document in documents:
+        # the cheapest level first; in Dolma it also drops the most
         url = document["metadata"].get("url")
         if "url" in seen and url and seen["url"].add(str(url)):
             funnel.drop("url", document, Drop(f"an earlier document has {url}"))
@@ -50,6 +51,7 @@ def deduplicate(documents, seen, funnel):
         if "document" in seen and seen["document"].add(document["text"]):
             funnel.drop("document", document, Drop("an earlier document has the same text"))
             continue
+        # last and finest: boilerplate such as menus, which other documents have too
         if "paragraph" in seen:
             edit = without_seen_paragraphs(document["text"], seen["paragraph"])
             if edit and not edit.text.strip():
@@ -105,8 +107,8 @@ class BloomFilter:
     def __init__(self, items, fp_rate):
         self.bits = self.bits_for(items, fp_rate)
         self.hashes = max(1, round(self.bits / items * math.log(2)))
-        self.table = bytearray(-(-self.bits // 8))
-        self.count = 0  # items added
+        self.table = bytearray(-(-self.bits // 8))  # rounded up to bytes
+        self.count = 0  # distinct items added, as far as the filter can tell
 
     @staticmethod
     def bits_for(items, fp_rate):
@@ -117,7 +119,7 @@ class BloomFilter:
         """The bits of an item. Two hashes make all of them (Kirsch and Mitzenmacher, 2006)."""
         digest = digest_of(item)
         first = int.from_bytes(digest[:8], "big")
-        step = int.from_bytes(digest[8:], "big") | 1
+        step = int.from_bytes(digest[8:], "big") | 1  # not 0, which would make them all one bit
         return [(first + i * step) % self.bits for i in range(self.hashes)]
 
     def add(self, item):
@@ -179,7 +181,7 @@ def evaluation_paragraphs(sets):
     A paragraph is a line without the spaces at its ends. Matching is exact: the same words in
     another Unicode form are another paragraph.
     """
-    paragraphs = {}
+    paragraphs = {}  # digests, as an evaluation suite can have millions of paragraphs
     for name, path, _ in sets:
         for text in evaluation_texts(path):
             for line in text.split("\n"):

@@ -15,7 +15,7 @@ from support.files import UserError, read_json
 
 EXAMPLES = 10  # kept for each rule
 
-EXAMPLE_CHARS = 20_000
+EXAMPLE_CHARS = 20_000  # of an example's text, from its beginning
 
 SHOWN_LINES = 30  # of an example
 
@@ -41,6 +41,7 @@ class Funnel:
 
         Its metadata.edited_by says how many cuts each rule made in it.
         """
+        # below 0 if a mask is longer than what it masks
         change = size_of(document["text"]) - size_of(verdict.text)
         self.rules[rule].update(edited=1, bytes=change)
         self.add_example(rule, document, "edited", verdict.why, list(verdict.marks))
@@ -66,12 +67,14 @@ class Funnel:
         self.notes.update(other.notes)
         for rule, counts in other.rules.items():
             self.rules[rule].update(counts)
+        # subtle: parts are added in the order of the documents, so that the examples do not depend
+        # on which worker was first
         for rule, examples in other.examples.items():
             room = EXAMPLES - len(self.examples[rule])
             self.examples[rule] += examples[:room]
         for message in other.bad_lines:
             warn(f"left out: {message}")
-        self.bad_lines = (self.bad_lines + other.bad_lines)[:1000]
+        self.bad_lines = (self.bad_lines + other.bad_lines)[:1000]  # the count has all of them
 
     def as_json(self):
         notes = {note: n for note, n in sorted(self.notes.items()) if n}
@@ -205,6 +208,7 @@ def print_example(example):
 
 def marked(text, marks, on, off):
     """`text` with each of the marks in it between `on` and `off`, however its words are spaced."""
+    # long marks first: a short one may be part of a long one
     for mark in sorted(filter(str.strip, set(marks)), key=len, reverse=True):
         pattern = r"\s+".join(map(re.escape, mark.split()))
         if mark[0].isalnum() and mark[-1].isalnum():  # not as a part of a longer word

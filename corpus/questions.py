@@ -13,14 +13,16 @@ def stdlib_chats(held_out, eval_share):
     One chat in four has two turns: the question before, on the same module, comes first. That one's
     answer is then in two chats.
     """
-    module_before, turn_before = None, None
+    module_before = None
+    turn_before = None
     for name, module, question, answer in stdlib_answers(held_out, eval_share):
         turn = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         messages = turn
         if module == module_before and random.Random(f"turn {name}").random() < 0.25:
             messages = turn_before + turn
         yield name, {"messages": messages}
-        module_before, turn_before = module, turn
+        module_before = module
+        turn_before = turn
 
 
 def stdlib_preferences(held_out, eval_share):
@@ -63,6 +65,7 @@ def stdlib_answers(held_out, eval_share):
         heading, docstring = document["text"].split("\n\n", 1)
         first_paragraph = docstring.strip().split("\n\n")[0]
         answer = " ".join(first_paragraph.split())
+        # a sentence or two: what a model as small as configs/tiny.py can learn to write
         if answer in trained_answers or not 6 <= len(answer.split()) <= 30:
             continue
         question = question_about(heading, document["id"])

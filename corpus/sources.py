@@ -7,6 +7,7 @@ from typing import NamedTuple
 from corpus.rules import CONTENT_SCORERS, DEDUPLICATIONS, LANGUAGE_SCORERS, RULES
 from support.files import UserError
 
+# A word of `rules` that stands for several rules.
 RULE_SETS = {
     "gopher": " ".join(rule for rule in RULES if rule.startswith("gopher")),
     "c4": "c4_punctuation c4_short_lines c4_document",
@@ -31,6 +32,7 @@ def parse_source(name, entry):
     if isinstance(entry, str):
         entry = {"path": entry}
     place = f"sources: {name}"
+    # the name becomes part of file names, which must stay in the folder of the build
     if not re.fullmatch(r"[\w.-]+", name):
         raise UserError(f"sources: {name!r} cannot name files; use letters, digits, . _ -")
     for key in entry:
@@ -43,6 +45,7 @@ def parse_source(name, entry):
         raise UserError(f"{place}: path {path!r}; write a path as a string")
     if not isinstance(rules, str):
         raise UserError(f"{place}: rules {rules!r}; write the names in one string")
+    # subtle: True is an int in Python, and no weight
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < 1e6:
         raise UserError(f"{place}: weight {weight!r}; write a number above 0, below 1e6")
     return Source(name, path, expand_rules(rules, name), float(weight))
@@ -50,7 +53,7 @@ def parse_source(name, entry):
 
 def expand_rules(words, source):
     """The names of rules in `words`, rule sets expanded, each once, in the order they run."""
-    chosen = {"empty"}
+    chosen = {"empty"}  # for every source
     for word in words.replace(",", " ").split():
         if word in RULE_SETS:
             chosen |= set(expand_rules(RULE_SETS[word], source))

@@ -19,7 +19,7 @@ STDLIB_SKIPS = {"test", "tests", "idle_test", "site-packages", "dist-packages", 
 def stdlib_documents(source):
     """Yield the documents of "reference", "docstrings" or "code"."""
     if source == "reference":
-        from pydoc_data.topics import topics
+        from pydoc_data.topics import topics  # only here: half a megabyte
         for topic, text in sorted(topics.items()):
             place = f"pydoc_data/topics.py:{topic}"
             yield stdlib_document(source, topic, text, topic, place)
@@ -43,7 +43,7 @@ def stdlib_document(source, name, text, group, provenance):
             "metadata": {"split_group": group, "provenance": provenance}}
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=1)  # two sources and the leaked docstrings read it; parsing takes seconds
 def stdlib_modules():
     """[(module, file, text, [(line, heading, docstring)])] of the library's modules."""
     root = Path(sysconfig.get_path("stdlib"))

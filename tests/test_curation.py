@@ -14,6 +14,7 @@ import pytest
 
 import corpus.stages as stages
 import data
+from conftest import manifest_of, write_jsonl
 from corpus.dedup import BloomFilter, DigestSet, deduplicate
 from corpus.funnel import Funnel, print_table
 from corpus.rules import CONTENT_SCORERS, RULES, Drop, Page, english_score, ngram_ratios
@@ -68,19 +69,13 @@ def texts_of(documents):
 
 
 def write_texts(path, *texts):
-    path.write_text("".join(json.dumps({"id": f"d{i}", "text": text}) + "\n"
-                            for i, text in enumerate(texts)))
-    return str(path)
+    return write_jsonl(path, [{"id": f"d{i}", "text": text} for i, text in enumerate(texts)])
 
 
 def kept_documents(folder, source):
     """The clean documents of a built folder in their order, read by gzip alone."""
     return [json.loads(line) for path in sorted((folder / "documents").glob(f"{source}-*.gz"))
             for line in gzip.open(path, "rt", encoding="utf-8")]
-
-
-def counted(folder, source):
-    return json.loads((folder / "manifest.json").read_text())["sources"][source]
 
 
 def config_of(folder, **changes):
@@ -271,7 +266,7 @@ def outcome(rows):
 def test_a_build_keeps_exactly_what_was_clean_and_counts_what_was_planted(planted, source):
     """The bytes too, which an edit may add to: masks are longer than most of what they mask."""
     folder, rows = planted
-    (rows, places), found = rows[source], counted(folder, source)
+    (rows, places), found = rows[source], manifest_of(folder)["sources"][source]
     kept, by_rule = outcome(rows)
     documents = kept_documents(folder, source)
     assert texts_of(documents) == kept
@@ -618,11 +613,29 @@ def test_no_document_with_an_evaluation_paragraph_is_kept_whatever_file_held_it(
         decontaminate={name: f"{tmp_path}/{file}" for name, file in sets.items()}))
     kept = [document["text"] for document in kept_documents(folder, "s")]
     assert kept == texts[len(hits):]
-    assert {rule: n["dropped"] for rule, n in counted(folder, "s")["by_rule"].items()} == {
+    by_rule = manifest_of(folder)["sources"]["s"]["by_rule"]
+    assert {rule: counts["dropped"] for rule, counts in by_rule.items()} == {
         "decontaminate:plain": 2, "decontaminate:papers": 2, "decontaminate:tasks": 2}
 
 
-# ---- The command line ----------------------------------------------------------------------------
+# ---- Builds and the command line -----------------------------------------------------------------
+
+def test_builds_of_any_number_of_workers_are_byte_for_byte_the_same(tmp_path, monkeypatch):
+    dice = random.Random(8)
+    texts = [text for _ in range(4) for text, _, _ in each(web_dirt, dice)]
+    dice.shuffle(texts)
+    path = write_texts(tmp_path / "web.jsonl", *texts, *dice.sample(texts, 9))
+    monkeypatch.setattr(stages, "BATCH_BYTES", 4000)
+    monkeypatch.setattr("corpus.storage.BLOCK_BYTES", 4000)
+    builds, sources = [], {"a": {"path": path, "rules": "web"}}
+    for workers in (1, 2, 4):
+        folder = build_data(config_of(tmp_path, data_dir=f"{tmp_path}/{workers}", workers=workers,
+                                      eval_share=0.2, sources=sources))
+        builds.append({file.relative_to(folder).as_posix(): file.read_bytes()
+                       for file in folder.rglob("*") if file.is_file()})
+    assert len(builds[0]) > 6 and len(builds[0]["a.blocks"]) > 16 * 3
+    assert builds[1] == builds[2] == builds[0]
+
 
 def test_show_prints_what_a_rule_dropped_or_edited_marked_and_why(tmp_path, call, refused):
     path = write_texts(tmp_path / "s.jsonl", "It has lorem ipsum.", "Write to a@b.co.",
