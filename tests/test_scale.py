@@ -676,7 +676,7 @@ def test_the_plan_states_its_figures(call):
     result = call(train, SEVEN_B, "--plan", "--gpus=256", "--gpu=h100")
     assert result.returncode == 0
     for words in ("6,888,095,744 parameters", "2,460 G tokens", "40% MFU", "12.2 days",
-                  "does not divide by 256 GPUs: use 240 or 270", "82.7 GB a checkpoint",
+                  "240 or 270 GPUs", "82.7 GB per checkpoint",
                   "it fits"):
         assert words in result.stdout
     kwh = 256 * 0.7 * 12.175 * 24
