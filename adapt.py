@@ -35,6 +35,7 @@ from corpus.tokenizer import Tokenizer
 from data import DataConfig, instance_order, render_chat
 from eval import EvalConfig, evaluate
 from model import ModelConfig, next_token_loss, sequence_log_probs
+from scaling.directory import resumed_argv, saved_settings
 from scaling.machine import choose_micro_batch
 from scaling.ranks import (agree_on_machine, on_all_ranks, on_rank0, rank, reduce_sum,
                            setup_distributed, world_size)
@@ -49,7 +50,7 @@ from support.tasks import open_suites
 from support.tuned import (check_not_base, held_out_of_base, print_results, print_run, print_set,
                            read_reference, reference_file, refuse_derived)
 from train import (SCHEMAS, TrainConfig, build_training, check_vocabulary, clip_at_step,
-                   cut_batch, lr_at_step, resume, resumed_argv, saved_settings, train_step)
+                   cut_batch, lr_at_step, resume, train_step)
 
 
 # ---- Configuration -------------------------------------------------------------------------------

@@ -15,28 +15,28 @@ from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import torch
 
-from configs import flat, load_config, setting
+from configs import load_config, setting
 from corpus.funnel import print_table
 from corpus.storage import held_out_files
 from corpus.tokenizer import Tokenizer
 from corpus.trace import places_of_step
 from data import Batches, DataConfig, TokenShards, build_data
 from eval import EvalConfig, evaluate, sample_text
-from model import ModelConfig, OLMo, build_model, init_weights, next_token_loss
-from scaling.directory import NOT_SAVED
+from model import ModelConfig, OLMo, init_weights, next_token_loss
+from scaling.checkpoint import create_state
+from scaling.directory import resumed_argv, saved_settings
+from scaling.log import print_results, print_run
 from scaling.machine import choose_micro_batch
 from scaling.plan import PlanConfig, print_plan
 from scaling.ranks import (agree_on_machine, on_all_ranks, on_rank0, rank, reduce_sum,
                            setup_distributed, world_size)
 from scaling.run import Run, deadline_after
 from scaling.sharding import full_tensor, own_part, shard_model, sync_gradients
-from support.files import UserError, read_json, run_main
-from support.records import domains_table, tasks_table
+from support.files import UserError, run_main
 from support.tasks import open_suites
 
 # ---- Configuration -------------------------------------------------------------------------------
@@ -124,13 +124,15 @@ def train(model_config, data_config, eval_config, config):
 
     Returns the exit code: 0 for a finished run, 128 + n after signal n.
     """
-    # The machine. Under torchrun this process is one of several ranks, which all run this function.
+    # The machine. Under torchrun this process is one of several ranks. All of them run this very
+    # function, line by line, each with its share of every batch and its slice of every weight.
     deadline = deadline_after(config.stop_after_minutes)
     device = setup_distributed(config.device)
     settings = saved_settings(model_config, data_config, eval_config, config)
     dtype, compiled = agree_on_machine(config, settings, device)
 
-    # The data: text -> tokens -> the batch of any step. Rank 0 builds it, for all nodes to see.
+    # The data: text -> tokens -> the batch of any step. Rank 0 builds it on a disk that all nodes
+    # see; the others wait. Built data is found again by the hash of its settings.
     open_suites(eval_config)  # a misspelt suite is an error now, not after hours of work
     folder = on_rank0(partial(build_data, data_config), patience=timedelta(days=2))
     print_table(folder)
@@ -141,7 +143,7 @@ def train(model_config, data_config, eval_config, config):
     batches(1, rank(), world_size())  # a batch size that the ranks do not divide is an error now
     suites = open_suites(eval_config, partial(held_out_files, folder))
 
-    # The run: new, or as it was left.
+    # The run: new, or as it was left. One command starts a run and continues it after a crash.
     run = Run.open(config, settings, batches.fingerprint(), model_config, device, deadline,
                    free_keys=vars(eval_config))
     if run.is_finished():
@@ -155,15 +157,16 @@ def train(model_config, data_config, eval_config, config):
     micro_batch_size = choose_micro_batch(config, model_config.max_seq_len, world_size())
     print_run(run, model, batches, micro_batch_size)
 
-    # The steps. Batch, learning rate and clip limit are functions of the step alone, so a resumed
-    # run needs no other memory than its weights, its optimiser and this one integer.
+    # The steps. Batch, learning rate and clip limit are functions of the step alone. So a run that
+    # is resumed needs its weights, its optimiser and this one integer, and any number of ranks
+    # takes the same steps.
     with run:
         if run.evaluation_was_missed():
             run.log_evaluation(evaluate_in_loop(model, tokenizer, suites, eval_config))
         for step in run.steps():
             lr = lr_at_step(step, config)
             max_norm = clip_at_step(step, config)
-            batch = batches(step, rank(), world_size())
+            batch = batches(step, rank(), world_size())  # this rank's rows of the global batch
             micro_batches = cut_batch(batch, micro_batch_size, device)
             try:
                 metrics = train_step(model, optimizer, micro_batches, pretraining_loss, lr,
@@ -176,16 +179,11 @@ def train(model_config, data_config, eval_config, config):
             if run.evaluation_is_due(step):
                 run.log_evaluation(evaluate_in_loop(model, tokenizer, suites, eval_config))
     if not run.ended_by:
-        print_results(run, model, tokenizer, eval_config)
+        print_results(run, sample_at_the_end(run, model, tokenizer, eval_config))
     return run.exit_code("train.py")
 
 
 # ---- What training starts from -------------------------------------------------------------------
-
-def saved_settings(*configs):
-    """{key: value} of all that describes the run, as config.json saves it."""
-    return {key: value for key, value in flat(*configs).items() if key not in NOT_SAVED}
-
 
 def check_vocabulary(config, tokenizer):
     """UserError if the ids in the model's config are not the tokenizer's.
@@ -206,7 +204,9 @@ def build_training(model_config, config, device, dtype, compiled):
     """Returns (an OLMo with empty weights, sharded and compiled as configured; its optimiser)."""
     with torch.device("meta"):  # shapes without memory: a 7B would not fit one rank
         model = OLMo(model_config)
+    # Parallelism comes from outside: model.py knows nothing of what this one line puts on it.
     shard_model(model, config, device, dtype, compiled)
+    # The optimiser comes after it, because it must hold the parameters that FSDP has split.
     return model, build_optimizer(model, config)
 
 
@@ -218,37 +218,20 @@ def build_optimizer(model, config):
     # Decay pulls matrices towards zero. The embedding, and with it a tied head, is left out, as in
     # official olmo/optim.py: most of its rows see no gradient in a step and would only shrink.
     # A norm's gain or a bias (one dimension) is left out too: decay would pull a gain to 0.
-    is_decayed = {name: parameter.dim() > 1 and name != "wte.weight"
-                  for name, parameter in model.named_parameters()}
-    decayed = [p for name, p in model.named_parameters() if is_decayed[name]]
-    others = [p for name, p in model.named_parameters() if not is_decayed[name]]
+    decayed = []
+    not_decayed = []
+    for name, parameter in model.named_parameters():
+        is_matrix = parameter.dim() > 1 and name != "wte.weight"
+        (decayed if is_matrix else not_decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay},
-              {"params": others, "weight_decay": 0.0}]
+              {"params": not_decayed, "weight_decay": 0.0}]
+    # beta2 = 0.95, not the usual 0.999: the mean of squares then forgets within 20 steps, so one
+    # odd batch is not felt for a thousand. eps = 1e-5 is OLMo's, in its code and not in its yaml.
     fused = model.wte.weight.device.type in ("cpu", "cuda")  # one kernel for all parameters
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2),
                                   eps=config.eps, fused=fused)
     create_state(optimizer)
     return optimizer
-
-
-def create_state(optimizer):
-    """Make an optimiser allocate its state, so that a checkpoint of any step has the same tensors.
-
-    An optimiser allocates in its first step. So it takes one with a gradient and a learning rate of
-    0, and what that left in its state is zeroed.
-    """
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad()
-    for group, lr in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = lr
-    for state in optimizer.state.values():
-        for tensor in state.values():
-            tensor.zero_()
 
 
 def resume(run, model, optimizer):
@@ -276,14 +259,17 @@ def lr_at_step(step, config):
     then min_lr. OLMo-7B's final anneal is the linear decay with its warm-up already over:
     lr 2.3e-5, min_lr 2.3e-8, warmup_steps 556000, decay_steps 557000.
     """
-    # 1) warm-up: AdamW's first estimates are noisy, so its first steps must be small
+    # 1) Warm-up. AdamW divides by a mean of squares that rests on few batches at first, so its
+    #    first steps would be large in poor directions. They are made small (OLMo: 2,000 or 5,000).
     if step < config.warmup_steps:
         return config.lr * (0.1 + 0.9 * step / config.warmup_steps)
-    # 2) after the decay
+    # 2) After the decay, the smallest rate for the rest of the run.
     last = config.decay_steps or config.max_steps
     if step >= last:
         return config.min_lr
-    # 3) in between
+    # 3) In between, down from the peak. Large steps find a good region, small ones settle in it.
+    #    OLMo-7B goes linearly to a tenth of the peak (paper, section 3.2); OLMo-1B's yaml says
+    #    cosine.
     progress = (step - config.warmup_steps) / (last - config.warmup_steps)  # 0 .. 1
     if config.schedule == "cosine":
         progress = (1 - math.cos(math.pi * progress)) / 2
@@ -305,7 +291,7 @@ def clip_at_step(step, config):
 def cut_batch(batch, micro_batch_size, device):
     """A batch as micro-batches of at most micro_batch_size rows on `device`.
 
-    The activations of one micro-batch must fit into memory; gradients add up over all of them.
+    Only the activations of one micro-batch must fit into memory; gradients add up over all of them.
     """
     starts = range(0, len(batch["tokens"]), micro_batch_size)
     return [{key: tensor[start:start + micro_batch_size].to(device)
@@ -324,30 +310,39 @@ def train_step(model, optimizer, micro_batches, loss_fn, lr, max_norm):
     Raises FloatingPointError on every rank, before the weights change, if the loss or the
     gradient is not finite.
     """
-    # The count is known before the forward. Dividing each part by the count of all of them weighs
-    # every token alike; a mean of means would weigh tokens of short rows more.
+    # 1) The count of targets is known before the forward. Each part is divided by the count of all
+    #    of them, so every token weighs the same. (A mean of the micro-batches' means would give
+    #    the tokens of short answers a larger weight; many trainers had this bug.)
     count = global_count(micro_batches)
+
+    # 2) Forward and backward, one micro-batch at a time. Gradients add up in parameter.grad.
     sums = Counter()
     for i, batch in enumerate(micro_batches):
-        sync_gradients(model, is_last=i == len(micro_batches) - 1)
+        is_last = i == len(micro_batches) - 1
+        sync_gradients(model, is_last)  # ranks need to exchange gradients only once
         summed_loss, extra = loss_fn(model, batch)
         loss = summed_loss / count
-        loss.backward()  # gradients add up in parameter.grad
+        loss.backward()
         sums["loss"] += loss.detach()
         for name, value in extra.items():
             sums[name] += value / count
-    # one message for all numbers: every rank then sees the same, and decides alike
+    # One message for all numbers. Every rank then has the same ones, and decides alike below.
     totals = reduce_sum(torch.stack(list(sums.values())))
     metrics = dict(zip(sums, totals.tolist(), strict=True))
 
-    # A rare batch with a huge gradient would undo the work of many steps. clip_grad_norm_ scales
-    # the gradient down to max_norm (paper, section 3.2) and returns the norm it had before.
+    # 3) A rare batch with a huge gradient would undo the work of many steps. clip_grad_norm_ scales
+    #    the gradient down to max_norm (paper, section 3.2) and returns the norm it had before.
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     metrics["grad_norm"] = full_tensor(grad_norm).item()
+
+    # 4) One inf or nan in the gradient would make all weights nan, for ever. So look before the
+    #    update, while the weights are still good.
     if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
         optimizer.zero_grad()
         raise FloatingPointError(f"loss {metrics['loss']}, "
                                  f"gradient norm {metrics['grad_norm']}")
+
+    # 5) The update.
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -357,6 +352,7 @@ def train_step(model, optimizer, micro_batches, loss_fn, lr, max_norm):
 
 def global_count(micro_batches):
     """How many targets (in DPO: pairs) the step is trained on, over all ranks: a tensor ()."""
+    # "real" marks the pairs that are no filling; only the batches of DPO have it
     counted = [batch.get("real", batch["loss_mask"]) for batch in micro_batches]
     return reduce_sum(sum(mask.sum() for mask in counted))
 
@@ -368,67 +364,26 @@ def pretraining_loss(model, batch):
     return summed_loss, {}
 
 
-# ---- Evaluation and results ----------------------------------------------------------------------
+# ---- Evaluation ----------------------------------------------------------------------------------
 
 def evaluate_in_loop(model, tokenizer, suites, eval_config):
-    """The suites, and a sample of one process: sharded, each token would gather all weights."""
+    """What eval.evaluate returns, and of a single process a sample.
+
+    A sharded model draws none: each new token would gather all weights once.
+    """
     results = evaluate(model, tokenizer, suites, eval_config)
     if world_size() == 1:
         results["samples"] = [sample_text(model, tokenizer, eval_config)]
     return results
 
 
-def print_run(run, model, batches, micro_batch_size):
-    """What is about to be trained: parameters, steps, tokens."""
-    shards = batches.shards
-    parameters = sum(p.numel() for p in model.parameters())
-    left_over = len(shards) % batches.batch_size
-    print(f"run: {run.path}, {parameters:,} parameters, {run.config.max_steps:,} steps of "
-          f"{batches.batch_size} x {shards.seq_len} tokens, {micro_batch_size} sequences at a time")
-    print(f"  an epoch: {batches.steps_per_epoch:,} steps; left out: {left_over} sequences, and "
-          f"{shards.tail_tokens} tokens at the ends of files")
-
-
-def print_results(run, model, tokenizer, eval_config):
-    """The last evaluation's tables, a sample, and what to run next."""
-    print(f"\nafter step {run.step}, {run.state['seconds']:.0f} s:")
-    if run.results["sums"] or not run.results["tasks"]:
-        print(domains_table(run.results["sums"]))
-    if run.results["tasks"]:
-        print(tasks_table(run.results["tasks"]))
+def sample_at_the_end(run, model, tokenizer, eval_config):
+    """The sample of the last evaluation, or a new one."""
     samples = run.results.get("samples") or [sample_text(model, tokenizer, eval_config)]
-    print(f"\na sample:\n{samples[0]}\n\nnext:")
-    print(f"  python eval.py {run.path}")
-    print(f'  python eval.py sample {run.path} --prompt="def read_"')
-    print(f"  python eval.py report {run.path}")
-    print(f"  python model.py export {run.path} OUT")
-
-
-def state_bytes_per_weight(config):
-    """Bytes of optimiser state per weight (AdamW: 8), counted on a model of a few weights."""
-    tiny = ModelConfig(d_model=16, n_layers=1, n_heads=1, mlp_hidden_size=16)
-    model = build_model(tiny, seed=0)
-    optimizer = build_optimizer(model, config)
-    moments = [tensor for state in optimizer.state.values() for tensor in state.values()
-               if tensor.dim() > 0]  # not the step counters
-    return sum(tensor.nbytes for tensor in moments) / sum(p.numel() for p in model.parameters())
+    return samples[0]
 
 
 # ---- The command ---------------------------------------------------------------------------------
-
-def resumed_argv(argv, file, is_tuned):
-    """argv with the config of the run that --resume names; UserError if `file` did not make it."""
-    for word in argv:
-        if word.startswith("--resume="):
-            run = Path(word.removeprefix("--resume="))
-            saved = run / "config.json"
-            if not saved.is_file():
-                raise UserError(f"--resume={run}: no run there; python {file} CONFIG starts one")
-            if ("method" in read_json(saved)) != is_tuned:
-                other = "train.py" if is_tuned else "adapt.py"
-                raise UserError(f"--resume={run}: {other} made this run; use python {other} {word}")
-            return [str(saved), f"--run_dir={run}", *argv]
-    return argv
 
 
 @on_all_ranks
@@ -441,7 +396,7 @@ def main(argv):
     if not plan.plan:
         return train(model_config, data_config, eval_config, config)
     if os.environ.get("RANK", "0") == "0":
-        print_plan(model_config, config, plan, state_bytes_per_weight(config))
+        print_plan(model_config, config, plan, build_optimizer)
     return 0
 
 

@@ -11,6 +11,7 @@ import shutil
 import warnings
 from pathlib import Path
 
+import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
@@ -179,6 +180,26 @@ def training_tensors(model, optimizer):
         for key, value in optimizer.state[parameter].items():
             tensors[f"optimizer.{name}.{key}"] = value
     return tensors
+
+
+def create_state(optimizer):
+    """Make an optimiser allocate its state, so that a checkpoint of any step has the same tensors.
+
+    An optimiser allocates in its first step. So it takes one with a gradient and a learning rate of
+    0, and what that left in its state is zeroed.
+    """
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    for group, lr in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = lr
+    for state in optimizer.state.values():
+        for tensor in state.values():
+            tensor.zero_()
 
 
 def save_checkpoint(run, state, model, optimizer):

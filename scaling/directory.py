@@ -11,6 +11,7 @@ import shutil
 import socket
 from pathlib import Path
 
+from configs import flat
 from scaling.checkpoint import newest_step, step_directories, step_of, verify_step
 from scaling.ranks import gather, rank
 from support.files import Lock, UserError, log_rows, read_json, write_json
@@ -187,3 +188,23 @@ def describe(run, settings, folder, **facts):
     shutil.copyfile(folder / "tokenizer.json", run / "tokenizer.json")
     if (folder / "manifest.json").is_file():
         write_json(run / "manifest.json", {**read_json(folder / "manifest.json"), **facts})
+
+
+def saved_settings(*configs):
+    """{key: value} of all that describes the run, as config.json saves it."""
+    return {key: value for key, value in flat(*configs).items() if key not in NOT_SAVED}
+
+
+def resumed_argv(argv, file, is_tuned):
+    """argv with the config of the run that --resume names; UserError if `file` did not make it."""
+    for word in argv:
+        if word.startswith("--resume="):
+            run = Path(word.removeprefix("--resume="))
+            saved = run / "config.json"
+            if not saved.is_file():
+                raise UserError(f"--resume={run}: no run there; python {file} CONFIG starts one")
+            if ("method" in read_json(saved)) != is_tuned:
+                other = "train.py" if is_tuned else "adapt.py"
+                raise UserError(f"--resume={run}: {other} made this run; use python {other} {word}")
+            return [str(saved), f"--run_dir={run}", *argv]
+    return argv

@@ -9,6 +9,7 @@ from tqdm import tqdm
 from scaling.machine import peak_flops
 from scaling.ranks import rank, world_size
 from support.files import UserError, log_rows
+from support.records import domains_table, tasks_table
 
 
 class Log:
@@ -119,3 +120,28 @@ def say_evaluation(step, results):
         if numbers:
             line = ", ".join(f"{name} {value}" for name, value in numbers.items())
             tqdm.write(f"step {step}: {title}: {line}")
+
+
+def print_run(run, model, batches, micro_batch_size):
+    """What is about to be trained: parameters, steps, tokens."""
+    shards = batches.shards
+    parameters = sum(p.numel() for p in model.parameters())
+    left_over = len(shards) % batches.batch_size
+    print(f"run: {run.path}, {parameters:,} parameters, {run.config.max_steps:,} steps of "
+          f"{batches.batch_size} x {shards.seq_len} tokens, {micro_batch_size} sequences at a time")
+    print(f"  an epoch: {batches.steps_per_epoch:,} steps; left out: {left_over} sequences, and "
+          f"{shards.tail_tokens} tokens at the ends of files")
+
+
+def print_results(run, sample):
+    """The last evaluation's tables, a sample, and what to run next."""
+    print(f"\nafter step {run.step}, {run.state['seconds']:.0f} s:")
+    if run.results["sums"] or not run.results["tasks"]:
+        print(domains_table(run.results["sums"]))
+    if run.results["tasks"]:
+        print(tasks_table(run.results["tasks"]))
+    print(f"\na sample:\n{sample}\n\nnext:")
+    print(f"  python eval.py {run.path}")
+    print(f'  python eval.py sample {run.path} --prompt="def read_"')
+    print(f"  python eval.py report {run.path}")
+    print(f"  python model.py export {run.path} OUT")

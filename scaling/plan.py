@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from configs import setting
-from model import count_parameters
+from model import ModelConfig, build_model, count_parameters
 from scaling.machine import GPUS, carbon_kg, choose_micro_batch, flops_per_token
 from scaling.sharding import CHECKPOINTED_BLOCKS
 from support.files import UserError
@@ -34,11 +34,12 @@ class PlanConfig:
             raise UserError(f"assumed_mfu={self.assumed_mfu}: must be above 0 and at most 1")
 
 
-def print_plan(model_config, config, plan, state_bytes):
+def print_plan(model_config, config, plan, build_optimizer):
     """Print what training `config` on plan.gpus GPUs takes; trains nothing.
 
-    state_bytes: bytes of optimiser state per weight (AdamW: 8).
+    build_optimizer(model, config): of train.py; its optimiser's state is counted.
     """
+    state_bytes = state_bytes_per_weight(config, build_optimizer)
     steps = config.max_steps - steps_before(config)
     tokens = steps * config.batch_size * model_config.max_seq_len
     print(f"{count_parameters(model_config):,} parameters; {steps:,} steps of "
@@ -66,6 +67,16 @@ def print_batch_size_hint(config, gpus):
     batch_size = max(1, round(config.batch_size / gpus)) * gpus
     print(f"  batch_size={config.batch_size} is not a multiple of {gpus} GPUs: use {choices} GPUs, "
           f"or --batch_size={batch_size}, which is another run")
+
+
+def state_bytes_per_weight(config, build_optimizer):
+    """Bytes of optimiser state per weight (AdamW: 8), counted on a model of a few weights."""
+    tiny = ModelConfig(d_model=16, n_layers=1, n_heads=1, mlp_hidden_size=16)
+    model = build_model(tiny, seed=0)
+    optimizer = build_optimizer(model, config)
+    moments = [tensor for state in optimizer.state.values() for tensor in state.values()
+               if tensor.dim() > 0]  # not the step counters
+    return sum(tensor.nbytes for tensor in moments) / sum(p.numel() for p in model.parameters())
 
 
 # ---- Memory --------------------------------------------------------------------------------------
