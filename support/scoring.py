@@ -53,7 +53,11 @@ def own_batches(batches):
 def padded(lists, value):
     """(B, T) int64 tensor of lists of ids, filled up with `value` on the right; T is at least 1."""
     longest = max(1, *map(len, lists))
-    return torch.tensor([ids + [value] * (longest - len(ids)) for ids in lists])
+    rows = []
+    for ids in lists:
+        padding = [value] * (longest - len(ids))
+        rows.append(ids + padding)
+    return torch.tensor(rows)
 
 
 # ---- Requests that share their beginning ---------------------------------------------------------
@@ -113,7 +117,8 @@ def score_requests(model, groups, batch_tokens=2048):
         rows += rows_of(list(distinct.values()), model.config.max_seq_len)
 
     scores = torch.zeros(len(first_equal), 2, dtype=torch.float64)
-    batches = own_batches(length_batches(rows, batch_tokens, Row.length))
+    batches = length_batches(rows, batch_tokens, Row.length)
+    batches = own_batches(batches)
     silent = rank() > 0 or None  # None: a bar, but on a terminal only
     for batch, counts in tqdm(batches, leave=False, unit="batch", disable=silent):
         indices, found = score_rows(model, batch)
@@ -136,8 +141,10 @@ def score_rows(model, rows):
     sees = branch_of[:, None] == branch_of[..., None]  # (B, T, T)
     sees |= branch_of[:, None] == 0
     sees = sees.tril()[:, None]  # (B, 1, T, T), for all heads
-    logits = model(tokens.to(device), attn_mask=sees.to(device), positions=positions.to(device),
-                   positions_wanted=cells.to(device))
+    logits = model(tokens.to(device),
+                   attn_mask=sees.to(device),
+                   positions=positions.to(device),
+                   positions_wanted=cells.to(device))  # the head is computed there alone
     logits = at_least_float32(logits)  # (M, V)
     targets = targets[:, 0].to(device)
     log_probs = -F.cross_entropy(logits, targets, reduction="none")
@@ -169,9 +176,11 @@ def lay_out(rows, pad_token_id):
             positions[r] += range(shared, shared + len(own))
             branch_of[r] += [branch] * len(own)
             # The column of ids[i] predicts ids[i + 1].
-            columns = [*range(shared), *range(begin, begin + len(own))]
+            columns = [*range(shared), *range(begin, len(tokens[r]))]
             first = len(columns) - request.scored
             for i in range(first, len(columns)):
                 scored.append((r, columns[i], request.ids[i + 1], index))
-    scored = torch.tensor(scored, dtype=torch.int64).view(-1, 4)
-    return padded(tokens, pad_token_id), padded(positions, 0), padded(branch_of, -1), scored
+    return (padded(tokens, pad_token_id),
+            padded(positions, 0),
+            padded(branch_of, -1),
+            torch.tensor(scored, dtype=torch.int64).view(-1, 4))

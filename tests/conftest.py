@@ -1,14 +1,19 @@
 """What the tests of train.py and eval.py share: a tiny corpus, config and run, ways to call."""
 
 import gzip
+import hashlib
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -214,6 +219,157 @@ def refused():
             assert str(word) in lines[-1], f"{word!r} not in {lines[-1]!r}"
         return lines[-1]
     return check
+
+
+# ---- What a run has written ----------------------------------------------------------------------
+
+def rows(run, kind="train"):
+    """The rows of one kind in a run's metrics.jsonl."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+
+def steps(run, kind="train"):
+    """The steps of those rows."""
+    return [row["step"] for row in rows(run, kind)]
+
+
+def columns(run, *keys, kind="train"):
+    """[(value of each key), ...] of those rows."""
+    return [tuple(row[key] for key in keys) for row in rows(run, kind)]
+
+
+def step_count(run):
+    """How many rows of training the log has, while another process writes it."""
+    log = run / "metrics.jsonl"
+    return log.read_bytes().count(b'"train"') if log.is_file() else 0
+
+
+def saved_steps(run):
+    """The numbers of the step directories; none that is half-written may be left over."""
+    assert not list(run.glob("*.tmp"))
+    return [int(path.name[4:]) for path in sorted(run.glob("step??????"))]
+
+
+def differing_weights(one, other):
+    """The names of the tensors in which two models differ by any bit."""
+    import torch
+    one, other = one.state_dict(), other.state_dict()
+    return [name for name in one.keys() | other.keys()
+            if name not in one or name not in other or not torch.equal(one[name], other[name])]
+
+
+# ---- Damage --------------------------------------------------------------------------------------
+
+def flip(file):
+    """Flip one bit in the middle of a file."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+class Bomb:
+    """Unpickling this without limits creates the file `marker`."""
+
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return open, (self.marker, "w")
+
+
+def seal(path, state):
+    """Write state.json: the size and SHA-256 of every file, and of its own other keys."""
+    files = {file.name: {"size": file.stat().st_size,
+                         "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+             for file in path.iterdir() if file.name != "state.json"}
+    state = {key: value for key, value in state.items() if key != "sha256"} | {"files": files}
+    state["sha256"] = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+    (path / "state.json").write_text(json.dumps(state, indent=1))
+    return path
+
+
+# ---- Processes -----------------------------------------------------------------------------------
+
+def wait_until(condition, process=None, seconds=120):
+    """Wait until `condition()` holds; until then the process must not end."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process is None or is_running(process), "it ended too early"
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.002)
+
+
+def is_running(process):
+    """True for a subprocess.Popen or a multiprocessing.Process that has not ended."""
+    return process.poll() is None if hasattr(process, "poll") else process.is_alive()
+
+
+def children_of(pid):
+    """The ids of a process's children. torchrun's ranks each lead a session of their own."""
+    return [int(child) for task in Path(f"/proc/{pid}/task").iterdir()
+            for child in (task / "children").read_text().split()]
+
+
+def forked(log, main, *words, env=None, before=lambda: None):
+    """Starts `python FILE *words` as a fork of this process, which has imported torch already.
+
+    before: called in the new process. What it prints is appended to the file `log`.
+    """
+    from support.files import run_main
+
+    def child():
+        os.environ.update(env or {})
+        sys.stdout = sys.stderr = open(log, "a", buffering=1)
+        sys.argv = ["FILE", *map(str, words)]
+        before()
+        run_main(main)
+    process = multiprocessing.get_context("fork").Process(target=child, daemon=True)
+    process.start()
+    return process
+
+
+def forked_ranks(world_size, log, main, *words, before=lambda: None, per_node=None):
+    """Runs `main` on so many ranks to the end, as torchrun would; the first error ends them all.
+
+    per_node: how many ranks say that they share a node. Returns (exit codes, what was printed).
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    per_node = per_node or world_size
+    ranks = []
+    for rank in range(world_size):
+        env = dict(RANK=rank, LOCAL_RANK=rank % per_node, WORLD_SIZE=world_size,
+                   LOCAL_WORLD_SIZE=per_node, MASTER_ADDR="localhost", MASTER_PORT=port)
+        env = {key: str(value) for key, value in env.items()}
+        ranks.append(forked(log, main, *words, env=env, before=before))
+    deadline = time.monotonic() + 120
+    while any(rank.is_alive() for rank in ranks):
+        if any(rank.exitcode for rank in ranks) or time.monotonic() > deadline:
+            for rank in ranks:
+                rank.kill()
+        time.sleep(0.005)
+    return [rank.exitcode for rank in ranks], Path(log).read_text()
+
+
+def torchrun(ranks, *words, options=(), file=HOUSE / "train.py"):
+    """Starts `torchrun --nproc_per_node=RANKS train.py ...` without waiting for it."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", *options,
+               file, *words]
+    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def end_of(process):
+    """(exit code, stdout, stderr) of a launcher that must end within two minutes."""
+    try:
+        stdout, stderr = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        for pid in (*children_of(process.pid), process.pid):
+            os.kill(pid, signal.SIGKILL)
+        raise
+    return process.returncode, stdout, stderr
 
 
 # ---- For the data --------------------------------------------------------------------------------

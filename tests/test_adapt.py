@@ -22,9 +22,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import HOUSE
-from test_scale import end_of, torchrun
-from test_train import differing_weights, rows, saved_steps, steps
+from conftest import HOUSE, differing_weights, end_of, rows, saved_steps, steps, torchrun
 
 import adapt
 import data

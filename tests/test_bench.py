@@ -1,4 +1,4 @@
-"""The bench of speed, at its smallest: it runs to its end, an adapter of one's own beside."""
+"""The bench of training steps at its smallest runs to its end, with an adapter."""
 
 import json
 from functools import partial
@@ -11,7 +11,7 @@ from tests.bench import speed  # noqa: E402
 
 ADAPTER = """
 import torch
-from model import load_model
+from support.weights import load_model
 from tests.bench.speed import OPTIMIZER, update
 
 
@@ -49,5 +49,5 @@ def test_another_models_losses_are_refused(tmp_path, monkeypatch):
     (tmp_path / "lazy.py").write_text(ADAPTER.replace("**OPTIMIZER", "lr=0.0"))
     monkeypatch.setattr(speed, "ROUNDS", 1)
     monkeypatch.setattr(speed, "SHAPES", {"tiny": (speed.TINY, 16, 1)})
-    with pytest.raises(SystemExit, match="lazy: other losses"):
+    with pytest.raises(SystemExit, match="lazy: .*losses"):
         speed.bench_cpu(str(tmp_path / "lazy.py"))

@@ -1,6 +1,5 @@
 """Step directories: read by name, complete or refused, and never run."""
 
-import hashlib
 import json
 import pickle
 import shutil
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from conftest import random_model, same_weights, small_config
+from conftest import Bomb, flip, random_model, same_weights, seal, small_config
 
 import eval as e
 import train
@@ -31,17 +30,6 @@ def write_step(path, model=None, tensors=None):
     dcp.save({name: entry for name, entry in entries.items() if entry is not None},
              checkpoint_id=str(path), no_dist=True)
     return seal(path, {"step": 1, "config": asdict(model.config)})
-
-
-def seal(path, state):
-    """Write state.json: the size and SHA-256 of every file, and of its own other keys."""
-    files = {file.name: {"size": file.stat().st_size,
-                         "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
-             for file in path.iterdir() if file.name != "state.json"}
-    state = {key: value for key, value in state.items() if key != "sha256"} | {"files": files}
-    state["sha256"] = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-    (path / "state.json").write_text(json.dumps(state, indent=1))
-    return path
 
 
 def state_of(path):
@@ -127,12 +115,6 @@ def test_a_run_from_before_the_head_was_called_lm_head_loads_evaluates_and_resum
 
 # ---- Damage --------------------------------------------------------------------------------------
 
-def flip(file):
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-
-
 def edit_state(file):
     text = file.read_text()
     assert '"n_heads": 2' in text
@@ -202,16 +184,6 @@ def test_misfitting_tensors_of_a_step_are_named(tmp_path, tensors, words):
 
 
 # ---- No file's content is run --------------------------------------------------------------------
-
-class Bomb:
-    """Unpickling this without limits creates the file `marker`."""
-
-    def __init__(self, marker):
-        self.marker = str(marker)
-
-    def __reduce__(self):
-        return open, (self.marker, "w")
-
 
 def dotted_bomb(marker):
     """The pickle of a call of torch.serialization's os.system: an allowed module, a dotted name."""

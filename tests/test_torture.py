@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import HOUSE
-from test_train import differing_weights, rows, saved_steps, steps
+from conftest import HOUSE, differing_weights, rows, saved_steps, steps
 from scaling.checkpoint import verify_step
 from scaling.machine import can_compile
 from support.weights import load_model

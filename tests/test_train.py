@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import Bomb, differing_weights, flip, rows, saved_steps, steps
 from tqdm import tqdm
 
 import data
@@ -49,29 +50,6 @@ SMALL = m.ModelConfig(d_model=32, n_layers=2, n_heads=2, mlp_hidden_size=48, max
 
 
 # ---- Helpers -------------------------------------------------------------------------------------
-
-def rows(run, kind="train"):
-    """The rows of one kind in a run's metrics.jsonl."""
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if row["kind"] == kind]
-
-
-def steps(run, kind="train"):
-    return [row["step"] for row in rows(run, kind)]
-
-
-def saved_steps(run):
-    """The numbers of the step directories, after a look that nothing half-made lies beside them."""
-    assert not list(run.glob("*.tmp"))
-    return [int(path.name[4:]) for path in sorted(run.glob("step??????"))]
-
-
-def differing_weights(one, other):
-    """The names of the tensors that two models do not have in common, bit for bit."""
-    one, other = one.state_dict(), other.state_dict()
-    return [name for name in one.keys() | other.keys()
-            if name not in one or name not in other or not torch.equal(one[name], other[name])]
-
 
 def batches_of(file):
     """The Batches of a config file, and the configs that it holds."""
@@ -880,12 +858,6 @@ def test_data_that_was_only_touched_is_the_same(own_data, call):
 
 # ---- Checkpoints are whole or named --------------------------------------------------------------
 
-def flip(file):
-    whole = bytearray(file.read_bytes())
-    whole[len(whole) // 2] ^= 1
-    file.write_bytes(whole)
-
-
 def cut(file):
     file.write_bytes(file.read_bytes()[:-7])
 
@@ -928,16 +900,6 @@ def test_a_damaged_step_does_not_count_among_the_last_that_are_kept(copied, call
     result = call(train, f"--resume={copied}", "--max_steps=17", "--keep_last=1")
     assert result.returncode == 0
     assert newest_step(copied)[0].name == "step000017"
-
-
-class Bomb:
-    """Unpickling this without limits creates the file `marker`."""
-
-    def __init__(self, marker):
-        self.marker = str(marker)
-
-    def __reduce__(self):
-        return open, (self.marker, "w")
 
 
 def seal(step, **changes):

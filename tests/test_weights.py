@@ -5,8 +5,8 @@ import re
 
 import pytest
 import torch
-from conftest import difference, random_ids, random_model, same_weights, small_config
-from test_checkpoint import Bomb, refused, write_step
+from conftest import Bomb, difference, random_ids, random_model, same_weights, small_config
+from test_checkpoint import refused, write_step
 from test_model import ONE_B, SEVEN_B
 
 import model as m

@@ -1,50 +1,51 @@
 """The benches of training steps and of generation: `cpu`, `generate`.
 
-A side is one model with its optimiser in a process of its own, which takes a few steps when it is
-told to. An adapter is a Python file that adds a side: it defines
+A side is a model with its optimiser in a process of its own; it takes steps when it is told to. An
+adapter is a Python file that adds a side. It defines
 
     build(directory, dtype) -> step,   step(tokens) -> loss
 
-where directory is a Hugging Face directory of the weights that all sides begin with, dtype
-torch.bfloat16 or torch.float32, and tokens int64 (B, T); a step is forward, loss of the next
-tokens, backward, clip at 1.0 and AdamW with OPTIMIZER's settings.
+directory: a Hugging Face directory with the weights that all sides begin with. dtype:
+torch.bfloat16 or torch.float32. tokens: int64 (B, T). A step is: forward, loss of the next tokens,
+backward, clip at 1.0, AdamW with OPTIMIZER's settings.
 """
 
+import io
 import json
 import runpy
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from unittest import mock
 
 import numpy as np
 import torch
 
 import train
-from tests.bench.__main__ import alternate, library_texts
+from tests.bench.__main__ import alternate, library_texts, ratios_of
 from configs import ROOT
 from corpus.tokenizer import train_bpe
 from data import Batches, DataConfig, TokenShards, build_data
 from model import ModelConfig, build_model, generate, init_weights
 from scaling.machine import choose_dtype, flops_per_token, keep_freed_memory
+from scaling.run import Run
 from support.cpu import packed_weights, use_fast_attention
 from support.weights import load_model, save_hf
 
 OPTIMIZER = dict(lr=1e-4, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1)
 TINY = ModelConfig()
-SHAPES = {  # model, sequences a step, steps a round
+SHAPES = {  # (model, sequences per step, steps per round)
     "tiny": (TINY, 16, 8),
     "small": (replace(TINY, n_layers=8, d_model=512, n_heads=8, mlp_hidden_size=1408,
                       max_seq_len=512, vocab_size=50280, embedding_size=50304, eos_token_id=50279,
                       pad_token_id=1, weight_tying=True), 4, 2)}
 ROUNDS = 5
-MATRIX = 4096  # side of the square matrices whose product is the machine's peak
+MATRIX = 4096  # side of the square matrices whose product gives the machine's peak
 
 
 # ---- The sides -----------------------------------------------------------------------------------
@@ -57,22 +58,23 @@ def build_nanolmo(directory, dtype):
         eps=OPTIMIZER["eps"], weight_decay=OPTIMIZER["weight_decay"])
     device = torch.device("cpu")
     model, optimizer = train.build_training(model_config, config, device, dtype, True)
-    whole = dict(load_model(directory).named_parameters())
+    weights = dict(load_model(directory).named_parameters())
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(whole[name])
+            parameter.copy_(weights[name])
 
     def step(tokens):
-        return train.train_step(model, optimizer, [shifted(tokens)], train.pretraining_loss,
-                                OPTIMIZER["lr"], 1.0)["loss"]
+        metrics = train.train_step(model, optimizer, [batch_of(tokens)], train.pretraining_loss,
+                                   OPTIMIZER["lr"], 1.0)
+        return metrics["loss"]
     return step
 
 
-def shifted(tokens):
-    targets = torch.zeros_like(tokens)
-    targets[:, :-1] = tokens[:, 1:]
-    return {"tokens": tokens, "targets": targets,
-            "loss_mask": torch.arange(tokens.shape[1]).expand_as(tokens) < tokens.shape[1] - 1}
+def batch_of(tokens):
+    """A batch as data.Batches makes it: the last token of a row has no target."""
+    loss_mask = torch.ones_like(tokens, dtype=torch.bool)
+    loss_mask[:, -1] = False
+    return {"tokens": tokens, "targets": tokens.roll(-1, 1), "loss_mask": loss_mask}
 
 
 def build_transformers(directory, dtype):
@@ -84,7 +86,8 @@ def build_transformers(directory, dtype):
 def transformers_step(model, dtype):
     """step(tokens) of a transformers model, on its device."""
     optimizer = torch.optim.AdamW(model.train().parameters(), fused=True, **OPTIMIZER)
-    compiled, device = torch.compile(model), model.device
+    compiled = torch.compile(model)
+    device = model.device
 
     def step(tokens):
         tokens = tokens.to(device)
@@ -95,7 +98,7 @@ def transformers_step(model, dtype):
 
 
 def update(model, optimizer, loss):
-    """The rest of a step in torch's own words; returns the loss as a number."""
+    """The rest of a step, after the forward; returns the loss as a number."""
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
@@ -113,29 +116,34 @@ BUILDERS = {"nanOLMo": build_nanolmo, "transformers": build_transformers,
 
 
 def serve(words):
-    """A side's process: answers each number of steps on stdin with the seconds that they took."""
+    """A side's process: answers each number of steps on stdin with the seconds of one step."""
     spec = json.loads(words)
-    build = BUILDERS.get(spec["build"]) or runpy.run_path(spec["build"])["build"]
-    dtype, (config, rows, _) = getattr(torch, spec["dtype"]), SHAPES[spec["shape"]]
+    build = BUILDERS.get(spec["build"])
+    if build is None:
+        build = runpy.run_path(spec["build"])["build"]
+    dtype = getattr(torch, spec["dtype"])
+    config, batch_size, _ = SHAPES[spec["shape"]]
     if spec["keep"]:
         keep_freed_memory()
     generator = torch.Generator().manual_seed(0)
-    batches = [torch.randint(config.vocab_size - 8, (rows, config.max_seq_len),
-                             generator=generator) for _ in range(4)]
+    shape = (batch_size, config.max_seq_len)
+    batches = [torch.randint(config.vocab_size - 8, shape, generator=generator) for _ in range(4)]
     with torch.profiler.profile(profile_memory=True, acc_events=True) as profiler:
         step = build(spec["directory"], dtype)
-        losses = [step(batches[0]) for _ in range(3)]  # they fall, if the step is a whole one
+        losses = [step(batches[0]) for _ in range(3)]  # they fall, if the step is complete
     print(json.dumps({"losses": losses, "peak": allocated_peak(profiler)}), flush=True)
     del profiler
     for line in sys.stdin:
-        began = time.perf_counter()
-        for i in range(int(line)):
+        steps = int(line)
+        start = time.perf_counter()
+        for i in range(steps):
             step(batches[i % len(batches)])
-        print(json.dumps((time.perf_counter() - began) / int(line)), flush=True)
+        seconds = time.perf_counter() - start
+        print(json.dumps(seconds / steps), flush=True)
 
 
 def allocated_peak(profiler):
-    """The most bytes that tensors held while it watched."""
+    """The largest number of bytes that tensors held while the profiler ran."""
     with tempfile.TemporaryDirectory() as folder:
         profiler.export_chrome_trace(f"{folder}/trace.json")
         events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
@@ -143,12 +151,13 @@ def allocated_peak(profiler):
 
 
 class Side:
-    """A process of `serve`, and what it answered."""
+    """A process of `serve`, and the seconds per step that it answered."""
 
     def __init__(self, name, build, shape, dtype, directory, keep=True):
-        self.name, self.seconds, spec = name, [], {
-            "build": build, "shape": shape, "dtype": dtype, "directory": str(directory),
-            "keep": keep}
+        self.name = name
+        self.seconds = []
+        spec = {"build": build, "shape": shape, "dtype": dtype, "directory": str(directory),
+                "keep": keep}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.bench", "side", json.dumps(spec)], cwd=ROOT, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -173,96 +182,122 @@ class Side:
 # ---- Training steps ------------------------------------------------------------------------------
 
 def bench_cpu(adapter=None):
-    """Our step beside transformers' on the CPU. The bars: 1.35 times its speed as a user runs it,
-    1.15 with the same allocator, 1.1 in float32; no more memory, on the small shape 70 % of it."""
+    """Our step against transformers' on the CPU.
+
+    The bars: 1.35 times its speed as a user runs it, 1.15 with the same allocator, 1.1 in float32;
+    no more memory, and on the small shape at most 70 % of it.
+    """
+    # (name, BUILDERS' key or an adapter file, whether freed memory is kept as train.py does)
+    sides = [("nanOLMo", "nanOLMo", True),
+             ("transformers, as a user runs it", "transformers", False),
+             ("transformers, our allocator setting", "transformers", True),
+             ("matrix product", "matrix product", True)]
+    if adapter:
+        sides.append((Path(adapter).stem, adapter, True))
     figures = {}
     with tempfile.TemporaryDirectory() as folder:
-        for shape, (config, rows, steps) in SHAPES.items():
+        for shape, (config, _, steps) in SHAPES.items():
             directory = Path(folder) / shape
             save_hf(build_model(config, seed=0), directory)
             for dtype in ("bfloat16", "float32"):
-                sides = [("nanOLMo", "nanOLMo", True),
-                         ("transformers, as a user runs it", "transformers", False),
-                         ("transformers, our allocator setting", "transformers", True),
-                         ("matrix product", "matrix product", True)]
-                sides += [(Path(adapter).stem, adapter, True)] if adapter else []
-                measured = in_turns([Side(name, build, shape, dtype, directory, keep)
-                                     for name, build, keep in sides], steps)
-                figures[f"{shape}, {dtype}"] = table(shape, dtype, config, rows, measured)
+                started = [Side(name, build, shape, dtype, directory, keep)
+                           for name, build, keep in sides]
+                run_in_turns(started, steps)
+                figures[f"{shape}, {dtype}"] = print_steps(shape, dtype, started)
     loop = loop_share()
-    print(f"\nthe loop of train.py, of the speed of its bare step: {loop:.1%}")
+    print(f"\nspeed of train.py's loop / speed of its bare step: {loop:.1%}")
     print(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads(),
                       "steps": figures, "loop": loop}))
 
 
-def in_turns(sides, steps):
+def run_in_turns(sides, steps):
     for i in range(ROUNDS):
-        for side in sides[::1 if i % 2 else -1]:
+        order = sides if i % 2 else sides[::-1]
+        for side in order:
             side.take(steps)
     for side in sides:
         side.close()
-    return {side.name: side for side in sides}
 
 
-def table(shape, dtype, config, rows, sides):
-    """Print the Markdown table of a shape; returns it as a dictionary."""
+def print_steps(shape, dtype, sides):
+    """Print the Markdown table of a shape; returns {name: figures}."""
+    config, batch_size, _ = SHAPES[shape]
+    sides = {side.name: side for side in sides}
     peak = 2 * MATRIX ** 3 / median(sides.pop("matrix product").seconds)
-    tokens, ours = rows * config.max_seq_len, sides["nanOLMo"]
+    tokens = batch_size * config.max_seq_len
+    ours = sides["nanOLMo"]
     print(f"\n{shape}, {dtype}: {tokens:,} tokens a step; the best matrix product does "
-          f"{peak / 1e9:,.0f} GFLOP/s\n\n| | tokens/s | nanOLMo is faster by | of the matrix peak "
-          "| tensors at most, MB | losses |\n|---|---|---|---|---|---|")
-    found = {}
+          f"{peak / 1e9:,.0f} GFLOP/s\n")
+    print("| | tokens/s | nanOLMo is faster by | of the matrix peak | tensors at most, MB | losses "
+          "|\n|---|---|---|---|---|---|")
+    figures = {}
     for name, side in sides.items():
         speed = tokens / median(side.seconds)
         ratios = [b / a for a, b in zip(ours.seconds, side.seconds, strict=True)]
-        share = speed * flops_per_token(config) / peak
-        found[name] = {"tokens_per_second": round(speed), "ratio": round(median(ratios), 3),
-                       "of_peak": round(share, 4), "peak_mb": round(side.first["peak"] / 1e6, 1)}
+        of_peak = speed * flops_per_token(config) / peak
+        memory = side.first["peak"] / 1e6
+        losses = side.first["losses"]
         spread = "" if side is ours else f" ({min(ratios):.2f} to {max(ratios):.2f})"
-        print(f"| {name} | {speed:,.0f} | {median(ratios):.2f}{spread} | {share:.1%} | "
-              f"{side.first['peak'] / 1e6:,.0f} | "
-              f"{', '.join(f'{loss:.3f}' for loss in side.first['losses'])} |", flush=True)
-        if not np.allclose(side.first["losses"], ours.first["losses"], rtol=0, atol=0.02):
-            raise SystemExit(f"{name}: other losses than nanOLMo's: not the same work")
-    return found
+        shown = ", ".join(f"{loss:.3f}" for loss in losses)
+        print(f"| {name} | {speed:,.0f} | {median(ratios):.2f}{spread} | {of_peak:.1%} "
+              f"| {memory:,.0f} | {shown} |", flush=True)
+        if not np.allclose(losses, ours.first["losses"], rtol=0, atol=0.02):
+            raise SystemExit(f"{name}: its losses are not nanOLMo's, so it does other work")
+        figures[name] = {"tokens_per_second": round(speed), "ratio": round(median(ratios), 3),
+                         "of_peak": round(of_peak, 4), "peak_mb": round(memory, 1)}
+    return figures
 
 
 def loop_share(steps=30):
-    """The speed of train_loop over that of its bare step, on the tiny shape, in turns; the bar is
-    0.97. Evaluations and checkpoints, which a run pays every few hundred steps, are left out."""
-    model_config, rows, _ = SHAPES["tiny"]
-    config = train.TrainConfig(batch_size=rows, max_steps=1, log_every_steps=10, eval_every_steps=0,
-                               save_every_steps=0)
-    with tempfile.TemporaryDirectory() as folder:
-        run, folder = Path(folder) / "run", Path(folder)
-        run.mkdir()
-        ids = np.random.default_rng(0).integers(2, model_config.vocab_size - 8, 2**20, dtype="<u2")
-        ids.tofile(folder / "random.npy")
-        (folder / "list.txt").write_text(f"{folder}/random.npy\n")
-        data = DataConfig(token_files=f"{folder}/list.txt", data_dir=f"{folder}/data", eval_share=0,
-                          tokenizer=str(own_tokenizer(folder, model_config)))
-        built = build_data(data)
-        batches = Batches(TokenShards(built, model_config.max_seq_len), rows, 0, built)
-        device, dtype = torch.device("cpu"), choose_dtype("auto", torch.device("cpu"))
+    """Speed of train.py's loop / speed of its bare step, on the tiny shape, in turns.
+
+    The bar: 0.97. The loop is train()'s, without the evaluations and checkpoints that a run pays
+    for every few hundred steps.
+    """
+    model_config, batch_size, _ = SHAPES["tiny"]
+    device = torch.device("cpu")
+    with (tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()),
+          redirect_stderr(io.StringIO())):  # progress bars
+        folder = Path(folder)
+        config = train.TrainConfig(run_dir=str(folder / "run"), batch_size=batch_size, max_steps=1,
+                                   log_every_steps=10)
+        batches = random_batches(folder, model_config, batch_size)
         keep_freed_memory()
+        dtype = choose_dtype("auto", device)
         model, optimizer = train.build_training(model_config, config, device, dtype, True)
         init_weights(model, 0)
-        state = {"step": 0, "tokens": 0, "seconds": 0.0, "kwh": 0.0}
-        nothing = {"bits_per_byte": {}, "sums": {}, "tasks": {}}
-        fixed = train.cut_batch(batches(1), rows, device)
+        run = Run.open(config, {}, batches.fingerprint(), model_config, device)
+        fixed = train.cut_batch(batches(1), batch_size, device)
 
         def loop():
-            train.train_loop(replace(config, max_steps=state["step"] + steps), run, state, model,
-                             optimizer, batches, train.pretraining_loss, lambda: nothing,
-                             lambda step: [], rows)
+            run.config = replace(config, max_steps=run.step + steps)
+            for step in run.steps():
+                lr = train.lr_at_step(step, config)
+                max_norm = train.clip_at_step(step, config)
+                batch = batches(step)
+                micro_batches = train.cut_batch(batch, batch_size, device)
+                metrics = train.train_step(model, optimizer, micro_batches, train.pretraining_loss,
+                                           lr, max_norm)
+                run.log(step, batch, metrics, lr, max_norm)
 
         def bare():
             for _ in range(steps):
                 train.train_step(model, optimizer, fixed, train.pretraining_loss, 1e-3, 1.0)
-        with mock.patch.object(train, "save_checkpoint"), redirect_stdout(None):
+
+        with run:
             seconds = alternate({"loop": loop, "bare": bare})
-        return median(alone / within for alone, within in zip(seconds["bare"], seconds["loop"],
-                                                              strict=True))
+    return median(ratios_of(seconds, slow="bare", fast="loop"))
+
+
+def random_batches(folder, model_config, batch_size):
+    """Batches of random ids, from a ready token file."""
+    ids = np.random.default_rng(0).integers(2, model_config.vocab_size - 8, 2**20, dtype="<u2")
+    ids.tofile(folder / "random.npy")
+    (folder / "list.txt").write_text(f"{folder}/random.npy\n")
+    tokenizer = own_tokenizer(folder, model_config)
+    built = build_data(DataConfig(token_files=f"{folder}/list.txt", data_dir=f"{folder}/data",
+                                  eval_share=0, tokenizer=str(tokenizer)))
+    return Batches(TokenShards(built, model_config.max_seq_len), batch_size, 0, built)
 
 
 def own_tokenizer(folder, model_config):
@@ -273,7 +308,7 @@ def own_tokenizer(folder, model_config):
 # ---- Generation ----------------------------------------------------------------------------------
 
 def bench_generate(new_tokens=200):
-    """Greedy answers of the tiny shape beside transformers' `generate`, in float32: the same ids.
+    """Greedy answers of the tiny shape against transformers' `generate`, in float32: the same ids.
 
     The bar: twice its tokens/s at batch 1 and 32. The weights are untrained and doubled, so that
     two ids are never nearly as likely.
@@ -289,34 +324,41 @@ def bench_generate(new_tokens=200):
         save_hf(ours, folder)
         theirs = OlmoForCausalLM.from_pretrained(folder).eval()
     theirs.generation_config.eos_token_id = None
-    generator, figures = torch.Generator().manual_seed(0), {}
+    generator = torch.Generator().manual_seed(0)
+    figures = {}
     print("| batch | tokens/s, nanOLMo | transformers | ratio | first token, ms, nanOLMo | "
           "transformers | ratio |\n|---|---|---|---|---|---|---|")
-    for batch in (1, 32):
-        prompts = torch.randint(TINY.vocab_size - 8, (batch, 32), generator=generator)
-
-        def answer(n, prompts=prompts):
-            with packed_weights(ours):
-                return generate(ours, prompts.tolist(), n)
-
-        def their_answer(n, prompts=prompts):
-            return theirs.generate(prompts, attention_mask=torch.ones_like(prompts),
-                                   do_sample=False, max_new_tokens=n,
-                                   pad_token_id=TINY.pad_token_id)
+    for batch_size in (1, 32):
+        prompts = torch.randint(TINY.vocab_size - 8, (batch_size, 32), generator=generator)
+        answer = partial(our_answers, ours, prompts)
+        their_answer = partial(their_answers, theirs, prompts)
         if answer(new_tokens) != their_answer(new_tokens)[:, 32:].tolist():
-            raise SystemExit("the two sides give other ids, so their speeds do not compare")
-        row = []
-        for n in (new_tokens, 1):
-            seconds = alternate({"ours": partial(answer, n), "theirs": partial(their_answer, n)})
-            row.append((median(seconds["ours"]), median(seconds["theirs"]), median(
-                slow / fast for fast, slow in zip(seconds["ours"], seconds["theirs"],
-                                                  strict=True))))
-        (fast, slow, ratio), (first, their_first, first_ratio) = row
-        tokens = batch * new_tokens
-        print(f"| {batch} | {tokens / fast:,.0f} | {tokens / slow:,.0f} | {ratio:.2f} | "
+            raise SystemExit("the two sides give different ids, so their speeds do not compare")
+        tokens = batch_size * new_tokens
+        fast, slow, ratio = compare(answer, their_answer, new_tokens)
+        first, their_first, first_ratio = compare(answer, their_answer, 1)
+        print(f"| {batch_size} | {tokens / fast:,.0f} | {tokens / slow:,.0f} | {ratio:.2f} | "
               f"{1e3 * first:.1f} | {1e3 * their_first:.1f} | {first_ratio:.2f} |", flush=True)
-        figures[batch] = {"tokens_per_second": round(tokens / fast), "ratio": round(ratio, 3),
-                          "first_token_ms": round(1e3 * first, 2),
-                          "first_token_ratio": round(first_ratio, 3)}
+        figures[batch_size] = {"tokens_per_second": round(tokens / fast), "ratio": round(ratio, 3),
+                               "first_token_ms": round(1e3 * first, 2),
+                               "first_token_ratio": round(first_ratio, 3)}
     print(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads(),
                       "generate": figures}))
+
+
+def our_answers(model, prompts, new_tokens):
+    with packed_weights(model):
+        return generate(model, prompts.tolist(), new_tokens)
+
+
+def their_answers(model, prompts, new_tokens):
+    return model.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=False,
+                          max_new_tokens=new_tokens, pad_token_id=TINY.pad_token_id)
+
+
+def compare(answer, their_answer, new_tokens):
+    """Returns (our seconds, their seconds, ratio): medians of both sides run in turns."""
+    seconds = alternate({"ours": partial(answer, new_tokens),
+                         "theirs": partial(their_answer, new_tokens)})
+    ratio = median(ratios_of(seconds, slow="theirs", fast="ours"))
+    return median(seconds["ours"]), median(seconds["theirs"]), ratio
