@@ -131,8 +131,7 @@ def train(model_config, data_config, eval_config, config):
     settings = saved_settings(model_config, data_config, eval_config, config)
     dtype, compiled = agree_on_machine(config, settings, device)
 
-    # The data: text -> tokens -> the batch of any step. Rank 0 builds it on a disk that all nodes
-    # see; the others wait. Built data is found again by the hash of its settings.
+    # The data: text -> tokens -> the batch of any step. Rank 0 builds it, the others wait.
     open_suites(eval_config)  # a misspelt suite is an error now, not after hours of work
     folder = on_rank0(partial(build_data, data_config), patience=timedelta(days=2))
     print_table(folder)
@@ -157,9 +156,8 @@ def train(model_config, data_config, eval_config, config):
     micro_batch_size = choose_micro_batch(config, model_config.max_seq_len, world_size())
     print_run(run, model, batches, micro_batch_size)
 
-    # The steps. Batch, learning rate and clip limit are functions of the step alone. So a run that
-    # is resumed needs its weights, its optimiser and this one integer, and any number of ranks
-    # takes the same steps.
+    # The steps. Batch, learning rate and clip limit are functions of the step alone. So a resumed
+    # run needs weights, optimiser and this one integer, and any number of ranks does the same.
     with run:
         if run.evaluation_was_missed():
             run.log_evaluation(evaluate_in_loop(model, tokenizer, suites, eval_config))
