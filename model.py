@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from configs import setting
 from support.files import UserError, run_main
 
-LAYER_NORM_EPS = 1e-5
+LAYER_NORM_EPS = 1e-5  # added to the variance, which may be 0
 
 
 # ---- Configuration -------------------------------------------------------------------------------
@@ -43,24 +43,26 @@ class ModelConfig:
     # A GPU multiplies fastest where sizes are multiples of 128: OLMo pads 50,280 ids to 50,304.
     embedding_size: int = setting(4096, "Rows V of the embedding: vocab_size, padded for speed.")
     rope_theta: float = setting(10000.0, "Base of the rotary frequencies.")
+    # One matrix for both saves OLMo-1B 9 % of its weights; of a 7B it would be 3 %.
     weight_tying: bool = setting(False, "Use the embedding as the output head, as OLMo-1B does.")
+    # Neither OLMo nor this code has a token for the beginning of a text.
     eos_token_id: int = setting(4095, "End of a document, and the only mark between documents.")
     pad_token_id: int = setting(4094, "Padding; it is never trained on.")
 
     def __post_init__(self):
-        sizes = ("d_model", "n_layers", "n_heads", "mlp_hidden_size", "vocab_size")
-        for key in sizes:
+        for key in ("d_model", "n_layers", "n_heads", "mlp_hidden_size", "vocab_size"):
             self.require(getattr(self, key) > 0, key, "must be positive")
         # An instance of one token has no next token to learn from.
         self.require(self.max_seq_len > 1, "max_seq_len", "must be at least 2")
         # RoPE turns pairs of dimensions, so a head needs an even width.
-        self.require(self.d_model % (2 * self.n_heads) == 0, "d_model",
-                     f"must be a multiple of 2 * n_heads={2 * self.n_heads}")
+        pairs = 2 * self.n_heads
+        self.require(self.d_model % pairs == 0, "d_model",
+                     f"must be a multiple of 2 * n_heads={pairs}")
         self.require(self.embedding_size >= self.vocab_size, "embedding_size",
                      f"is below vocab_size={self.vocab_size}")
         for key in ("eos_token_id", "pad_token_id"):
-            self.require(0 <= getattr(self, key) < self.vocab_size, key,
-                         f"must be an id below vocab_size={self.vocab_size}")
+            is_id = 0 <= getattr(self, key) < self.vocab_size
+            self.require(is_id, key, f"must be an id below vocab_size={self.vocab_size}")
 
     def require(self, condition, key, remedy):
         if not condition:
@@ -76,7 +78,7 @@ class ModelConfig:
 class Linear(nn.Linear):
     """A projection without bias; its float32 weight is cast to the dtype of x at each use.
 
-    The paper drops every bias, as PaLM and LLaMA do, for the stability of training (2.1).
+    The paper drops every bias, as PaLM and LLaMA do, for the stability of training (paper 2.1).
     """
 
     def __init__(self, d_in, d_out):
@@ -95,7 +97,7 @@ def layer_norm(x):
     """LayerNorm without gain and bias: (..., D) -> (..., D) of mean 0 and variance 1.
 
     The authors thought the form without parameters the safest, and measured it as the fastest,
-    among LayerNorm with a gain, RMSNorm and this one (2.1).
+    among LayerNorm with a gain, RMSNorm and this one (paper 2.1).
     """
     # torch takes the mean and the variance of a bfloat16 x in float32 by itself.
     return F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
@@ -123,9 +125,9 @@ def apply_rope(x, cos, sin):
     # Pairs lie half a head apart, as in GPT-NeoX and transformers; RoPE's paper takes neighbours.
     # It is the same function with the columns permuted, so weights fit only one of the two.
     first, second = at_least_float32(x).chunk(2, dim=-1)  # (B, H, T, K/2) each
-    turned_first = first * cos - second * sin
-    turned_second = second * cos + first * sin
-    return torch.cat([turned_first.to(x.dtype), turned_second.to(x.dtype)], dim=-1)
+    turned_first = (first * cos - second * sin).to(x.dtype)
+    turned_second = (second * cos + first * sin).to(x.dtype)
+    return torch.cat([turned_first, turned_second], dim=-1)
 
 
 class Attention(nn.Module):
@@ -143,34 +145,38 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, attn_mask=None, cache=None):
         B, T, D = x.shape
         H = self.n_heads
-        heads = self.att_proj(x).view(B, T, 3 * H, -1).transpose(1, 2)  # (B, 3H, T, K)
+        heads = self.att_proj(x).view(B, T, 3 * H, -1)
+        heads = heads.transpose(1, 2)  # (B, 3H, T, K): attention works on each head by itself
         # Only queries and keys are turned: positions steer who looks where, not what is read.
         queries_and_keys, v = heads.split((2 * H, H), dim=1)
         q, k = apply_rope(queries_and_keys, cos, sin).chunk(2, dim=1)  # (B, H, T, K) each
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H, S, K) each
-        # A lone query is the newest token and may look at every key, so it needs no mask.
+        # Causal: a token that saw the next one could copy it, and learn nothing. A lone query is
+        # the newest token and may look at every key, so it needs no mask.
         is_causal = attn_mask is None and T > 1
         y = self.attend(q, k, v, attn_mask, is_causal=is_causal)  # (B, H, T, K)
-        return self.attn_out(y.transpose(1, 2).reshape(B, T, D))
+        y = y.transpose(1, 2).reshape(B, T, D)  # the heads side by side again
+        return self.attn_out(y)
 
 
 class SwiGLU(nn.Module):
     """The gated MLP (arXiv 2002.05202): (..., D) -> (..., D).
 
     A ReLU switches a value on or off; here a second projection, the gate, scales each value
-    smoothly. A third matrix comes with it, hence F = 8/3 D where a ReLU network has 4 D (2.1).
+    smoothly. A third matrix comes with it, hence F of about 8/3 D where a ReLU network has 4 D: as
+    many weights (paper 2.1). OLMo-7B keeps to that, OLMo-1B has 4 D.
     """
 
     def __init__(self, config):
         super().__init__()
         # Both input projections in one product; rows: the values, then the gates.
         self.ff_proj = Linear(config.d_model, 2 * config.mlp_hidden_size)
-        self.ff_out = Linear(config.mlp_hidden_size, config.d_model)
+        self.ff_out = Linear(config.mlp_hidden_size, config.d_model)  # back to the stream
 
     def forward(self, x):
         value, gate = self.ff_proj(x).chunk(2, dim=-1)  # (B, T, F) each
-        return self.ff_out(F.silu(gate) * value)
+        return self.ff_out(F.silu(gate) * value)  # silu(g) = g sigmoid(g)
 
 
 class Block(nn.Module):
@@ -186,8 +192,8 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config)
 
     def forward(self, x, cos, sin, attn_mask=None, cache=None):
-        x = x + self.attn(layer_norm(x), cos, sin, attn_mask, cache)
-        x = x + self.mlp(layer_norm(x))
+        x = x + self.attn(layer_norm(x), cos, sin, attn_mask, cache)  # (B, T, D)
+        x = x + self.mlp(layer_norm(x))  # (B, T, D)
         return x
 
 
@@ -203,7 +209,7 @@ class OLMo(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.compute_dtype = None
+        self.compute_dtype = None  # bfloat16 where the hardware multiplies it faster
         self.wte = nn.Embedding(config.embedding_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         # OLMo-1B reads its logits off the embedding; OLMo-7B has a matrix of its own for them.
@@ -221,29 +227,39 @@ class OLMo(nn.Module):
         positions_wanted: int64 (N, 2), row and column of the tokens whose logits (N, V) to return.
         Raises ValueError for more tokens than the context holds, unless a mask may hide some.
         """
+        config = self.config
         T = tokens.shape[1]
         start = cache[0].length if cache else 0
-        if start + T > self.config.max_seq_len and attn_mask is None:
-            raise ValueError(f"{start + T} tokens exceed max_seq_len={self.config.max_seq_len}")
+        end = start + T
+        if end > config.max_seq_len and attn_mask is None:
+            raise ValueError(f"{end} tokens exceed max_seq_len={config.max_seq_len}")
         if start and T > 1 and attn_mask is None:
             # subtle: SDPA's is_causal would align the first query with the first key
             attn_mask = causal_mask(start, T, tokens.device)
         if positions is None:
-            positions = torch.arange(start, start + T, device=tokens.device)
-        cos, sin = rope_table(positions, self.config.head_dim, self.config.rope_theta)
+            positions = torch.arange(start, end, device=tokens.device)
+        cos, sin = rope_table(positions, config.head_dim, config.rope_theta)  # (T, K/2) each
         if positions.dim() == 2:
-            cos, sin = cos[:, None], sin[:, None]  # (B, 1, T, K/2): the same for all heads
+            # (B, 1, T, K/2): each row has its own, the same for all heads
+            cos = cos[:, None]
+            sin = sin[:, None]
 
         # The embedding is not scaled and gets no position vector: RoPE carries the positions.
-        x = self.wte(tokens).to(self.compute_dtype or self.wte.weight.dtype)  # (B, T, D)
-        for i, block in enumerate(self.blocks):
-            x = block(x, cos, sin, attn_mask, cache[i] if cache else None)
+        x = self.wte(tokens).to(self.stream_dtype)  # (B, T, D)
+        caches = cache or [None] * len(self.blocks)
+        for block, layer_cache in zip(self.blocks, caches, strict=True):
+            x = block(x, cos, sin, attn_mask, layer_cache)
         if positions_wanted is not None:
             # The head is the largest matrix: spare it the tokens that nobody asks about.
-            x = x[positions_wanted[:, 0], positions_wanted[:, 1]]  # (N, D)
+            rows, columns = positions_wanted.unbind(dim=1)
+            x = x[rows, columns]  # (N, D)
         if targets is None:
             return self.logits(x)
         return self.token_losses(x, self.head_weight(), targets)
+
+    @property
+    def stream_dtype(self):
+        return self.compute_dtype or self.wte.weight.dtype
 
     def head_weight(self):
         """The output matrix (V, D)."""
@@ -256,8 +272,8 @@ class OLMo(nn.Module):
 
 def causal_mask(start, length, device):
     """(T, S) bool: the query at position start + t sees the keys up to itself."""
-    queries = torch.arange(start, start + length, device=device)[:, None]
     keys = torch.arange(start + length, device=device)
+    queries = keys[start:, None]
     return keys <= queries
 
 
@@ -306,23 +322,27 @@ def initial_tensor(name, shape, seed):
         return torch.zeros(shape)
     if len(shape) == 1:
         return torch.ones(shape)
-    digest = hashlib.sha256(f"{seed}:{STREAM_NAMES.get(name, name)}".encode()).digest()
-    stream = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     std = initial_std(name, shape)
-    # Cut at 3 std: a normal's far tails would give a few weights an outsized say.
-    return nn.init.trunc_normal_(torch.empty(shape), std=std, a=-3 * std, b=3 * std,
-                                 generator=stream)
+    stream_name = STREAM_NAMES.get(name, name)
+    digest = hashlib.sha256(f"{seed}:{stream_name}".encode()).digest()
+    stream_seed = int.from_bytes(digest[:8], "little") >> 1  # 63 bits: a signed integer
+    stream = torch.Generator().manual_seed(stream_seed)
+    # Cut at 3 std, as in official OLMo: no weight begins as a far outlier.
+    limit = 3 * std
+    tensor = torch.empty(shape)
+    return nn.init.trunc_normal_(tensor, std=std, a=-limit, b=limit, generator=stream)
 
 
 def initial_std(name, shape):
     """Standard deviation of a matrix (d_out, d_in): 1/sqrt(d_in), or less in block l, see below."""
     # A sum of d_in products with this std has the variance of one input: signals keep their size.
     std = 1 / math.sqrt(shape[1])
-    parts = name.split(".")
+    parts = name.split(".")  # such as blocks, 3, mlp, ff_out, weight
     if parts[0] == "blocks" and parts[-2] in ("attn_out", "ff_out"):
-        # These two add to the stream. Their variance shrinks by 2 (l + 1), as that many additions
-        # precede: the stream grows with the logarithm of the depth, not with the depth.
-        std /= math.sqrt(2 * (int(parts[1]) + 1))
+        # These two add to the stream, and 2 (l + 1) such additions are made up to their block.
+        # Divided by that, the variance of the stream grows with the logarithm of the depth.
+        block = int(parts[1])
+        std /= math.sqrt(2 * (block + 1))
     return std
 
 
@@ -335,14 +355,10 @@ def build_model(config, seed, device="cpu"):
     return model
 
 
-def parameter_shapes(config):
-    """{name: shape} of the model's parameters; nothing is allocated."""
-    with torch.device("meta"):
-        return {name: tuple(p.shape) for name, p in OLMo(config).named_parameters()}
-
-
 def count_parameters(config):
-    return sum(math.prod(shape) for shape in parameter_shapes(config).values())
+    with torch.device("meta"):
+        model = OLMo(config)
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 # ---- Losses --------------------------------------------------------------------------------------
@@ -358,7 +374,10 @@ def next_token_loss(token_losses, loss_mask):
 
 
 def sequence_log_probs(token_losses, loss_mask):
-    """(log-probability (B,) in nats of each row's kept targets, their counts (B,))."""
+    """(log-probability (B,) in nats of each row's kept targets, their counts (B,)).
+
+    The log-probability of a text is the sum over its tokens: DPO compares two answers by it.
+    """
     kept = at_least_float32(token_losses) * loss_mask
     return -kept.sum(-1), loss_mask.sum(-1)
 
@@ -419,23 +438,27 @@ def generate_stream(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, 
     room = config.max_seq_len - min(map(len, prompts))
     capacity = T + min(max_new_tokens, room)
     tokens, visible = pad_left(prompts, capacity, config.pad_token_id, device)
-    dtype = model.compute_dtype or model.wte.weight.dtype
-    cache = [KVCache(config, B, capacity, device, dtype) for _ in range(config.n_layers)]
-    streams = [torch.Generator().manual_seed(seed * 1_000_003 + row) for row in range(B)]
-    last = torch.tensor([(row, -1) for row in range(B)], device=device)
-    running = set(range(B))
-    for length in range(T, capacity):  # `length` ids are known; the next one is to be chosen
+    cache = [KVCache(config, B, capacity, device, model.stream_dtype) for _ in model.blocks]
+    rows = range(B)
+    # torch's CPU generators: a GPU draws the same text as a laptop, as far as the logits agree
+    streams = [torch.Generator().manual_seed(seed * 1_000_003 + row) for row in rows]
+    last = torch.tensor([[row, -1] for row in rows], device=device)  # each row's newest token
+    running = set(rows)
+    for length in range(T, capacity):  # `length` columns are known; the next one is to be chosen
+        # The first pass reads the prompts, each later one the newest id of each row.
         attn_mask = None
         if visible is not None:
-            attn_mask = padded_mask(visible[:, :length], length - tokens.shape[1])
-        # The first pass reads the prompts, each later one the newest id of each row.
+            first_query = length - tokens.shape[1]
+            attn_mask = padded_mask(visible[:, :length], first_query)
         logits = model(tokens, attn_mask=attn_mask, cache=cache, positions_wanted=last)  # (B, V)
         # The padding rows of the embedding are no ids: they are never chosen.
         logits = logits[:, :config.vocab_size].float().cpu()
         chosen = sync(choose_next(logits, temperature, top_p, streams))
         yield {row: chosen[row] for row in sorted(running)}
+        # A row that has ended is computed on with the others; its ids are dropped.
+        new_ids = length - T + 1
         for row in sorted(running):
-            context_is_full = len(prompts[row]) + length - T + 1 == config.max_seq_len
+            context_is_full = len(prompts[row]) + new_ids == config.max_seq_len
             if chosen[row] in stop_ids or context_is_full:
                 running.remove(row)
         if not running:
@@ -460,12 +483,14 @@ def pad_left(prompts, capacity, pad_token_id, device):
     On the left, so that the last column is every row's newest token. RoPE sees distances alone:
     rows that begin late compute what they would compute without padding.
     """
+    B = len(prompts)
     T = max(map(len, prompts))
-    tokens = torch.full((len(prompts), T), pad_token_id)
-    visible = torch.ones(len(prompts), capacity, dtype=torch.bool)
+    tokens = torch.full((B, T), pad_token_id)
+    visible = torch.ones(B, capacity, dtype=torch.bool)
     for row, prompt in enumerate(prompts):
-        tokens[row, T - len(prompt):] = torch.tensor(prompt)
-        visible[row, :T - len(prompt)] = False
+        begin = T - len(prompt)
+        tokens[row, begin:] = torch.tensor(prompt)
+        visible[row, :begin] = False
     if visible.all():
         return tokens.to(device), None  # a plain causal mask will do, which is faster
     return tokens.to(device), visible.to(device)
@@ -474,9 +499,10 @@ def pad_left(prompts, capacity, pad_token_id, device):
 def padded_mask(visible, start):
     """(B, 1, T, S) causal mask that hides the padding, for the queries from position `start` on."""
     S = visible.shape[1]
-    causal = causal_mask(start, S - start, visible.device)
+    device = visible.device
+    causal = causal_mask(start, S - start, device)
     # subtle: a query of the padding would see nothing, and its softmax be 0 / 0: it sees itself
-    itself = torch.eye(S, dtype=torch.bool, device=visible.device)[start:]
+    itself = torch.eye(S, dtype=torch.bool, device=device)[start:]
     return (causal & visible[:, None, None, :]) | itself
 
 
@@ -491,9 +517,10 @@ def choose_next(logits, temperature, top_p, streams):
     # The nucleus: an id belongs to it if the likelier ones together stay below top_p.
     nucleus_size = (mass - probs < top_p).sum(-1, keepdim=True)
     nucleus_mass = mass.gather(1, nucleus_size - 1)
-    # Inverse transform: a uniform number in [0, nucleus_mass) falls into the id's slice of it.
-    draws = torch.stack([torch.rand(1, generator=stream) for stream in streams]) * nucleus_mass
-    place = (mass <= draws).sum(-1, keepdim=True)
+    # Each id owns a slice of [0, nucleus_mass) as wide as its probability: the one is chosen into
+    # whose slice a uniform number falls.
+    draws = torch.stack([torch.rand(1, generator=stream) for stream in streams])
+    place = (mass <= draws * nucleus_mass).sum(-1, keepdim=True)
     place = torch.minimum(place, nucleus_size - 1)  # a draw may round up to nucleus_mass
     return ids.gather(1, place).squeeze(1).tolist()
 
@@ -506,7 +533,7 @@ def main(argv):
         return
     if argv[:1] != ["export"] or len(argv) != 3:
         raise UserError(f"{' '.join(argv) or 'no command'}: the form is export RUN OUT")
-    from support.weights import export
+    from support.weights import export  # only here: nothing above needs a file format
     export(Path(argv[1]), Path(argv[2]))
 
 

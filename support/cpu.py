@@ -108,7 +108,7 @@ def is_packable(model):
         return False
     if sum(parameter.numel() for parameter in model.parameters()) > PACKED_AT_MOST:
         return False
-    dtype = model.compute_dtype or model.wte.weight.dtype
+    dtype = model.stream_dtype
     if dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return dtype == torch.float32
@@ -116,7 +116,7 @@ def is_packable(model):
 
 def pack(model, batch_size):
     """Put forwards with reordered weights on the projections and on the head, tied or not."""
-    dtype = model.compute_dtype or model.wte.weight.dtype
+    dtype = model.stream_dtype
     for module in model.blocks.modules():
         if isinstance(module, Linear):
             module.forward = packed_product(module.weight, dtype, batch_size, module.forward)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from model import ModelConfig, OLMo, parameter_shapes
+from model import ModelConfig, OLMo
 from scaling.checkpoint import check_tensors, newest_step, read_step, verify_step
 from support.cpu import use_fast_attention
 from support.files import UserError, read_json, write_json
@@ -105,10 +105,11 @@ def load_step(path, state, device):
 
 def assemble(config, tensors, place, device):
     """An OLMo filled with `tensors`, {our name: tensor}; every name and shape must fit."""
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    check_tensors(parameter_shapes(config), found, place)
     with torch.device("meta"):
         model = OLMo(config)
+    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    check_tensors(wanted, found, place)
     tensors = {name: tensor.to(device, torch.float32) for name, tensor in tensors.items()}
     model.load_state_dict(tensors, assign=True)
     return ready(model)
