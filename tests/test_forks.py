@@ -21,8 +21,6 @@ from support.weights import save_hf
 
 pytestmark = [pytest.mark.usefixtures("one_thread"),
               pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
-# until train.py and scaling/ are rewritten: decay by dimension, projections by module, the plan
-PENDING = pytest.mark.xfail(reason="build_optimizer, fine_grained and --plan of the old code")
 FOLDERS = ("configs", "corpus", "scaling", "support")
 MODULES = ("model", "data", "train", "eval", "adapt")
 
@@ -122,7 +120,6 @@ LEARNED_GAIN = {"model.py": {
     "self.mlp(layer_norm(x))": "self.mlp(self.gain * layer_norm(x))"}}
 
 
-@PENDING
 def test_a_learned_gain_starts_at_one_trains_and_does_not_decay(fork, three_steps, tmp_path):
     config, run = three_steps
     save_hf(random_model(), tmp_path / "without")
@@ -179,8 +176,7 @@ class CountProducts(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("changes", [
-    pytest.param({}, id="OLMo"), pytest.param(GROUPED_QUERIES, id="grouped", marks=PENDING)])
+@pytest.mark.parametrize("changes", [{}, GROUPED_QUERIES], ids=["OLMo", "grouped queries"])
 def test_fine_grained_keeps_the_large_projections_of_any_width(fork, changes):
     """A block recomputes q, k, v, the attention's output and the MLP's input; or the second alone.
 
@@ -268,7 +264,6 @@ LION_CHANGE = {"train.py": {
     "import torch\n": "import torch\nfrom lion import Lion\n"}}
 
 
-@PENDING
 def test_another_optimizer_is_one_line(fork, three_steps, capsys):
     """Lion has one state a weight where AdamW has two: checkpoints and --plan say so."""
     config, run = three_steps
