@@ -284,8 +284,10 @@ class TokenShards:
             tokens = np.memmap(path, dtype, "r")[:n * seq_len]
             self.files.append(tokens.reshape(n, seq_len))
             self.tail_tokens += shard["tokens"] % seq_len
-        # for each file the number of instances up to its end: finds the file of an instance
-        self.ends = np.cumsum([len(file) for file in self.files])
+        # the instances of file i are numbered from starts[i] to ends[i] - 1
+        sizes = [len(file) for file in self.files]
+        self.ends = np.cumsum(sizes)
+        self.starts = self.ends - sizes
 
     def __len__(self):
         return int(self.ends[-1])
@@ -298,18 +300,14 @@ class TokenShards:
     def locate(self, instance):
         """Returns (file, row): an instance is row `row` of file number `file`."""
         file = int(np.searchsorted(self.ends, instance, side="right"))
-        return file, int(instance) - self.first_of(file)
-
-    def first_of(self, file):
-        """The first instance of a file."""
-        return int(self.ends[file]) - len(self.files[file])
+        return file, int(instance) - int(self.starts[file])  # int: an order's uint32 would wrap
 
     def instances_of(self, file, start, end):
         """The instances that hold any of a file's tokens [start, end); its tail is in none."""
         first_row = start // self.seq_len
         last_row = -(-end // self.seq_len)  # rounded up
         last_row = min(last_row, len(self.files[file]))
-        return [self.first_of(file) + row for row in range(first_row, last_row)]
+        return [int(self.starts[file]) + row for row in range(first_row, last_row)]
 
 
 def check_size(path, expected):
