@@ -209,7 +209,8 @@ class Batches:
         check_world_size(self.batch_size, world_size)
         # every world_size-th instance, so that the ranks' parts together are the global batch
         instances = self.instances(step)[rank::world_size]
-        tokens = torch.from_numpy(np.stack([self.shards[i] for i in instances]))
+        rows = [self.shards[i] for i in instances]
+        tokens = torch.from_numpy(np.stack(rows))
         targets = tokens.roll(-1, dims=1)
         loss_mask = torch.ones_like(tokens, dtype=torch.bool)
         loss_mask[:, -1] = False  # roll put the window's first token there
@@ -227,24 +228,33 @@ class Batches:
 
     def order(self, epoch):
         """The memory-mapped order of an epoch: uint32 (N,)."""
-        if epoch not in self.orders:
-            n = len(self.shards)
-            path = self.order_dir / f"order-n{n}-seed{self.seed}-epoch{epoch}.bin"
-            with Lock(self.order_dir / ".lock"):  # the first rank writes it, the others wait
-                if not path.is_file() or path.stat().st_size != 4 * n:
-                    # aside first: a file with its own name is complete
-                    aside = path.with_name(path.name + ".tmp")
-                    aside.write_bytes(instance_order(n, self.seed, epoch).tobytes())
-                    aside.rename(path)
-            self.orders = {epoch: np.memmap(path, np.uint32, "r")}
+        if epoch in self.orders:
+            return self.orders[epoch]
+        n = len(self.shards)
+        path = self.order_dir / f"order-n{n}-seed{self.seed}-epoch{epoch}.bin"
+        with Lock(self.order_dir / ".lock"):  # the first rank writes it, the others wait
+            is_there = path.is_file() and path.stat().st_size == 4 * n
+            if not is_there:
+                order = instance_order(n, self.seed, epoch)
+                # aside first: a file with its own name is complete
+                aside = path.with_name(path.name + ".tmp")
+                aside.write_bytes(order.tobytes())
+                aside.rename(path)
+        self.orders = {epoch: np.memmap(path, np.uint32, "r")}
         return self.orders[epoch]
 
     def fingerprint(self):
         """What a resumed run must find unchanged: the data, its order and how it is cut."""
         # the order's own hash: numpy does not promise that another version shuffles the same way
-        return {"data_sha256": self.shards.sha256, "seq_len": self.shards.seq_len,
-                "instances": len(self.shards), "batch_size": self.batch_size, "seed": self.seed,
-                "order_sha256": hashlib.sha256(self.order(0)).hexdigest()}
+        order_sha256 = hashlib.sha256(self.order(0)).hexdigest()
+        return {
+            "data_sha256": self.shards.sha256,
+            "seq_len": self.shards.seq_len,
+            "instances": len(self.shards),
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "order_sha256": order_sha256,
+        }
 
 
 def check_world_size(batch_size, world_size):
@@ -300,14 +310,16 @@ class TokenShards:
     def locate(self, instance):
         """Returns (file, row): an instance is row `row` of file number `file`."""
         file = int(np.searchsorted(self.ends, instance, side="right"))
-        return file, int(instance) - int(self.starts[file])  # int: an order's uint32 would wrap
+        row = int(instance) - self.starts[file]  # subtle: int, as the uint32 of an order may wrap
+        return file, int(row)
 
     def instances_of(self, file, start, end):
         """The instances that hold any of a file's tokens [start, end); its tail is in none."""
         first_row = start // self.seq_len
-        last_row = -(-end // self.seq_len)  # rounded up
-        last_row = min(last_row, len(self.files[file]))
-        return [int(self.starts[file]) + row for row in range(first_row, last_row)]
+        end_row = -(-end // self.seq_len)  # rounded up
+        end_row = min(end_row, len(self.files[file]))
+        first_of_file = int(self.starts[file])
+        return list(range(first_of_file + first_row, first_of_file + end_row))
 
 
 def check_size(path, expected):
@@ -441,7 +453,8 @@ def encode_block(block, folder, source, tokenizer_path):
 
 def store_shards(folder, encoded, source):
     """Write the shards of a source and the list of them."""
-    write_json(folder / f"{source}.shards.json", write_shards(encoded, folder, source))
+    shards = write_shards(encoded, folder, source)
+    write_json(folder / f"{source}.shards.json", shards)
 
 
 def write_shards(encoded, folder, name, shard_tokens=SHARD_TOKENS):
@@ -532,16 +545,20 @@ def sample_documents(folder, shards, fraction):
     # order the documents by their hash, which knows nothing of their length or place in the files
     order = np.argsort(documents["id"], kind="stable")
     # take the first of them, as many as come nearest to the target
-    tokens = np.concatenate([[0], np.cumsum(lengths[order])])  # in the first 0, 1, 2, ... of them
-    count = np.abs(tokens - fraction * lengths.sum()).argmin()
+    target = fraction * lengths.sum()
+    tokens = np.cumsum(lengths[order])
+    tokens = np.concatenate([[0], tokens])  # in the first 0, 1, 2, ... of them
+    count = np.abs(tokens - target).argmin()
     is_chosen = np.zeros(len(documents), bool)
     is_chosen[order[:count]] = True
 
     # give them back in the order of the files
     begin = 0
     for path, index in zip(paths, indexes, strict=True):
-        yield np.memmap(path, dtype, "r"), index[is_chosen[begin:begin + len(index)]]
-        begin += len(index)
+        end = begin + len(index)
+        ids = np.memmap(path, dtype, "r")
+        yield ids, index[is_chosen[begin:end]]
+        begin = end
 
 
 # ---- Chats, for adapt.py ------------------------------------------------------------------------

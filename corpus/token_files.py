@@ -1,12 +1,14 @@
 """Ready token files, as the Dolma toolkit tokenised them: checked and listed in a manifest."""
 
+import csv
+import gzip
 import hashlib
 import os
 from pathlib import Path
 
 import numpy as np
 
-from corpus.storage import hash_of, token_dtype, vocabulary_of
+from corpus.storage import DOCUMENT_INDEX, hash_of, hash_of_id, token_dtype, vocabulary_of
 from corpus.tokenizer import Tokenizer, tokenizer_file
 from support.files import UserError, write_json
 
@@ -67,3 +69,21 @@ def token_file(path, tokenizer):
                         f"{tokenizer.vocab_size}; name the tokenizer that it was made with")
     return {"file": str(path), "tokens": size // dtype.itemsize,
             "ends": hashlib.sha256(first + last).hexdigest()}
+
+
+def read_sidecar(path):
+    """Returns (DOCUMENT_INDEX, [(id, file, line)]) of the Dolma toolkit's .csv.gz for a token file.
+
+    Without that file, one document without a name that never ends.
+    """
+    index = []
+    names = []  # DOCUMENT_INDEX.line counts them
+    if not path.is_file():
+        index.append((0, 2**62, 0, 0, 0, 0))
+        names.append((f"(no {path.name})", "?", "?"))
+        return np.array(index, DOCUMENT_INDEX), names
+    with gzip.open(path, "rt", newline="", encoding="utf-8") as rows:
+        for start, end, name, origin, line in csv.reader(rows):
+            index.append((int(start), int(end), hash_of_id(name), 0, len(names), 0))
+            names.append((name, origin, line))
+    return np.array(index, DOCUMENT_INDEX), names

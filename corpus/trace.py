@@ -8,8 +8,6 @@ log of what was read is needed, and it takes seconds in a million instances.
 """
 
 import bisect
-import csv
-import gzip
 import itertools
 import json
 import re
@@ -25,6 +23,7 @@ from tqdm import tqdm
 from configs import load_config, setting
 from corpus.lineage import data_of_run
 from corpus.storage import DOCUMENT_INDEX, blocks_of, hash_of_id, held_out_files, read_block
+from corpus.token_files import read_sidecar
 from corpus.tokenizer import Tokenizer
 from data import Batches, DataConfig, TokenShards
 from support.files import UserError, log_rows, read_json
@@ -71,10 +70,12 @@ class RunData:
         if "method" in self.settings:
             raise UserError(f"{run}: was tuned by adapt.py; name the run that it started from")
         [config] = load_config([str(self.run / "config.json")], DataConfig)
+        seq_len = self.settings["max_seq_len"]
+        batch_size = self.settings["batch_size"]
         self.folder = data_of_run(self.run, config)
         self.manifest = read_json(self.folder / "manifest.json")
-        self.shards = TokenShards(self.folder, self.settings["max_seq_len"])
-        self.batches = Batches(self.shards, self.settings["batch_size"], config.seed, self.folder)
+        self.shards = TokenShards(self.folder, seq_len)
+        self.batches = Batches(self.shards, batch_size, config.seed, self.folder)
         self.tokenizer = Tokenizer.load(self.folder / "tokenizer.json")
         self.index = lru_cache(maxsize=8)(self.read_index)  # one shard's may have gigabytes
         self.block = lru_cache(self.read_block)
@@ -103,7 +104,8 @@ class RunData:
     def trace(self, step, rank=0, world_size=1):
         """The Spans of a rank's part of a step, sequence by sequence."""
         # numbered in the global batch first, so that a rank's sequences keep their numbers
-        sequences = list(enumerate(self.batches.instances(step).tolist()))[rank::world_size]
+        instances = self.batches.instances(step).tolist()
+        sequences = list(enumerate(instances))[rank::world_size]
         sequences.sort(key=lambda entry: entry[1])  # by instance: each index is then read once
         found = []
         for sequence, instance in sequences:
@@ -151,13 +153,14 @@ class RunData:
 
     def token_ranges(self, document, text):
         """[(begin, end)] of the document's tokens that hold `text`, once for each occurrence."""
-        content = document["text"].strip()
+        # in NFC, as the tokenizer reads it, and in bytes, as its tokens are
+        content = unicodedata.normalize("NFC", document["text"].strip())
+        needle = unicodedata.normalize("NFC", text)
         ids = self.tokenizer.encode_text(content).tolist()
-        ends = np.cumsum([len(self.tokenizer.token_bytes[i]) for i in ids])  # in bytes of the text
-        # bytes in NFC, as the tokenizer reads them
-        needle = re.escape(unicodedata.normalize("NFC", text).encode())
+        sizes = [len(self.tokenizer.token_bytes[i]) for i in ids]
+        ends = np.cumsum(sizes)  # of each token, in bytes of the text
         ranges = []
-        for match in re.finditer(needle, unicodedata.normalize("NFC", content).encode()):
+        for match in re.finditer(re.escape(needle.encode()), content.encode()):
             # the tokens of the first and of the last byte of the match
             begin = int(np.searchsorted(ends, match.start(), side="right"))
             end = int(np.searchsorted(ends, match.end())) + 1
@@ -194,10 +197,14 @@ class RunData:
 
     def steps_done(self):
         """The last step that the run has logged or saved."""
-        names = [path.name.removeprefix("step") for path in self.run.glob("step*")]
-        saved = [int(name) for name in names if name.isdigit()]
-        logged = [row["step"] for row in log_rows(self.run)]
-        return max([0, *saved, *logged])
+        steps = [0]
+        for row in log_rows(self.run):
+            steps.append(row["step"])
+        for path in self.run.glob("step*"):
+            number = path.name.removeprefix("step")
+            if number.isdigit():  # not step000500.tmp
+                steps.append(int(number))
+        return max(steps)
 
     def ranks_at(self, step):
         """How many ranks took a step, as the log says: its first row from that step on, or its
@@ -209,22 +216,6 @@ class RunData:
                 if row["step"] >= step:
                     break
         return ranks
-
-
-def read_sidecar(path):
-    """Returns (DOCUMENT_INDEX, [(id, file, line)]) of the Dolma toolkit's .csv.gz for a token file.
-
-    Without that file, one document without a name that never ends.
-    """
-    if not path.is_file():
-        return np.array([(0, 2**62, 0, 0, 0, 0)], DOCUMENT_INDEX), [(f"(no {path.name})", "?", "?")]
-    index = []
-    names = []  # DOCUMENT_INDEX.line counts them
-    with gzip.open(path, "rt", newline="", encoding="utf-8") as rows:
-        for start, end, name, origin, line in csv.reader(rows):
-            index.append((int(start), int(end), hash_of_id(name), 0, len(names), 0))
-            names.append((name, origin, line))
-    return np.array(index, DOCUMENT_INDEX), names
 
 
 def held_out_of(run):
@@ -298,10 +289,13 @@ def print_span(data, span, chars):
     """Print where a span is, first to last token counted from 0, and its text."""
     begin, end = span.tokens
     document_begin, document_end = span.document_tokens
-    metadata = span.document["metadata"]
-    edits = "".join(f", {rule} cut {n}" for rule, n in metadata.get("edited_by", {}).items())
-    print(f"  tokens {begin}-{end - 1}: {span.document['id']}  ({span.document['source']}, "
-          f"{metadata['provenance']}, its tokens {document_begin}-{document_end - 1}{edits})")
+    document = span.document
+    metadata = document["metadata"]
+    where = (f"{document['source']}, {metadata['provenance']}, its tokens "
+             f"{document_begin}-{document_end - 1}")
+    for rule, cuts in metadata.get("edited_by", {}).items():
+        where += f", {rule} cut {cuts}"
+    print(f"  tokens {begin}-{end - 1}: {document['id']}  ({where})")
     text = data.tokenizer.decode(data.shards[span.instance][begin:end].tolist())
     shown = text[:chars] if chars else text
     for line in shown.splitlines():

@@ -539,11 +539,23 @@ def test_leftovers_of_a_killed_build_are_cleared_and_do_not_enter_the_next(tmp_p
     for path in (folder, *stages):
         (path / "main-00007.bin").write_bytes(b"left over")
         path.rename(path.with_name(path.name + ".tmp"))
-    shutil.copytree(f"{folder}.tmp", tmp_path / "built" / "0123456789ab.tmp")
+    (tmp_path / "built" / "0123456789ab.tmp").mkdir()
     folder.mkdir()
     (folder / "main-00007.bin").write_bytes(b"without a manifest")
     assert contents_of(build_data(config)) == expected
     assert stages_of(tmp_path / "built") == ["clean-main", "tokenizer", "tokens-main"]
+
+
+def test_a_build_that_waits_for_another_uses_what_that_one_built(tmp_path, monkeypatch):
+    class SlowLock(Lock):
+        def __init__(self, *arguments, **options):
+            if not built:
+                built.append(None)
+                built[0] = ages_of([build_data(config) / "manifest.json"])  # the other process
+            super().__init__(*arguments, **options)
+    config, built = small_config(tmp_path), []
+    monkeypatch.setattr("corpus.stages.Lock", SlowLock)
+    assert ages_of([build_data(config) / "manifest.json"]) == built[0]
 
 
 def test_what_is_built_serves_until_what_it_is_made_of_changes(tmp_path, monkeypatch):
