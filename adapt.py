@@ -34,20 +34,19 @@ from configs import load_config, setting
 from corpus.tokenizer import Tokenizer
 from data import DataConfig, instance_order, render_chat
 from eval import EvalConfig, evaluate
-from model import ModelConfig, next_token_loss, sequence_log_probs
+from model import next_token_loss, sequence_log_probs
 from scaling.directory import resumed_argv, saved_settings
 from scaling.machine import choose_micro_batch
-from scaling.ranks import (agree_on_machine, on_all_ranks, on_rank0, rank, reduce_sum,
-                           setup_distributed, world_size)
+from scaling.ranks import (agree_on_machine, on_all_ranks, on_rank0, rank, setup_distributed,
+                           world_size)
 from scaling.run import READ_PATIENCE, Run, deadline_after
-from scaling.sharding import evaluating
 from support.chats import read_set
 from support.files import UserError, run_main, write_json
 from support.models import fill_weights, open_base
-from support.scoring import length_batches, own_batches
 from support.talk import ShowOptions, answer_prompts, chat, generate_answers, show
 from support.tasks import open_suites
-from support.tuned import (check_not_base, held_out_of_base, print_results, print_run, print_set,
+from support.tuned import (check_not_base, completion_log_probs, held_out_of_base,
+                           held_out_prompts, mean_and_error, print_results, print_run, print_set,
                            read_reference, reference_file, refuse_derived)
 from train import (SCHEMAS, TrainConfig, build_training, check_vocabulary, clip_at_step,
                    cut_batch, lr_at_step, resume, train_step)
@@ -59,18 +58,19 @@ from train import (SCHEMAS, TrainConfig, build_training, check_vocabulary, clip_
 class AdaptConfig:
     """How a base model is tuned; paper, section 4.3. The rest of the recipe is TrainConfig's."""
 
-    # sft imitates every answer of a chat; dpo raises one answer's probability against another's
+    # sft imitates every answer in a chat; dpo makes one answer likelier than another
     method: Literal["sft", "dpo"] = setting("sft", "Learn from chats, or from preferences.")
-    # OLMo: Tulu 2's mixture of 326,154 chats, then some 61,000 pairs of UltraFeedback
+    # OLMo: Tulu 2's mixture of 326,154 chats for sft, about 61,000 UltraFeedback pairs for dpo
     train_data: str = setting("stdlib", "JSONL(.gz) file or folder; stdlib is the embedded set.")
     eval_data: str = setting("stdlib", "The same, held out: never trained on; empty is none.")
     faulty: Literal["stop", "skip"] = setting("stop", "What to do with a row that has a fault.")
+    # OLMo: 3 for both; Tulu 2 had stopped at 2 epochs of SFT
     epochs: float = setting(3.0, "Passes over train_data; they set the steps and the schedule.")
-    # OLMo: 3 % of the steps for SFT, 10 % for DPO, from a tenth of the peak
+    # OLMo: 3 % of the steps for SFT, 10 % for DPO
     warmup_share: float = setting(0.03, "Share of the steps in which the learning rate rises.")
-    # a small beta lets the policy move far from the reference for a little gain in preference
+    # a small beta lets the policy drift far from the reference, a large one hardly lets it learn
     beta: float = setting(0.1, "DPO: strength of the KL penalty towards the reference model.")
-    # sums favour long answers, which have more tokens to gain from; OLMo 1.0 took sums all the same
+    # OLMo 1.0 compared log-probabilities of complete answers, in which long answers weigh more
     length_normalized: bool = setting(
         False, "DPO: compare log-probabilities per token; set beta=5 with it, as OLMo 2 did.")
     eval_answers: int = setting(
@@ -87,8 +87,9 @@ class AdaptConfig:
             raise UserError(f"eval_answers={self.eval_answers}: it must be at least 0")
 
 
-# these keys follow from epochs, warmup_share and the size of train_data
+# by_epochs sets these keys, so nobody else may
 DERIVED = {"max_steps", "warmup_steps", "decay_steps"}
+
 
 # ---- Adapting ------------------------------------------------------------------------------------
 
@@ -154,52 +155,6 @@ def adapt(adapt_config, eval_config, config):
     return run.exit_code("adapt.py")
 
 
-def by_epochs(adapt_config, config, examples):
-    """The TrainConfig with the steps and the schedule that the epochs ask for.
-
-    # DIFFERS FROM OLMo: Open Instruct warms up from 0 and runs a step behind, so that its first
-    # step changes nothing. Here the warm-up is that of OLMo's pretraining, and the learning rate
-    # would reach 0 one step after the last.
-    """
-    steps_per_epoch = math.ceil(examples / config.batch_size)
-    steps = max(1, round(adapt_config.epochs * steps_per_epoch))
-    warmup_steps = math.ceil(adapt_config.warmup_share * steps)
-    return replace(config, max_steps=steps, warmup_steps=warmup_steps, decay_steps=steps + 1)
-
-
-def fingerprint_of(base, train_set, eval_set, config):
-    """What a resumed run must find unchanged: weights, examples, order."""
-    digest = hashlib.sha256(str([len(train_set), len(eval_set)]).encode())
-    for example in sequences_of([*train_set, *eval_set]):
-        digest.update(example.ids.tobytes())
-        digest.update(example.trained.tobytes())
-    return {"base_sha256": base.digest, "data_sha256": digest.hexdigest(),
-            "instances": len(train_set), "seq_len": base.model_config.max_seq_len,
-            "batch_size": config.batch_size, "seed": DataConfig(**base.settings).seed}
-
-
-def choose_rows(adapt_config, config, seq_len):
-    """The micro-batch size: pairs as in pretraining, or packed rows of about 1,024 tokens."""
-    if adapt_config.method == "dpo":
-        return choose_micro_batch(config, 2 * seq_len, world_size())  # a pair is two sequences
-    return config.micro_batch_size or max(1, 1024 // seq_len)
-
-
-def batches_and_loss(run, train_set, reference, adapt_config):
-    """Returns (batches, loss_fn): what sets SFT and DPO apart from pretraining, and nothing else.
-
-    reference: of the Pairs of train_set, float64 (N, 2); None for SFT.
-    """
-    seed = run.state["data"]["seed"]
-    micro_batch_size = choose_rows(adapt_config, run.config, run.model_config.max_seq_len)
-    order = (train_set, run.config.batch_size, seed, run.model_config, micro_batch_size)
-    if adapt_config.method == "sft":
-        return ChatBatches(*order), sft_loss
-    loss_fn = partial(preference_loss, beta=adapt_config.beta,
-                      length_normalized=adapt_config.length_normalized)
-    return PreferenceBatches(*order, reference), loss_fn
-
-
 # ---- Examples ------------------------------------------------------------------------------------
 
 class Example(NamedTuple):
@@ -237,7 +192,7 @@ def read_examples(path, config, tokenizer, max_seq_len, held_out, eval_share):
     """The Examples or Pairs of a set, in its order; prints how many rows were cut or dropped."""
     if not path:
         return []
-    counts = Counter()
+    counts = Counter()  # {what was done to rows: how many}; nothing is dropped in silence
     examples = []
     for place, row in read_set(path, config, held_out, eval_share, counts):
         if config.method == "sft":
@@ -260,19 +215,19 @@ def encode_example(messages, tokenizer, max_seq_len, place, counts, answer_only=
 
     answer_only: train the last message alone, as the two sides of a preference differ in no other.
     """
-    # Only what the assistant says is trained: the model must learn to answer, not to ask. Each
-    # answer's EOS is trained too, or the model would never learn to stop.
+    # Only answers are trained: the model must learn to answer questions, not to ask them. An EOS
+    # is trained with each answer, or the model would never learn to stop.
     ids, trained = render_chat(messages, tokenizer)
     before, _ = render_chat(messages[:-1], tokenizer, reply=True)
-    prompt = len(before)
+    prompt = len(before)  # the ids up to and with the header `<|assistant|>` of the last answer
     if answer_only:
         trained[:prompt] = [False] * prompt
 
-    # Too long a chat is cut on the right, so that every token keeps its context
+    # A chat that is too long is cut on the right, so that what remains keeps its context
     cut = len(ids) > max_seq_len
     ids = np.array(ids[:max_seq_len], np.int32)
     trained = np.array(trained[:max_seq_len], bool)
-    if not trained.any():
+    if not trained.any():  # it would take up room and teach nothing
         counts["dropped, as nothing of an answer fits"] += 1
         return None
     if cut:
@@ -295,7 +250,7 @@ def encode_pair(row, tokenizer, max_seq_len, place, counts):
     chosen, rejected = sides
     if chosen is None or rejected is None:
         return None
-    if np.array_equal(chosen.ids, rejected.ids):
+    if np.array_equal(chosen.ids, rejected.ids):  # nothing is left to prefer
         counts["dropped, as both answers are cut to the same"] += 1
         return None
     return Pair(chosen, rejected)
@@ -310,7 +265,106 @@ def sequences_of(examples):
     return list(examples)
 
 
+# ---- Schedule and fingerprint --------------------------------------------------------------------
+
+def by_epochs(adapt_config, config, examples):
+    """The TrainConfig with the steps and the schedule that the epochs ask for.
+
+    # DIFFERS FROM OLMo: Open Instruct warms up from 0 and runs a step behind, so that its first
+    # step changes nothing. Here the warm-up begins at a tenth of the peak, as in pretraining.
+    """
+    steps_per_epoch = math.ceil(examples / config.batch_size)  # the last one may be smaller
+    steps = round(adapt_config.epochs * steps_per_epoch)
+    steps = max(1, steps)
+    return replace(
+        config,
+        max_steps=steps,
+        warmup_steps=math.ceil(adapt_config.warmup_share * steps),
+        decay_steps=steps + 1,  # a step later, as a step at min_lr=0 would change nothing
+    )
+
+
+def fingerprint_of(base, train_set, eval_set, config):
+    """What a resumed run must find unchanged: weights, examples, order."""
+    sizes = [len(train_set), len(eval_set)]
+    digest = hashlib.sha256(str(sizes).encode())
+    for example in sequences_of(train_set + eval_set):
+        digest.update(example.ids.tobytes())
+        digest.update(example.trained.tobytes())
+    return {
+        "base_sha256": base.digest,  # the weights that are tuned
+        "data_sha256": digest.hexdigest(),  # what is trained on and evaluated, in this order
+        "instances": len(train_set),
+        "seq_len": base.model_config.max_seq_len,
+        "batch_size": config.batch_size,
+        "seed": DataConfig(**base.settings).seed,  # the order of the epochs
+    }
+
+
+# ---- The reference, for DPO ----------------------------------------------------------------------
+#
+# DPO compares the policy, the model that is trained, with the reference, the model before that. An
+# answer is not rewarded for being likely, but for being likelier than the reference finds it. So
+# the policy learns what is preferred, and stays close to the language that it already has.
+
+def reference_log_probs(run, base, model, sets, adapt_config, eval_config):
+    """The reference's log-probabilities of chosen and rejected answers: float64 (N, 2) per set.
+
+    For SFT, which has no reference, None per set. They are computed once and written to a file of
+    the run, from which a resumed run reads them. UserError if a number is missing there.
+    """
+    if adapt_config.method == "sft":
+        return [None] * len(sets)
+    # The reference never changes, so two numbers per pair are all that we need from it. They are
+    # computed before the first step, and no second model has to stay in memory.
+    file = reference_file(run.path, run.state["data"], model.compute_dtype)
+    if not on_rank0(file.is_file):
+        fill_weights(model, base)  # for a moment, the policy is the reference
+        batch_tokens = eval_config.eval_batch_tokens
+        tables = [answer_log_probs(model, pairs, batch_tokens).tolist() for pairs in sets]
+        on_rank0(partial(write_json, file, {"log_probs": tables}))
+    return read_reference(file, [len(pairs) for pairs in sets])
+
+
+def answer_log_probs(model, pairs, batch_tokens):
+    """Float64 (N, 2): the log-probabilities of the chosen and the rejected answer of each Pair."""
+    found = completion_log_probs(model, sequences_of(pairs), batch_tokens)
+    log_probs, _ = found.T
+    return log_probs.view(2, len(pairs)).T
+
+
 # ---- Batches -------------------------------------------------------------------------------------
+
+def batches_and_loss(run, train_set, reference, adapt_config):
+    """Returns (batches, loss_fn): what sets SFT and DPO apart from pretraining, and nothing else.
+
+    reference: of the Pairs of train_set, float64 (N, 2); None for SFT.
+    """
+    seq_len = run.model_config.max_seq_len
+    order = dict(
+        examples=train_set,
+        batch_size=run.config.batch_size,
+        seed=run.state["data"]["seed"],
+        seq_len=seq_len,
+        pad_token_id=run.model_config.pad_token_id,
+        micro_batch_size=choose_rows(adapt_config, run.config, seq_len),
+    )
+    if adapt_config.method == "sft":
+        return ChatBatches(**order), sft_loss
+    loss_fn = partial(preference_loss, beta=adapt_config.beta,
+                      length_normalized=adapt_config.length_normalized)
+    return PreferenceBatches(**order, reference=reference), loss_fn
+
+
+def choose_rows(adapt_config, config, seq_len):
+    """The micro-batch size: pairs for DPO, packed rows for SFT."""
+    if adapt_config.method == "dpo":
+        return choose_micro_batch(config, 2 * seq_len, world_size())  # a pair is two sequences
+    if config.micro_batch_size:
+        return config.micro_batch_size
+    # rows of about 1,024 tokens together: a step's chats fill few rows, which the ranks share
+    return max(1, 1024 // seq_len)
+
 
 @dataclass(frozen=True)
 class ExampleBatches:
@@ -319,23 +373,27 @@ class ExampleBatches:
     examples: list
     batch_size: int  # chats or pairs a step, over all ranks
     seed: int
-    model_config: ModelConfig  # for its max_seq_len and pad_token_id
+    seq_len: int  # the context length
+    pad_token_id: int
     micro_batch_size: int  # packed rows or pairs of one forward
 
     def numbers(self, step):
         """The indices of the examples in a step."""
-        return examples_of_step(step, len(self.examples), self.batch_size, self.seed)
+        n = len(self.examples)
+        return examples_of_step(step, n, self.batch_size, self.seed)
 
     def places(self, step):
         """A line for each example of a step: file:line of its row."""
-        return [self.examples[i].place for i in self.numbers(step)]
+        numbers = self.numbers(step)
+        return [self.examples[i].place for i in numbers]
 
     def missing(self, rows, world_size):
         """How many empty rows make `rows` a multiple of what all ranks pass through at a time.
 
         FSDP gathers the weights from all ranks, so each rank needs as many forwards as the others.
         """
-        return -rows % (self.micro_batch_size * world_size)
+        at_a_time = self.micro_batch_size * world_size
+        return -rows % at_a_time
 
 
 class ChatBatches(ExampleBatches):
@@ -343,13 +401,14 @@ class ChatBatches(ExampleBatches):
 
     def __call__(self, step, rank=0, world_size=1):
         """The rows (B, T) of a step that `rank` takes; see `packed_rows`."""
-        seq_len = self.model_config.max_seq_len
         chats = [self.examples[i] for i in self.numbers(step)]
+        lengths = [len(example.ids) for example in chats]
         bins = []
-        for indices in best_fit([len(example.ids) for example in chats], seq_len):
+        for indices in best_fit(lengths, self.seq_len):
             bins.append([chats[i] for i in indices])
         bins += [[]] * self.missing(len(bins), world_size)
-        return packed_rows(bins[rank::world_size], seq_len, self.model_config.pad_token_id)
+        own = bins[rank::world_size]  # every rank packs all rows, and keeps its own
+        return packed_rows(own, self.seq_len, self.pad_token_id)
 
 
 @dataclass(frozen=True)
@@ -359,37 +418,47 @@ class PreferenceBatches(ExampleBatches):
     reference: np.ndarray  # (N, 2) float64: the reference's log-probability of either answer
 
     def __call__(self, step, rank=0, world_size=1):
-        """The pairs of a step that `rank` takes.
+        """The pairs of a step that `rank` takes, chosen answers first.
 
-        {tokens, targets: int64 (B, 2, T), loss_mask: bool (B, 2, T), chosen first;
-        reference: float32 (B, 2); real: bool (B,), False for pairs that only fill up}.
+        {tokens, targets: int64 (B, 2, T); loss_mask: bool (B, 2, T); reference: float32 (B, 2);
+        real: bool (B,), False for a pair that only fills up}.
         """
         numbers = self.numbers(step)
-        # T is the power of two that holds the longest answer: each new length is compiled anew
-        longest = max(len(side.ids) for i in numbers for side in self.examples[i])
-        length = max(64, 2 ** math.ceil(math.log2(longest)))
-        length = min(length, self.model_config.max_seq_len)
-
-        filled = numbers + [None] * self.missing(len(numbers), world_size)
+        T = self.row_length(numbers)
+        numbers += [None] * self.missing(len(numbers), world_size)
         rows = []
         reference = []
-        own = filled[rank::world_size]
-        for i in own:
-            if i is None:
+        real = []
+        for i in numbers[rank::world_size]:
+            real.append(i is not None)
+            if i is None:  # two rows of padding
                 rows += [[], []]
-                reference.append((0.0, 0.0))
+                reference.append([0.0, 0.0])
             else:
-                rows += [[self.examples[i].chosen], [self.examples[i].rejected]]
+                pair = self.examples[i]
+                rows += [[pair.chosen], [pair.rejected]]
                 reference.append(self.reference[i].tolist())
-        batch = packed_rows(rows, length, self.model_config.pad_token_id)
-        # positions and documents are not needed: a row holds one example, from its beginning on
+        # positions and documents are not needed: each row holds one example
+        batch = packed_rows(rows, T, self.pad_token_id)
         return {
-            "tokens": batch["tokens"].view(-1, 2, length),
-            "targets": batch["targets"].view(-1, 2, length),
-            "loss_mask": batch["loss_mask"].view(-1, 2, length),
+            "tokens": batch["tokens"].view(-1, 2, T),
+            "targets": batch["targets"].view(-1, 2, T),
+            "loss_mask": batch["loss_mask"].view(-1, 2, T),
             "reference": torch.tensor(reference),
-            "real": torch.tensor([i is not None for i in own]),
+            "real": torch.tensor(real),
         }
+
+    def row_length(self, numbers):
+        """T of a step: the power of two that holds its longest answer, and the prompt before it.
+
+        Few different lengths occur, as torch.compile compiles each of them for itself.
+        """
+        longest = 64
+        for i in numbers:
+            pair = self.examples[i]
+            longest = max(longest, len(pair.chosen.ids), len(pair.rejected.ids))
+        power = math.ceil(math.log2(longest))
+        return min(self.seq_len, 2 ** power)
 
 
 def examples_of_step(step, n, batch_size, seed):
@@ -400,8 +469,9 @@ def examples_of_step(step, n, batch_size, seed):
     """
     steps_per_epoch = math.ceil(n / batch_size)
     epoch, position = divmod(step - 1, steps_per_epoch)
+    order = epoch_order(n, seed, epoch)
     begin = position * batch_size
-    return epoch_order(n, seed, epoch)[begin:begin + batch_size].tolist()
+    return order[begin:begin + batch_size].tolist()
 
 
 @lru_cache(maxsize=2)
@@ -418,12 +488,13 @@ def best_fit(lengths, room):
     """
     bins = []  # the indices in each bin
     free = []  # the tokens left in each bin
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    for i in longest_first:
         fitting = [b for b, left in enumerate(free) if left >= lengths[i]]
         if fitting:
-            b = min(fitting, key=lambda b: free[b])
+            b = min(fitting, key=lambda b: free[b])  # the fullest
         else:
-            b = len(bins)
+            b = len(bins)  # a new one
             bins.append([])
             free.append(room)
         bins[b].append(i)
@@ -436,31 +507,31 @@ def packed_rows(bins, seq_len, pad_token_id):
 
     {tokens, targets, positions, documents: int64 (B, T); loss_mask: bool (B, T)}.
     """
-    return default_collate([packed_row(examples, seq_len, pad_token_id) for examples in bins])
+    rows = [packed_row(examples, seq_len, pad_token_id) for examples in bins]
+    return default_collate(rows)  # {key: the rows' tensors, stacked}
 
 
 def packed_row(examples, seq_len, pad_token_id):
     """One row of `packed_rows`: Examples one after another, and then padding."""
-    row = {
-        "tokens": torch.full((seq_len,), pad_token_id),
-        "targets": torch.full((seq_len,), pad_token_id),
-        "positions": torch.zeros(seq_len, dtype=torch.int64),  # in the example, not in the row
-        "documents": torch.full((seq_len,), -1),  # the example's number in the row; -1 is padding
-        "loss_mask": torch.zeros(seq_len, dtype=torch.bool),
-    }
+    tokens = torch.full([seq_len], pad_token_id)
+    targets = torch.full([seq_len], pad_token_id)
+    positions = torch.zeros(seq_len, dtype=torch.int64)  # in the example, not in the row
+    documents = torch.full([seq_len], -1)  # the example's number in the row; -1 is padding
+    loss_mask = torch.zeros(seq_len, dtype=torch.bool)
     begin = 0
     for number, example in enumerate(examples):
-        end = begin + len(example.ids)
         ids = torch.from_numpy(example.ids)
-        trained = torch.from_numpy(example.trained)
-        row["tokens"][begin:end] = ids
-        row["positions"][begin:end] = torch.arange(len(ids))
-        row["documents"][begin:end] = number
+        end = begin + len(ids)
+        tokens[begin:end] = ids
+        positions[begin:end] = torch.arange(len(ids))
+        documents[begin:end] = number
+        last = end - 1
         # subtle: a target is the next token of the same example, so the last token has none
-        row["targets"][begin:end - 1] = ids[1:]
-        row["loss_mask"][begin:end - 1] = trained[1:]
+        targets[begin:last] = ids[1:]
+        loss_mask[begin:last] = torch.from_numpy(example.trained[1:])
         begin = end
-    return row
+    return {"tokens": tokens, "targets": targets, "positions": positions, "documents": documents,
+            "loss_mask": loss_mask}
 
 
 # ---- Losses --------------------------------------------------------------------------------------
@@ -471,13 +542,19 @@ def sft_loss(model, batch):
     The step divides by the number of trained tokens of the global batch. A mean per micro-batch, as
     Open Instruct took it by default, would weigh the tokens of a short micro-batch more.
     """
-    # A token attends to its own example alone: to the model, a packed row is as many chats as it
-    # holds. Rotary positions are relative, so that counting them from 0 only spares rounding.
-    documents = batch["documents"]
-    same_document = documents[:, :, None] == documents[:, None, :]
-    attn_mask = same_document.tril()[:, None]  # (B, 1, T, T): of the same example, and not later
-    token_losses = model(batch["tokens"], targets=batch["targets"], attn_mask=attn_mask,
-                         positions=batch["positions"])
+    # A token attends to its own example alone: the model cannot tell a packed row from separate
+    # rows. Rotary positions are relative; they restart at 0 so that rounding is the same as well.
+    documents = batch["documents"]  # (B, T)
+    queries = documents.unsqueeze(2)
+    keys = documents.unsqueeze(1)
+    same_document = queries == keys  # (B, T, T)
+    attn_mask = same_document.tril()  # and no key is later than its query
+    token_losses = model(
+        batch["tokens"],
+        targets=batch["targets"],
+        attn_mask=attn_mask.unsqueeze(1),  # (B, 1, T, T): the same for all heads
+        positions=batch["positions"],
+    )
     summed, _ = next_token_loss(token_losses, batch["loss_mask"])
     return summed, {}
 
@@ -489,17 +566,23 @@ def preference_loss(model, batch, beta, length_normalized=False):
     pairs, not over tokens.
     """
     # One forward for both sides: FSDP then gathers the weights once
-    token_losses = model(chosen_then_rejected(batch["tokens"]),
-                         targets=chosen_then_rejected(batch["targets"]))
-    log_probs, counts = sequence_log_probs(token_losses, chosen_then_rejected(batch["loss_mask"]))
+    tokens = chosen_then_rejected(batch["tokens"])
+    targets = chosen_then_rejected(batch["targets"])
+    loss_mask = chosen_then_rejected(batch["loss_mask"])
+    token_losses = model(tokens, targets=targets)
+    log_probs, counts = sequence_log_probs(token_losses, loss_mask)  # (2B,)
     policy = log_probs.view(2, -1)  # (2, B)
-    reference = batch["reference"].T.to(policy)
+    reference = batch["reference"].T.to(policy)  # (2, B), a constant: no gradient flows to it
     if length_normalized:
-        counts = counts.view(2, -1).clamp(min=1)  # a pair that only fills up has no tokens
+        counts = counts.clamp(min=1)  # a pair that only fills up has no tokens
+        counts = counts.view(2, -1)
         policy = policy / counts
         reference = reference / counts
     terms = dpo_terms(policy[0], policy[1], reference[0], reference[1], beta)
-    sums = {name: (values * batch["real"]).sum() for name, values in terms.items()}
+    sums = {}
+    for name, values in terms.items():
+        values = values * batch["real"]  # 0 for a pair that only fills up
+        sums[name] = values.sum()
     return sums.pop("loss"), sums
 
 
@@ -518,36 +601,36 @@ def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejecte
 def dpo_terms(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta):
     """{loss, and metrics under TRL's names: (B,)} of log-probabilities (B,) in nats of answers.
 
-    The optimum of reward minus beta * KL(policy || reference) is a policy whose log-ratio to the
-    reference is the reward / beta, but for a term of the prompt alone. So the policy itself implies
-    rewards, and no reward model is trained: DPO fits them to the preferences, which a logistic
-    model turns into probabilities (Bradley-Terry; arXiv 2305.18290, equation 7).
+    Source: arXiv 2305.18290, equation 7.
     """
-    chosen = beta * (policy_chosen - reference_chosen)  # the implied rewards
+    # RLHF trains a reward model, and then a policy that maximises reward - beta * KL(policy from
+    # reference). The best such policy has log(policy / reference) = reward / beta, up to a term
+    # that is the same for all answers to a prompt. So each policy implies rewards of its own:
+    chosen = beta * (policy_chosen - reference_chosen)
     rejected = beta * (policy_rejected - reference_rejected)
+    # and it can be fitted to the preferences directly. The Bradley-Terry model says with which
+    # probability the chosen answer is preferred: sigmoid of the difference in reward.
     margins = chosen - rejected
     return {
-        "loss": -F.logsigmoid(margins),  # -log P(chosen is preferred)
-        "rewards/chosen": chosen.detach(),  # it may fall: only the margin is asked to rise
+        "loss": -F.logsigmoid(margins),  # cross-entropy of "the chosen one is preferred"
+        "rewards/chosen": chosen.detach(),  # may fall in training: only the margin must rise
         "rewards/rejected": rejected.detach(),
         "rewards/margins": margins.detach(),
-        "rewards/accuracies": (chosen > rejected).to(chosen.dtype),  # strictly: 0 at step 1
+        "rewards/accuracies": (chosen > rejected).to(chosen.dtype),  # a tie counts as wrong
         "logps/chosen": policy_chosen.detach(),
         "logps/rejected": policy_rejected.detach(),
     }
 
 
-# How far DPO's first loss may lie from ln 2, by the dtype of the forward. In bfloat16 it lay within
-# 0.0012 over 32 batches of the tiny run, and answers can be longer.
+# how far DPO's first loss may lie from ln 2, for each dtype of the forward. In bfloat16 it was
+# within 0.0012 over 32 batches of the tiny run, and answers can be longer.
 FIRST_LOSS_WIDTH = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 
 
 def check_first_loss(metrics, dtype, adapt_config):
-    """UserError if DPO's loss of step 1 is not ln 2, within rounding in the forward's dtype.
-
-    At step 1 the policy is the reference: all rewards are 0, and -log sigmoid(0) = ln 2. Any other
-    loss means that the two were not computed from the same weights or tokens.
-    """
+    """UserError if DPO's loss at step 1 is not ln 2, within the rounding of the forward's dtype."""
+    # At step 1 the policy still is the reference: all rewards are 0, and -log sigmoid(0) = ln 2.
+    # Any other loss means that the two did not see the same weights or tokens.
     if not metrics:  # the step was skipped
         return
     loss = metrics["loss"]
@@ -563,57 +646,6 @@ def check_first_loss(metrics, dtype, adapt_config):
                         "nothing, bfloat16 may round long answers too much: --dtype=float32")
 
 
-# ---- The reference -------------------------------------------------------------------------------
-
-def reference_log_probs(run, base, model, sets, adapt_config, eval_config):
-    """The reference's log-probabilities of chosen and rejected answers: float64 (N, 2) per set.
-
-    For SFT, which has no reference, None per set. The reference is the base itself: its opinion of
-    every answer is computed once, before the first step, so that no second model has to stay in
-    memory. It is written to a file of the run, from which a resumed run reads it. UserError if a
-    number is missing there.
-    """
-    if adapt_config.method == "sft":
-        return [None] * len(sets)
-    file = reference_file(run.path, run.state["data"], model.compute_dtype)
-    if not on_rank0(file.is_file):
-        fill_weights(model, base)
-        tables = []
-        for pairs in sets:
-            found = completion_log_probs(model, sequences_of(pairs), eval_config.eval_batch_tokens)
-            tables.append(found[:, 0].view(2, len(pairs)).T.tolist())
-        on_rank0(partial(write_json, file, {"log_probs": tables}))
-    return read_reference(file, [len(pairs) for pairs in sets])
-
-
-def completion_log_probs(model, sequences, batch_tokens):
-    """Float64 (N, 2): log-probability in nats of each Example's trained tokens, and their number.
-
-    The ranks share the forwards; every rank gets all rows.
-    """
-    found = torch.zeros(len(sequences), 2, dtype=torch.float64)
-    batches = length_batches(list(enumerate(sequences)), batch_tokens, lambda row: len(row[1].ids))
-    disable = True if rank() > 0 else None  # None: silent too where there is no terminal
-    with evaluating(model):
-        for batch, counts in tqdm(own_batches(batches), unit="batch", leave=False,
-                                  disable=disable):
-            numbers = [number for number, _ in batch]
-            log_probs = log_probs_of_batch(model, [example for _, example in batch])
-            found.index_add_(0, torch.tensor(numbers), log_probs * counts)
-    return reduce_sum(found)
-
-
-def log_probs_of_batch(model, examples):
-    """The rows of `completion_log_probs` for Examples, the longest first, in one forward."""
-    device = model.wte.weight.device
-    # causal attention never sees the padding on the right, so no mask is needed
-    batch = packed_rows([[example] for example in examples], len(examples[0].ids),
-                        model.config.pad_token_id)
-    token_losses = model(batch["tokens"].to(device), targets=batch["targets"].to(device))
-    sums, numbers = sequence_log_probs(token_losses, batch["loss_mask"].to(device))
-    return torch.stack([sums, numbers], dim=1).cpu().double()
-
-
 # ---- Evaluation ----------------------------------------------------------------------------------
 
 def evaluate_tuned(model, tokenizer, suites, eval_set, reference, adapt_config, eval_config):
@@ -625,12 +657,15 @@ def evaluate_tuned(model, tokenizer, suites, eval_set, reference, adapt_config, 
     results = evaluate(model, tokenizer, suites, eval_config)
     if not eval_set:
         return results
+    # 1. How likely are the held-out answers, or the preferred ones of two?
     batch_tokens = eval_config.eval_batch_tokens
     if adapt_config.method == "sft":
         tuned = evaluate_chats(model, eval_set, batch_tokens)
     else:
         tuned = evaluate_pairs(model, eval_set, reference, batch_tokens, adapt_config)
-    prompts = held_out_prompts(eval_set, model.config.max_seq_len, adapt_config.eval_answers)
+    # 2. What does the model answer by itself? (greedily: each time the likeliest token)
+    prompts = held_out_prompts(sequences_of(eval_set), model.config.max_seq_len,
+                               adapt_config.eval_answers)
     if prompts:
         texts, tuned["ended"] = answer_prompts(model, tokenizer, prompts,
                                                eval_config.max_new_tokens)
@@ -653,43 +688,23 @@ def evaluate_pairs(model, pairs, reference, batch_tokens, config):
     reward_accuracy: how often it does so more than the reference does.
     """
     found = completion_log_probs(model, sequences_of(pairs), batch_tokens)
-    policy = found[:, 0].view(2, -1)  # (2, N): chosen, rejected
-    counts = found[:, 1].view(2, -1)
+    log_probs, counts = found.T
+    policy = log_probs.view(2, -1)  # (2, N): chosen, rejected
     reference = torch.from_numpy(reference).T
     right = (policy[0] > policy[1]).double()
     accuracy, error = mean_and_error(right, torch.ones_like(right))
     if config.length_normalized:
+        counts = counts.view(2, -1)
         policy = policy / counts
         reference = reference / counts
     loss, metrics = dpo_loss(policy[0], policy[1], reference[0], reference[1], config.beta)
-    return {"dpo_loss": loss.item(), "accuracy": accuracy, "accuracy_error": error,
-            "reward_accuracy": metrics["rewards/accuracies"].item(),
-            "reward_margin": metrics["rewards/margins"].item()}
-
-
-def mean_and_error(sums, counts):
-    """Returns (mean, error): total of sums / total of counts, (N,) each, and its standard error.
-
-    The N examples were drawn, not their tokens, so the error is that of a ratio of two totals.
-    """
-    n = len(sums)
-    total = counts.sum().item()
-    mean = sums.sum().item() / total
-    residuals = sums - mean * counts
-    error = math.sqrt(n / max(1, n - 1) * (residuals ** 2).sum().item()) / total
-    return mean, error
-
-
-def held_out_prompts(eval_set, max_seq_len, at_most):
-    """Up to `at_most` different prompts, as ids, from all over a held-out set."""
-    prompts = []
-    for example in sequences_of(eval_set):
-        if example.prompt < max_seq_len:  # or no token of an answer would fit
-            prompts.append(tuple(example.ids[:example.prompt].tolist()))
-    prompts = list(dict.fromkeys(prompts))
-    if not prompts or not at_most:
-        return []
-    return prompts[::math.ceil(len(prompts) / at_most)]
+    return {
+        "dpo_loss": loss.item(),
+        "accuracy": accuracy,
+        "accuracy_error": error,
+        "reward_accuracy": metrics["rewards/accuracies"].item(),
+        "reward_margin": metrics["rewards/margins"].item(),
+    }
 
 
 # ---- Commands ------------------------------------------------------------------------------------

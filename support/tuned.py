@@ -1,17 +1,25 @@
-"""A tuned run: its base, the file of DPO's reference, and what is printed."""
+"""Around a tuning: its base, the log-probabilities of answers, the reference's file, printing."""
 
 import hashlib
 import json
+import math
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
 from configs import read_assignments
 from corpus.lineage import data_of_run
 from corpus.storage import held_out_files
 from data import DataConfig
+from model import sequence_log_probs
+from scaling.ranks import rank, reduce_sum
+from scaling.sharding import evaluating
 from support.files import UserError, read_json
 from support.records import domains_table, tasks_table
+from support.scoring import length_batches, own_batches
 from support.talk import harmless
 
 
@@ -42,6 +50,69 @@ def refuse_derived(argv, derived):
         for line, key, _ in read_assignments(Path(word)):
             if key in derived:
                 print(f"{word}:{line}: {key} is not used; epochs and warmup_share set it")
+
+
+# ---- Answers -------------------------------------------------------------------------------------
+
+def completion_log_probs(model, sequences, batch_tokens):
+    """Float64 (N, 2): log-probability in nats of each Example's trained tokens, and their number.
+
+    The ranks share the forwards; every rank gets all rows.
+    """
+    found = torch.zeros(len(sequences), 2, dtype=torch.float64)
+    numbers = range(len(sequences))
+    batches = length_batches(numbers, batch_tokens, lambda i: len(sequences[i].ids))
+    own = own_batches(batches)
+    disable = True if rank() > 0 else None  # None: silent too where there is no terminal
+    with evaluating(model):
+        for numbers, counts in tqdm(own, unit="batch", leave=False, disable=disable):
+            examples = [sequences[i] for i in numbers]
+            log_probs = log_probs_of_batch(model, examples)
+            if counts:
+                found[numbers] = log_probs
+    return reduce_sum(found)
+
+
+def log_probs_of_batch(model, examples):
+    """The rows of `completion_log_probs` for some Examples, in one forward."""
+    ids = [torch.from_numpy(example.ids).long() for example in examples]
+    trained = [torch.from_numpy(example.trained) for example in examples]
+    # causal attention never sees the padding on the right, so no mask is needed
+    ids = pad_sequence(ids, batch_first=True, padding_value=model.config.pad_token_id)
+    trained = pad_sequence(trained, batch_first=True, padding_value=False)
+    # a target is the next id; the first id, EOS in place of BOS, is never trained
+    targets = ids.roll(-1, dims=1)
+    loss_mask = trained.roll(-1, dims=1)
+    device = model.wte.weight.device
+    token_losses = model(ids.to(device), targets=targets.to(device))
+    log_probs, counts = sequence_log_probs(token_losses, loss_mask.to(device))
+    return torch.stack([log_probs, counts], dim=1).cpu().double()
+
+
+def held_out_prompts(sequences, max_seq_len, at_most):
+    """Up to `at_most` different prompts, as ids, from all over a set of Examples."""
+    prompts = []
+    for example in sequences:
+        if example.prompt < max_seq_len:  # or no token of an answer would fit
+            prompts.append(tuple(example.ids[:example.prompt].tolist()))
+    prompts = list(dict.fromkeys(prompts))
+    if not prompts or not at_most:
+        return []
+    return prompts[::math.ceil(len(prompts) / at_most)]
+
+
+def mean_and_error(sums, counts):
+    """Returns (mean, error): total of sums / total of counts, (N,) each, and its standard error.
+
+    The N examples were drawn, not their tokens, so the error is that of a ratio of two totals.
+    """
+    n = len(sums)
+    total = counts.sum().item()
+    mean = sums.sum().item() / total
+    residuals = sums - mean * counts
+    squares = residuals.square().sum().item()
+    variance = squares * n / max(1, n - 1)
+    return mean, math.sqrt(variance) / total
 
 
 # ---- The reference's file ------------------------------------------------------------------------

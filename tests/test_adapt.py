@@ -1,4 +1,4 @@
-"""adapt.py against transformers' chat template, losses and schedule, hand numbers, brute force, and
+"""adapt.py against transformers' chat template, losses and schedule, TRL's numbers, brute force and
 runs that nothing disturbed."""
 
 import bisect
@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 
@@ -22,7 +21,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import HOUSE, differing_weights, end_of, rows, saved_steps, steps, torchrun
+from conftest import (HOUSE, end_of, official_order, refusal, rows, same_weights, saved_steps,
+                      steps, torchrun)
 
 import adapt
 import data
@@ -31,10 +31,12 @@ import train
 from corpus.questions import leaked_docstrings, stdlib_chats, stdlib_preferences
 from corpus.stdlib import stdlib_documents
 from corpus.tokenizer import Tokenizer, tokenizer_file
+from scaling.sharding import apply_fsdp, build_mesh
 from support.chats import checked_chat, checked_preference, read_set
 from support.files import UserError
 from support.models import open_base
 from support.talk import harmless
+from support.tuned import completion_log_probs, read_reference
 from support.weights import load_model, name_table, save_hf
 
 pytestmark = [pytest.mark.usefixtures("one_thread"),
@@ -43,6 +45,7 @@ SHAPE = m.ModelConfig(d_model=32, n_layers=2, n_heads=2, mlp_hidden_size=48, max
                       vocab_size=64, embedding_size=80, eos_token_id=63, pad_token_id=62)
 EOS, PAD = SHAPE.eos_token_id, SHAPE.pad_token_id
 BETA = 0.3
+METHODS = ["sft", "dpo"]
 
 
 # ---- Helpers -------------------------------------------------------------------------------------
@@ -55,7 +58,9 @@ def say(*turns):
 
 def an_example(dice, prompt=None, answer=None, again=False):
     """Random ids, a prompt and then an answer that is trained; again: a turn of both before."""
-    parts = [(1, False)] + again * [(dice.randint(1, 6), False), (dice.randint(2, 5), True)]
+    parts = [(1, False)]
+    if again:
+        parts += [(dice.randint(1, 6), False), (dice.randint(2, 5), True)]
     parts += [(prompt or dice.randint(2, 9), False), (answer or dice.randint(2, 14), True)]
     trained = np.array([kind for length, kind in parts for _ in range(length)])
     ids = np.array([dice.randrange(60) for _ in trained], np.int32)
@@ -82,29 +87,11 @@ def some_pairs(n, seed=0):
     return pairs, reference.astype(np.float64)
 
 
-def shaped(seq_len, pad):
-    return replace(SHAPE, max_seq_len=seq_len, pad_token_id=pad, eos_token_id=SHAPE.eos_token_id)
-
-
-def chat_batches(examples, batch_size, seed, seq_len, pad, micro_batch_size):
-    return adapt.ChatBatches(examples, batch_size, seed, shaped(seq_len, pad), micro_batch_size)
-
-
-def pair_batches(pairs, reference, batch_size, seed, seq_len, pad, micro_batch_size):
-    return adapt.PreferenceBatches(pairs, batch_size, seed, shaped(seq_len, pad), micro_batch_size,
-                                   reference)
-
-
-def counted(loss_fn):
-    """The loss with its count, until train_step counts."""
-    return partial(adapt.with_count, loss_fn)
-
-
 def a_model(dtype=torch.float64, seed=0):
     return m.build_model(SHAPE, seed).to(dtype)
 
 
-def nats_of(model, example):
+def losses_of(model, example):
     """Nats of the trained tokens of an example by itself, by plain log_softmax of its logits."""
     ids = torch.from_numpy(example.ids).long()
     log_probs = model(ids[None])[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
@@ -112,30 +99,37 @@ def nats_of(model, example):
 
 
 def sft_by_hand(model, examples):
-    """Nats a trained token."""
-    return torch.cat([nats_of(model, example) for example in examples]).mean()
+    """Nats per trained token."""
+    return torch.cat([losses_of(model, example) for example in examples]).mean()
 
 
-def dpo_by_hand(model, pairs, reference):
+def dpo_by_hand(model, pairs, reference, beta=BETA, by_length=False):
     """Rafailov et al., equation 7, pair by pair."""
     losses = []
-    for (chosen, rejected), known in zip(pairs, reference.tolist(), strict=True):
-        ratios = (-nats_of(model, chosen).sum() - known[0],
-                  -nats_of(model, rejected).sum() - known[1])
-        losses.append(torch.log1p(torch.exp(-BETA * (ratios[0] - ratios[1]))))
+    for pair, known in zip(pairs, reference.tolist(), strict=True):
+        ratios = [(-losses_of(model, side).sum() - log_prob) / (side.trained.sum() if by_length
+                                                                else 1)
+                  for side, log_prob in zip(pair, known, strict=True)]
+        losses.append(torch.log1p(torch.exp(-beta * (ratios[0] - ratios[1]))))
     return sum(losses) / len(losses)
+
+
+def adaptation(method, n):
+    """(batches of one step by seq_len, pad, micro_batch_size; its loss_fn; its loss by hand)."""
+    if method == "sft":
+        examples = some_examples(n)
+        return (partial(adapt.ChatBatches, examples, n, 0), adapt.sft_loss,
+                partial(sft_by_hand, examples=examples))
+    pairs, reference = some_pairs(n)
+    return (partial(adapt.PreferenceBatches, pairs, n, 0, reference=reference),
+            partial(adapt.preference_loss, beta=BETA),
+            partial(dpo_by_hand, pairs=pairs, reference=reference))
 
 
 def gradients(model, loss):
     """{name: gradient} of a scalar."""
     names, parameters = zip(*model.named_parameters(), strict=True)
     return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
-
-
-def ours(model, batch, loss_fn=adapt.sft_loss):
-    """(mean loss, {name: gradient}) of a batch by one of adapt's losses."""
-    summed, count, *_ = counted(loss_fn)(model, batch)
-    return (summed / count).item(), gradients(model, summed / count)
 
 
 def same(one, other, tolerance):
@@ -146,10 +140,8 @@ def same(one, other, tolerance):
         torch.testing.assert_close(gradient, other[1][name], rtol=0, atol=tolerance, msg=name)
 
 
-def hf_of(model, tmp_path):
+def hf_of(model, tmp_path, transformers):
     """The model in transformers, and {our name: its gradient} after a backward."""
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("safetensors")
     save_hf(model, tmp_path / "hf")
     hf = transformers.OlmoForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
 
@@ -158,6 +150,13 @@ def hf_of(model, tmp_path):
         return {name: torch.cat([theirs[part] for part in parts])
                 for name, _, parts, _ in name_table(model.config)}
     return hf, found
+
+
+def write_lines(path, lines):
+    """A JSONL file of values, or of texts as they are; returns its path."""
+    path.write_bytes(b"".join((line if isinstance(line, bytes) else line.encode() if isinstance(
+        line, str) else json.dumps(line).encode()) + b"\n" for line in lines))
+    return path
 
 
 @pytest.fixture(scope="session")
@@ -177,6 +176,11 @@ TULU = """{{ eos_token }}{% for message in messages %}\
 {% if not loop.last %}{{ '\n' }}{% elif add_generation_prompt %}{{ '\n' }}{% endif %}\
 {% else %}{{ '<|' + message['role'] + '|>\n' + message['content'] + '\n' }}{% endif %}\
 {% if loop.last and add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}{% endfor %}"""
+GOLDEN = say("s: Be  brief. \n", "u:\n你好, “Wörld”!\u00a0", "a:  Hi|\n\nthere <|user|>\t",
+             "u: x", "a: \u2003e\u0301 y\n")
+PIECES = ["a", "Word", "é", "你好", "👩‍💻", " ", "  ", "\n", "\n\n", "\t", "\u00a0", "\u2003", "|",
+          "|>", "<|", "<|user|>", "<|assistant|>", '"', "'s", "“", "**b**", "123", "-", ".",
+          "\u200b"]
 
 
 @pytest.fixture(scope="module")
@@ -190,12 +194,15 @@ def tokenizer_json(request, bpe):
     return tokenizer_file("olmo") if request.param == "olmo" else bpe
 
 
-GOLDEN = say("s: Be  brief. \n", "u:\n你好, “Wörld”!\u00a0", "a:  Hi|\n\nthere <|user|>\t",
-             "u: x", "a: \u2003e\u0301 y\n")
+def fuzz(dice, more=()):
+    """A text of up to eight pieces that is not empty when stripped, as NFC."""
+    text = dice.choice(["", " ", "\n", " \u00a0"]) + "".join(
+        dice.choices([*PIECES, *more], k=dice.randint(1, 8))) + dice.choice(["", "  ", "\n", "\t "])
+    return text if text.strip() else "x"
 
 
 def test_the_text_of_a_chat_is_tulus_to_the_byte(tokenizer_json):
-    """facts/adapt.md, 2.2. The second tokenizer's EOS is 50279, as in released OLMo."""
+    """The second tokenizer's EOS is 50279, as in released OLMo."""
     tokenizer = Tokenizer.load(tokenizer_json)
     ids, trained = data.render_chat(GOLDEN, tokenizer)
     text = ("<|endoftext|><|system|>\nBe  brief.\n<|user|>\n你好, “Wörld”!\n<|assistant|>\nHi|\n\n"
@@ -209,9 +216,8 @@ def test_the_text_of_a_chat_is_tulus_to_the_byte(tokenizer_json):
         assert ids[1:6] == [29, 93, 10394, 49651, 187]  # < | system |> and a line break
 
 
-def test_a_chat_is_what_transformers_makes_of_the_tulu_template(tokenizer_json):
+def test_a_chat_is_what_transformers_makes_of_the_tulu_template(tokenizer_json, transformers):
     """Ids and mask of 150 random chats; the oracle strips nothing, so it gets stripped contents."""
-    transformers = pytest.importorskip("transformers")
     pytest.importorskip("jinja2")
     ours = Tokenizer.load(tokenizer_json)
     theirs = transformers.PreTrainedTokenizerFast(
@@ -228,34 +234,19 @@ def test_a_chat_is_what_transformers_makes_of_the_tulu_template(tokenizer_json):
         ids, trained = data.render_chat(messages, ours)
         assert ids == found["input_ids"], messages
         assert trained == [flag == 1 for flag in found["assistant_masks"]], messages
-        for end, reply in ((len(messages) - 1, True), (len(messages), True)):
+        for end in (len(messages) - 1, len(messages)):
             asked = theirs.apply_chat_template(stripped[:end], add_generation_prompt=True,
                                                return_dict=True)["input_ids"]
-            assert data.render_chat(messages[:end], ours, reply)[0] == asked
-
-
-PIECES = ["a", "Word", "é", "你好", "👩‍💻", " ", "  ", "\n", "\n\n", "\t", "\u00a0", "\u2003", "|",
-          "|>", "<|", "<|user|>", "<|assistant|>", '"', "'s", "“", "**b**", "123", "-", ".",
-          "\u200b"]
-
-
-def fuzz(dice, more=()):
-    """A text of up to eight pieces that is not empty when stripped, as NFC."""
-    text = dice.choice(["", " ", "\n", " \u00a0"]) + "".join(
-        dice.choices([*PIECES, *more], k=dice.randint(1, 8))) + dice.choice(["", "  ", "\n", "\t "])
-    return text if text.strip() else "x"
+            assert data.render_chat(messages[:end], ours, reply=True)[0] == asked
 
 
 def test_no_text_of_a_user_or_an_assistant_becomes_a_special_token(tokenizer_json):
-    """And what is trained is each answer and its EOS, encoded by itself; the prompt's ids begin
-    those that were trained on. With combining marks at either end and with the names of EOS."""
+    """What is trained is each answer and its EOS, encoded by itself; the prompt's ids begin those
+    that were trained on. With combining marks at either end and with the names of EOS."""
     tokenizer, dice = Tokenizer.load(tokenizer_json), random.Random(6)
     for _ in range(150):
-        turns = []
-        for _ in range(dice.randint(1, 3)):
-            turns += [f"{who}: {fuzz(dice, ['<|endoftext|>', chr(0x301), '<|padding|>'])}"
-                      for who in "ua"]
-        messages = say(*turns)
+        messages = say(*(f"{who}: {fuzz(dice, ['<|endoftext|>', chr(0x301), '<|padding|>'])}"
+                         for _ in range(dice.randint(1, 3)) for who in "ua"))
         ids, trained = data.render_chat(messages, tokenizer)
         answers = [message["content"].strip() for message in messages[1::2]]
         wanted = [i for answer in answers
@@ -269,58 +260,59 @@ def test_no_text_of_a_user_or_an_assistant_becomes_a_special_token(tokenizer_jso
             assert not trained[len(asked) - 1] and trained[len(asked)]
 
 
-def test_an_example_is_cut_at_the_right_and_counted(bpe):
-    """Its EOS is trained where the whole answer fits; nothing of an answer leaves it out."""
+DROPPED = "dropped, as nothing of an answer fits"
+CUT = "cut, so that the last answer has no end"
+
+
+def test_an_example_is_cut_on_the_right_and_counted(bpe):
+    """Its EOS is trained where the complete answer fits; without any answer it is dropped."""
     tokenizer, messages = Tokenizer.load(bpe), say("u: one", "a: two", "u: three", "a: four")
     ids, trained = data.render_chat(messages, tokenizer)
     prompt = len(data.render_chat(messages[:3], tokenizer, reply=True)[0])
-    first = trained.index(True)
-    for length in range(1, len(ids) + 3):
+    for length, answer_only in itertools.product(range(1, len(ids) + 3), (False, True)):
         counts = Counter()
-        for answer_only in (False, True):
-            example = adapt.encode_example(messages, tokenizer, length, "", counts, answer_only)
-            if length <= (prompt if answer_only else first):
-                assert example is None
-                continue
-            assert example.ids.tolist() == ids[:length] and example.prompt == prompt
-            assert example.trained.tolist() == [
-                kind and i >= answer_only * prompt for i, kind in enumerate(trained[:length])]
-        kept = (length > prompt) + (length > first)
-        assert counts["cut, so that the last answer has no end"] == kept * (length < len(ids))
-        assert counts["dropped, as nothing of an answer fits"] == (length <= prompt) + (
-            length <= first)
+        example = adapt.encode_example(messages, tokenizer, length, "", counts, answer_only)
+        if length <= (prompt if answer_only else trained.index(True)):
+            assert example is None and counts == {DROPPED: 1}
+            continue
+        assert example.ids.tolist() == ids[:length] and example.prompt == prompt
+        assert example.trained.tolist() == [
+            kind and i >= answer_only * prompt for i, kind in enumerate(trained[:length])]
+        assert counts == ({CUT: 1} if length < len(ids) else {})
 
 
-def test_pairs_that_are_cut_to_one_or_to_their_prompt_are_left_out(bpe):
+def test_pairs_that_are_cut_to_one_or_to_their_prompt_are_dropped(bpe):
+    """A pair counts once, whichever of its sides are cut."""
     tokenizer = Tokenizer.load(bpe)
     row = {"prompt": say("u: why"), "chosen": "because of it", "rejected": "because of me"}
     prompt = len(data.render_chat(row["prompt"], tokenizer, reply=True)[0])
     shared = len(os.path.commonprefix([tokenizer.encode("because of it"),
                                        tokenizer.encode("because of me")]))
-    for length, left_out in ((prompt, "dropped, as nothing of an answer fits"),
-                             (prompt + shared, "dropped, as both answers are cut to the same"),
-                             (prompt + shared + 1, None), (100, None)):
+    for length, counted in ((prompt, {DROPPED}), (prompt + shared + 1, {CUT}), (100, set()),
+                            (prompt + shared, {CUT, "dropped, as both answers are cut to the "
+                                               "same"})):
         counts = Counter()
         pair = adapt.encode_pair(row, tokenizer, length, "", counts)
-        assert (pair is None) == bool(left_out) and (not left_out or counts[left_out] >= 1)
+        assert counts == dict.fromkeys(counted, 1)
+        assert (pair is None) == any("dropped" in key for key in counted)
+    pair = adapt.encode_pair(row, tokenizer, 100, "", Counter())
     assert tokenizer.decode(pair.rejected.ids[pair.rejected.trained].tolist()) == (
         "because of me<|endoftext|>")
 
 
 # ---- The loss of SFT -----------------------------------------------------------------------------
 
-def packed(examples, seq_len=64, pad=PAD):
-    """The batch of an epoch's one step; several examples lie in a row."""
-    batches = chat_batches(examples, len(examples), 0, seq_len, pad, 1)
-    batch = batches(1)
+def packed(examples):
+    """The batch of an epoch's one step; several examples share a row."""
+    batch = adapt.ChatBatches(examples, len(examples), 0, 64, PAD, 1)(1)
     assert len(batch["tokens"]) < len(examples)
     return batch
 
 
-def test_the_loss_of_packed_rows_is_transformers_of_each_example(tmp_path):
+def test_the_loss_of_packed_rows_is_transformers_of_each_example(tmp_path, transformers):
     """Loss and every gradient, within 1e-5 in float32; labels -100 where nothing is trained."""
     model, examples = a_model(torch.float32), some_examples(9)
-    hf, theirs = hf_of(model, tmp_path)
+    hf, theirs = hf_of(model, tmp_path, transformers)
     count = sum(int(example.trained.sum()) for example in examples)
     total = 0.0
     for example in examples:
@@ -329,25 +321,12 @@ def test_the_loss_of_packed_rows_is_transformers_of_each_example(tmp_path):
         loss = hf(input_ids=ids, labels=labels).loss * int(example.trained.sum()) / count
         loss.backward()
         total += loss.item()
-    same(ours(model, packed(examples)), (total, theirs()), 1e-5)
+    loss = adapt.sft_loss(model, packed(examples))[0] / count
+    same((loss.item(), gradients(model, loss)), (total, theirs()), 1e-5)
 
 
-def test_packed_is_unpacked_and_no_padding_counts():
-    """In float64, whatever the rows' length and the id of the padding."""
-    model, examples = a_model(), some_examples(9)
-    loss = sft_by_hand(model, examples)
-    wanted = loss.item(), gradients(model, loss)
-    for seq_len, pad in ((64, PAD), (61, PAD), (90, 5), (64, EOS)):
-        same(ours(model, packed(examples, seq_len, pad)), wanted, 1e-10)
-    alone = adapt.packed_rows([[example] for example in examples], 64, PAD)
-    same(ours(model, alone), wanted, 1e-10)
-    batch = packed(examples)
-    empty = adapt.packed_rows([[], []], 64, PAD)
-    same(ours(model, {key: torch.cat((empty[key], batch[key])) for key in batch}), wanted, 1e-10)
-
-
-def seen_nats(model, batch):
-    """The nats (B, T) that sft_loss sums."""
+def seen_losses(model, batch):
+    """The token losses (B, T) that sft_loss sums."""
     seen = []
     hook = model.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
     adapt.sft_loss(model, batch)
@@ -365,18 +344,18 @@ def test_an_example_does_not_see_its_neighbours():
         other = {key: value.clone() for key, value in row.items()}
         other["tokens"][0, ends[edited]:ends[edited + 1]] += 1
         own = slice(ends[neighbour], ends[neighbour + 1])
-        assert torch.equal(seen_nats(model, row)[0, own], seen_nats(model, other)[0, own])
-        leaky = [seen_nats(model, {**batch, "documents": torch.zeros_like(batch["documents"])})
+        assert torch.equal(seen_losses(model, row)[0, own], seen_losses(model, other)[0, own])
+        leaky = [seen_losses(model, {**batch, "documents": torch.zeros_like(batch["documents"])})
                  for batch in (row, other)]
-        assert torch.equal(*(nats[0, own] for nats in leaky)) == (edited > neighbour)
+        assert torch.equal(*(found[0, own] for found in leaky)) == (edited > neighbour)
 
 
 def test_only_trained_targets_count():
     """To the last bit no other does, and each of them does."""
     model, batch = a_model(torch.float32), packed(some_examples(9))
-    summed, count, _ = counted(adapt.sft_loss)(model, batch)
+    summed, _ = adapt.sft_loss(model, batch)
     trained = torch.nonzero(batch["loss_mask"])
-    assert len(trained) == count == sum(e.trained.sum() for e in some_examples(9))
+    assert len(trained) == sum(example.trained.sum() for example in some_examples(9))
     targets = batch["targets"] + ~batch["loss_mask"]
     assert torch.equal(adapt.sft_loss(model, {**batch, "targets": targets})[0], summed)
     for place in trained[::7]:
@@ -430,11 +409,10 @@ def test_bins_hold_each_example_once_and_are_as_few_as_trls():
     assert adapt.best_fit([], 5) == [] and adapt.best_fit([5, 5], 5) == [[0], [1]]
 
 
-def found_in(batch):
-    """The (ids, trained) of every example in packed rows, in no order."""
+def chats_in(batch):
+    """A Counter of the (ids, trained) of every example in packed rows."""
     found = []
-    for row in range(len(batch["tokens"])):
-        documents = batch["documents"][row]
+    for row, documents in enumerate(batch["documents"]):
         for number in range(documents.max() + 1):
             own = documents == number
             ids, loss_mask = batch["tokens"][row, own], batch["loss_mask"][row, own]
@@ -446,103 +424,78 @@ def found_in(batch):
     return Counter(found)
 
 
-def shares_of(batches, step, world_size):
-    """The ranks' shares of a step, each as many rows, and all of them as one batch."""
-    shares = [batches(step, rank, world_size) for rank in range(world_size)]
-    assert len({len(share["tokens"]) for share in shares}) == 1
-    return len(shares[0]["tokens"]), {key: torch.cat([share[key] for share in shares])
-                                      for key in shares[0]}
+def pairs_in(batch):
+    """A Counter of (chosen, rejected, reference) of every real pair, sides as (ids, trained)."""
+    assert batch["tokens"].shape[2] in (64, 100)  # few lengths are compiled
+    found = []
+    for tokens, loss_mask, known, real in zip(*(batch[key].tolist() for key in (
+            "tokens", "loss_mask", "reference", "real")), strict=True):
+        lengths = [(ids + [PAD]).index(PAD) for ids in tokens]
+        sides = [(tuple(ids[:n]), (False, *mask)[:n]) for ids, mask, n
+                 in zip(tokens, loss_mask, lengths, strict=True)]
+        assert real == (lengths != [0, 0]) and (real or not np.any(loss_mask))
+        if real:
+            found.append((*sides, tuple(known)))
+    return Counter(found)
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("n, batch_size, micro", [(12, 4, 1), (23, 5, 2), (7, 16, 3), (9, 9, 4)])
-def test_an_epoch_of_chats_has_each_once_on_any_number_of_ranks(n, batch_size, micro):
-    """In numpy's PCG64(seed + epoch) order; a step is a pure function of its number."""
-    examples = some_examples(n)
-    keys = [(tuple(e.ids.tolist()), tuple(e.trained.tolist())) for e in examples]
-    batches = chat_batches(examples, batch_size, 3, 64, PAD, micro)
+def test_an_epoch_has_each_example_once_on_any_number_of_ranks(method, n, batch_size, micro):
+    """In numpy's PCG64(seed + epoch) order; a step is a pure function of its number. Each rank gets
+    as many rows; what only fills them up holds nothing."""
+    if method == "sft":
+        examples, found_in = some_examples(n), chats_in
+        batches = adapt.ChatBatches(examples, batch_size, 3, 64, PAD, micro)
+        keys = [(tuple(e.ids.tolist()), tuple(e.trained.tolist())) for e in examples]
+    else:
+        (examples, reference), found_in = some_pairs(n), pairs_in
+        batches = adapt.PreferenceBatches(examples, batch_size, 3, 100, PAD, micro, reference)
+        keys = [(*((tuple(side.ids.tolist()), tuple(side.trained.tolist())) for side in pair),
+                 tuple(known)) for pair, known in zip(examples, reference.tolist(), strict=True)]
     per_epoch = math.ceil(n / batch_size)
-    for epoch in (1, 0, 2):
-        order = np.arange(n, dtype=np.uint32)
-        np.random.Generator(np.random.PCG64(3 + epoch)).shuffle(order)
-        seen = Counter()
-        for position in range(per_epoch):
-            own = order[position * batch_size:(position + 1) * batch_size]
-            wanted = Counter(keys[i] for i in own)
-            for world_size in (1, 2, 3):
-                share, whole = shares_of(batches, 1 + epoch * per_epoch + position, world_size)
-                assert share % micro == 0 and found_in(whole) == wanted
-            seen += wanted
-        assert seen == Counter(keys)
-
-
-@pytest.mark.parametrize("n, batch_size, micro", [(12, 4, 1), (23, 5, 2), (7, 16, 3)])
-def test_an_epoch_of_pairs_has_each_once_on_any_number_of_ranks(n, batch_size, micro):
-    """Each with its own reference; those that fill up are not real; few lengths, no id is cut."""
-    pairs, reference = some_pairs(n)
-    batches = pair_batches(pairs, reference, batch_size, 3, 100, PAD, micro)
-    keys = [(tuple(map(tuple, (p.chosen.ids.tolist(), p.rejected.ids.tolist()))), tuple(known))
-            for p, known in zip(pairs, reference.tolist(), strict=True)]
-    for world_size in (1, 2, 3):
-        seen = Counter()
-        for step in range(1, 1 + math.ceil(n / batch_size)):
-            share, whole = shares_of(batches, step, world_size)
-            assert share % micro == 0 and whole["tokens"].shape[2] in (64, 100)
-            numbers = adapt.examples_of_step(step, n, batch_size, 3)
-            found = Counter()
-            for tokens, loss_mask, known, real in zip(*(whole[key].tolist() for key in (
-                    "tokens", "loss_mask", "reference", "real")), strict=True):
-                sides = tuple(tuple(ids[:ids.index(PAD)] if PAD in ids else ids) for ids in tokens)
-                if not real:  # an empty row fills up
-                    assert sides == ((), ()) and not np.any(loss_mask)
-                    continue
-                found[sides, tuple(known)] += 1
-                pair = pairs[[key[0] for key in keys].index(sides)]
-                assert [sum(side) for side in loss_mask] == [s.trained.sum() for s in pair]
-            assert found == Counter(keys[i] for i in numbers)
-            seen += found
-        assert seen == Counter(keys)
+    for epoch, position in itertools.product((1, 0, 2), range(per_epoch)):
+        own = official_order(n, 3, epoch)[position * batch_size:(position + 1) * batch_size]
+        step = 1 + epoch * per_epoch + position
+        assert len(batches.places(step)) == len(own)
+        for world_size in (1, 2, 3):
+            shares = [batches(step, rank, world_size) for rank in range(world_size)]
+            [share] = {len(share["tokens"]) for share in shares}
+            complete = {key: torch.cat([share[key] for share in shares]) for key in shares[0]}
+            assert share % micro == 0 and found_in(complete) == Counter(keys[i] for i in own)
 
 
 # ---- The step ------------------------------------------------------------------------------------
-
-METHODS = ["sft", "dpo"]
-
-
-def adaptation(method, n=8):
-    """(examples or pairs, a batch of one a row, its loss_fn, its loss by hand)."""
-    if method == "sft":
-        examples = some_examples(n)
-        return (examples, adapt.packed_rows([[example] for example in examples], 64, PAD),
-                adapt.sft_loss, partial(sft_by_hand, examples=examples))
-    pairs, reference = some_pairs(n)
-    return (pairs, pair_batches(pairs, reference, n, 0, 64, PAD, 1)(1),
-            partial(adapt.preference_loss, beta=BETA),
-            partial(dpo_by_hand, pairs=pairs, reference=reference))
-
 
 def step_by_sgd(model, micro_batches, loss_fn):
     """(loss, {name: how far each weight went}) of a train_step by plain descent at lr 1."""
     before = {name: weight_of(p).clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.SGD(model.parameters(), lr=9.0)
-    metrics = train.train_step(model, optimizer, micro_batches, counted(loss_fn), 1.0, math.inf)
-    return metrics, {name: before[name] - weight_of(p) for name, p in model.named_parameters()}
+    metrics = train.train_step(model, optimizer, micro_batches, loss_fn, 1.0, math.inf)
+    return metrics["loss"], {name: before[name] - weight_of(p)
+                             for name, p in model.named_parameters()}
 
 
 def weight_of(parameter):
-    whole = getattr(parameter, "full_tensor", None)
-    return (whole() if whole else parameter).detach()
+    gather = getattr(parameter, "full_tensor", None)
+    return (gather() if gather else parameter).detach()
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("size", [8, 1, 3])
-def test_no_way_of_cutting_the_batch_changes_loss_or_gradient(method, size):
-    """Rows of unequal lengths, in float64, against autograd over plain logits."""
-    _, batch, loss_fn, by_hand = adaptation(method)
+def test_no_way_of_cutting_or_packing_the_batch_changes_loss_or_gradient(method):
+    """Nor the padding, its id, what fills up, or targets that are not trained; in float64, against
+    autograd over plain logits of each example by itself."""
+    make, loss_fn, by_hand = adaptation(method, 8)
     model = a_model()
     loss = by_hand(model)
     wanted = loss.item(), gradients(model, loss)
-    metrics, way = step_by_sgd(model, train.cut_batch(batch, size, "cpu"), loss_fn)
-    same((metrics["loss"], way), wanted, 1e-10)
+    for seq_len, pad, micro in ((64, PAD, 1), (50, 5, 1), (90, EOS, 3), (64, PAD, 16)):
+        batch = make(seq_len, pad, micro)(1)
+        assert len(batch["tokens"]) % micro == 0
+        batch["targets"] += ~batch["loss_mask"]
+        for size in (1, 3, 99):
+            micro_batches = train.cut_batch(batch, size, "cpu")
+            same(step_by_sgd(a_model(), micro_batches, loss_fn), wanted, 1e-10)
 
 
 RANKS = """
@@ -555,23 +508,19 @@ test_adapt.compare_as_a_rank()
 
 def compare_as_a_rank():
     """In one of two ranks: 7 examples, so that one row of a rank only fills up; sharded."""
-    from torch.distributed.fsdp import fully_shard
     dist.init_process_group("gloo")
     for method in METHODS:
-        examples, _, loss_fn, by_hand = adaptation(method, 7)
+        make, loss_fn, by_hand = adaptation(method, 7)
         model = a_model()
         loss = by_hand(model)
         wanted = loss.item(), gradients(model, loss)
-        order = len(examples), 0, 64, PAD
         for micro in (1, 2):
             sharded = a_model()
-            for module in (*sharded.blocks, sharded):
-                fully_shard(module)
-            batches = (chat_batches(examples, *order, micro) if method == "sft" else
-                       pair_batches(examples, some_pairs(7)[1], *order, micro))
-            batch = batches(1, dist.get_rank(), 2)
-            metrics, way = step_by_sgd(sharded, train.cut_batch(batch, micro, "cpu"), loss_fn)
-            same((metrics["loss"], way), wanted, 1e-10)
+            apply_fsdp(sharded, build_mesh("all", torch.device("cpu")), torch.float64)
+            sharded.reduce_every_micro_batch = False
+            batch = make(64, PAD, micro)(1, dist.get_rank(), 2)
+            found = step_by_sgd(sharded, train.cut_batch(batch, micro, "cpu"), loss_fn)
+            same(found, wanted, 1e-6)  # gradients are summed in float32
     dist.barrier()
     print(f"rank {dist.get_rank()} agrees", flush=True)
     dist.destroy_process_group()
@@ -591,8 +540,9 @@ def float64(*numbers):
     return torch.tensor(numbers, dtype=torch.float64)
 
 
-def test_the_hand_numbers_of_the_facts():
-    """facts/adapt.md, 3.1: beta 0.1, policy (-10, -12), reference (-11, -11); and swapped."""
+def test_dpo_loss_has_the_numbers_of_a_calculation_by_hand():
+    """beta 0.1, policy (-10, -12), reference (-11, -11): rewards 0.1 and -0.1, so the loss is
+    -ln sigmoid(0.2); and swapped; and where the policy is the reference."""
     policy, reference = float64(-10), float64(-11)
     policy.requires_grad_()
     loss, metrics = adapt.dpo_loss(policy, float64(-12), reference, float64(-11), 0.1)
@@ -603,9 +553,8 @@ def test_the_hand_numbers_of_the_facts():
         "rewards/chosen": 0.1, "rewards/rejected": -0.1, "rewards/margins": 0.2,
         "rewards/accuracies": 1.0, "logps/chosen": -10.0, "logps/rejected": -12.0}
     assert not any(value.requires_grad for value in metrics.values())
-    swapped, metrics = adapt.dpo_loss(float64(-12), float64(-10), float64(-11), reference, 0.1)
+    swapped, _ = adapt.dpo_loss(float64(-12), float64(-10), float64(-11), reference, 0.1)
     assert swapped.item() == pytest.approx(0.7981388693815918, abs=1e-9)
-    assert metrics["rewards/margins"].item() == pytest.approx(-0.2, abs=1e-12)
     level, metrics = adapt.dpo_loss(float64(-7), float64(-9), float64(-7), float64(-9), 0.1)
     assert level.item() == pytest.approx(math.log(2), abs=1e-12)
     assert metrics["rewards/accuracies"] == 0  # strictly more
@@ -627,7 +576,7 @@ def test_the_terms_of_dpo_are_trls(beta, losses, chosen, rejected):
     assert terms["rewards/rejected"].tolist() == pytest.approx(rejected, abs=1e-12)
 
 
-def test_dpo_loss_is_its_formula_and_its_swap_the_mirror():
+def test_the_swap_of_chosen_and_rejected_is_the_mirror():
     """The mean over pairs; gradients -beta sigmoid(-beta h) / N; loss(h) - loss(-h) = -beta h."""
     generator = torch.Generator().manual_seed(0)
     policy, reference = (torch.randn(2, 50, generator=generator, dtype=torch.float64) * 20 - 60
@@ -645,43 +594,28 @@ def test_dpo_loss_is_its_formula_and_its_swap_the_mirror():
     assert mirrored["rewards/accuracies"] == 1 - metrics["rewards/accuracies"]
 
 
-def test_preference_loss_is_of_the_real_pairs_and_their_answers_alone():
-    """Padding, its id and pairs that only fill up change nothing; nor do the prompt's targets."""
-    pairs, reference = some_pairs(7)
-    model, loss_fn = a_model(), partial(adapt.preference_loss, beta=BETA)
-    loss = dpo_by_hand(model, pairs, reference)
-    wanted = loss.item(), gradients(model, loss)
-    for seq_len, pad, micro in ((64, PAD, 1), (50, 5, 1), (64, EOS, 5), (64, PAD, 16)):
-        batch = pair_batches(pairs, reference, 7, 0, seq_len, pad, micro)(1)
-        assert len(batch["tokens"]) == -(-7 // micro) * micro
-        same(ours(model, batch, loss_fn), wanted, 1e-10)
-    targets = batch["targets"] + ~batch["loss_mask"]
-    same(ours(model, {**batch, "targets": targets}, loss_fn), wanted, 1e-10)
-    summed, sums = loss_fn(model, {**batch, "real": torch.zeros_like(batch["real"])})
-    assert summed == 0 and not any(sums.values())
-    assert all((gradient == 0).all() for gradient in gradients(model, summed).values())
-
-
-def test_normalised_by_length_is_by_the_mean_over_the_answers_tokens():
+def test_preference_loss_is_of_real_pairs_by_the_sequence_or_by_the_token():
     pairs, reference = some_pairs(5)
-    model, batch = a_model(), pair_batches(*some_pairs(5), 5, 0, 64, PAD, 1)(1)
-    ratios = [(-nats_of(model, side).sum() - known) / side.trained.sum()
-              for pair, own in zip(pairs, reference.tolist(), strict=True)
-              for side, known in zip(pair, own, strict=True)]
-    h = torch.stack(ratios[::2]) - torch.stack(ratios[1::2])
-    loss, _ = ours(model, batch, partial(adapt.preference_loss, beta=5.0, length_normalized=True))
-    assert loss == pytest.approx(torch.log1p(torch.exp(-5 * h)).mean().item(), abs=1e-10)
+    model, batch = a_model(), adapt.PreferenceBatches(pairs, 5, 0, 64, PAD, 8, reference)(1)
+    for beta, by_length in ((BETA, False), (5.0, True)):
+        summed, sums = adapt.preference_loss(model, batch, beta, by_length)
+        assert summed.item() / 5 == pytest.approx(
+            dpo_by_hand(model, pairs, reference, beta, by_length).item(), abs=1e-10)
+        no_pair = {**batch, "real": torch.zeros_like(batch["real"])}
+        summed, sums = adapt.preference_loss(model, no_pair, beta, by_length)
+        assert summed == 0 and not any(sums.values())
+        assert all((gradient == 0).all() for gradient in gradients(model, summed).values())
 
 
-def test_the_log_prob_of_an_answer_is_transformers(tmp_path):
+def test_the_log_prob_of_an_answer_is_transformers(tmp_path, transformers):
     """The sum over its tokens in float32, of batches in any order and of either side."""
     model, (pairs, _) = a_model(torch.float32), some_pairs(9)
-    hf, _ = hf_of(model, tmp_path)
+    hf, _ = hf_of(model, tmp_path, transformers)
     sequences = adapt.sequences_of(pairs)
     assert [side.ids[-2] for side in sequences] == [
         side.ids[-2] for k in (0, 1) for side in (pair[k] for pair in pairs)]
     for batch_tokens in (1, 100, 5000):
-        found = adapt.completion_log_probs(model, sequences, batch_tokens)
+        found = completion_log_probs(model, sequences, batch_tokens)
         assert found.dtype == torch.float64
         for example, (log_prob, count) in zip(sequences, found.tolist(), strict=True):
             ids = torch.from_numpy(example.ids).long()
@@ -695,49 +629,47 @@ def test_the_log_prob_of_an_answer_is_transformers(tmp_path):
 
 @pytest.mark.parametrize("dtype, width", [(torch.float64, 1e-6), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("normalized", [False, True])
-def test_the_first_loss_is_ln_2(tmp_path, dtype, width, normalized):
+def test_the_first_loss_is_ln_2(dtype, width, normalized):
     """Cached, live, padded; rewards and margins are then 0, within rounding."""
     model, (pairs, _) = a_model(dtype), some_pairs(23)
-    [cached] = adapt.reference_log_probs(tmp_path / "reference.json", model, [pairs], 200)
-    live = np.array([[-nats_of(model, side).sum().item() for side in pair] for pair in pairs])
+    cached = adapt.answer_log_probs(model, pairs, 200).numpy()
+    live = np.array([[-losses_of(model, side).sum().item() for side in pair] for pair in pairs])
     np.testing.assert_allclose(cached, live, rtol=0, atol=width)
     for reference, seq_len, micro in ((cached, 64, 1), (live, 64, 4), (cached, 100, 16)):
-        batches = pair_batches(pairs, reference, 8, 0, seq_len, PAD, micro)
+        batches = adapt.PreferenceBatches(pairs, 8, 0, seq_len, PAD, micro, reference)
         for step in (1, 3):
-            summed, sums = adapt.preference_loss(model, batches(step), 0.1, normalized)
-            count = batches(step)["real"].sum()
+            batch = batches(step)
+            summed, sums = adapt.preference_loss(model, batch, 0.1, normalized)
+            count = batch["real"].sum()
             assert (summed / count).item() == pytest.approx(math.log(2), abs=width)
             for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
                 assert (sums[name] / count).item() == pytest.approx(0, abs=width)
 
 
-def test_the_first_loss_in_bfloat16_is_within_the_width_of_its_check(tmp_path):
+def test_the_first_loss_in_bfloat16_is_within_the_width_of_its_check():
     """Although one forward has other neighbours and padding than the other."""
     model, (pairs, _) = a_model(torch.float32), some_pairs(23)
     model.compute_dtype = torch.bfloat16
-    [reference] = adapt.reference_log_probs(tmp_path / "reference.json", model, [pairs], 200)
+    reference = adapt.answer_log_probs(model, pairs, 200).numpy()
     assert (reference != reference.astype(np.float32).astype(np.int32)).all()  # summed in float32
-    batch = pair_batches(pairs, reference, 23, 0, 64, PAD, 1)(1)
+    batch = adapt.PreferenceBatches(pairs, 23, 0, 64, PAD, 1, reference)(1)
     summed, _ = adapt.preference_loss(model, batch, 0.1)
-    count = batch["real"].sum()
-    assert abs((summed / count).item() - math.log(2)) < adapt.FIRST_LOSS_WIDTH[torch.bfloat16]
+    assert abs(summed.item() / 23 - math.log(2)) < adapt.FIRST_LOSS_WIDTH[torch.bfloat16]
 
 
-def test_the_reference_is_computed_once_and_must_be_whole(tmp_path):
-    file, (pairs, _) = tmp_path / "reference.json", some_pairs(5)
-    sets = [pairs[:3], pairs[3:]]
-    first, held_out = adapt.reference_log_probs(file, a_model(), sets, 200)
-    for before, again in zip((first, held_out),
-                             adapt.reference_log_probs(file, a_model(seed=1), sets, 200),
-                             strict=True):
-        assert np.array_equal(before, again)
-    for wrong in (first[:2], np.where(first == first[2, 1], -math.inf, first)):
-        file.write_text(json.dumps({"log_probs": [wrong.tolist(), held_out.tolist()]}))
-        with pytest.raises(UserError, match=f"{file}: log_probs"):
-            adapt.reference_log_probs(file, a_model(), sets, 200)
+def test_the_references_file_must_be_complete(tmp_path):
+    file = tmp_path / "reference.json"
+    first, held_out = [[-1.5, -2.25], [-3.0, -4.0], [-5.0, -6.0]], [[-7.0, -8.0]]
+    for tables, sizes in (([first, held_out], [3, 1]), ([first, []], [3, 0])):
+        file.write_text(json.dumps({"log_probs": tables}))
+        for found, table, size in zip(read_reference(file, sizes), tables, sizes, strict=True):
+            assert found.dtype == np.float64 and found.shape == (size, 2)
+            assert found.tolist() == table
+    for wrong in ([first[:2], held_out], [first], [first, [[-7.0, -math.inf]]]):
+        file.write_text(json.dumps({"log_probs": wrong}))
+        assert f"{file}: log_probs" in refusal(read_reference, file, [3, 1])
     file.write_text("")  # torn by a power cut
-    with pytest.raises(UserError, match=f"{file}: cannot be read"):
-        adapt.reference_log_probs(file, a_model(), sets, 200)
+    assert f"{file}: " in refusal(read_reference, file, [3, 1])
 
 
 @pytest.mark.parametrize("loss, words, raises", [
@@ -747,10 +679,11 @@ def test_the_reference_is_computed_once_and_must_be_whole(tmp_path):
 def test_a_first_loss_that_is_not_ln_2_stops(loss, words, raises, capsys):
     """Its width grows with beta, but not where the log-probabilities are per token."""
     config = adapt.AdaptConfig(method="dpo", **words)
+    check = partial(adapt.check_first_loss, {"loss": loss}, torch.float32, config)
     if not raises:
-        return adapt.check_first_loss(loss, torch.float32, config)
-    with pytest.raises(UserError, match=f"loss={loss:.4f} at step 1: .*--overwrite"):
-        adapt.check_first_loss(loss, torch.float32, config)
+        return check()
+    message = refusal(check)
+    assert f"loss={loss:.4f}" in message and "--overwrite" in message
     assert f"{loss:.4f}" in capsys.readouterr().out
 
 
@@ -759,9 +692,8 @@ def test_a_first_loss_that_is_not_ln_2_stops(loss, words, raises, capsys):
 @pytest.mark.parametrize("examples, batch_size, epochs, share", [
     (1000, 32, 3.0, 0.03), (61_135, 32, 3.0, 0.1), (10, 32, 0.2, 0.1), (100, 8, 1.5, 0.0)])
 def test_the_learning_rate_falls_as_transformers_linear_schedule(examples, batch_size, epochs,
-                                                                 share):
+                                                                 share, transformers):
     """Of one step more, and indexed by the step; the warm-up is OLMo's, from a tenth."""
-    transformers = pytest.importorskip("transformers")
     config = adapt.by_epochs(adapt.AdaptConfig(epochs=epochs, warmup_share=share),
                              train.TrainConfig(batch_size=batch_size, lr=5e-7, min_lr=0), examples)
     assert config.max_steps == max(1, round(epochs * math.ceil(examples / batch_size)))
@@ -820,22 +752,14 @@ SOUND = {"sft": {"messages": say("s: s", "u: q", "a: a"), "id": 3},
          "dpo": {"prompt": "q", "chosen": A_CHAT, "rejected": [A_CHAT[0], ANSWER], "score": 1}}
 
 
-def write_lines(path, lines):
-    """A JSONL file of values, or of texts as they are; returns its path."""
-    path.write_bytes(b"".join((line if isinstance(line, bytes) else line.encode() if isinstance(
-        line, str) else json.dumps(line).encode()) + b"\n" for line in lines))
-    return path
-
-
 @pytest.mark.parametrize("method, line, key", [("sft", *case) for case in CHATS]
                          + [("dpo", *case) for case in PREFERENCES])
 def test_a_faulty_row_is_named_with_its_place_and_the_remedy(tmp_path, method, line, key):
     """Or dropped and counted, on request; the sound rows around it are kept."""
     file = write_lines(tmp_path / "rows.jsonl", [SOUND[method], line, "", SOUND[method], line])
-    with pytest.raises(UserError) as fault:
-        read_set(str(file), adapt.AdaptConfig(method=method), False, 0.1, Counter())
+    message = refusal(read_set, str(file), adapt.AdaptConfig(method=method), False, 0.1, Counter())
     for words in (f"{file}:2: {key}", f"{file}:5: {key}", "2 of 4 rows", "--faulty=skip"):
-        assert words in str(fault.value)
+        assert words in message
     skipping, counts = adapt.AdaptConfig(method=method, faulty="skip"), Counter()
     found = read_set(str(file), skipping, False, 0.1, counts)
     assert [place for place, _ in found] == [f"{file}:1", f"{file}:4"]
@@ -943,7 +867,7 @@ def test_a_run_holds_what_a_run_of_pretraining_holds(method, undisturbed, base, 
     settings = json.loads((run / "config.json").read_text())
     assert settings["method"] == method and settings["max_steps"] == 9
     assert settings["train_data"] == str(sets[method][0])
-    assert differing_weights(load_model(run / "step000001"), load_model(base))
+    assert not same_weights(load_model(run / "step000001"), load_model(base))
     model, tokenizer = load_model(run), Tokenizer.load(run / "tokenizer.json")
     last = rows(run, "eval")[-1]
     assert len(last["samples"]) == 3 and all("<|assistant|>" in text for text in last["samples"])
@@ -953,7 +877,7 @@ def test_a_run_holds_what_a_run_of_pretraining_holds(method, undisturbed, base, 
         assert last["tuned"]["loss"] == pytest.approx(sft_by_hand(model, examples).item(), abs=1e-4)
         assert "rewards/margins" not in rows(run)[-1]
     else:
-        here, there = ([[-nats_of(of, side).sum().item() for side in pair] for pair in examples]
+        here, there = ([[-losses_of(of, side).sum().item() for side in pair] for pair in examples]
                        for of in (model, load_model(base)))
         h = [(c - d) - (r - s) for (c, r), (d, s) in zip(here, there, strict=True)]
         assert last["tuned"]["dpo_loss"] == pytest.approx(
@@ -993,7 +917,7 @@ def test_a_run_stopped_by_a_signal_goes_on_as_if_it_had_not(method, tmp_path, un
     result = call(adapt, f"--resume={run}")
     assert result.returncode == 0 and f"continues after step {last}" in result.stdout, result.stderr
     assert numbers_of(run) == numbers_of(undisturbed[method])
-    assert not differing_weights(load_model(run), load_model(undisturbed[method]))
+    assert same_weights(load_model(run), load_model(undisturbed[method]))
     assert "finished, at step 9 of 9" in call(adapt, f"--resume={run}").stdout
 
 
@@ -1085,7 +1009,7 @@ def test_a_run_that_is_beyond_its_new_end_is_finished(tuned_copy, call):
 @pytest.mark.parametrize("method", METHODS)
 def test_without_a_learning_rate_the_policy_is_the_base(method, tmp_path, tuning, base):
     assert adapt.main([str(tuning(tmp_path / "run", method, lr=0.0, epochs=1.0))]) == 0
-    assert not differing_weights(load_model(tmp_path / "run"), load_model(base))
+    assert same_weights(load_model(tmp_path / "run"), load_model(base))
     if method == "dpo":
         assert [row["rewards/margins"] for row in rows(tmp_path / "run")] == pytest.approx(
             [0, 0, 0], abs=1e-4)
@@ -1119,7 +1043,7 @@ def test_what_cannot_be_tuned_is_one_line(tmp_path, undisturbed, tuning, base, c
             ([file, f"--start_from={tmp_path / 'none'}"], ["no such directory"]),
             ([file, f"--run_dir={base}"], ["is the run that is tuned"]),
             ([file, "--epochs=0"], ["epochs=0"]), ([file, "--beta=0"], ["beta=0"]),
-            ([f"--resume={base}"], ["no run of adapt.py"]), ([], ["name a config file"])):
+            ([f"--resume={base}"], [base, "train.py"]), ([], ["name a config file"])):
         refused(call(adapt, *words), *wanted)
         assert not saved_steps(base.parent / "none") and not list(run.glob("step*"))
     result = call(adapt, file, f"--train_data={faulty}", "--faulty=skip", "--eval_data=")
@@ -1129,12 +1053,16 @@ def test_what_cannot_be_tuned_is_one_line(tmp_path, undisturbed, tuning, base, c
 
 
 def test_what_is_cut_or_left_out_is_counted_aloud(tmp_path, tuning, call):
-    """Of four chats one is cut, one has a prompt that fills the 128 tokens."""
+    """One chat of four is cut, one has a prompt that fills the 128 tokens."""
     chats = write_lines(tmp_path / "chats.jsonl", [
         *[{"messages": say("u: q", "a: a")}] * 2, {"messages": say("u: q", "a: " + "z q" * 90)},
         {"messages": say("u: " + "z q" * 90, "a: a")}])
-    result = call(adapt, tuning(tmp_path / "run", "sft", train_data=str(chats), epochs=1.0))
-    assert result.returncode == 0
+    held_out = write_lines(tmp_path / "held_out.jsonl", [
+        {"messages": say("u: q", "a: a", "u: " + "z q" * 90, "a: a")}])
+    result = call(adapt, tuning(tmp_path / "run", "sft", train_data=str(chats), epochs=1.0,
+                                eval_data=str(held_out)))
+    assert result.returncode == 0, result.stderr
+    assert "samples" not in rows(tmp_path / "run", "eval")[-1]  # no room for the last answer
     [line] = [line for line in result.stdout.splitlines() if line.startswith("train_data=")]
     assert "3 chats of" in line and "1 dropped, as nothing of an answer fits" in line
     assert " cut, so that the last answer has no end" in line
@@ -1156,8 +1084,8 @@ def test_a_run_from_a_hugging_face_directory_begins_as_from_the_run(method, tmp_
                                                                "eval")[0]["tuned"], abs=1e-6)
 
 
-def test_the_export_of_a_tuned_run_has_the_template_of_its_chats(tmp_path, undisturbed, call):
-    transformers = pytest.importorskip("transformers")
+def test_the_export_of_a_tuned_run_has_the_template_of_its_chats(tmp_path, undisturbed, call,
+                                                                 transformers):
     assert call(m, "export", undisturbed["sft"], tmp_path / "hf").returncode == 0
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     tokenizer = Tokenizer.load(undisturbed["sft"] / "tokenizer.json")
@@ -1180,14 +1108,6 @@ def test_two_ranks_tune_as_one_process(method, tmp_path, tuning, undisturbed):
     for one, other in zip(rows(run, "eval"), rows(undisturbed[method], "eval"), strict=True):
         assert one["tuned"] == pytest.approx(other["tuned"], abs=1e-4)
         assert one["samples"] == other["samples"]
-
-
-def test_held_out_chats_without_their_last_answer_have_no_samples(tmp_path, tuning, call):
-    chats = write_lines(tmp_path / "chats.jsonl", [
-        {"messages": say("u: q", "a: a", "u: " + "z q" * 90, "a: a")}])
-    result = call(adapt, tuning(tmp_path / "run", "sft", eval_data=str(chats), epochs=1.0))
-    assert result.returncode == 0, result.stderr
-    assert "samples" not in rows(tmp_path / "run", "eval")[-1]
 
 
 # ---- Learning ------------------------------------------------------------------------------------
@@ -1325,30 +1245,22 @@ def test_generate_goes_on_where_it_was_torn(learnt, tmp_path, call, refused):
     refused(call(adapt, "generate", run, prompts), "generate RUN PROMPTS.jsonl OUT.jsonl")
 
 
-def test_answers_of_other_weights_or_options_are_not_gone_on_with(learnt, tmp_path, call, refused):
+def test_answers_are_gone_on_with_if_weights_and_options_are_the_same(learnt, tmp_path, call,
+                                                                     refused):
+    """Also where the prompts bring an output, as AlpacaEval's do: the answer replaces it."""
     run = shutil.copytree(learnt["sft"][0], tmp_path / "run")
-    words = ["generate", run, write_lines(tmp_path / "prompts.jsonl", [{"prompt": "q"}] * 2),
-             tmp_path / "out.jsonl"]
-    assert call(adapt, *words).returncode == 0
-    refused(call(adapt, *words, "--max_new_tokens=9"), "another OUT")
-    assert "2 of them were there" in call(adapt, *words).stdout
+    out, (_, chats) = tmp_path / "out.jsonl", learnt["sft"]
+    words = ["generate", run, write_lines(tmp_path / "prompts.jsonl", [
+        {"instruction": chat["messages"][0]["content"], "output": "baseline", "generator": "gpt"}
+        for chat in chats[:2]]), out]
+    for count in (0, 2):
+        result = call(adapt, *words)
+        assert f"2 answers, {count} of them were there" in result.stdout, result.stderr
+    assert json.loads(out.read_text().splitlines()[0])["output"] == "alpha beta gamma!"
+    refused(call(adapt, *words, "--max_new_tokens=9"), out)
     shutil.rmtree(run)
     shutil.copytree(learnt["dpo"][0], run)
-    refused(call(adapt, *words), "another OUT")
-
-
-def test_prompts_that_bring_an_output_are_gone_on_with(learnt, tmp_path, call):
-    """AlpacaEval's own file has the baseline's `output` and `generator`; the answer replaces it."""
-    run, chats = learnt["sft"]
-    prompts = write_lines(tmp_path / "prompts.jsonl", [
-        {"instruction": chat["messages"][0]["content"], "output": "baseline", "generator": "gpt"}
-        for chat in chats[:2]])
-    out = tmp_path / "out.jsonl"
-    for count in (0, 2):
-        result = call(adapt, "generate", run, prompts, out)
-        assert result.returncode == 0, result.stderr
-        assert f"2 answers, {count} of them were there" in result.stdout
-    assert json.loads(out.read_text().splitlines()[0])["output"] == "alpha beta gamma!"
+    refused(call(adapt, *words), out)
 
 
 @pytest.fixture
@@ -1365,16 +1277,6 @@ def talk(call, monkeypatch):
 def test_no_control_character_reaches_the_terminal():
     text, shown = "a\tb\n\x1b[2Jc\r\x07d\x9be\x7f é", "a\tb\n?[2Jc??d?e? é"
     assert harmless(text) == shown.replace("?", "\ufffd")
-
-
-def test_a_pair_counts_once_whichever_of_its_sides_are_cut(tokenizer_json):
-    tokenizer, counts = Tokenizer.load(tokenizer_json), Counter()
-    row = {"prompt": say("u: x"), "chosen": "y " * 60, "rejected": "z " * 60}
-    assert adapt.encode_pair(row, tokenizer, 40, "here", counts)
-    assert counts == {"cut, so that the last answer has no end": 1}
-    assert adapt.encode_pair({**row, "prompt": say("u: " + "x " * 60)}, tokenizer, 40, "here",
-                             counts) is None
-    assert counts["dropped, as nothing of an answer fits"] == 1
 
 
 def test_a_chat_recites_as_it_streams(learnt, talk, tmp_path):
