@@ -670,7 +670,8 @@ def test_stand_ins_and_the_memory_of_bloom_filters_are_announced(tmp_path, call)
     ({"rules": "gohper"}, ["'gohper'", "gopher?"]),
     ({"rules": "web c4_documents"}, ["'c4_documents'", "c4_document?"]),
     ({"rules": "paragraf"}, ["'paragraf'", "paragraph?"]),
-    ({"rule": "web"}, ["'rule'", "path, rules"]), ({"weight": 1e9}, ["weight", 1e9])])
+    ({"rule": "web"}, ["'rule'", "path, rules"]),
+    *(({"weight": weight}, ["weight", weight]) for weight in (0, True, "1", 1e9))])
 def test_mistake_in_a_source_is_refused_before_anything_is_built(tmp_path, call, refused, entry,
                                                                  words):
     entry = {"path": write_texts(tmp_path / "s.jsonl", "a")} | entry
