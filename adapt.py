@@ -105,51 +105,51 @@ def adapt(adapt_config, eval_config, config):
     check_vocabulary(base.model_config, tokenizer)
 
     # The examples, and the schedule that follows from their number
-    train_set, eval_set = read_sets(adapt_config, base, tokenizer)
+    train_set, eval_set = read_sets(adapt_config, base, tokenizer)  # chats, or pairs of answers
     suites = open_suites(eval_config, partial(held_out_of_base, base))
     config = by_epochs(adapt_config, config, len(train_set))
-    fingerprint = fingerprint_of(base, train_set, eval_set, config)
+    fingerprint = fingerprint_of(base, train_set, eval_set, config)  # must not change in a run
     settings = base.settings | saved_settings(base.model_config, eval_config, adapt_config, config)
     dtype, compiled = agree_on_machine(config, settings, device)
 
-    # The run: new, or as it was left
+    # The run: new, with the base's weights, or as it was left. The base is DPO's reference too.
     run = Run.open(replace(config, start_from=""), settings, fingerprint, base.model_config, device,
                    deadline, free_keys={*DERIVED, *vars(eval_config)})
     if run.is_finished():
         return 0
     model, optimizer = build_training(base.model_config, config, device, dtype, compiled)
-    sets = [train_set, eval_set]
-    references = reference_log_probs(run, base, model, sets, adapt_config, eval_config)
+    train_reference, eval_reference = reference_log_probs(
+        run, base, model, [train_set, eval_set], adapt_config, eval_config)
     if run.checkpoint:
         resume(run, model, optimizer)
     else:
         fill_weights(model, base)
     run.describe(base.home, tuned_on=fingerprint)
-    batches, loss_fn = batches_and_loss(run, train_set, references[0], adapt_config)
+    batches, loss_fn = batches_and_loss(run, train_set, train_reference, adapt_config)
     print_run(run.path, base, adapt_config, config, batches.micro_batch_size)
 
-    # The steps: the same loop as train.py, with other batches and another loss
+    # The steps: the same loop as in train.py, with other batches and another loss
     with run:
         if run.step == 0 or run.evaluation_was_missed():  # step 0: what the tuning starts from
-            run.log_evaluation(evaluate_tuned(model, tokenizer, suites, eval_set, references[1],
+            run.log_evaluation(evaluate_tuned(model, tokenizer, suites, eval_set, eval_reference,
                                               adapt_config, eval_config))
         for step in run.steps():
             lr = lr_at_step(step, config)
             max_norm = clip_at_step(step, config)
-            batch = batches(step, rank(), world_size())
+            batch = batches(step, rank(), world_size())  # this rank's share of the chats or pairs
             micro_batches = cut_batch(batch, batches.micro_batch_size, device)
             try:
                 metrics = train_step(model, optimizer, micro_batches, loss_fn, lr, max_norm)
             except FloatingPointError as error:  # the weights are untouched
                 metrics = run.report_not_finite(step, error, batches.places)
-            if step == 1 and adapt_config.method == "dpo":
+            if step == 1 and adapt_config.method == "dpo":  # the policy still is the reference
                 check_first_loss(metrics, dtype, adapt_config)
             run.log(step, batch, metrics, lr, max_norm)
             if run.save_is_due(step):
-                run.save(model, optimizer)
+                run.save(model, optimizer)  # first: an evaluation may fail, and a signal gives 30 s
             if run.evaluation_is_due(step):
-                run.log_evaluation(evaluate_tuned(model, tokenizer, suites, eval_set, references[1],
-                                                  adapt_config, eval_config))
+                run.log_evaluation(evaluate_tuned(model, tokenizer, suites, eval_set,
+                                                  eval_reference, adapt_config, eval_config))
     if not run.ended_by:
         print_results(run.path, run.step, run.results)
     return run.exit_code("adapt.py")

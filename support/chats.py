@@ -27,18 +27,27 @@ def read_set(path, config, held_out, eval_share, counts):
 
     UserError names the faulty rows; with config.faulty "skip" they are dropped and counted.
     """
-    check = checked_chat if config.method == "sft" else checked_preference
-    if path == "stdlib":
-        embedded = stdlib_chats if config.method == "sft" else stdlib_preferences
-        return [(f"stdlib:{name}", check(row, f"stdlib:{name}"))
-                for name, row in embedded(held_out, eval_share)]
+    if config.method == "sft":
+        check = checked_chat
+        embedded = stdlib_chats
+    else:
+        check = checked_preference
+        embedded = stdlib_preferences
     rows = []
+    if path == "stdlib":
+        for name, row in embedded(held_out, eval_share):
+            place = f"stdlib:{name}"
+            rows.append((place, check(row, place)))
+        return rows
     faults = []
     for record in read_records(path, "", counts):
+        place = record.place  # file:line
         try:
-            rows.append((record.place, check(parse(record), record.place)))
-        except UserError as fault:
+            row = check(parse(record), place)
+        except UserError as fault:  # go on: the user wants to know all of them
             faults.append(str(fault))
+        else:
+            rows.append((place, row))
     if faults and config.faulty == "stop":
         raise UserError(said_of(faults, len(faults) + len(rows)))
     if faults:
@@ -73,7 +82,7 @@ def checked_messages(messages, place, last):
             "list of {role, content}")
     require(messages, f"{place}: an empty list; give at least one message")
     checked = []
-    before = None
+    before = None  # the role of the last message
     for number, message in enumerate(messages):
         message = checked_message(message, f"{place}[{number}]", before)
         before = message["role"]
@@ -89,6 +98,7 @@ def checked_message(message, place, before):
             "role and content")
     role = message.get("role")
     content = message.get("content")
+    # 1. each by itself
     require(role in ROLES, f"{place}.role: {repr(role)[:20]} is not one of {', '.join(ROLES)}; "
             "rename it")
     require(isinstance(content, str), f"{place}.content: {type(content).__name__}, not a text; "
@@ -97,8 +107,10 @@ def checked_message(message, place, before):
     # JSON can hold half of a surrogate pair; UTF-8, and so the tokenizer, cannot
     require(content == without_surrogates(content),
             f"{place}.content: half a character (a lone surrogate); remove it")
-    require(role in NEXT[before], f"{place}.role: {role}, where {' or '.join(NEXT[before])} must "
-            "come; users and assistants take turns")
+    # 2. the role after the one before it
+    due = " or ".join(NEXT[before])
+    require(role in NEXT[before], f"{place}.role: {role}, where {due} must come; users and "
+            "assistants take turns")
     return {"role": role, "content": content}
 
 
@@ -111,10 +123,11 @@ def checked_preference(row, place):
     """
     require(isinstance(row, dict) and {"chosen", "rejected"} <= row.keys(),
             f"{place}: chosen or rejected is missing; a preference has both")
-    kinds = [type(row[side]).__name__ for side in ("chosen", "rejected")]
-    require(kinds[0] == kinds[1], f"{place}: chosen is {kinds[0]} and rejected {kinds[1]}; both "
-            "must be lists of messages, or both texts")
-    if kinds[0] == "str":
+    kind = type(row["chosen"]).__name__
+    other = type(row["rejected"]).__name__
+    require(kind == other, f"{place}: chosen is {kind} and rejected {other}; both must be lists "
+            "of messages, or both texts")
+    if kind == "str":
         chosen, rejected = checked_texts(row, place)
     else:
         chosen = checked_messages(row["chosen"], f"{place}: chosen", "assistant")
@@ -135,7 +148,7 @@ def checked_texts(row, place):
     prompt = row.get("prompt")
     require(prompt is not None, f"{place}: prompt is missing; chosen and rejected are texts, which "
             "need one")
-    if not isinstance(prompt, list):
+    if not isinstance(prompt, list):  # a text: one question
         prompt = [{"role": "user", "content": prompt}]
     prompt = checked_messages(prompt, f"{place}: prompt", "user")
     sides = []

@@ -280,7 +280,8 @@ def compare_with_transformers(model, directory, out):
                         "differs from OLMo 1.0's cannot be exported")
 
 
-# data.py's render_chat in Jinja, for transformers' apply_chat_template
+# data.py's render_chat in Jinja, for transformers' apply_chat_template. What a file of chats may
+# hold is checked in support/chats.py.
 CHAT_TEMPLATE = (
     "{{ eos_token }}{% for message in messages %}"
     "{{ '<|' + message['role'] + '|>\n' + message['content'].strip() }}"
