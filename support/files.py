@@ -1,4 +1,4 @@
-"""JSON, digests, writes that survive a crash, and a user's mistake in one line."""
+"""JSON, digests, locks, writes that survive a crash, and one-line messages for a user's mistake."""
 
 import errno
 import fcntl
@@ -14,16 +14,17 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    """A mistake of the user's: its message names the value, its place and the remedy."""
+    """A mistake that the user can mend; the message names the value, its place and the remedy."""
 
 
 def file_sha256(path):
+    """The SHA-256 of a file's content, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path):
-    """The JSON object in a file; UserError names the file that holds none."""
+    """Returns the JSON object in a file as a dict; UserError if the file holds anything else."""
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -34,15 +35,15 @@ def read_json(path):
 
 
 def write_json(path, value):
-    """Write a JSON file; a crash leaves the old one or the new one, never half of it."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(json.dumps(value, indent=1) + "\n")
-    fsync(aside)
-    aside.replace(path)
+    """Write a JSON file so that a crash leaves the old file or the new one, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    fsync(temporary)  # first the content, then the name
+    temporary.replace(path)
 
 
 def fsync(path):
-    """Wait until a file, or the names in a directory, are on the disk."""
+    """Wait until a file's content, or the list of a directory's files, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -113,16 +114,19 @@ class Lock:
 
 
 def run_main(main):
-    """Run `main(argv)`; a user's mistake or a full disk is one line, a bug keeps its traceback."""
+    """Run main(argv) and exit with the code that it returns (None is 0).
+
+    A user's mistake or a full disk ends in one line and exit code 1. A bug keeps its traceback.
+    """
     try:
         sys.exit(main(sys.argv[1:]))
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # of `... | head`: nobody reads on
+        sys.exit(130)  # 128 + SIGINT, as shells have it
+    except BrokenPipeError:  # the reader of our output has left, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        sys.exit(141)  # 128 + SIGPIPE
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             sys.exit(f"error: {error}; make room, then run the same command again")
@@ -132,12 +136,15 @@ def run_main(main):
 
 
 def log_rows(run, name="metrics.jsonl"):
-    """The rows of a run's log; one that a crash has torn is left out."""
+    """Yields the rows (dicts) of a run's log. A line that a crash cut short is skipped."""
     log = Path(run) / name
-    for line in log.read_text(errors="replace").splitlines() if log.is_file() else ():
+    if not log.is_file():
+        return
+    for line in log.read_text(errors="replace").splitlines():
         try:
             row = json.loads(line)
-            if row["kind"] and row["step"] >= 0:
-                yield row
+            is_complete = row["kind"] and row["step"] >= 0
         except (ValueError, KeyError, TypeError):
             continue
+        if is_complete:
+            yield row
