@@ -10,7 +10,6 @@ import ast
 import dataclasses
 import difflib
 import inspect
-import itertools
 import json
 import sys
 from pathlib import Path
@@ -210,16 +209,8 @@ def help_text(schemas):
         for field in dataclasses.fields(schema):
             value = getattr(default, field.name)
             lines.append(f"  --{field.name}={value}  ({type_name(field.type)})")
-            lines.append(f"      {field.metadata.get('help') or sentences(schema)[field.name]}")
+            lines.append(f"      {field.metadata['help']}")
     return "\n".join(lines)
-
-
-def sentences(schema):
-    """{field: the sentence under it} of a dataclass, read from its source."""
-    body = ast.parse(inspect.getsource(schema)).body[0].body
-    return {field.target.id: " ".join(text.value.value.split())
-            for field, text in itertools.pairwise(body)
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)}
 
 
 def flat(*configs):

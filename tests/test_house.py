@@ -95,7 +95,6 @@ def test_nothing_runs_at_import(name):
                                      ast.Assign, ast.AnnAssign)), ast.unparse(node)
 
 
-@pytest.mark.xfail(reason="train() and adapt() are still too long")
 @pytest.mark.parametrize("name", [*MAIN_LINE, "configs"])
 def test_functions_of_the_main_line_fit_on_a_screen(name):
     for node in ast.walk(ast.parse(NAMES[name].read_text())):
