@@ -46,7 +46,7 @@ SHARD_TOKENS = 2**28  # a shard is closed before the document that would exceed 
 class DataConfig:
     """What the model reads, and in which order."""
 
-    # what is read, and where the result lies
+    # what is read, and where the result goes
     data_dir: str = setting(
         "datasets/stdlib", "Folder for built data; each set of sources and settings gets a folder "
         "of its own in it.")
@@ -336,7 +336,7 @@ def check_size(path, expected):
 #
 # Decontamination and the rules look at one document at a time, so worker processes share them.
 # Deduplication must remember what it saw and is one pass in the order of the input: with threads,
-# which copy of a paragraph stays would depend on chance (it does in Dolma's toolkit).
+# which copy of a paragraph is kept would depend on chance (it does in Dolma's toolkit).
 
 def decontaminate_and_filter(records, config, source, funnel):
     """Yield the documents that hold no evaluation text and pass the rules, in their order."""

@@ -32,7 +32,7 @@ def read_documents(path, source, counts=None):
 
 
 class Record(NamedTuple):
-    """A document as it lies in its file: unparsed, so that worker processes can parse it."""
+    """A document as it is in its file: unparsed, so that worker processes can parse it."""
     file: str  # relative to the source's path
     line: int
     place: str  # file:line as the user knows it, for messages
@@ -55,7 +55,7 @@ def read_records(path, source, counts, allow_truncated=False, progress=False):
     with tqdm(desc=f"cleaning {source}", total=total, unit="B", unit_scale=True, leave=False,
               disable=not progress) as bar:
         for file in files:
-            # relative, so that ids and provenance do not depend on where the source lies
+            # relative, so that ids and provenance do not depend on where the source is
             name = file.relative_to(root).as_posix() if root.is_dir() else file.name
             if not name.endswith(JSON_SUFFIXES):
                 yield Record(name, 1, str(file), file.read_bytes())
@@ -148,7 +148,7 @@ def as_document(record, source, counts):
     # where it was read, as in Dolma: trace leads back to this line
     provenance = f"{record.file}:{record.line}"
     name = entry.get("id", provenance)
-    metadata = entry.get("metadata") or {}  # null stands for none
+    metadata = entry.get("metadata") or {}  # null means none
     if not isinstance(name, (str, int)):
         raise UserError(f"{place}: id is {type(name).__name__}, not a string; correct the line")
     if not isinstance(metadata, dict):
@@ -172,7 +172,7 @@ def without_surrogates(text):
 def is_held_out(document, eval_share):
     """Whether the hash of the document's group falls into the held-out share.
 
-    A hash, not a random draw: a document stays on its side when others are added or removed, and
+    A hash, not a random draw: a document is on the same side when others are added or removed, and
     in every later build (Dolma's held-out sets are drawn by hash too).
     """
     # kept together: near copies on both sides would make the held-out text too easy

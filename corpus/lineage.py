@@ -1,4 +1,4 @@
-"""The data behind a run: where it lies, and what the weights saw before this run."""
+"""The data behind a run: where it is, and what the weights saw before this run."""
 
 from pathlib import Path
 

@@ -41,7 +41,7 @@ STAGE_FILES = {
     "mix": ("data.py", "corpus/manifest.py", "corpus/storage.py"),
     "token files": ("corpus/storage.py", "corpus/token_files.py", "corpus/tokenizer.py"),
 }
-# What data.py has besides: the settings, which are hashed themselves, and what reads built data.
+# The parts of data.py that build nothing: settings (hashed themselves) and readers of built data.
 # A change there rebuilds nothing.
 NOT_BUILDING = ("DataConfig", "Batches", "TokenShards", "instance_order", "check_world_size",
                 "check_size", "render_chat", "main")

@@ -17,7 +17,7 @@ FILE_BYTES = 2**30  # a file of clean documents is closed when it is larger (com
 DOCUMENT_INDEX = np.dtype([
     ("start", "<i8"), ("end", "<i8"),  # its tokens in the shard, EOS included, end exclusive
     ("id", "<u8"),  # hash_of_id of its id
-    ("file", "<i4"), ("line", "<i4"), ("block", "<i8"),  # where its text lies: see read_block
+    ("file", "<i4"), ("line", "<i4"), ("block", "<i8"),  # where its text is: see read_block
 ])
 
 

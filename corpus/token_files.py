@@ -40,7 +40,7 @@ def write_token_list(folder, config, settings):
     tokenizer = Tokenizer.load(tokenizer_file(config.tokenizer))
     tokenizer.save(folder / "tokenizer.json")
     shards = [token_file(path, tokenizer) for path in listed_token_files(config.token_files)]
-    # the tokenizer and each file's size and ends stand for the content: it is too long to hash
+    # the tokenizer and each file's size and ends identify the content, which is too long to hash
     identity = [[shard["tokens"], shard["ends"]] for shard in shards]
     write_json(folder / "manifest.json", {
         "sha256": hash_of([settings["tokenizer"], identity]), **vocabulary_of(tokenizer),

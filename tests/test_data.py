@@ -430,8 +430,14 @@ def test_manifest_agrees_with_the_files(tmp_path, monkeypatch):
     assert manifest["eos_token_id"] == tokenizer.eos_token_id == 299
     assert manifest["pad_token_id"] == tokenizer.pad_token_id == 298
     assert TokenShards(folder, 8).eos_token_id == 299
+    def sha256(name):
+        return hashlib.sha256((folder / name).read_bytes()).hexdigest()
     for shard in manifest["shards"]:
-        assert shard["sha256"] == hashlib.sha256((folder / shard["file"]).read_bytes()).hexdigest()
+        assert shard["sha256"] == sha256(shard["file"])
+    identity = [sha256("tokenizer.json"),
+                [[shard["file"], shard["sha256"]] for shard in manifest["shards"]],
+                [sha256(f"held_out/{source}.jsonl") for source in ("main", "two")]]
+    assert manifest["sha256"] == hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     assert len({shard["sha256"] for shard in manifest["shards"]}) > 4
     assert list(manifest["sources"]) == ["main", "two"]
     for source, counts in manifest["sources"].items():

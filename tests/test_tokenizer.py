@@ -213,7 +213,7 @@ def slow_merges(words, n_merges):
 
 
 def slow_words(texts):
-    """GPT-2's own pattern on what lies between the runs of spaces."""
+    """GPT-2's own pattern on what is between the runs of spaces."""
     pattern = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
     words = Counter()
     for text in texts:

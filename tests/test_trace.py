@@ -79,7 +79,7 @@ def official_instances(n, step):
 def write_sources(root):
     """Three sources that their rules edit: web (shown 2.5 times), code (0.4) and notes (once)."""
     dice = random.Random(3)
-    menu = [words(dice, 6) + "." for _ in range(5)]  # lines that stand in many documents
+    menu = [words(dice, 6) + "." for _ in range(5)]  # lines that many documents share
     extras = [lambda: words(dice, 4), lambda: f"Ask {words(dice, 1)}@mail.example.org, please.",
               lambda: dice.choice(menu), lambda: "Call 555-123-4567 or 10.0.0.7."]
 
@@ -132,7 +132,7 @@ def rebuilt(found, step):
 
 
 def original(source, provenance):
-    """The document as it lies in its own file, on its own line."""
+    """The document as it is in its own file, on its own line."""
     name, _, line = provenance.rpartition(":")
     file = Path(source["path"]) if name == "notes.jsonl" else Path(source["path"]) / name
     content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
@@ -185,7 +185,7 @@ def key_of(document):
 
 @pytest.fixture(scope="module")
 def shown(found):
-    """{(source, provenance): {(step, sequence)}} of the whole run, by tracing every step."""
+    """{(source, provenance): {(step, sequence)}} of the run, by tracing every step."""
     shown = defaultdict(set)
     for step in range(1, STEPS + 1):
         for span in found.trace(step):
@@ -259,6 +259,16 @@ def test_text_is_found_in_the_sequences_that_hold_it(tmp_path, tokenizer):
         inside = [row for row, content in enumerate(rows) if f"<{i}é>" in content]
         assert instances == inside if inside else len(instances) == 2
     assert [instances for _, instances in found.find("long", "absent")] == [[]]
+
+
+def test_two_ids_with_one_hash_are_told_apart(tmp_path, tokenizer, monkeypatch):
+    for module in ("data", "corpus.trace"):
+        monkeypatch.setattr(f"{module}.hash_of_id", lambda name: 7)
+    corpus = write_jsonl(tmp_path / "a.jsonl", [
+        {"id": name, "text": f"{name} words " * 90} for name in ("x", "y")])
+    pretend_run(tmp_path / "run", config_of(tmp_path, tokenizer, sources={"a": corpus}), 1)
+    [(document, _)] = RunData(tmp_path / "run").find("y")
+    assert document["id"] == "y"
 
 
 def test_find_is_fast_in_a_million_instances(tmp_path, tokenizer):
@@ -454,7 +464,7 @@ def check_mix(config):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_sources_get_their_targets_within_one_document(mix, seed):
-    """Weights as repetitions, at first whole ones, and as shares of mix_tokens."""
+    """Weights as repetitions, at first integers, and as shares of mix_tokens."""
     dice = np.random.default_rng(seed)
     check_mix(mix(dice.uniform(0.1, 3.3, 3).round(3).tolist() if seed else (1, 2, 3)))
     a, b = dice.uniform(0.2, 0.4, 2).round(3).tolist()
@@ -509,7 +519,7 @@ def big(tmp_path_factory, tokenizer, start):
 
 
 def contents(data_dir):
-    """{name: bytes} of the one built folder, after a look that nothing half-made lies there."""
+    """{name: bytes} of the one built folder, after a look that nothing half-made is there."""
     assert not list(data_dir.rglob("*.tmp"))
     [folder] = [path.parent for path in data_dir.glob("*/manifest.json")]
     found = {file.relative_to(data_dir).as_posix(): file.read_bytes()
@@ -621,8 +631,8 @@ def test_trace_prints_the_step_its_documents_and_their_text(found, call, chars):
 def test_rank_selects_its_own_sequences(found, call, rank, world_size):
     everything = sequences_in(call(data, "trace", found.run, "--step=5").stdout)
     own = call(data, "trace", found.run, "--step=5", f"--rank={rank}", f"--world_size={world_size}")
-    wanted = range(B) if rank < 0 else range(rank, B, world_size)
-    assert sequences_in(own.stdout + "\n").keys() == set(wanted) <= everything.keys()
+    expected = range(B) if rank < 0 else range(rank, B, world_size)
+    assert sequences_in(own.stdout + "\n").keys() == set(expected) <= everything.keys()
 
 
 def test_a_step_not_seen_is_said_to_be_so(found, call):
@@ -668,7 +678,7 @@ def test_a_run_or_data_that_is_gone_is_refused_in_one_line(small, call, refused)
 
 
 def test_data_that_has_changed_is_refused_in_one_line(small, call, refused):
-    """A source rewritten in its place, of the same size and age, and the data built anew."""
+    """A source rewritten in its place, of the same size and age, and the data built again."""
     run, config, corpus = small
     age = corpus.stat().st_mtime_ns
     corpus.write_text(corpus.read_text().replace("words", "sword"))
