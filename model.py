@@ -278,7 +278,7 @@ def causal_mask(start, length, device):
 
 
 def head_logits(x, head_weight):
-    # Nothing norms the stream on its way up (pre-norm), so one norm stands before the head.
+    # Nothing norms the stream on its way up (pre-norm), so one norm comes before the head.
     return F.linear(layer_norm(x), head_weight.to(x.dtype))
 
 

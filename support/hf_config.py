@@ -8,9 +8,9 @@ SIZES = {"hidden_size": "d_model", "num_hidden_layers": "n_layers",
             "max_position_embeddings": "max_seq_len", "vocab_size": "embedding_size",
             "eos_token_id": "eos_token_id", "pad_token_id": "pad_token_id"}
 
-# What OLMo 1.0 fixes; num_key_value_heads must equal the heads besides.
+# What OLMo 1.0 fixes.
 FIXED = {"model_type": "olmo", "hidden_act": "silu", "attention_bias": False,
-            "attention_dropout": 0.0, "clip_qkv": None, "rope_scaling": None}
+            "attention_dropout": 0.0, "clip_qkv": None}
 
 # Our fields that config_to_hf writes: each has a key in HF's config.json.
 FIELDS = {*SIZES.values(), "vocab_size", "rope_theta", "weight_tying"}
@@ -26,11 +26,12 @@ HARMLESS = {
 def hf_to_config(hf, place):
     """Our configuration from HF's; UserError for a setting that OLMo 1.0 does not have."""
     heads = hf.get("num_attention_heads")
-    for key, value in {**FIXED, "num_key_value_heads": heads}.items():
+    fixed = {**FIXED, "num_key_value_heads": heads, "rope_scaling": None}
+    for key, value in fixed.items():
         if hf.get(key, value) != value:
             raise UserError(f"{place}: {key}={hf[key]} is not OLMo 1.0, which has {key}={value}")
-    known = {*SIZES, *FIXED, *HARMLESS, "num_key_value_heads", "tie_word_embeddings",
-             "unpadded_vocab_size", "rope_theta", "rope_parameters"}
+    known = {*SIZES, *fixed, *HARMLESS, "tie_word_embeddings", "unpadded_vocab_size",
+             "rope_theta", "rope_parameters"}
     for key in hf:
         if key not in known:
             raise UserError(f"{place}: {key}={hf[key]}: Hugging Face's OLMo has no such setting; "
