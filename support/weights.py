@@ -12,7 +12,6 @@ import torch
 
 from model import ModelConfig, OLMo
 from scaling.checkpoint import check_tensors, newest_step, read_step, verify_step
-from support.cpu import use_fast_attention
 from support.files import UserError, read_json, write_json
 from support.hf_config import config_to_hf, hf_to_config
 from support.official import official_config, read_official
@@ -100,7 +99,7 @@ def load_step(path, state, device):
         model = OLMo(config)
     model.to_empty(device="cpu")
     read_step(path, {f"model.{name}": p.detach() for name, p in model.named_parameters()})
-    return ready(model.to(device))
+    return model.to(device)
 
 
 def assemble(config, tensors, place, device):
@@ -112,12 +111,6 @@ def assemble(config, tensors, place, device):
     check_tensors(wanted, found, place)
     tensors = {name: tensor.to(device, torch.float32) for name, tensor in tensors.items()}
     model.load_state_dict(tensors, assign=True)
-    return ready(model)
-
-
-def ready(model):
-    if model.wte.weight.device.type == "cpu":
-        use_fast_attention(model)
     return model
 
 
