@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import (HOUSE, TINY, Bomb, children_of, end_of, flip, rows, saved_steps, steps,
                       torchrun)
-from test_train import seal
+from conftest import seal
 
 import eval as evaluation
 import model as m
