@@ -119,12 +119,12 @@ def rows_of_file(path):
 
 
 def documents_in(path, limit):
-    """{doc_id: (rows, twin rows)} of the first `limit` documents, read by the json module alone."""
+    """{doc_id: (rows, unconditional rows)} of the first `limit` documents, by the json module."""
     rows, documents = rows_of_file(path), {}
     for row in rows:
-        number, twin = row["doc_id"] % 1_000_000, row["doc_id"] >= 1_000_000
+        number, is_unconditional = row["doc_id"] % 1_000_000, row["doc_id"] >= 1_000_000
         if number < limit:
-            documents.setdefault(number, ([], []))[twin].append(row)
+            documents.setdefault(number, ([], []))[is_unconditional].append(row)
     return documents
 
 
@@ -311,13 +311,13 @@ def instances(kind, arguments):
 
 @wheel
 def test_log_likelihoods_are_those_of_lm_eval(model, tokenizer, harness):
-    """Over 500 requests of the eight core tasks, twins among them: within 1e-3 nats, same greedy
-    flags; the contexts of boolq exceed the model's."""
+    """Over 500 requests of the eight core tasks, with unconditional ones: within 1e-3 nats, same
+    greedy flags; the contexts of boolq exceed the model's."""
     groups = []
     for name in CORE:
-        for own, twins in documents_in(official(name), 14).values():
+        for own, unconditional in documents_in(official(name), 14).values():
             groups += [[(row["request"]["context"], row["request"]["continuation"])
-                        for row in rows] for rows in (own, twins) if rows]
+                        for row in rows] for rows in (own, unconditional) if rows]
     flat = [request for group in groups for request in group]
     theirs = harness.loglikelihood(instances("loglikelihood", flat), disable_tqdm=True)
     ours, lengths = score(model, tokenizer, groups), [
@@ -362,16 +362,16 @@ def brute_force(path, hf, limit):
         return sum(table[len(inputs) - len(kept) + i, token].item()
                    for i, token in enumerate(kept)), len(kept)
     correct = {}
-    for own, twins in documents_in(path, limit).values():
+    for own, unconditional in documents_in(path, limit).values():
         scored = [log_prob(row) for row in own]
         texts = [row["request"]["continuation"] for row in own]
         scores = {"acc_raw": [nats for nats, _ in scored],
                   "acc_per_token": [nats / ids for nats, ids in scored],
                   "acc_per_char": [nats / len(text) for (nats, _), text in
                                    zip(scored, texts, strict=True)]}
-        if twins:
+        if unconditional:
             scores["acc_uncond"] = [nats - log_prob(row)[0] for (nats, _), row
-                                    in zip(scored, twins, strict=True)]
+                                    in zip(scored, unconditional, strict=True)]
         for metric, values in scores.items():
             best = max(range(len(values)), key=lambda i: values[i])
             correct[metric] = correct.get(metric, 0) + (best == own[0]["label"])
@@ -546,7 +546,7 @@ def test_the_core_tasks_have_the_papers_metrics():
         "hellaswag": "acc_per_token", "piqa": "acc_per_token", "winogrande": "acc_per_token",
         "boolq": "acc_raw", "sciq": "acc_raw"}
     letters = packaged_task("arc_easy", "mc_5shot", evaluation.EvalConfig())
-    assert letters.metric == "acc_raw"  # no twins: what the file's config.json recommends
+    assert letters.metric == "acc_raw"  # no unconditional: what the file's config.json recommends
     assert [text for _, text in letters.questions[0].choices] == [" A", " B", " C", " D"]
 
 
