@@ -200,6 +200,8 @@ def test_every_function_that_is_named_exists():
         for name in re.findall(r"`(\w+)`", names):
             assert re.search(rf"(def|class) {name}\b", source), f"{file} has no {name}"
     assert len(found) >= 25
+    tests = re.findall(r"\btests/[\w/]+\.py", "".join(TEXTS))
+    assert all((ROOT / file).is_file() for file in tests)
 
 
 def test_every_rule_is_listed():
