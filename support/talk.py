@@ -72,7 +72,7 @@ def show(example, side, tokenizer):
 def marked(example, tokenizer, on, off):
     """The text of an Example, with its special tokens; `on` and `off` enclose what is trained."""
     text = ""
-    begin = 0
+    begin = 0  # of the stretch of ids that are all trained, or all not
     for end in range(1, len(example.ids) + 1):
         if end < len(example.ids) and example.trained[end] == example.trained[begin]:
             continue  # the stretch goes on
@@ -103,7 +103,7 @@ def chat(argv):
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")  # a terminal may send bytes that are not UTF-8
     print(f"{paths[0]}: /help shows the commands")
-    messages = []
+    messages = []  # what was said so far; the model sees all of it each time
     while True:
         try:
             line = without_surrogates(input("> ")).strip()
@@ -154,7 +154,7 @@ def reply(line, messages, model, tokenizer, options):
     if dropped:
         print(f"(the oldest {dropped} turns no longer fit and were forgotten)")
     answer = speak(model, tokenizer, prompt, options)
-    options = replace(options, sample_seed=options.sample_seed + 1)
+    options = replace(options, sample_seed=options.sample_seed + 1)  # so that answers vary
     return [*asked, {"role": "assistant", "content": answer}], options
 
 
@@ -180,7 +180,7 @@ def fitted(messages, tokenizer, room):
 def speak(model, tokenizer, prompt, options):
     """Print the answer to the ids of a prompt as it comes; returns its text."""
     ids = []
-    shown = ""
+    shown = ""  # what is printed already
     stream = generate_stream(model, [prompt], options.max_new_tokens, options.temperature,
                              options.top_p, (tokenizer.eos_token_id,), options.sample_seed)
     with packed_weights(model):
@@ -226,7 +226,7 @@ def answer_prompts(model, tokenizer, prompts, max_new_tokens):
     texts = []
     ended = 0
     for prompt, answer in zip(prompts, answers, strict=True):
-        texts.append(tokenizer.decode([*prompt[1:], *answer]))
+        texts.append(tokenizer.decode([*prompt[1:], *answer]))  # without the EOS it begins with
         ended += answer[-1] == tokenizer.eos_token_id
     return texts, ended / len(prompts)
 
@@ -244,7 +244,7 @@ def generate_answers(argv):
     require(out.resolve().parent.is_dir(), f"{out}: there is no such directory; make it")
     rows, places, requests = read_prompts(paths[1])
     drawn = {"generator": run, "weights": open_base(run, "size").digest, **asdict(options)}
-    del drawn["answer_batch"]
+    del drawn["answer_batch"]  # a file may be continued with another one
     done = rows_done(out, rows, drawn)
     model, tokenizer = open_assistant(run)
     prompts = encode_prompts(requests, places, tokenizer, model.config.max_seq_len)
@@ -268,7 +268,7 @@ def generate_answers(argv):
 def read_prompts(path):
     """Returns (rows, places, requests) of a prompt file; a request is a list of messages."""
     rows = []
-    places = []
+    places = []  # file:line
     requests = []
     for record in read_records(path, "", Counter()):
         row = parse(record)

@@ -40,10 +40,12 @@ def held_out_of_base(base):
 
 def refuse_derived(argv, derived):
     """UserError for a key of `derived` on the command line; a config file may name it, unused."""
+    # 1. the command line
     given = [word for word in argv if word.removeprefix("--").partition("=")[0] in derived]
     if given:
         raise UserError(f"{' '.join(given)}: here it follows from --epochs and --warmup_share; set "
                         "those, such as --epochs=0.1")
+    # 2. config files, which other commands may share
     for word in argv:
         if not word.endswith(".py") or not Path(word).is_file():
             continue
