@@ -139,30 +139,28 @@ def test_a_learned_gain_starts_at_one_trains_and_does_not_decay(fork, three_step
         importlib.import_module("support.weights").load_model(tmp_path / "without")
 
 
-FORWARDS = {
-    "QK-norm": {"apply_rope(queries_and_keys, cos, sin)":
-                "apply_rope(layer_norm(queries_and_keys), cos, sin)"},
-    "a norm behind the attention": {
-        "x = x + self.attn(layer_norm(x), cos, sin, attn_mask, cache)":
-        "x = x + layer_norm(self.attn(x, cos, sin, attn_mask, cache))"}}
-
-
-@pytest.mark.parametrize("name", FORWARDS)
-def test_a_forward_without_parameters_of_its_own_stops_the_export(fork, three_steps, transformers,
-                                                                  name):
-    """It has the tensors of OLMo 1.0, and would compute something else in transformers."""
-    code = fork({"model.py": FORWARDS[name]})
-    train_resume_and_evaluate(code, *three_steps)
-    not_exported(code, three_steps[1], "logits")
-
-
-GROUPED_QUERIES = {"model.py": {  # one head of keys and values for two of queries
+GROUPED_QUERIES = {  # one head of keys and values for two of queries
     "Linear(config.d_model, 3 * config.d_model)": "Linear(config.d_model, 2 * config.d_model)",
     "view(B, T, 3 * H, -1)": "view(B, T, 2 * H, -1)",
     "heads.split((2 * H, H), dim=1)": "heads.split((H + H // 2, H // 2), dim=1)",
     "cos, sin).chunk(2, dim=1)": "cos, sin).split((H, H // 2), dim=1)",
     "        if cache is not None:\n": "        k = k.repeat_interleave(2, dim=1)\n"
-    "        v = v.repeat_interleave(2, dim=1)\n        if cache is not None:\n"}}
+    "        v = v.repeat_interleave(2, dim=1)\n        if cache is not None:\n"}
+QK_NORM = {"apply_rope(queries_and_keys, cos, sin)":
+           "apply_rope(layer_norm(queries_and_keys), cos, sin)"}
+NORM_BEHIND = {"x = x + self.attn(layer_norm(x), cos, sin, attn_mask, cache)":
+               "x = x + layer_norm(self.attn(x, cos, sin, attn_mask, cache))"}
+
+
+@pytest.mark.parametrize("changes, words", [
+    pytest.param(GROUPED_QUERIES, ["blocks.0.attn.att_proj.weight", "(64, 32)"], id="grouped"),
+    pytest.param(QK_NORM, ["logits"], id="QK-norm"),  # these two have the tensors of OLMo 1.0,
+    pytest.param(NORM_BEHIND, ["logits"], id="norm behind the attention")])  # another forward
+def test_another_attention_trains_and_stops_at_the_export(fork, three_steps, transformers, changes,
+                                                          words):
+    code = fork({"model.py": changes})
+    train_resume_and_evaluate(code, *three_steps)
+    not_exported(code, three_steps[1], *words)
 
 
 class CountProducts(TorchDispatchMode):
@@ -181,7 +179,7 @@ def test_fine_grained_keeps_the_large_projections_of_any_width(fork, changes):
 
     Nothing of the backward needs the MLP's output: it is not computed again.
     """
-    code = fork(changes)
+    code = fork({"model.py": changes})
     sharding = importlib.import_module("scaling.sharding")
     products = {}
     for policy in ("none", "fine_grained", "whole_layer"):
@@ -193,12 +191,6 @@ def test_fine_grained_keeps_the_large_projections_of_any_width(fork, changes):
     blocks = len(model.blocks)
     assert products["fine_grained"] - products["none"] == blocks
     assert products["whole_layer"] - products["none"] == 3 * blocks
-
-
-def test_grouped_queries_train_and_stop_at_the_export(fork, three_steps):
-    code = fork(GROUPED_QUERIES)
-    train_resume_and_evaluate(code, *three_steps)
-    not_exported(code, three_steps[1], "blocks.0.attn.att_proj.weight", "(64, 32)")
 
 
 DOCUMENT_MASK = {
