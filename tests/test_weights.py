@@ -125,6 +125,8 @@ def test_a_path_without_a_model_says_what_may_be_there(tmp_path):
 
 # ---- Hugging Face: writing -----------------------------------------------------------------------
 
+# What cannot be exported: test_forks.py.
+
 def test_a_tokenizer_travels_with_the_model(transformers, tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     words = {f"w{i}": i for i in range(48)}
@@ -145,28 +147,6 @@ def test_a_failed_export_leaves_nothing_behind(tmp_path, tokenizer):
     file.write_text(tokenizer)
     assert str(file) in refusal(save_hf, random_model(), tmp_path / "hf", file)
     assert list(tmp_path.iterdir()) == [file]
-
-
-def not_exported(model, out, *words):
-    message = refusal(save_hf, model, out)
-    assert all(word in message for word in words), message
-    assert list(out.parent.iterdir()) == []
-
-
-def test_a_tensor_that_hugging_face_does_not_have_stops_the_export(tmp_path):
-    model = random_model()
-    model.blocks[1].gain = torch.nn.Parameter(torch.ones(32))
-    not_exported(model, tmp_path / "hf", "unexpected", "blocks.1.gain")
-    model = random_model()
-    model.blocks[0].attn.att_proj = m.Linear(32, 64)  # grouped queries
-    not_exported(model, tmp_path / "hf", "blocks.0.attn.att_proj.weight", "(64, 32)", "(96, 32)")
-
-
-def test_a_forward_that_differs_from_transformers_stops_the_export(transformers, tmp_path):
-    """A norm behind the MLP has no tensor of its own; test_forks.py has more such changes."""
-    model = m.build_model(small_config(), 0)
-    model.blocks[1].mlp.register_forward_hook(lambda module, args, out: m.layer_norm(out))
-    not_exported(model, tmp_path / "hf", str(tmp_path / "hf"), "logits")
 
 
 def test_a_bfloat16_stream_is_exported_all_the_same(transformers, tmp_path):
