@@ -3,7 +3,6 @@ recomputation, faults, the log's figures, and the plan against torch's memory tr
 
 import math
 import os
-import random
 import re
 import signal
 import sys
@@ -19,7 +18,6 @@ from conftest import (HOUSE, TINY, children_of, columns, end_of, forked, forked_
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
-import eval as evaluation
 import model as m
 import train
 from configs import load_config
@@ -207,26 +205,6 @@ def test_ranks_that_cannot_work_together_say_so_once(tmp_path, fifty, monkeypatc
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
-def test_the_ranks_shares_of_an_evaluation_add_up(ranks, monkeypatch):
-    """Every rank makes as many forward passes, and the sum is that of one process."""
-    dice, passes = random.Random(3), []
-    windows = [(row, row, 1) for row in ([dice.randrange(60)] * dice.randint(1, 16)
-                                         for _ in range(50))]
-    model = m.build_model(SMALL, 0)
-    model.register_forward_hook(lambda *_: passes.append(1))
-    with torch.no_grad():
-        complete = evaluation.score_windows(model, windows, 40)
-        shares, counts = [], []
-        for number in range(ranks):
-            monkeypatch.setattr("support.scoring.rank", lambda number=number: number)
-            monkeypatch.setattr("support.scoring.world_size", lambda: ranks)
-            passes.clear()
-            shares.append(evaluation.score_windows(model, windows, 40))
-            counts.append(len(passes))
-    assert sum(shares) == pytest.approx(complete, rel=1e-12) and len(set(counts)) == 1
-
-
 # ---- A step that goes wrong ----------------------------------------------------------------------
 
 def poisoned(at, factor):
@@ -338,7 +316,7 @@ def test_rates_are_of_the_steps_since_the_last_row(monkeypatch):
 
 
 def test_energy_is_the_papers_arithmetic():
-    """104 MWh x 1.1 x 0.610 = 69.78 t, OLMo-7B on A100s (paper, table 9)."""
+    """104 MWh x 1.1 x 0.610 = 69.78 t, OLMo-7B on A100s (paper, section 4.4)."""
     line = energy_line(104_000, True, train.TrainConfig())
     assert line.endswith("= 6.98e+04 kg CO2eq") and "metered" in line
     assert "unknown" in energy_line(0.0, False, train.TrainConfig())
