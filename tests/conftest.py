@@ -259,6 +259,21 @@ def differing_weights(one, other):
             if name not in one or name not in other or not torch.equal(one[name], other[name])]
 
 
+def check_same_run(run, reference):
+    """Every logged number, and what each rank saved of weights and moments, are the same bits."""
+    last = steps(reference)[-1]
+    assert steps(run) == list(range(1, last + 1))  # each once, in order, none missing
+    for kind, keys in (("train", ("step", "tokens", "batch_hash", "loss", "lr", "grad_norm")),
+                       ("eval", ("step", "tokens", "sums")), ("end", ("step", "tokens"))):
+        assert columns(run, *keys, kind=kind) == columns(reference, *keys, kind=kind)
+    seconds = columns(run, "seconds")
+    assert seconds == sorted(seconds)  # they too go on
+    assert saved_steps(run)[-1] == saved_steps(reference)[-1] == last
+    one, other = ({file.name: file.read_bytes() for file in path.glob(f"step{last:06d}/*.distcp")}
+                  for path in (run, reference))
+    assert one == other != {}
+
+
 # ---- Damage --------------------------------------------------------------------------------------
 
 def flip(file):

@@ -136,6 +136,7 @@ def official(name, variant="rc_0shot"):
 
 GROUPS = [[("read the list of", " one"), ("read the list of", " two of the names"),
            ("read the list", " of names")],  # what they share ends inside the context
+          [("read the list", f" {word} of the names and a rest") for word in ("one", "two", "no")],
           [("", " nothing before"), ("", "x")], [("only", " one choice")],
           [("same", " same"), ("same", " same")], [("a b", " c"), ("b a", " c")],  # nothing shared
           [("long " * 150, " yes"), ("long " * 150, " no it is not")],  # cut, by different amounts
