@@ -3,7 +3,6 @@ recomputation, faults, the log's figures, and the plan against torch's memory tr
 
 import math
 import os
-import random
 import re
 import signal
 import sys
@@ -14,12 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import (HOUSE, TINY, children_of, columns, end_of, forked, forked_ranks, rows,
+from conftest import (ROOT, TINY, children_of, columns, end_of, forked, forked_ranks, rows,
                       saved_steps, step_count, steps, torchrun, wait_until)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
-import eval as evaluation
 import model as m
 import train
 from configs import load_config
@@ -36,7 +34,7 @@ pytestmark = [pytest.mark.usefixtures("one_thread"),
 FIFTY = dict(max_steps=50, decay_steps=50, save_every_steps=0, eval_every_steps=50,
              eval_batch_tokens=64)  # many forward passes for the ranks to share
 SMALL = m.ModelConfig(**{key: TINY[key] for key in TINY.keys() & m.ModelConfig.__annotations__})
-SEVEN_B, ONE_B, ANNEAL = (str(HOUSE / f"configs/olmo_{name}.py")
+SEVEN_B, ONE_B, ANNEAL = (str(ROOT / f"configs/olmo_{name}.py")
                           for name in ("7b", "1b", "7b_anneal"))
 
 
@@ -207,26 +205,6 @@ def test_ranks_that_cannot_work_together_say_so_once(tmp_path, fifty, monkeypatc
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
-def test_the_ranks_shares_of_an_evaluation_add_up(ranks, monkeypatch):
-    """Every rank makes as many forward passes, and the sum is that of one process."""
-    dice, passes = random.Random(3), []
-    windows = [(row, row, 1) for row in ([dice.randrange(60)] * dice.randint(1, 16)
-                                         for _ in range(50))]
-    model = m.build_model(SMALL, 0)
-    model.register_forward_hook(lambda *_: passes.append(1))
-    with torch.no_grad():
-        complete = evaluation.score_windows(model, windows, 40)
-        shares, counts = [], []
-        for number in range(ranks):
-            monkeypatch.setattr("support.scoring.rank", lambda number=number: number)
-            monkeypatch.setattr("support.scoring.world_size", lambda: ranks)
-            passes.clear()
-            shares.append(evaluation.score_windows(model, windows, 40))
-            counts.append(len(passes))
-    assert sum(shares) == pytest.approx(complete, rel=1e-12) and len(set(counts)) == 1
-
-
 # ---- A step that goes wrong ----------------------------------------------------------------------
 
 def poisoned(at, factor):
@@ -338,7 +316,7 @@ def test_rates_are_of_the_steps_since_the_last_row(monkeypatch):
 
 
 def test_energy_is_the_papers_arithmetic():
-    """104 MWh x 1.1 x 0.610 = 69.78 t, OLMo-7B on A100s (paper, table 9)."""
+    """104 MWh x 1.1 x 0.610 = 69.78 t, OLMo-7B on A100s (paper, section 4.4)."""
     line = energy_line(104_000, True, train.TrainConfig())
     assert line.endswith("= 6.98e+04 kg CO2eq") and "metered" in line
     assert "unknown" in energy_line(0.0, False, train.TrainConfig())
@@ -357,7 +335,7 @@ def test_stated_watts_count_by_the_clock(tmp_path, tiny_config, call):
 
 
 def test_a_meter_adds_up_its_power(monkeypatch):
-    """At 3.6 MW a second is a kWh; the meter of the GPU goes before the stated watts."""
+    """At 3.6 MW a second is a kWh; the meter of the GPU is preferred to the stated watts."""
     monkeypatch.setattr(torch.cuda, "power_draw", lambda device: 3.6e9)
     monkeypatch.setattr(time, "sleep", lambda s, sleep=time.sleep: sleep(0.01))
     meter = PowerMeter(torch.device("cuda"), watts=1.0)
