@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 
@@ -21,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import (HOUSE, end_of, official_order, refusal, rows, same_weights, saved_steps,
+from conftest import (ROOT, end_of, official_order, refusal, rows, same_weights, saved_steps,
                       steps, torchrun)
 
 import adapt
@@ -32,11 +33,13 @@ from corpus.questions import leaked_docstrings, stdlib_chats, stdlib_preferences
 from corpus.stdlib import stdlib_documents
 from corpus.tokenizer import Tokenizer, tokenizer_file
 from scaling.sharding import apply_fsdp, build_mesh
-from support.chats import checked_chat, checked_preference, read_set
+from support.chats import checked_chat, checked_preference, read_set, sequences_of
 from support.files import UserError
+from support.held_out import completion_log_probs
 from support.models import open_base
+from support.packing import best_fit
+from support.reference import answer_log_probs, read_reference
 from support.talk import harmless
-from support.tuned import completion_log_probs, read_reference
 from support.weights import load_model, name_table, save_hf
 
 pytestmark = [pytest.mark.usefixtures("one_thread"),
@@ -115,7 +118,7 @@ def dpo_by_hand(model, pairs, reference, beta=BETA, by_length=False):
 
 
 def adaptation(method, n):
-    """(batches of one step by seq_len, pad, micro_batch_size; its loss_fn; its loss by hand)."""
+    """(batches of one step by model_config, micro_batch_size; its loss_fn; its loss by hand)."""
     if method == "sft":
         examples = some_examples(n)
         return (partial(adapt.ChatBatches, examples, n, 0), adapt.sft_loss,
@@ -304,7 +307,7 @@ def test_pairs_that_are_cut_to_one_or_to_their_prompt_are_dropped(bpe):
 
 def packed(examples):
     """The batch of an epoch's one step; several examples share a row."""
-    batch = adapt.ChatBatches(examples, len(examples), 0, 64, PAD, 1)(1)
+    batch = adapt.ChatBatches(examples, len(examples), 0, SHAPE, 1)(1)
     assert len(batch["tokens"]) < len(examples)
     return batch
 
@@ -398,15 +401,15 @@ def test_bins_hold_each_example_once_and_are_as_few_as_trls():
         draw = (partial(dice.randint, 1, room) if case % 2 else
                 lambda room=room: min(room, int(dice.expovariate(4 / room)) + 1))
         lengths = [draw() for _ in range(dice.randint(1, n))]
-        bins = adapt.best_fit(lengths, room)
+        bins = best_fit(lengths, room)
         assert sorted(i for numbers in bins for i in numbers) == list(range(len(lengths)))
         assert all(numbers and sum(lengths[i] for i in numbers) <= room for numbers in bins)
         left = sorted(room - sum(lengths[i] for i in numbers) for numbers in bins)
         assert left == best_fit_decreasing(lengths, room)
-        assert bins == adapt.best_fit(list(lengths), room)
+        assert bins == best_fit(list(lengths), room)
         if n == 6:  # the bound of best fit decreasing
             assert len(bins) <= (11 * fewest_bins(lengths, room) + 6) / 9
-    assert adapt.best_fit([], 5) == [] and adapt.best_fit([5, 5], 5) == [[0], [1]]
+    assert best_fit([], 5) == [] and best_fit([5, 5], 5) == [[0], [1]]
 
 
 def chats_in(batch):
@@ -446,11 +449,12 @@ def test_an_epoch_has_each_example_once_on_any_number_of_ranks(method, n, batch_
     as many rows; what only fills them up holds nothing."""
     if method == "sft":
         examples, found_in = some_examples(n), chats_in
-        batches = adapt.ChatBatches(examples, batch_size, 3, 64, PAD, micro)
+        batches = adapt.ChatBatches(examples, batch_size, 3, SHAPE, micro)
         keys = [(tuple(e.ids.tolist()), tuple(e.trained.tolist())) for e in examples]
     else:
         (examples, reference), found_in = some_pairs(n), pairs_in
-        batches = adapt.PreferenceBatches(examples, batch_size, 3, 100, PAD, micro, reference)
+        shape = replace(SHAPE, max_seq_len=100)
+        batches = adapt.PreferenceBatches(examples, batch_size, 3, shape, micro, reference)
         keys = [(*((tuple(side.ids.tolist()), tuple(side.trained.tolist())) for side in pair),
                  tuple(known)) for pair, known in zip(examples, reference.tolist(), strict=True)]
     per_epoch = math.ceil(n / batch_size)
@@ -490,7 +494,7 @@ def test_no_way_of_cutting_or_packing_the_batch_changes_loss_or_gradient(method)
     loss = by_hand(model)
     wanted = loss.item(), gradients(model, loss)
     for seq_len, pad, micro in ((64, PAD, 1), (50, 5, 1), (90, EOS, 3), (64, PAD, 16)):
-        batch = make(seq_len, pad, micro)(1)
+        batch = make(replace(SHAPE, max_seq_len=seq_len, pad_token_id=pad), micro)(1)
         assert len(batch["tokens"]) % micro == 0
         batch["targets"] += ~batch["loss_mask"]
         for size in (1, 3, 99):
@@ -518,7 +522,7 @@ def compare_as_a_rank():
             sharded = a_model()
             apply_fsdp(sharded, build_mesh("all", torch.device("cpu")), torch.float64)
             sharded.reduce_every_micro_batch = False
-            batch = make(64, PAD, micro)(1, dist.get_rank(), 2)
+            batch = make(SHAPE, micro)(1, dist.get_rank(), 2)
             found = step_by_sgd(sharded, train.cut_batch(batch, micro, "cpu"), loss_fn)
             same(found, wanted, 1e-6)  # gradients are summed in float32
     dist.barrier()
@@ -528,7 +532,7 @@ def compare_as_a_rank():
 
 def test_two_ranks_have_the_gradient_of_one(tmp_path):
     file = tmp_path / "script.py"
-    file.write_text(RANKS.format(paths=[str(HOUSE), str(HOUSE / "tests")]))
+    file.write_text(RANKS.format(paths=[str(ROOT), str(ROOT / "tests")]))
     code, stdout, stderr = end_of(torchrun(2, file=file))
     assert code == 0, stderr[-3000:]
     assert "rank 0 agrees" in stdout and "rank 1 agrees" in stdout
@@ -596,7 +600,7 @@ def test_the_swap_of_chosen_and_rejected_is_the_mirror():
 
 def test_preference_loss_is_of_real_pairs_by_the_sequence_or_by_the_token():
     pairs, reference = some_pairs(5)
-    model, batch = a_model(), adapt.PreferenceBatches(pairs, 5, 0, 64, PAD, 8, reference)(1)
+    model, batch = a_model(), adapt.PreferenceBatches(pairs, 5, 0, SHAPE, 8, reference)(1)
     for beta, by_length in ((BETA, False), (5.0, True)):
         summed, sums = adapt.preference_loss(model, batch, beta, by_length)
         assert summed.item() / 5 == pytest.approx(
@@ -611,7 +615,7 @@ def test_the_log_prob_of_an_answer_is_transformers(tmp_path, transformers):
     """The sum over its tokens in float32, of batches in any order and of either side."""
     model, (pairs, _) = a_model(torch.float32), some_pairs(9)
     hf, _ = hf_of(model, tmp_path, transformers)
-    sequences = adapt.sequences_of(pairs)
+    sequences = sequences_of(pairs)
     assert [side.ids[-2] for side in sequences] == [
         side.ids[-2] for k in (0, 1) for side in (pair[k] for pair in pairs)]
     for batch_tokens in (1, 100, 5000):
@@ -632,11 +636,12 @@ def test_the_log_prob_of_an_answer_is_transformers(tmp_path, transformers):
 def test_the_first_loss_is_ln_2(dtype, width, normalized):
     """Cached, live, padded; rewards and margins are then 0, within rounding."""
     model, (pairs, _) = a_model(dtype), some_pairs(23)
-    cached = adapt.answer_log_probs(model, pairs, 200).numpy()
+    cached = answer_log_probs(model, pairs, 200).numpy()
     live = np.array([[-losses_of(model, side).sum().item() for side in pair] for pair in pairs])
     np.testing.assert_allclose(cached, live, rtol=0, atol=width)
     for reference, seq_len, micro in ((cached, 64, 1), (live, 64, 4), (cached, 100, 16)):
-        batches = adapt.PreferenceBatches(pairs, 8, 0, seq_len, PAD, micro, reference)
+        batches = adapt.PreferenceBatches(pairs, 8, 0, replace(SHAPE, max_seq_len=seq_len), micro,
+                                          reference)
         for step in (1, 3):
             batch = batches(step)
             summed, sums = adapt.preference_loss(model, batch, 0.1, normalized)
@@ -650,9 +655,9 @@ def test_the_first_loss_in_bfloat16_is_within_the_width_of_its_check():
     """Although one forward has other neighbours and padding than the other."""
     model, (pairs, _) = a_model(torch.float32), some_pairs(23)
     model.compute_dtype = torch.bfloat16
-    reference = adapt.answer_log_probs(model, pairs, 200).numpy()
+    reference = answer_log_probs(model, pairs, 200).numpy()
     assert (reference != reference.astype(np.float32).astype(np.int32)).all()  # summed in float32
-    batch = adapt.PreferenceBatches(pairs, 23, 0, 64, PAD, 1, reference)(1)
+    batch = adapt.PreferenceBatches(pairs, 23, 0, SHAPE, 1, reference)(1)
     summed, _ = adapt.preference_loss(model, batch, 0.1)
     assert abs(summed.item() / 23 - math.log(2)) < adapt.FIRST_LOSS_WIDTH[torch.bfloat16]
 
@@ -871,8 +876,8 @@ def test_a_run_holds_what_a_run_of_pretraining_holds(method, undisturbed, base, 
     model, tokenizer = load_model(run), Tokenizer.load(run / "tokenizer.json")
     last = rows(run, "eval")[-1]
     assert len(last["samples"]) == 3 and all("<|assistant|>" in text for text in last["samples"])
-    config = adapt.AdaptConfig(method=method)
-    examples = adapt.read_examples(str(sets[method][1]), config, tokenizer, 128, True, 0.1)
+    config = adapt.AdaptConfig(method=method, train_data="", eval_data=str(sets[method][1]))
+    _, examples = adapt.read_sets(config, open_base(str(base), "size"), tokenizer)
     if method == "sft":
         assert last["tuned"]["loss"] == pytest.approx(sft_by_hand(model, examples).item(), abs=1e-4)
         assert "rewards/margins" not in rows(run)[-1]
@@ -941,12 +946,13 @@ def tuned_copy(undisturbed, tmp_path):
 def test_a_run_resumed_from_a_checkpoint_reads_its_reference(tuned_copy, undisturbed, call, base,
                                                              monkeypatch):
     """No forward over all 16 pairs is made again; and the base stays as it was."""
-    passes, log_probs, before = [], adapt.completion_log_probs, content_of(base)
+    passes, log_probs, before = [], completion_log_probs, content_of(base)
 
     def counted(model, sequences, *rest):
         passes.append(len(sequences))
         return log_probs(model, sequences, *rest)
-    monkeypatch.setattr(adapt, "completion_log_probs", counted)
+    for module in ("held_out", "reference"):
+        monkeypatch.setattr(f"support.{module}.completion_log_probs", counted)
     run = tuned_copy("dpo", 4)
     assert call(adapt, f"--resume={run}").returncode == 0
     assert passes == [10, 10] and numbers_of(run) == numbers_of(undisturbed["dpo"])
@@ -1099,7 +1105,7 @@ def test_the_export_of_a_tuned_run_has_the_template_of_its_chats(tmp_path, undis
 def test_two_ranks_tune_as_one_process(method, tmp_path, tuning, undisturbed):
     """9 steps in float32, the last of each epoch with fewer examples than the others."""
     run = tmp_path / "run"
-    code, stdout, stderr = end_of(torchrun(2, tuning(run, method), file=HOUSE / "adapt.py"))
+    code, stdout, stderr = end_of(torchrun(2, tuning(run, method), file=ROOT / "adapt.py"))
     assert code == 0, stderr
     one, other = rows(run), rows(undisturbed[method])
     assert [row["step"] for row in one] == [row["step"] for row in other] == list(range(1, 10))
@@ -1175,7 +1181,7 @@ def test_the_tiny_pipeline_learns_to_answer_and_then_to_prefer(tmp_path):
              ["adapt.py", "configs/tiny_sft.py", f"--start_from={runs[0]}"],
              ["adapt.py", "configs/tiny_dpo.py", f"--start_from={runs[1]}"]]
     for run, command in zip(runs, words, strict=True):
-        subprocess.run([sys.executable, *command, f"--run_dir={run}"], cwd=HOUSE, check=True)
+        subprocess.run([sys.executable, *command, f"--run_dir={run}"], cwd=ROOT, check=True)
     check_tiny_pipeline(*runs[1:])
 
 
@@ -1349,7 +1355,7 @@ def test_the_embedded_sets_are_sound_large_and_the_same_each_time(embedded):
             module = documents[name]["metadata"]["split_group"]
             digest = hashlib.sha256(module.encode()).digest()
             assert (int.from_bytes(digest[:8], "big") < 0.05 * 2**64) == held_out
-            answer = checked_chat(chat, name)["messages"][-1]["content"]
+            answer = checked_chat(chat, name)[-1]["content"]
             assert answer in " ".join(documents[name]["text"].split())
         assert {len(chat["messages"]) for _, chat in chats} == {2, 4}
         assert not held_out or not set(names) & leaked_docstrings(0.05)

@@ -1,5 +1,6 @@
 """Step directories: read by name, complete or refused, and never run."""
 
+import hashlib
 import json
 import pickle
 import shutil
@@ -124,6 +125,9 @@ def replace(content):
     return rewrite(lambda old: content)
 
 
+DIGEST_OF_NOTHING = hashlib.sha256(b"{}").hexdigest().encode()
+
+
 @pytest.mark.parametrize("pattern, damage, word", [
     ("*.distcp", flip, "SHA-256"), (".metadata", flip, "SHA-256"),
     ("*.distcp", rewrite(lambda old: old[:-1]), "bytes"),
@@ -132,7 +136,8 @@ def replace(content):
     ("state.json", rewrite(lambda old: old.replace(b'"n_heads": 2', b'"n_heads": 4')), "digest"),
     ("state.json", rewrite(lambda old: old[:-9]), "JSON"), ("state.json", replace(b""), "JSON"),
     ("state.json", replace(b"\xff\xfe\0"), "JSON"), ("state.json", replace(b"[1]"), "list"),
-    ("state.json", replace(b"{}"), "digest")])
+    ("state.json", replace(b"{}"), "digest"),
+    ("state.json", replace(b'{"sha256": "%s"}' % DIGEST_OF_NOTHING), "files")])
 def test_damage_to_a_step_is_named(tmp_path, pattern, damage, word):
     path = write_step(tmp_path / "step1")
     verify_step(path)
