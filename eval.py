@@ -16,29 +16,26 @@ Paper: OLMo (arXiv 2402.00838), sections 2.4, 4.1 and 4.2; the method is that of
 """
 
 import math
-import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 
 from configs import load_config, setting
-from corpus.documents import warn
-from corpus.trace import held_out_of
 from data import render_chat
 from model import at_least_float32, generate, next_token_loss
-from scaling.checkpoint import run_of, step_directories
+from scaling.checkpoint import run_of
 from scaling.ranks import from_rank0, reduce_sum
 from scaling.sharding import evaluating
 from support.cpu import packed_weights
+from support.evaluations import (check_paths, evaluate_every_checkpoint, evaluate_path,
+                                 print_samples, split_words)
 from support.files import UserError, run_main
-from support.models import open_model
-from support.records import (bits_per_byte, domains_table, evaluation_key, keys_recorded, pooled,
-                             record, sample_key, tasks_table, verdict_on)
+from support.records import bits_per_byte, dtype_name, evaluation_key, pooled
 from support.report import report
 from support.scoring import length_batches, own_batches, padded, score_requests
-from support.tasks import documents_at, open_suites
+from support.tasks import documents_at
 
 
 # ---- Configuration -------------------------------------------------------------------------------
@@ -119,12 +116,6 @@ def evaluate(model, tokenizer, suites, config):
         "tasks": tasks,
         "of": [evaluation_key(suite, config, dtype) for suite in suites],
     }
-
-
-def dtype_name(model):
-    """The dtype in which the model multiplies, such as bfloat16."""
-    dtype = model.compute_dtype or model.wte.weight.dtype
-    return str(dtype).removeprefix("torch.")
 
 
 # ---- Perplexity ----------------------------------------------------------------------------------
@@ -437,86 +428,18 @@ def sample_text(model, tokenizer, config):
 
 # ---- Commands ------------------------------------------------------------------------------------
 
-def evaluate_and_record(run, model, tokenizer, state, suites, config):
-    """Evaluate suites one by one: print the table of each, add a row to RUN/eval.jsonl."""
-    for suite in suites:
-        began = time.monotonic()
-        results = evaluate(model, tokenizer, [suite], config)
-        [key] = results.pop("of")
-        if suite.tasks:
-            print(tasks_table(results["tasks"]))
-        else:
-            print(domains_table(results["sums"]))
-        # A number is only as good as the data is clean: was the suite in the training data?
-        verdict, said = verdict_on(suite, key, run, state)
-        print(f"{suite.name}: {said}\n")
-        if state:  # a step of a run; a Hugging Face directory is left alone
-            seconds = round(time.monotonic() - began, 1)
-            record(run, "eval", state, of=key, decontaminated=verdict, said=said, **results,
-                   seconds=seconds)
-
-
-def evaluate_every_checkpoint(run, suites, config):
-    """Evaluate every complete step of a run and draw a sample from it.
-
-    What eval.jsonl has already, for the same weights and an equal key, is skipped.
-    """
-    for step in step_directories(run):
-        try:
-            done = keys_recorded(run, step)
-            missing = [suite for suite in suites
-                       if evaluation_key(suite, config, config.eval_dtype) not in done]
-            if not missing and sample_key(config) in done:
-                print(f"{step}: done already")
-                continue
-            print(f"{step}:")
-            model, tokenizer, state = open_model(step, config)
-            evaluate_and_record(run, model, tokenizer, state, missing, config)
-            if sample_key(config) not in done:
-                text = sample_text(model, tokenizer, config)
-                record(run, "sample", state, of=sample_key(config), text=text)
-        except UserError as error:  # a damaged step does not stop the others
-            warn(f"{error}; the other steps are evaluated")
-    print(f"the numbers are in {run / 'eval.jsonl'}; python eval.py report {run} draws them")
-
-
-def print_samples(model, tokenizer, prompts, config):
-    for i, prompt in enumerate(prompts):
-        if i > 0:
-            print("-" * 40)
-        print(sample_text(model, tokenizer, replace(config, prompt=prompt)))
-
-
 def main(argv):
-    paths = [word for word in argv if not word.startswith("-")]
-    options = [word for word in argv if word.startswith("-")]
-    verb = "evaluate"
-    if paths and paths[0] in ("sample", "report"):
-        verb = paths.pop(0)
+    verb, paths, options = split_words(argv)
     config, what = load_config(options, EvalConfig, EvalOptions)
-    if not paths or (len(paths) > 1 and verb != "report"):
-        raise UserError(f"{' '.join(paths) or 'no run'}: name one run; --help shows the form")
-    runs = [run_of(path) for path in paths]
+    check_paths(verb, paths)
     if verb == "report":
-        print(f"wrote {report(runs)}")
-        return
-
-    run = runs[0]
-    if not (run / "config.json").is_file() and not (run / "model.pt").is_file():
-        raise UserError(f"{run}: no model here; train.py configs/tiny.py makes runs/tiny")
-    if verb == "sample":
-        model, tokenizer, _ = open_model(paths[0], config)
-        prompts = [word.partition("=")[2] for word in options if word.startswith("--prompt=")]
-        print_samples(model, tokenizer, prompts or [config.prompt], config)
-        return
-    if what.every_checkpoint and not step_directories(run):
-        raise UserError(f"{run}: --every_checkpoint needs a run with step directories")
-    suites = open_suites(config, lambda: held_out_of(run))  # reads every file once: faults show now
-    if what.every_checkpoint:
-        evaluate_every_checkpoint(run, suites, config)
-        return
-    model, tokenizer, state = open_model(paths[0], config)
-    evaluate_and_record(run, model, tokenizer, state, suites, config)
+        print(f"wrote {report([run_of(path) for path in paths])}")
+    elif verb == "sample":
+        print_samples(paths[0], options, config, sample_text)
+    elif what.every_checkpoint:
+        evaluate_every_checkpoint(paths[0], config, evaluate, sample_text)
+    else:
+        evaluate_path(paths[0], config, evaluate)
 
 
 if __name__ == "__main__":

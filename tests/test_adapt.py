@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import (HOUSE, end_of, official_order, refusal, rows, same_weights, saved_steps,
+from conftest import (ROOT, end_of, official_order, refusal, rows, same_weights, saved_steps,
                       steps, torchrun)
 
 import adapt
@@ -476,7 +476,7 @@ def compare_as_a_rank():
 
 def test_two_ranks_have_the_gradient_of_one(tmp_path):
     file = tmp_path / "script.py"
-    file.write_text(RANKS.format(paths=[str(HOUSE), str(HOUSE / "tests")]))
+    file.write_text(RANKS.format(paths=[str(ROOT), str(ROOT / "tests")]))
     code, stdout, stderr = end_of(torchrun(2, file=file))
     assert code == 0, stderr[-3000:]
     assert "rank 0 agrees" in stdout and "rank 1 agrees" in stdout
@@ -962,7 +962,7 @@ def test_the_export_of_a_tuned_run_has_the_template_of_its_chats(tmp_path, undis
 def test_two_ranks_tune_as_one_process(method, tmp_path, tuning, undisturbed):
     """9 steps in float32, the last of each epoch with fewer examples than the others."""
     run = tmp_path / "run"
-    code, stdout, stderr = end_of(torchrun(2, tuning(run, method), file=HOUSE / "adapt.py"))
+    code, stdout, stderr = end_of(torchrun(2, tuning(run, method), file=ROOT / "adapt.py"))
     assert code == 0, stderr
     one, other = rows(run), rows(undisturbed[method])
     assert [row["step"] for row in one] == [row["step"] for row in other] == list(range(1, 10))
@@ -1036,7 +1036,7 @@ def test_the_tiny_pipeline_learns_to_answer_and_then_to_prefer(tmp_path):
              ["adapt.py", "configs/tiny_sft.py", f"--start_from={runs[0]}"],
              ["adapt.py", "configs/tiny_dpo.py", f"--start_from={runs[1]}"]]
     for run, command in zip(runs, words, strict=True):
-        subprocess.run([sys.executable, *command, f"--run_dir={run}"], cwd=HOUSE, check=True)
+        subprocess.run([sys.executable, *command, f"--run_dir={run}"], cwd=ROOT, check=True)
     check_tiny_pipeline(*runs[1:])
 
 

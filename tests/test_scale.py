@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import (HOUSE, TINY, children_of, columns, end_of, forked, forked_ranks, rows,
+from conftest import (ROOT, TINY, children_of, columns, end_of, forked, forked_ranks, rows,
                       saved_steps, step_count, steps, torchrun, wait_until)
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -34,7 +34,7 @@ pytestmark = [pytest.mark.usefixtures("one_thread"),
 FIFTY = dict(max_steps=50, decay_steps=50, save_every_steps=0, eval_every_steps=50,
              eval_batch_tokens=64)  # many forward passes for the ranks to share
 SMALL = m.ModelConfig(**{key: TINY[key] for key in TINY.keys() & m.ModelConfig.__annotations__})
-SEVEN_B, ONE_B, ANNEAL = (str(HOUSE / f"configs/olmo_{name}.py")
+SEVEN_B, ONE_B, ANNEAL = (str(ROOT / f"configs/olmo_{name}.py")
                           for name in ("7b", "1b", "7b_anneal"))
 
 
@@ -335,7 +335,7 @@ def test_stated_watts_count_by_the_clock(tmp_path, tiny_config, call):
 
 
 def test_a_meter_adds_up_its_power(monkeypatch):
-    """At 3.6 MW a second is a kWh; the meter of the GPU goes before the stated watts."""
+    """At 3.6 MW a second is a kWh; the meter of the GPU is preferred to the stated watts."""
     monkeypatch.setattr(torch.cuda, "power_draw", lambda device: 3.6e9)
     monkeypatch.setattr(time, "sleep", lambda s, sleep=time.sleep: sleep(0.01))
     meter = PowerMeter(torch.device("cuda"), watts=1.0)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import (HOUSE, check_same_run, children_of, columns, rows, saved_steps, step_count,
+from conftest import (ROOT, check_same_run, children_of, columns, rows, saved_steps, step_count,
                       steps, wait_until)
 
 from scaling.checkpoint import verify_step
@@ -37,7 +37,7 @@ def alive(pid):
 
 
 def kill_all(launcher):
-    """SIGKILL a launcher, which starts nothing more when it stands still, and all of its ranks."""
+    """SIGKILL a launcher, stopped first so that it starts nothing more, and all of its ranks."""
     launcher.send_signal(signal.SIGSTOP)
     ranks = children_of(launcher.pid)
     for pid in (launcher.pid, *ranks):
@@ -61,7 +61,7 @@ def launch():
 
     def popen(log, *words, ranks=1, torchrun=("--standalone",), prefix=(), **env):
         runner = [*TORCHRUN, *torchrun, f"--nproc_per_node={ranks}"] if ranks > 1 or prefix else []
-        command = [*prefix, sys.executable, *runner, HOUSE / "train.py", *words]
+        command = [*prefix, sys.executable, *runner, ROOT / "train.py", *words]
         with open(log, "a") as file:
             launched.append(subprocess.Popen(
                 command, env={**os.environ, "OMP_NUM_THREADS": "1", **env}, stdout=file,

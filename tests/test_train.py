@@ -17,7 +17,7 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
-from conftest import (HOUSE, Bomb, check_same_run, columns, flip, forked, is_running, rows,
+from conftest import (ROOT, Bomb, check_same_run, columns, flip, forked, is_running, rows,
                       saved_steps, seal, step_count, steps, wait_until)
 
 import data
@@ -119,7 +119,7 @@ def test_the_learning_rate_is_that_of_the_released_models(config, rates):
 
 def test_the_shipped_7b_and_its_anneal_have_olmos_horizon_and_early_clip():
     """The anneal: 2.3e-5 at step 556,000, half of it at 556,500, 2.3e-8 at 557,000."""
-    files = [str(HOUSE / f"configs/olmo_7b{name}.py") for name in ("", "_anneal")]
+    files = [str(ROOT / f"configs/olmo_7b{name}.py") for name in ("", "_anneal")]
     [config] = load_config(files[:1], train.TrainConfig, other=train.SCHEMAS)
     assert [train.clip_at_step(step, config) for step in (1, 2, 1001, 1002)] == [1, 10, 10, 1]
     assert train.lr_at_step(5000, config) == 3e-4 and train.lr_at_step(452_112, config) == 3e-5
@@ -475,7 +475,7 @@ def test_the_compiled_default_on_two_threads_goes_on_too(tmp_path, start, python
     """configs/tiny.py itself, shortened: compiled blocks, the chip's own dtype, two threads."""
     if not can_compile():
         pytest.skip("needs a C++ compiler")
-    words = [HOUSE / "configs/tiny.py", "--compile=true", "--max_steps=30", "--save_every_steps=5",
+    words = [ROOT / "configs/tiny.py", "--compile=true", "--max_steps=30", "--save_every_steps=5",
              "--eval_every_steps=15", "--log_every_steps=1", f"--data_dir={tmp_path / 'data'}"]
     options = dict(threads=2, env={"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")})
     run, reference = tmp_path / "run", tmp_path / "reference"
