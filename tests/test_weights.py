@@ -319,7 +319,7 @@ def test_export_touches_no_directory_that_holds_something(tmp_path, call, monkey
     out.mkdir()
     save_hf(random_model(), out)  # an empty one may be written to
     content = {file.name: file.read_bytes() for file in out.iterdir()}
-    assert str(out) in refusal(save_hf, random_model(), out)
+    assert f"{out}: exists" in refusal(save_hf, random_model(), out)
     monkeypatch.setattr(support.weights, "load_model", None)  # refused before the long part
     done = call(m, "export", step, out)
     assert done.returncode != 0 and done.stdout == "" and str(out) in done.stderr
