@@ -142,6 +142,7 @@ def difference(ours, theirs, reference=None):
 
 
 def same_weights(one, other):
+    """Whether two models have the same tensors, bit for bit."""
     import torch
     one, other = one.state_dict(), other.state_dict()
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
@@ -249,14 +250,6 @@ def saved_steps(run):
     """The numbers of the step directories; none that is half-written may be left over."""
     assert not list(run.glob("*.tmp"))
     return [int(path.name[4:]) for path in sorted(run.glob("step??????"))]
-
-
-def differing_weights(one, other):
-    """The names of the tensors in which two models differ by any bit."""
-    import torch
-    one, other = one.state_dict(), other.state_dict()
-    return [name for name in one.keys() | other.keys()
-            if name not in one or name not in other or not torch.equal(one[name], other[name])]
 
 
 def check_same_run(run, reference):
