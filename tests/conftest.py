@@ -408,3 +408,16 @@ def official_order(n, seed, epoch):
     indices = np.arange(n, dtype=np.uint32)
     np.random.Generator(np.random.PCG64(seed=seed + epoch)).shuffle(indices)
     return indices
+
+
+def data_config(folder, **changes):
+    """A DataConfig that builds in folder/built, in this process, with a tokenizer of 300 ids."""
+    from data import DataConfig
+    return DataConfig(**{"data_dir": str(folder / "built"), "tokenizer": "bpe:300",
+                         "eval_share": 0.0, "workers": 1} | changes)
+
+
+def contents_of(folder):
+    """{path in the folder: bytes} of its files."""
+    return {file.relative_to(folder).as_posix(): file.read_bytes()
+            for file in sorted(folder.rglob("*")) if file.is_file()}
