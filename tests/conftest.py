@@ -421,3 +421,9 @@ def contents_of(folder):
     """{path in the folder: bytes} of its files."""
     return {file.relative_to(folder).as_posix(): file.read_bytes()
             for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def kept_documents(folder, source="*"):
+    """The clean documents of a built folder in their order, read by gzip alone."""
+    return [json.loads(line) for path in sorted((folder / "documents").glob(f"{source}-*.gz"))
+            for line in gzip.open(path, "rt", encoding="utf-8")]

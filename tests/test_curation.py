@@ -19,7 +19,7 @@ import pytest
 
 import corpus.stages as stages
 import data
-from conftest import contents_of, data_config, manifest_of, write_jsonl
+from conftest import contents_of, data_config, kept_documents, manifest_of, write_jsonl
 from corpus.dedup import BloomFilter, DigestSet, deduplicate
 from corpus.funnel import Funnel, print_table
 from corpus.rules import CONTENT_SCORERS, RULES, Drop, Page, english_score, ngram_ratios
@@ -75,12 +75,6 @@ def texts_of(documents):
 
 def write_texts(path, *texts):
     return write_jsonl(path, [{"id": f"d{i}", "text": text} for i, text in enumerate(texts)])
-
-
-def kept_documents(folder, source):
-    """The clean documents of a built folder in their order, read by gzip alone."""
-    return [json.loads(line) for path in sorted((folder / "documents").glob(f"{source}-*.gz"))
-            for line in gzip.open(path, "rt", encoding="utf-8")]
 
 
 def words_of(folder, path, rules, **changes):

@@ -1,12 +1,10 @@
 """data.py and its parts against numpy, hashlib, gzip and lists kept in memory."""
 
-import contextlib
 import errno
 import functools
 import gzip
 import hashlib
 import inspect
-import io
 import itertools
 import json
 import os
@@ -24,14 +22,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import (contents_of, data_config, index_of, manifest_of, official_order, refusal,
-                      write_jsonl)
+from conftest import (contents_of, data_config, index_of, kept_documents, manifest_of,
+                      official_order, refusal, write_jsonl)
 
 import data
 from corpus.documents import is_held_out, read_documents
 from corpus.stages import STAGE_FILES, building_code, ordered_map
-from corpus.storage import (DocumentWriter, ShardWriter, read_block,
-                            token_dtype)
+from corpus.storage import (DocumentWriter, ShardWriter, token_dtype)
 from corpus.tokenizer import (EOS, PAD, PII_MARKERS, SPACE_RUNS, Tokenizer, tokenizer_spec,
                               train_bpe)
 from data import Batches, DataConfig, TokenShards, build_data, write_shards
@@ -58,13 +55,6 @@ def small_config(folder, **changes):
     if not corpus.exists():
         write_corpus(corpus)
     return data_config(folder, **{"sources": {"main": str(corpus)}, "eval_share": 0.1} | changes)
-
-
-def rows_of(folder):
-    """The documents of the shards of a built folder, in their order, found by the indexes."""
-    block = functools.cache(functools.partial(read_block, folder / "documents"))
-    return [json.loads(block(shard["source"], int(row["file"]), int(row["block"]))[row["line"]])
-            for shard in manifest_of(folder)["shards"] for row in index_of(folder, shard)]
 
 
 def held_out_of(folder, source="main"):
@@ -167,7 +157,8 @@ def test_lone_surrogates_are_repaired_and_counted_and_stop_no_build(tmp_path):
     source = {"path": str(tmp_path / "in.jsonl"), "rules": "url"}
     config = small_config(tmp_path, sources={"main": source}, tokenizer="bpe:284", eval_share=0.0)
     folder = build_data(config)
-    assert [row["text"] for row in rows_of(folder)] == ["a\ufffdx\ufffd", "\ufeff😀", "b\ufffd"]
+    texts = [row["text"] for row in kept_documents(folder)]
+    assert texts == ["a\ufffdx\ufffd", "\ufeff😀", "b\ufffd"]
     notes = manifest_of(folder)["sources"]["main"]["notes"]
     assert notes == {"texts with lone surrogates repaired": 2}
 
@@ -188,7 +179,7 @@ def test_groups_are_on_one_side_of_the_build_which_their_hash_decides(tmp_path):
         for i in range(400)])
     folder = build_data(small_config(tmp_path, eval_share=0.3))
     training, held_out = (Counter(row["metadata"]["split_group"] for row in rows)
-                          for rows in (rows_of(folder), held_out_of(folder)))
+                          for rows in (kept_documents(folder), held_out_of(folder)))
     assert training and held_out == {i: 10 for i in range(40) if in_share(str(i), 0.3)}
     assert training + held_out == dict.fromkeys(range(40), 10)
 
@@ -209,30 +200,16 @@ def test_merges_are_never_learned_from_held_out_documents(tmp_path):
 
 @pytest.fixture(scope="module")
 def embedded(tmp_path_factory):
-    """What configs/tiny.py reads, built with a smaller tokenizer: the table it prints, the folder,
-    its documents, and those that it read."""
-    home, table = tmp_path_factory.mktemp("embedded"), io.StringIO()
-    with contextlib.redirect_stdout(table):
-        data.main([str(ROOT / "configs" / "tiny.py"), f"--data_dir={home}", "--workers=1",
-                   "--tokenizer=bpe:600"])
+    """What configs/tiny.py reads, built with a smaller tokenizer: the folder, its documents, and
+    those that it read."""
+    home = tmp_path_factory.mktemp("embedded")
+    data.main([str(ROOT / "configs" / "tiny.py"), f"--data_dir={home}", "--workers=2",
+               "--tokenizer=bpe:600"])
     [folder] = [file.parent for file in home.glob("*/manifest.json")]
     return SimpleNamespace(
-        table=table.getvalue(), folder=folder, rows=rows_of(folder),
+        folder=folder, rows=kept_documents(folder),
         held_out={source: held_out_of(folder, source) for source in SOURCES},
         library={source: list(read_documents("stdlib", source)) for source in SOURCES})
-
-
-def test_command_prints_the_folder_whose_shards_hold_what_the_rules_leave(embedded):
-    assert str(embedded.folder) in embedded.table and "600 ids" in embedded.table
-    for source, counts in manifest_of(embedded.folder)["sources"].items():
-        assert all(f"{counts[key]:,}" in embedded.table for key in ("documents", "tokens"))
-        kept = [row["id"] for row in embedded.rows if row["source"] == source]
-        chosen = [d["id"] for d in embedded.library[source] if not is_held_out(d, 0.05)]
-        dropped = sum(rule["dropped"] for rule in counts["by_rule"].values())
-        assert [name for name in chosen if name in set(kept)] == kept
-        assert len(kept) == counts["documents"] and 0 <= len(chosen) - len(kept) <= dropped
-        assert counts["documents in"] == len(embedded.library[source]) == (
-            len(kept) + counts["held-out documents"] + dropped)
 
 
 def test_held_out_docstrings_are_in_no_training_document_and_leaked_ones_are_dropped(embedded):
@@ -688,14 +665,12 @@ def test_fingerprint_follows_the_data_its_order_and_its_cut(tmp_path):
 
     def fingerprint(folder=folder, seq_len=8, batch_size=12, seed=7):
         return Batches(TokenShards(folder, seq_len), batch_size, seed, tmp_path).fingerprint()
-    assert fingerprint() == fingerprint() == json.loads(json.dumps(fingerprint()))
-    n = len(TokenShards(folder, 8))
-    assert len(TokenShards(other, 8)) == fingerprint()["instances"] == n
-    changed = [fingerprint(folder=other), fingerprint(seed=8), fingerprint(batch_size=6),
-               fingerprint(seq_len=16)]
-    assert all(one != fingerprint() for one in changed)
-    order = official_order(n, 7, 0)
-    assert fingerprint()["order_sha256"] == hashlib.sha256(order.tobytes()).hexdigest()
+    ours, n = fingerprint(), len(TokenShards(folder, 8))
+    assert ours == fingerprint() == json.loads(json.dumps(ours))
+    assert len(TokenShards(other, 8)) == ours["instances"] == n
+    assert ours["order_sha256"] == hashlib.sha256(official_order(n, 7, 0)).hexdigest()
+    for change in ({"folder": other}, {"seed": 8}, {"batch_size": 6}, {"seq_len": 16}):
+        assert fingerprint(**change) != ours
 
 
 # ---- The lock -------------------------------------------------------------------------------
@@ -759,5 +734,4 @@ def test_setting_that_makes_no_sense_is_refused(key, value):
 
 @pytest.mark.parametrize("name", ["../../outside", "a/b", ""])
 def test_source_that_cannot_name_files_is_refused(name):
-    """A source's name becomes that of its files, which must be in the folder of the build."""
     assert repr(name) in refusal(DataConfig, sources={name: "corpus.jsonl"})
