@@ -427,3 +427,8 @@ def kept_documents(folder, source="*"):
     """The clean documents of a built folder in their order, read by gzip alone."""
     return [json.loads(line) for path in sorted((folder / "documents").glob(f"{source}-*.gz"))
             for line in gzip.open(path, "rt", encoding="utf-8")]
+
+
+def ages_of(paths):
+    """{path: (inode, time of the last change)}, which differs if a file was made again."""
+    return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}

@@ -110,7 +110,6 @@ def web_dirt(dice):
         bad(clean.replace(".", ";"), "c4_punctuation"),
         row(f"Read {name}.\n{clean}", ("c4_short_lines", clean)),
         bad("As is.\nNot now.", "c4_short_lines"),
-        bad(f"{clean} It has a {{ brace.", "c4_document"),
         bad(f"{clean} It has Lorem Ipsum.", "c4_document"),
         bad(prose(dice, 1), "gopher_word_count"),
         bad(stop_words_only, "gopher_word_length"),
@@ -119,9 +118,7 @@ def web_dirt(dice):
         bad(filled(dice, "A _ is in _ on _ for _ as _. " * 6), "gopher_stop_words"),
         bad("- " + clean.replace("\n", "\n- "), "gopher_bullets"),
         bad(f"{first}\n{clean}", "gopher_repetition"),
-        bad(f"{clean} And {first} But {first}", "gopher_repetition"),
         bad(prose(dice, 50) + f" {name[:2]}" * 100 + ".", "repeated_tokens"),
-        row(prose(dice, 50) + f" {name[:2]}" * 99 + "."),
         row(f"{opening}. This is vile, {name}. {more}\n{rest}", ("content", clean)),
         bad(clean.replace("The", "The vile"), "content"),
         row(f"{clean}\nFor {extra}: {name}@example.org, 555-123-4567.",
@@ -129,9 +126,7 @@ def web_dirt(dice):
         row(f"{clean}\nThe {extra} is (10.0.0.1)!\nOf {name}: yes",
             ("c4_punctuation", f"{clean}\nThe {extra} is (10.0.0.1)!"),
             ("pii", f"{clean}\nThe {extra} is ({IP})!")),
-        bad(clean + "".join(f" {name}{i}@a.example.com." for i in range(6)), "pii"),
-        row(clean + "".join(f" {name}{i}@a.example.com." for i in range(5)),
-            ("pii", clean + f" {EMAIL}." * 5))]
+        bad(clean + "".join(f" {name}{i}@a.example.com." for i in range(6)), "pii")]
 
 
 def code_dirt(dice):
@@ -624,7 +619,7 @@ SMALL_PARTS = ("import sys, corpus.stages, corpus.storage, data; "
 def test_builds_of_any_number_of_workers_are_byte_for_byte_the_same(tmp_path, monkeypatch):
     """One without hard links, and one in a process where sets of strings have another order."""
     dice = random.Random(8)
-    texts = [text for _ in range(4) for text, _, _ in each(web_dirt, dice)]
+    texts = [text for _ in range(6) for text, _, _ in web_dirt(dice)]
     dice.shuffle(texts)
     path = write_texts(tmp_path / "s.jsonl", *texts, *dice.sample(texts, 9))
     monkeypatch.setattr(stages, "BATCH_BYTES", 4000)

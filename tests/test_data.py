@@ -22,7 +22,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import (contents_of, data_config, index_of, kept_documents, manifest_of,
+from conftest import (ages_of, contents_of, data_config, index_of, kept_documents, manifest_of,
                       official_order, refusal, write_jsonl)
 
 import data
@@ -69,10 +69,6 @@ def stages_of(data_dir):
     names = sorted(file.name for file in (data_dir / "stages").iterdir())
     assert all(re.fullmatch(r".*-[0-9a-f]{12}", name) for name in names), names
     return [name[:-13] for name in names]
-
-
-def ages_of(paths):
-    return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
 
 
 # ---- Documents ------------------------------------------------------------------------------
@@ -518,7 +514,7 @@ def test_changed_input_makes_another_folder(tmp_path):
     folders.append(build("a"))
     train_bpe(["some words"], 286).save(tokenizer)
     folders.append(build("a"))
-    assert len(set(folders)) == 8
+    assert len(set(folders)) == 8 and manifest_of(folders[-1])["vocab_size"] == 286
 
 
 @pytest.mark.parametrize("content", ["", '{"text": " "}\n', "junk\n",

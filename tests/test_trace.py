@@ -1,7 +1,6 @@
 """From a step back to its text and forth, against the original files, numpy and brute force;
 ready token files, the mix, and builds that are killed."""
 
-import contextlib
 import csv
 import functools
 import gzip
@@ -20,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import (columns, contents_of, data_config, index_of, manifest_of, official_order,
-                      refusal, write_jsonl)
+from conftest import (ages_of, children_of, columns, contents_of, data_config, index_of,
+                      manifest_of, official_order, refusal, write_jsonl)
 
 import data
 import train
@@ -515,20 +514,15 @@ def contents(data_dir):
     return folder.name, found
 
 
-def processes():
-    """{(pid, when it began): its parent} of the processes that are alive."""
-    found = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            state, parent, *fields = stat.read_text().rpartition(")")[2].split()
-            if state not in "ZX":
-                found[int(stat.parent.name), fields[17]] = int(parent)
-    return found
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def stages_of(data_dir):
-    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns)
-            for path in (data_dir / "stages").glob("*") if path.suffix != ".tmp"}
+    return ages_of(path for path in (data_dir / "stages").glob("*") if path.suffix != ".tmp")
 
 
 def check_kill(big, data_dir, is_time):
@@ -541,12 +535,12 @@ def check_kill(big, data_dir, is_time):
         while process.poll() is None and not is_time(process.pid):
             time.sleep(0.01)
         process.send_signal(signal.SIGSTOP)  # so that no worker begins unseen
-        workers = {who for who, parent in processes().items() if parent == process.pid}
+        workers = children_of(process.pid) if process.poll() is None else []
         process.kill()
     deadline = time.monotonic() + 3
-    while (left := workers & processes().keys()) and time.monotonic() < deadline:
+    while (left := [pid for pid in workers if is_alive(pid)]) and time.monotonic() < deadline:
         time.sleep(0.05)
-    for pid, _ in left:
+    for pid in left:
         os.kill(pid, signal.SIGKILL)
     assert not left, "workers outlived their killed parent"
     before = stages_of(data_dir)
@@ -564,8 +558,8 @@ def check_kill(big, data_dir, is_time):
 def test_a_killed_build_is_completed(big, tmp_path, moment):
     """Killed when its first stage is finished and workers are at the next, or at any moment."""
     if moment == "after a stage":
-        before, workers = check_kill(big, tmp_path, lambda pid: pid in processes().values() and any(
-            name.startswith("clean-a") for name in stages_of(tmp_path)))
+        before, workers = check_kill(big, tmp_path, lambda pid: children_of(pid) and any(
+            path.name.startswith("clean-a") for path in stages_of(tmp_path)))
         assert before and workers
     else:
         deadline = time.monotonic() + big[2] * (moment + 0.2 * random.random())
@@ -574,8 +568,9 @@ def test_a_killed_build_is_completed(big, tmp_path, moment):
 
 def test_workers_start_as_python_3_14_starts_them():
     """Its default on Linux is forkserver, whose workers are no children of this process."""
-    code = ("import multiprocessing, data; multiprocessing.set_start_method('forkserver'); "
-            "print(list(data.ordered_map(abs, [-1, 2], 2)))")
+    code = ("import multiprocessing, corpus.stages; "
+            "multiprocessing.set_start_method('forkserver'); "
+            "print(list(corpus.stages.ordered_map(abs, [-1, 2], 2)))")
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(data.__file__).parent, text=True,
                           capture_output=True, timeout=60)
     assert done.stdout == "[1, 2]\n", done.stderr
