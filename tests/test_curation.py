@@ -14,7 +14,6 @@ import sys
 import zlib
 from collections import Counter, defaultdict
 
-import numpy as np
 import pytest
 
 import corpus.stages as stages
@@ -22,7 +21,7 @@ import data
 from conftest import contents_of, data_config, kept_documents, manifest_of, write_jsonl
 from corpus.dedup import BloomFilter, DigestSet, deduplicate
 from corpus.funnel import Funnel, print_table
-from corpus.rules import CONTENT_SCORERS, RULES, Drop, Page, english_score, ngram_ratios
+from corpus.rules import CONTENT_SCORERS, RULES, Drop, Page, english_score
 from data import build_data
 from support.files import UserError
 
@@ -337,17 +336,6 @@ def with_phrase(n, times, size, stretch=lambda: 0):
     return " ".join(words)
 
 
-def test_ngram_ratios_are_those_of_a_slow_counter():
-    dice = random.Random(1)
-    for _ in range(60):
-        vocabulary = [word(dice)[:dice.randint(1, 7)] for _ in range(dice.choice([2, 9, 60]))]
-        words = dice.choices(vocabulary, k=dice.randint(0, 90))
-        found = list(ngram_ratios(words, np.array([len(w) for w in words], np.int64)))
-        expected = list(slow_ratios(words))
-        assert [n for n, _, _ in found] == [n for n, _ in expected]
-        assert np.allclose([p for _, p, _ in found], [p for _, p in expected], rtol=0, atol=1e-12)
-
-
 def test_repetition_is_judged_as_by_a_slow_counter():
     dice, seen = random.Random(2), set()
     for i in range(300):
@@ -619,7 +607,7 @@ SMALL_PARTS = ("import sys, corpus.stages, corpus.storage, data; "
 def test_builds_of_any_number_of_workers_are_byte_for_byte_the_same(tmp_path, monkeypatch):
     """One without hard links, and one in a process where sets of strings have another order."""
     dice = random.Random(8)
-    texts = [text for _ in range(6) for text, _, _ in web_dirt(dice)]
+    texts = [text for _ in range(4) for text, _, _ in each(web_dirt, dice)]
     dice.shuffle(texts)
     path = write_texts(tmp_path / "s.jsonl", *texts, *dice.sample(texts, 9))
     monkeypatch.setattr(stages, "BATCH_BYTES", 4000)
