@@ -12,11 +12,10 @@ are JSONL of {messages: [{role, content}]}. Preferences are JSONL of {chosen, re
 lists, or two texts with a `prompt`. "stdlib" makes both from the Python that runs this.
 
 Paper: OLMo (arXiv 2402.00838), section 4.3, which follows Tulu 2 and Open Instruct; DPO is arXiv
-2305.18290. Parts, in order: configuration, adapt(), examples, batches, losses, the reference,
-evaluation, commands.
+2305.18290. In order: configuration, adapt(), examples, schedule, batches, losses, evaluation,
+commands.
 """
 
-import hashlib
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -34,20 +33,22 @@ from configs import load_config, setting
 from corpus.tokenizer import Tokenizer
 from data import DataConfig, instance_order, render_chat
 from eval import EvalConfig, evaluate
-from model import next_token_loss, sequence_log_probs
-from scaling.directory import resumed_argv, saved_settings
-from scaling.machine import choose_micro_batch
+from model import ModelConfig, next_token_loss, sequence_log_probs
+from scaling.directory import saved_settings
 from scaling.ranks import (agree_on_machine, on_all_ranks, on_rank0, rank, setup_distributed,
                            world_size)
 from scaling.run import READ_PATIENCE, Run, deadline_after
-from support.chats import read_set
-from support.files import UserError, run_main, write_json
+from support.chats import read_examples, sequences_of
+from support.files import UserError, run_main
+from support.held_out import evaluate_held_out
 from support.models import fill_weights, open_base
-from support.talk import ShowOptions, answer_prompts, chat, generate_answers, show
+from support.packing import best_fit
+from support.reference import reference_log_probs
+from support.talk import chat, generate_answers
 from support.tasks import open_suites
-from support.tuned import (check_not_base, completion_log_probs, held_out_of_base,
-                           held_out_prompts, mean_and_error, print_results, print_run, print_set,
-                           read_reference, reference_file, refuse_derived)
+from support.tuned import (ShowOptions, check_adapt_config, check_not_base, checked_argv,
+                           choose_rows, fingerprint_of, held_out_of_base, print_results, print_run,
+                           show_examples)
 from train import (SCHEMAS, TrainConfig, build_training, check_vocabulary, clip_at_step,
                    cut_batch, lr_at_step, resume, train_step)
 
@@ -77,14 +78,7 @@ class AdaptConfig:
         32, "At each evaluation, answer at most so many held-out prompts greedily; log three.")
 
     def __post_init__(self):
-        if not 0 < self.epochs < math.inf:
-            raise UserError(f"epochs={self.epochs}: it must be above 0")
-        if not 0 <= self.warmup_share < 1:
-            raise UserError(f"warmup_share={self.warmup_share}: it must be at least 0 and below 1")
-        if not 0 < self.beta < math.inf:
-            raise UserError(f"beta={self.beta}: it must be above 0")
-        if self.eval_answers < 0:
-            raise UserError(f"eval_answers={self.eval_answers}: it must be at least 0")
+        check_adapt_config(self)
 
 
 # by_epochs sets these keys, so nobody else may
@@ -108,7 +102,7 @@ def adapt(adapt_config, eval_config, config):
     train_set, eval_set = read_sets(adapt_config, base, tokenizer)  # chats, or pairs of answers
     suites = open_suites(eval_config, partial(held_out_of_base, base))
     config = by_epochs(adapt_config, config, len(train_set))
-    fingerprint = fingerprint_of(base, train_set, eval_set, config)  # must not change in a run
+    fingerprint = fingerprint_of(base, train_set, eval_set, config.batch_size)  # of the run
     settings = base.settings | saved_settings(base.model_config, eval_config, adapt_config, config)
     dtype, compiled = agree_on_machine(config, settings, device)
 
@@ -118,8 +112,8 @@ def adapt(adapt_config, eval_config, config):
     if run.is_finished():
         return 0
     model, optimizer = build_training(base.model_config, config, device, dtype, compiled)
-    train_reference, eval_reference = reference_log_probs(
-        run, base, model, [train_set, eval_set], adapt_config, eval_config)
+    train_reference, eval_reference = reference_log_probs(  # DPO; before the weights change
+        run, base, model, [train_set, eval_set], adapt_config.method, eval_config.eval_batch_tokens)
     if run.checkpoint:
         resume(run, model, optimizer)
     else:
@@ -128,7 +122,7 @@ def adapt(adapt_config, eval_config, config):
     batches, loss_fn = batches_and_loss(run, train_set, train_reference, adapt_config)
     print_run(run.path, base, adapt_config, config, batches.micro_batch_size)
 
-    # The steps: the same loop as in train.py, with other batches and another loss
+    # The steps: the same loop as in train.py, with other batches and a different loss
     with run:
         if run.step == 0 or run.evaluation_was_missed():  # step 0: what the tuning starts from
             run.log_evaluation(evaluate_tuned(model, tokenizer, suites, eval_set, eval_reference,
@@ -142,7 +136,7 @@ def adapt(adapt_config, eval_config, config):
                 metrics = train_step(model, optimizer, micro_batches, loss_fn, lr, max_norm)
             except FloatingPointError as error:  # the weights are untouched
                 metrics = run.report_not_finite(step, error, batches.places)
-            if step == 1 and adapt_config.method == "dpo":  # the policy still is the reference
+            if step == 1 and adapt_config.method == "dpo":  # the policy is still the reference
                 check_first_loss(metrics, dtype, adapt_config)
             run.log(step, batch, metrics, lr, max_norm)
             if run.save_is_due(step):
@@ -179,35 +173,14 @@ class Pair(NamedTuple):
 
 def read_sets(adapt_config, base, tokenizer):
     """Returns (train_set, eval_set): lists of Examples for SFT, of Pairs for DPO."""
-    # eval_share: the embedded set holds out the modules whose text pretraining held out
-    read = partial(read_examples, config=adapt_config, tokenizer=tokenizer,
-                   max_seq_len=base.model_config.max_seq_len,
-                   eval_share=DataConfig(**base.settings).eval_share)
-    train_set = read(adapt_config.train_data, held_out=False)
-    eval_set = read(adapt_config.eval_data, held_out=True)
+    encode = encode_example if adapt_config.method == "sft" else encode_pair
+    # what is cut or dropped is counted and printed: nothing vanishes in silence
+    encode = partial(encode, tokenizer=tokenizer, max_seq_len=base.model_config.max_seq_len)
+    # the embedded set holds out the modules whose text pretraining held out
+    eval_share = DataConfig(**base.settings).eval_share
+    train_set = read_examples(adapt_config, "train_data", encode, eval_share)
+    eval_set = read_examples(adapt_config, "eval_data", encode, eval_share)
     return train_set, eval_set
-
-
-def read_examples(path, config, tokenizer, max_seq_len, held_out, eval_share):
-    """The Examples or Pairs of a set, in its order; prints how many rows were cut or dropped."""
-    if not path:
-        return []
-    counts = Counter()  # {what was done to rows: how many}; nothing is dropped in silence
-    examples = []
-    for place, row in read_set(path, config, held_out, eval_share, counts):
-        if config.method == "sft":
-            example = encode_example(row["messages"], tokenizer, max_seq_len, place, counts)
-        else:
-            example = encode_pair(row, tokenizer, max_seq_len, place, counts)
-        if example is not None:
-            examples.append(example)
-    key = "eval_data" if held_out else "train_data"
-    if not examples:
-        raise UserError(f"{key}={path}: none of its rows can be used ({dict(counts)}); name "
-                        "another file")
-    kind = "chats" if config.method == "sft" else "pairs"
-    print_set(key, path, kind, sequences_of(examples), len(examples), counts)
-    return examples
 
 
 def encode_example(messages, tokenizer, max_seq_len, place, counts, answer_only=False):
@@ -236,10 +209,7 @@ def encode_example(messages, tokenizer, max_seq_len, place, counts, answer_only=
 
 
 def encode_pair(row, tokenizer, max_seq_len, place, counts):
-    """The Pair of a preference.
-
-    None, and counted, if a side has nothing to train or if both sides are cut to the same ids.
-    """
+    """The Pair of a preference; None, and counted, if nothing is left to train or to prefer."""
     sides = []
     found = Counter()
     for answer in (row["chosen"], row["rejected"]):
@@ -250,22 +220,13 @@ def encode_pair(row, tokenizer, max_seq_len, place, counts):
     chosen, rejected = sides
     if chosen is None or rejected is None:
         return None
-    if np.array_equal(chosen.ids, rejected.ids):  # nothing is left to prefer
+    if np.array_equal(chosen.ids, rejected.ids):  # they differed only in what was cut off
         counts["dropped, as both answers are cut to the same"] += 1
         return None
     return Pair(chosen, rejected)
 
 
-def sequences_of(examples):
-    """The Examples of a set; for Pairs all the chosen ones, and then all the rejected ones."""
-    if examples and isinstance(examples[0], Pair):
-        chosen = [pair.chosen for pair in examples]
-        rejected = [pair.rejected for pair in examples]
-        return chosen + rejected
-    return list(examples)
-
-
-# ---- Schedule and fingerprint --------------------------------------------------------------------
+# ---- The schedule --------------------------------------------------------------------------------
 
 def by_epochs(adapt_config, config, examples):
     """The TrainConfig with the steps and the schedule that the epochs ask for.
@@ -275,62 +236,13 @@ def by_epochs(adapt_config, config, examples):
     """
     steps_per_epoch = math.ceil(examples / config.batch_size)  # the last one may be smaller
     steps = round(adapt_config.epochs * steps_per_epoch)
-    steps = max(1, steps)
+    steps = max(1, steps)  # a fraction of an epoch may round to none
     return replace(
         config,
         max_steps=steps,
         warmup_steps=math.ceil(adapt_config.warmup_share * steps),
         decay_steps=steps + 1,  # a step later, as a step at min_lr=0 would change nothing
     )
-
-
-def fingerprint_of(base, train_set, eval_set, config):
-    """What a resumed run must find unchanged: weights, examples, order."""
-    sizes = [len(train_set), len(eval_set)]
-    digest = hashlib.sha256(str(sizes).encode())
-    for example in sequences_of(train_set + eval_set):
-        digest.update(example.ids.tobytes())
-        digest.update(example.trained.tobytes())
-    return {
-        "base_sha256": base.digest,  # the weights that are tuned
-        "data_sha256": digest.hexdigest(),  # what is trained on and evaluated, in this order
-        "instances": len(train_set),
-        "seq_len": base.model_config.max_seq_len,
-        "batch_size": config.batch_size,
-        "seed": DataConfig(**base.settings).seed,  # the order of the epochs
-    }
-
-
-# ---- The reference, for DPO ----------------------------------------------------------------------
-#
-# DPO compares the policy, the model that is trained, with the reference, the model before that. An
-# answer is not rewarded for being likely, but for being likelier than the reference finds it. So
-# the policy learns what is preferred, and stays close to the language that it already has.
-
-def reference_log_probs(run, base, model, sets, adapt_config, eval_config):
-    """The reference's log-probabilities of chosen and rejected answers: float64 (N, 2) per set.
-
-    For SFT, which has no reference, None per set. They are computed once and written to a file of
-    the run, from which a resumed run reads them. UserError if a number is missing there.
-    """
-    if adapt_config.method == "sft":
-        return [None] * len(sets)
-    # The reference never changes, so two numbers per pair are all that we need from it. They are
-    # computed before the first step, and no second model has to stay in memory.
-    file = reference_file(run.path, run.state["data"], model.compute_dtype)
-    if not on_rank0(file.is_file):
-        fill_weights(model, base)  # for a moment, the policy is the reference
-        batch_tokens = eval_config.eval_batch_tokens
-        tables = [answer_log_probs(model, pairs, batch_tokens).tolist() for pairs in sets]
-        on_rank0(partial(write_json, file, {"log_probs": tables}))
-    return read_reference(file, [len(pairs) for pairs in sets])
-
-
-def answer_log_probs(model, pairs, batch_tokens):
-    """Float64 (N, 2): the log-probabilities of the chosen and the rejected answer of each Pair."""
-    found = completion_log_probs(model, sequences_of(pairs), batch_tokens)
-    log_probs, _ = found.T
-    return log_probs.view(2, len(pairs)).T
 
 
 # ---- Batches -------------------------------------------------------------------------------------
@@ -340,30 +252,21 @@ def batches_and_loss(run, train_set, reference, adapt_config):
 
     reference: of the Pairs of train_set, float64 (N, 2); None for SFT.
     """
-    seq_len = run.model_config.max_seq_len
-    order = dict(
+    arguments = dict(
         examples=train_set,
         batch_size=run.config.batch_size,
-        seed=run.state["data"]["seed"],
-        seq_len=seq_len,
-        pad_token_id=run.model_config.pad_token_id,
-        micro_batch_size=choose_rows(adapt_config, run.config, seq_len),
+        seed=run.state["data"]["seed"],  # of the order in each epoch
+        model_config=run.model_config,
+        micro_batch_size=choose_rows(adapt_config, run.config, run.model_config),
     )
     if adapt_config.method == "sft":
-        return ChatBatches(**order), sft_loss
+        return ChatBatches(**arguments), sft_loss
     loss_fn = partial(preference_loss, beta=adapt_config.beta,
                       length_normalized=adapt_config.length_normalized)
-    return PreferenceBatches(**order, reference=reference), loss_fn
+    return PreferenceBatches(**arguments, reference=reference), loss_fn
 
 
-def choose_rows(adapt_config, config, seq_len):
-    """The micro-batch size: pairs for DPO, packed rows for SFT."""
-    if adapt_config.method == "dpo":
-        return choose_micro_batch(config, 2 * seq_len, world_size())  # a pair is two sequences
-    if config.micro_batch_size:
-        return config.micro_batch_size
-    # rows of about 1,024 tokens together: a step's chats fill few rows, which the ranks share
-    return max(1, 1024 // seq_len)
+epoch_order = lru_cache(maxsize=2)(instance_order)  # shuffled once an epoch, not at each step
 
 
 @dataclass(frozen=True)
@@ -373,22 +276,28 @@ class ExampleBatches:
     examples: list
     batch_size: int  # chats or pairs a step, over all ranks
     seed: int
-    seq_len: int  # the context length
-    pad_token_id: int
+    model_config: ModelConfig  # the context length and the id of padding
     micro_batch_size: int  # packed rows or pairs of one forward
 
-    def numbers(self, step):
-        """The indices of the examples in a step."""
+    def indices(self, step):
+        """The indices of the examples in a step.
+
+        Each epoch has an order of its own. Its last step takes what is left, so that no example is
+        dropped; pretraining, with more data than it needs, drops the rest of an epoch.
+        """
         n = len(self.examples)
-        return examples_of_step(step, n, self.batch_size, self.seed)
+        steps_per_epoch = math.ceil(n / self.batch_size)
+        epoch, position = divmod(step - 1, steps_per_epoch)
+        order = epoch_order(n, self.seed, epoch)
+        begin = position * self.batch_size
+        return order[begin:begin + self.batch_size].tolist()
 
     def places(self, step):
         """A line for each example of a step: file:line of its row."""
-        numbers = self.numbers(step)
-        return [self.examples[i].place for i in numbers]
+        return [self.examples[i].place for i in self.indices(step)]
 
-    def missing(self, rows, world_size):
-        """How many empty rows make `rows` a multiple of what all ranks pass through at a time.
+    def padding_rows(self, rows, world_size):
+        """How many empty rows to add, so that each rank has the same number of full micro-batches.
 
         FSDP gathers the weights from all ranks, so each rank needs as many forwards as the others.
         """
@@ -401,14 +310,16 @@ class ChatBatches(ExampleBatches):
 
     def __call__(self, step, rank=0, world_size=1):
         """The rows (B, T) of a step that `rank` takes; see `packed_rows`."""
-        chats = [self.examples[i] for i in self.numbers(step)]
+        # Chats are much shorter than the context, and a row for each would be mostly padding. So
+        # several share a row, as many as fit; none is split.
+        chats = [self.examples[i] for i in self.indices(step)]
         lengths = [len(example.ids) for example in chats]
         bins = []
-        for indices in best_fit(lengths, self.seq_len):
+        for indices in best_fit(lengths, self.model_config.max_seq_len):
             bins.append([chats[i] for i in indices])
-        bins += [[]] * self.missing(len(bins), world_size)
+        bins += [[]] * self.padding_rows(len(bins), world_size)
         own = bins[rank::world_size]  # every rank packs all rows, and keeps its own
-        return packed_rows(own, self.seq_len, self.pad_token_id)
+        return packed_rows(own, self.model_config.max_seq_len, self.model_config.pad_token_id)
 
 
 @dataclass(frozen=True)
@@ -423,83 +334,36 @@ class PreferenceBatches(ExampleBatches):
         {tokens, targets: int64 (B, 2, T); loss_mask: bool (B, 2, T); reference: float32 (B, 2);
         real: bool (B,), False for a pair that only fills up}.
         """
-        numbers = self.numbers(step)
-        T = self.row_length(numbers)
-        numbers += [None] * self.missing(len(numbers), world_size)
+        indices = self.indices(step)
+        pairs = [self.examples[i] for i in indices]
         rows = []
-        reference = []
-        real = []
-        for i in numbers[rank::world_size]:
-            real.append(i is not None)
-            if i is None:  # two rows of padding
-                rows += [[], []]
-                reference.append([0.0, 0.0])
-            else:
-                pair = self.examples[i]
-                rows += [[pair.chosen], [pair.rejected]]
-                reference.append(self.reference[i].tolist())
-        # positions and documents are not needed: each row holds one example
-        batch = packed_rows(rows, T, self.pad_token_id)
-        return {
-            "tokens": batch["tokens"].view(-1, 2, T),
-            "targets": batch["targets"].view(-1, 2, T),
-            "loss_mask": batch["loss_mask"].view(-1, 2, T),
-            "reference": torch.tensor(reference),
-            "real": torch.tensor(real),
+        for pair in pairs:
+            rows += [[pair.chosen], [pair.rejected]]
+        missing = self.padding_rows(len(pairs), world_size)
+        rows += [[], []] * missing  # a pair that only fills up is two rows of padding
+        T = self.row_length(pairs)
+        packed = packed_rows(rows, T, self.model_config.pad_token_id)
+        reference = torch.zeros(len(pairs) + missing, 2)
+        reference[:len(pairs)] = torch.from_numpy(self.reference[indices])
+        batch = {
+            "tokens": packed["tokens"].view(-1, 2, T),
+            "targets": packed["targets"].view(-1, 2, T),
+            "loss_mask": packed["loss_mask"].view(-1, 2, T),
+            # positions and documents are not needed: each row holds one example
+            "reference": reference,
+            "real": torch.arange(len(reference)) < len(pairs),
         }
+        # every rank makes all rows and keeps its own
+        return {key: tensor[rank::world_size] for key, tensor in batch.items()}
 
-    def row_length(self, numbers):
+    def row_length(self, pairs):
         """T of a step: the power of two that holds its longest answer, and the prompt before it.
 
-        Few different lengths occur, as torch.compile compiles each of them for itself.
+        torch.compile compiles each length separately, so only a few lengths are allowed.
         """
-        longest = 64
-        for i in numbers:
-            pair = self.examples[i]
-            longest = max(longest, len(pair.chosen.ids), len(pair.rejected.ids))
-        power = math.ceil(math.log2(longest))
-        return min(self.seq_len, 2 ** power)
-
-
-def examples_of_step(step, n, batch_size, seed):
-    """The indices of the examples in a step, among n.
-
-    Each epoch has an order of its own. Its last step takes what is left, so that no example is
-    dropped; pretraining, with more data than it needs, drops the rest of an epoch.
-    """
-    steps_per_epoch = math.ceil(n / batch_size)
-    epoch, position = divmod(step - 1, steps_per_epoch)
-    order = epoch_order(n, seed, epoch)
-    begin = position * batch_size
-    return order[begin:begin + batch_size].tolist()
-
-
-@lru_cache(maxsize=2)
-def epoch_order(n, seed, epoch):
-    return instance_order(n, seed, epoch)
-
-
-def best_fit(lengths, room):
-    """Pack examples of these lengths into bins of `room` tokens; returns their indices, bin by bin.
-
-    Best fit decreasing, as TRL packs: the longest example first, each into the fullest bin that
-    still has room for it. No example is split. Chats are much shorter than the context, so that a
-    row for each would be mostly padding.
-    """
-    bins = []  # the indices in each bin
-    free = []  # the tokens left in each bin
-    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    for i in longest_first:
-        fitting = [b for b, left in enumerate(free) if left >= lengths[i]]
-        if fitting:
-            b = min(fitting, key=lambda b: free[b])  # the fullest
-        else:
-            b = len(bins)  # a new one
-            bins.append([])
-            free.append(room)
-        bins[b].append(i)
-        free[b] -= lengths[i]
-    return bins
+        longest = max(len(side.ids) for side in sequences_of(pairs))
+        power = 2 ** math.ceil(math.log2(longest))
+        return min(self.model_config.max_seq_len, max(64, power))
 
 
 def packed_rows(bins, seq_len, pad_token_id):
@@ -543,7 +407,7 @@ def sft_loss(model, batch):
     Open Instruct took it by default, would weigh the tokens of a short micro-batch more.
     """
     # A token attends to its own example alone: the model cannot tell a packed row from separate
-    # rows. Rotary positions are relative; they restart at 0 so that rounding is the same as well.
+    # rows. Rotary positions are relative; they restart at 0 so that even the rounding is the same.
     documents = batch["documents"]  # (B, T)
     queries = documents.unsqueeze(2)
     keys = documents.unsqueeze(1)
@@ -565,17 +429,20 @@ def preference_loss(model, batch, beta, length_normalized=False):
     batch: as PreferenceBatches gives it. The step divides by the number of pairs: the mean is over
     pairs, not over tokens.
     """
-    # One forward for both sides: FSDP then gathers the weights once
-    tokens = chosen_then_rejected(batch["tokens"])
-    targets = chosen_then_rejected(batch["targets"])
-    loss_mask = chosen_then_rejected(batch["loss_mask"])
+    # DPO compares the policy, the model that is trained, with the reference, the model before that.
+    # An answer is not rewarded for being likely, but for being likelier than the reference finds
+    # it. So the policy learns what is preferred, and stays close to the language that it has.
+    # One forward for both sides: FSDP then gathers the weights once.
+    tokens = batch["tokens"].flatten(0, 1)  # (2B, T): chosen, rejected, chosen, ...
+    targets = batch["targets"].flatten(0, 1)
+    loss_mask = batch["loss_mask"].flatten(0, 1)
     token_losses = model(tokens, targets=targets)
     log_probs, counts = sequence_log_probs(token_losses, loss_mask)  # (2B,)
-    policy = log_probs.view(2, -1)  # (2, B)
+    policy = log_probs.view(-1, 2).T  # (2, B)
     reference = batch["reference"].T.to(policy)  # (2, B), a constant: no gradient flows to it
     if length_normalized:
         counts = counts.clamp(min=1)  # a pair that only fills up has no tokens
-        counts = counts.view(2, -1)
+        counts = counts.view(-1, 2).T
         policy = policy / counts
         reference = reference / counts
     terms = dpo_terms(policy[0], policy[1], reference[0], reference[1], beta)
@@ -584,11 +451,6 @@ def preference_loss(model, batch, beta, length_normalized=False):
         values = values * batch["real"]  # 0 for a pair that only fills up
         sums[name] = values.sum()
     return sums.pop("loss"), sums
-
-
-def chosen_then_rejected(x):
-    """(B, 2, T) -> (2B, T): the chosen answers of all pairs, and then the rejected ones."""
-    return x.transpose(0, 1).flatten(0, 1)
 
 
 def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta):
@@ -629,15 +491,15 @@ FIRST_LOSS_WIDTH = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 
 def check_first_loss(metrics, dtype, adapt_config):
     """UserError if DPO's loss at step 1 is not ln 2, within the rounding of the forward's dtype."""
-    # At step 1 the policy still is the reference: all rewards are 0, and -log sigmoid(0) = ln 2.
+    # At step 1 the policy is still the reference: all rewards are 0, and -log sigmoid(0) = ln 2.
     # Any other loss means that the two did not see the same weights or tokens.
     if not metrics:  # the step was skipped
         return
-    loss = metrics["loss"]
-    ln_2 = math.log(2)
     width = FIRST_LOSS_WIDTH[dtype]
     if not adapt_config.length_normalized:
         width *= max(1, adapt_config.beta / 0.1)  # rewards, and their rounding, grow with beta
+    loss = metrics["loss"]
+    ln_2 = math.log(2)
     tqdm.write(f"the first step's loss is {loss:.4f}; ln 2 is {ln_2:.4f}")
     if abs(loss - ln_2) > width:
         raise UserError(f"loss={loss:.4f} at step 1: DPO's must be ln 2 = {ln_2:.4f} within "
@@ -649,62 +511,14 @@ def check_first_loss(metrics, dtype, adapt_config):
 # ---- Evaluation ----------------------------------------------------------------------------------
 
 def evaluate_tuned(model, tokenizer, suites, eval_set, reference, adapt_config, eval_config):
-    """Evaluate the suites and the held-out set.
+    """What eval.evaluate returns and, if there is a held-out set, {tuned: metrics, samples: texts}.
 
-    Returns what eval.evaluate returns and, if there is a held-out set, {tuned: {metric: number},
-    samples: the first three answers}. reference: of the Pairs of eval_set, float64 (N, 2).
+    reference: of the Pairs of eval_set, float64 (N, 2); None for SFT.
     """
-    results = evaluate(model, tokenizer, suites, eval_config)
-    if not eval_set:
-        return results
-    # 1. How likely are the held-out answers, or the preferred ones of two?
-    batch_tokens = eval_config.eval_batch_tokens
-    if adapt_config.method == "sft":
-        tuned = evaluate_chats(model, eval_set, batch_tokens)
-    else:
-        tuned = evaluate_pairs(model, eval_set, reference, batch_tokens, adapt_config)
-    # 2. What does the model answer by itself? (greedily: each time the likeliest token)
-    prompts = held_out_prompts(sequences_of(eval_set), model.config.max_seq_len,
-                               adapt_config.eval_answers)
-    if prompts:
-        texts, tuned["ended"] = answer_prompts(model, tokenizer, prompts,
-                                               eval_config.max_new_tokens)
-        results["samples"] = texts[:3]
-    results["tuned"] = tuned
-    return results
-
-
-def evaluate_chats(model, examples, batch_tokens):
-    """{loss, loss_error}: nats per trained token of held-out chats."""
-    log_probs, counts = completion_log_probs(model, examples, batch_tokens).T
-    loss, error = mean_and_error(-log_probs, counts)
-    return {"loss": loss, "loss_error": error}
-
-
-def evaluate_pairs(model, pairs, reference, batch_tokens, config):
-    """{dpo_loss, accuracy, accuracy_error, reward_accuracy, reward_margin} of held-out pairs.
-
-    accuracy: how often the policy itself finds the chosen answer likelier than the rejected one.
-    reward_accuracy: how often it does so more than the reference does.
-    """
-    found = completion_log_probs(model, sequences_of(pairs), batch_tokens)
-    log_probs, counts = found.T
-    policy = log_probs.view(2, -1)  # (2, N): chosen, rejected
-    reference = torch.from_numpy(reference).T
-    right = (policy[0] > policy[1]).double()
-    accuracy, error = mean_and_error(right, torch.ones_like(right))
-    if config.length_normalized:
-        counts = counts.view(2, -1)
-        policy = policy / counts
-        reference = reference / counts
-    loss, metrics = dpo_loss(policy[0], policy[1], reference[0], reference[1], config.beta)
-    return {
-        "dpo_loss": loss.item(),
-        "accuracy": accuracy,
-        "accuracy_error": error,
-        "reward_accuracy": metrics["rewards/accuracies"].item(),
-        "reward_margin": metrics["rewards/margins"].item(),
-    }
+    results = evaluate(model, tokenizer, suites, eval_config)  # the same as in pretraining
+    # How likely are the held-out answers, or the preferred ones of two? What does it answer itself?
+    return results | evaluate_held_out(model, tokenizer, eval_set, reference, adapt_config,
+                                       eval_config, dpo_loss)
 
 
 # ---- Commands ------------------------------------------------------------------------------------
@@ -716,13 +530,7 @@ def show_train_data(argv):
     base = open_base(config.start_from, config.verify)
     tokenizer = Tokenizer.load(base.home / "tokenizer.json")
     train_set, _ = read_sets(replace(adapt_config, eval_data=""), base, tokenizer)
-    every = max(1, len(train_set) // options.examples)  # from all over the set
-    for example in train_set[::every][:options.examples]:
-        if adapt_config.method == "sft":
-            show(example, "", tokenizer)
-        else:
-            show(example.chosen, "chosen", tokenizer)
-            show(example.rejected, "rejected", tokenizer)
+    show_examples(train_set, options.examples, tokenizer)
 
 
 @on_all_ranks
@@ -730,11 +538,7 @@ def main(argv):
     verbs = {"show": show_train_data, "chat": chat, "generate": generate_answers}
     if argv and argv[0] in verbs:
         return verbs[argv[0]](argv[1:])
-    refuse_derived(argv, DERIVED)
-    argv = resumed_argv(argv, "adapt.py", is_tuned=True)
-    if all(word.startswith("-") for word in argv) and not {"-h", "--help"} & set(argv):
-        raise UserError("name a config file (python adapt.py configs/tiny_sft.py), --resume=RUN, "
-                        "show, chat or generate")
+    argv = checked_argv(argv, DERIVED)  # --resume=RUN becomes the config of the run
     return adapt(*load_config(argv, AdaptConfig, EvalConfig, TrainConfig, other=SCHEMAS))
 
 

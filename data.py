@@ -8,8 +8,9 @@
 `trace --help` and `find --help` print their options.
 
 Paper: OLMo (arXiv 2402.00838), section 2.2, and Dolma (arXiv 2402.00159), whose curation this is.
-Two functions tell the story: `build_data`, from documents to shards, and `Batches`, from shards to
-the batch of a step. The helpers below them come in the order in which these two call them.
+Start with two: `build_data`, from documents to shards, and `Batches`, from shards to the batch of
+a step. `Batches` and its helpers follow `build_data`; the helpers of `build_data` come after them,
+in the order of its calls.
 """
 
 import hashlib
@@ -71,7 +72,7 @@ class DataConfig:
         "stand-in", "One of LANGUAGE_SCORERS in corpus/rules.py; the stand-in is no model, it "
         "counts common words.")
     content_scorer: str = setting(
-        "none", "One of CONTENT_SCORERS in corpus/rules.py, where there is no built-in one.")
+        "none", "A name in CONTENT_SCORERS (corpus/rules.py); none is built in, add your own.")
     bloom_items: int = setting(
         0, "Items (URLs, texts, paragraphs) of a source that each Bloom filter expects; 0: exact "
         "sets.")
@@ -113,7 +114,9 @@ def build_data(config):
     The folder holds tokenizer.json, the shards (.bin, .index), documents/ (the clean ones),
     held_out/, dropped/ (examples for each rule) and manifest.json (settings, counts, hashes).
     """
-    stages = Stages(config)  # the folder of each stage, named by a hash of all that it depends on
+    # Each stage has a folder, named by a hash of its inputs, settings and code. So a changed rule
+    # cleans its source again, and a changed weight only mixes again.
+    stages = Stages(config)
     if stages.are_done():
         return stages.folder
     with stages.building():  # one process at a time; a crash leaves nothing that is half built
@@ -145,7 +148,7 @@ def build_data(config):
             shards[source.name] = build_once(stages.shards(source), store_shards, encoded,
                                              source.name)
 
-        # 3. The mix, when all sources are tokens: tokens are what their weights count.
+        # 3. The mix, when all sources are tokens: the weights are measured in tokens.
         with written_aside(stages.folder) as folder:
             for stage in (*clean.values(), tokenizer, *shards.values()):
                 link_files(stage, folder)
@@ -216,7 +219,8 @@ class Batches:
         loss_mask[:, -1] = False  # roll put the window's first token there
         # OLMo 1 attends across the documents in a window, and so do we. A document mask is a change
         # here: with ends = (tokens == self.shards.eos_token_id).long(), ends.cumsum(1) - ends
-        # numbers the documents of a window, and a token may see its own number alone.
+        # numbers the documents of a window; let a token attend only to tokens with its own number
+        # (adapt.sft_loss does that, through the network's attn_mask).
         return {"tokens": tokens, "targets": targets, "loss_mask": loss_mask}
 
     def instances(self, step):
@@ -265,15 +269,15 @@ def check_world_size(batch_size, world_size):
     nearest = batch_size - rest
     if nearest == 0 or world_size - rest < rest:
         nearest += world_size
-    raise UserError(f"batch_size={batch_size} does not divide by {world_size} ranks; the nearest "
-                    f"that does is {nearest}")
+    raise UserError(f"batch_size={batch_size} is not divisible by {world_size} ranks; the "
+                    f"nearest that is: {nearest}")
 
 
 class TokenShards:
     """The shards as `len(shards)` instances of `seq_len` tokens, in memory-mapped files.
 
-    As in official OLMo, the tokens of a file are cut into windows of seq_len wherever documents
-    begin and end; no window spans two files, and the rest at the end of a file is dropped.
+    As in official OLMo, the tokens of a file are cut into windows of seq_len, no matter where
+    documents begin or end; no window spans two files, and the rest at the end of a file is dropped.
     Raises UserError for a file that is missing or has the wrong size.
     """
 
@@ -334,14 +338,15 @@ def check_size(path, expected):
 
 # ---- Clean documents ----------------------------------------------------------------------------
 #
-# Decontamination and the rules look at one document at a time, so worker processes share them.
+# Decontamination and the rules look at one document at a time, so the documents are divided among
+# worker processes.
 # Deduplication must remember what it saw and is one pass in the order of the input: with threads,
 # which copy of a paragraph is kept would depend on chance (it does in Dolma's toolkit).
 
 def decontaminate_and_filter(records, config, source, funnel):
     """Yield the documents that hold no evaluation text and pass the rules, in their order."""
     sets = evaluation_sets(config, source)
-    evaluation_paragraphs(sets)  # subtle: read before workers are forked, so that they inherit it
+    evaluation_paragraphs(sets)  # subtle: fills a cache before the workers are forked from here
     work = partial(filter_batch, config=config, source=source, sets=sets)
     for documents, part in ordered_map(work, in_batches(records), config.workers):
         funnel.add(part)
@@ -351,7 +356,7 @@ def decontaminate_and_filter(records, config, source, funnel):
 def filter_batch(records, config, source, sets):
     """What a worker does. Returns (documents kept, Funnel of the others)."""
     funnel = Funnel()
-    # functions cannot be sent to a process, their names can
+    # looked up here, in the worker: a scorer may be a loaded model, which cannot be pickled
     scorers = {"language": LANGUAGE_SCORERS[config.language_scorer],
                "content": CONTENT_SCORERS[config.content_scorer]}
     rules = [rule for rule in source.rules if rule in RULES]
@@ -407,7 +412,7 @@ def write_tokenizer(folder, config, clean):
 
 
 def sample_texts(clean):
-    """Yield the first clean texts of each source, BPE_SAMPLE_CHARS of them: enough for merges."""
+    """Yield the first clean texts of each source, about BPE_SAMPLE_CHARS characters of each."""
     for source, folder in clean.items():
         room = BPE_SAMPLE_CHARS  # for each source: the largest would crowd out the others' words
         for document in stored_documents(folder, source):
@@ -442,7 +447,7 @@ def encode_block(block, folder, source, tokenizer_path):
         ids = tokenizer.encode_text(document["text"].strip())  # stripped, as in the toolkit
         start = end
         end = start + len(ids) + 1
-        parts += [ids, eos]  # EOS parts the documents; OLMo has no BOS
+        parts += [ids, eos]  # an EOS separates documents; OLMo has no BOS
         index.append((start, end, hash_of_id(document["id"]), file, line, begin))
     ids = np.concatenate(parts)
     # subtle: numpy wraps silently when a large id is cast to uint16, so look before the cast
@@ -522,8 +527,8 @@ def mix_sources(repeats, folder):
 def repeat_shards(folder, source, times):
     """A source's shards int(times) times, then one shard for the fraction: SOURCE+part-00000.bin.
 
-    That shard holds documents drawn by the hash of their ids, as many as bring its tokens within
-    one document of the target.
+    That shard holds the documents with the smallest hashes of their ids, until the number of tokens
+    is as close to the target as possible.
     """
     shards = shards_of(folder, source)
     repeated = shards * int(times)
@@ -547,7 +552,7 @@ def sample_documents(folder, shards, fraction):
     # take the first of them, as many as come nearest to the target
     target = fraction * lengths.sum()
     tokens = np.cumsum(lengths[order])
-    tokens = np.concatenate([[0], tokens])  # in the first 0, 1, 2, ... of them
+    tokens = np.concatenate([[0], tokens])  # tokens[k]: in the first k documents
     count = np.abs(tokens - target).argmin()
     is_chosen = np.zeros(len(documents), bool)
     is_chosen[order[:count]] = True
@@ -561,7 +566,7 @@ def sample_documents(folder, shards, fraction):
         begin = end
 
 
-# ---- Chats, for adapt.py ------------------------------------------------------------------------
+# ---- Chats (adapt.py, eval.py --chat, support/talk.py) -------------------------------------------
 
 # The chat format lies in three files: here; in Jinja, CHAT_TEMPLATE in support/weights.py; and what
 # a file of chats may hold, checked in support/chats.py.

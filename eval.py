@@ -16,29 +16,26 @@ Paper: OLMo (arXiv 2402.00838), sections 2.4, 4.1 and 4.2; the method is that of
 """
 
 import math
-import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 
 from configs import load_config, setting
-from corpus.documents import warn
-from corpus.trace import held_out_of
 from data import render_chat
 from model import at_least_float32, generate, next_token_loss
-from scaling.checkpoint import run_of, step_directories
+from scaling.checkpoint import run_of
 from scaling.ranks import from_rank0, reduce_sum
 from scaling.sharding import evaluating
 from support.cpu import packed_weights
+from support.evaluations import (check_paths, evaluate_every_checkpoint, evaluate_path,
+                                 print_samples, split_words)
 from support.files import UserError, run_main
-from support.models import open_model
-from support.records import (bits_per_byte, domains_table, evaluation_key, keys_recorded, pooled,
-                             record, sample_key, tasks_table, verdict_on)
+from support.records import bits_per_byte, dtype_name, evaluation_key, pooled
 from support.report import report
 from support.scoring import length_batches, own_batches, padded, score_requests
-from support.tasks import documents_at, open_suites
+from support.tasks import documents_at
 
 
 # ---- Configuration -------------------------------------------------------------------------------
@@ -86,7 +83,7 @@ class EvalOptions:
                                      "it; results that eval.jsonl has are not computed again.")
 
 
-# ---- The story -----------------------------------------------------------------------------------
+# ---- The main function ---------------------------------------------------------------------------
 
 def evaluate(model, tokenizer, suites, config):
     """Measure a model on some suites: {bits_per_byte, sums, tasks, of}, the same on every rank.
@@ -119,12 +116,6 @@ def evaluate(model, tokenizer, suites, config):
         "tasks": tasks,
         "of": [evaluation_key(suite, config, dtype) for suite in suites],
     }
-
-
-def dtype_name(model):
-    """The dtype in which the model multiplies, such as bfloat16."""
-    dtype = model.compute_dtype or model.wte.weight.dtype
-    return str(dtype).removeprefix("torch.")
 
 
 # ---- Perplexity ----------------------------------------------------------------------------------
@@ -178,7 +169,7 @@ def rolling_windows(ids, eos_token_id, max_seq_len):
 
     Every id is scored exactly once.
     """
-    # EOS stands before every document in training, so it is the context of the first id here.
+    # In training an EOS precedes almost every document, so it is the context of the first id here.
     # It is never a target: whether the model would have ended here is not asked.
     stream = [eos_token_id, *ids]
     windows = []
@@ -228,7 +219,7 @@ def mask_of(window):
 # ---- Ranked choice -------------------------------------------------------------------------------
 #
 # A base model continues text; it has not learned to answer "A" or "B" when asked to. So the tasks
-# are turned round: each choice becomes a request (context, continuation), the model says how likely
+# are rephrased: each choice becomes a request (context, continuation), the model says how likely
 # the continuation is, and a question counts as right if the right choice ranks first. Catwalk calls
 # this rank classification (paper 2.4 and 4.1).
 
@@ -237,7 +228,8 @@ def evaluate_task(model, tokenizer, task, batch_tokens=2048, chat=False):
 
     Raises UserError for scores that are not finite.
     """
-    # 1. A question becomes a group of encoded requests; its unconditional requests another one.
+    # 1. A question becomes a group of encoded requests, and its unconditional requests (the same
+    #    choices without the question) a second group.
     groups = [question.choices for question in task.questions]
     groups += [question.unconditional for question in task.questions]  # the same n, maybe empty
     encoded = []
@@ -250,15 +242,15 @@ def evaluate_task(model, tokenizer, task, batch_tokens=2048, chat=False):
         raise UserError(f"{task.name}: the model's scores are not finite; its weights are damaged "
                         "or its training diverged: evaluate an earlier step")
 
-    # 3. The scores of a question become rankings, and all rankings accuracies.
+    # 3. The scores of a question rank its choices; all questions together give an accuracy.
     n = len(task.questions)
     sums = {
         "questions": n,
         "correct": Counter(),  # {metric: how many questions rank the right choice first}
         "by_guessing": 0.0,  # how many a random choice would get right on average
-        "gold_nats": 0.0,  # of the right continuations: the summed -ln p,
-        "gold_bytes": 0,  # the bytes,
-        "gold_greedy": 0,  # and how many the model would have said by itself
+        "gold_nats": 0.0,  # -ln p of the right continuations, summed
+        "gold_bytes": 0,  # their bytes
+        "gold_greedy": 0,  # how many of them greedy decoding would produce
         "too_long": 0,  # how many of them exceed the context; the three sums leave them out
         "requests": len(scores),
         "cut": 0,  # how many requests exceed the context and lost their beginning
@@ -303,8 +295,8 @@ def encode_request(request, tokenizer, max_seq_len, chat=False):
     # choices of a question have the very same context.
     after = tokenizer.encode(scored_text(continuation, chat))
     ids = before + after
-    # Too long a request is cut on the left, where it matters least. One id more than the context
-    # length is kept, because the last id is predicted and never read.
+    # A request that is too long is cut on the left, where it matters least. One id more than the
+    # context length is kept, because the last id is predicted and never read.
     kept = ids[-max_seq_len - 1:]
     scored = min(len(after), len(kept) - 1)
     return Encoded(kept, scored, len(ids) - len(kept), scored == len(after))
@@ -335,7 +327,7 @@ def score_request(model, request):
 
 
 def count_gold(sums, question, choices, scores, chat):
-    """Add the right continuation, as text that is predicted: a smoother measure than accuracy."""
+    """Add how well the right continuation is predicted: this moves more smoothly than accuracy."""
     gold = choices[question.label]
     log_prob, likeliest = scores[question.label].tolist()
     if not gold.complete:
@@ -348,18 +340,18 @@ def count_gold(sums, question, choices, scores, chat):
 
 
 def count_correct(sums, question, choices, scores, unconditional):
-    """Add whether the right choice ranks first, by each metric of `rankings`."""
+    """Add whether the right choice ranks first, by each metric of `values_to_rank`."""
     sums["by_guessing"] += 1 / len(choices)
     log_probs = scores[:, 0].tolist()
     token_counts = [request.scored for request in choices]
     without = None if unconditional is None else unconditional[:, 0].tolist()
-    ranked = rankings(question, log_probs, token_counts, without)
-    for metric, values in ranked.items():
+    values_of = values_to_rank(question, log_probs, token_counts, without)
+    for metric, values in values_of.items():
         best = values.index(max(values))  # the first of several equal ones, as numpy's argmax
         sums["correct"][metric] += best == question.label
 
 
-def rankings(question, log_probs, token_counts, unconditional):
+def values_to_rank(question, log_probs, token_counts, unconditional):
     """{metric: [value of each choice]}; the highest value ranks first.
 
     unconditional: the log-probabilities of the choices without the question, or None.
@@ -387,7 +379,7 @@ def rankings(question, log_probs, token_counts, unconditional):
 
 def task_result(sums, metric):
     """What is reported of a task's sums: {metric, accuracy, chance, stderr, centred, the accuracy
-    by each metric, bits_per_byte, greedy, and the sums}; shares between 0 and 1.
+    by each metric, bits_per_byte, greedy, and the sums}; shares of 1; centred may be below 0.
 
     A set without choices has only bits_per_byte and greedy, of the right continuations.
     """
@@ -437,86 +429,18 @@ def sample_text(model, tokenizer, config):
 
 # ---- Commands ------------------------------------------------------------------------------------
 
-def evaluate_and_record(run, model, tokenizer, state, suites, config):
-    """Evaluate suites one by one: print the table of each, add a row to RUN/eval.jsonl."""
-    for suite in suites:
-        began = time.monotonic()
-        results = evaluate(model, tokenizer, [suite], config)
-        [key] = results.pop("of")
-        if suite.tasks:
-            print(tasks_table(results["tasks"]))
-        else:
-            print(domains_table(results["sums"]))
-        # A number is only as good as the data is clean: was the suite in the training data?
-        verdict, said = verdict_on(suite, key, run, state)
-        print(f"{suite.name}: {said}\n")
-        if state:  # a step of a run; a Hugging Face directory is left alone
-            seconds = round(time.monotonic() - began, 1)
-            record(run, "eval", state, of=key, decontaminated=verdict, said=said, **results,
-                   seconds=seconds)
-
-
-def evaluate_every_checkpoint(run, suites, config):
-    """Evaluate every complete step of a run and draw a sample from it.
-
-    What eval.jsonl has already, for the same weights and an equal key, is skipped.
-    """
-    for step in step_directories(run):
-        try:
-            done = keys_recorded(run, step)
-            missing = [suite for suite in suites
-                       if evaluation_key(suite, config, config.eval_dtype) not in done]
-            if not missing and sample_key(config) in done:
-                print(f"{step}: done already")
-                continue
-            print(f"{step}:")
-            model, tokenizer, state = open_model(step, config)
-            evaluate_and_record(run, model, tokenizer, state, missing, config)
-            if sample_key(config) not in done:
-                text = sample_text(model, tokenizer, config)
-                record(run, "sample", state, of=sample_key(config), text=text)
-        except UserError as error:  # a damaged step does not stop the others
-            warn(f"{error}; the other steps are evaluated")
-    print(f"the numbers are in {run / 'eval.jsonl'}; python eval.py report {run} draws them")
-
-
-def print_samples(model, tokenizer, prompts, config):
-    for i, prompt in enumerate(prompts):
-        if i > 0:
-            print("-" * 40)
-        print(sample_text(model, tokenizer, replace(config, prompt=prompt)))
-
-
 def main(argv):
-    paths = [word for word in argv if not word.startswith("-")]
-    options = [word for word in argv if word.startswith("-")]
-    verb = "evaluate"
-    if paths and paths[0] in ("sample", "report"):
-        verb = paths.pop(0)
+    verb, paths, options = split_words(argv)
     config, what = load_config(options, EvalConfig, EvalOptions)
-    if not paths or (len(paths) > 1 and verb != "report"):
-        raise UserError(f"{' '.join(paths) or 'no run'}: name one run; --help shows the form")
-    runs = [run_of(path) for path in paths]
+    check_paths(verb, paths)
     if verb == "report":
-        print(f"wrote {report(runs)}")
-        return
-
-    run = runs[0]
-    if not (run / "config.json").is_file() and not (run / "model.pt").is_file():
-        raise UserError(f"{run}: no model here; train.py configs/tiny.py makes runs/tiny")
-    if verb == "sample":
-        model, tokenizer, _ = open_model(paths[0], config)
-        prompts = [word.partition("=")[2] for word in options if word.startswith("--prompt=")]
-        print_samples(model, tokenizer, prompts or [config.prompt], config)
-        return
-    if what.every_checkpoint and not step_directories(run):
-        raise UserError(f"{run}: --every_checkpoint needs a run with step directories")
-    suites = open_suites(config, lambda: held_out_of(run))  # reads every file once: faults show now
-    if what.every_checkpoint:
-        evaluate_every_checkpoint(run, suites, config)
-        return
-    model, tokenizer, state = open_model(paths[0], config)
-    evaluate_and_record(run, model, tokenizer, state, suites, config)
+        print(f"wrote {report([run_of(path) for path in paths])}")
+    elif verb == "sample":
+        print_samples(paths[0], options, config, sample_text)
+    elif what.every_checkpoint:
+        evaluate_every_checkpoint(paths[0], config, evaluate, sample_text)
+    else:
+        evaluate_path(paths[0], config, evaluate)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
     torchrun --nproc_per_node=8 train.py CONFIG         # the same batches and losses on 8 GPUs
     python train.py CONFIG --plan --gpus=256            # trains nothing: memory, days, kWh, CO2
 
-Ctrl-C or SIGTERM ends the run after the step that is being taken, and saves it. Exit code 0 means
+Ctrl-C or SIGTERM ends the run after the current step, and saves it. Exit code 0 means
 finished; after any other code, run the same command again.
 """
 
@@ -51,7 +51,8 @@ class TrainConfig:
     overwrite: bool = setting(False, "Delete the run that is in run_dir and begin at step 1.")
     accept_changes: bool = setting(False, "Continue although config or data differ; prints how.")
     start_from: str = setting(
-        "", "Begin with weights, optimiser and data position of this RUN/step... (an anneal).")
+        "", "Begin with weights, optimiser and data position of this RUN/step... (an anneal); in "
+        "adapt.py: the model to tune, its weights alone.")
     # the machine
     device: Literal["auto", "cpu", "cuda", "mps"] = setting(
         "auto", "auto is cuda where there is one, else cpu; mps was never tried.")
@@ -89,15 +90,15 @@ class TrainConfig:
         "stop", "What to do with a step whose loss or gradient is not finite; it is logged.")
     # when to log, evaluate and save
     log_every_steps: int = setting(10, "Steps between rows of metrics.jsonl.")
-    eval_every_steps: int = setting(300, "Steps between evaluations; 0 is at the end alone.")
-    save_every_steps: int = setting(300, "Steps between checkpoints; 0 is at the end alone.")
-    save_every_minutes: float = setting(0.0, "Minutes between further checkpoints; 0 is never.")
+    eval_every_steps: int = setting(300, "Steps between evaluations; 0: only at the end.")
+    save_every_steps: int = setting(300, "Steps between checkpoints; 0: only at the end.")
+    save_every_minutes: float = setting(0.0, "Minutes between further checkpoints; 0: never.")
     keep_last: int = setting(2, "How many checkpoints to keep; 0 keeps all.")
     keep_every: int = setting(0, "Also keep checkpoints of multiples of this step; 0 keeps none.")
     verify: Literal["sha256", "size"] = setting(
         "sha256", "How a checkpoint is checked before it is loaded; size is for huge ones.")
     stop_after_minutes: float = setting(
-        0.0, "Save and leave after so many minutes, with an exit code other than 0; 0 is never.")
+        0.0, "Save and leave after so many minutes, with an exit code other than 0; 0: never.")
     tensorboard: bool = setting(False, "Write the log for TensorBoard too, into RUN/tensorboard.")
     # energy (paper, section 4.4)
     watts: float = setting(0.0, "Power per rank in watts where no GPU's meter is read; 0: unknown.")
@@ -113,11 +114,11 @@ class TrainConfig:
             raise UserError(f"beta1={self.beta1} and beta2={self.beta2} must be below 1")
 
 
-# Their keys may stand in a config file.
+# A config file may set any key of these.
 SCHEMAS = (ModelConfig, DataConfig, EvalConfig, TrainConfig, PlanConfig)
 
 
-# ---- The story -----------------------------------------------------------------------------------
+# ---- The main function ---------------------------------------------------------------------------
 
 def train(model_config, data_config, eval_config, config):
     """Train a run from its start, or from its newest checkpoint, to max_steps.
@@ -139,7 +140,7 @@ def train(model_config, data_config, eval_config, config):
     check_vocabulary(model_config, tokenizer)
     shards = TokenShards(folder, model_config.max_seq_len)
     batches = Batches(shards, config.batch_size, data_config.seed, folder)
-    batches(1, rank(), world_size())  # a batch size that the ranks do not divide is an error now
+    batches(1, rank(), world_size())  # an indivisible batch size is an error now
     suites = open_suites(eval_config, partial(held_out_files, folder))
 
     # The run: new, or as it was left. One command starts a run and continues it after a crash.
@@ -277,8 +278,8 @@ def lr_at_step(step, config):
 def clip_at_step(step, config):
     """The limit of the gradient's norm at a step; math.inf where nothing is clipped.
 
-    # subtle: OLMo-7B's limit is ten times as large in its first N steps. Official OLMo sets the
-    # limit after it has clipped, so the rule lags by one step: it holds for steps 2..N+1.
+    # subtle: OLMo-7B was to have ten times the limit in its first N steps. Official OLMo sets the
+    # limit after it has clipped, so the rule took effect one step late: in steps 2..N+1.
     """
     limit = config.grad_clip or math.inf
     if 2 <= step <= config.grad_clip_warmup_steps + 1 and config.grad_clip_warmup_steps > 0:
@@ -297,6 +298,13 @@ def cut_batch(batch, micro_batch_size, device):
 
 
 # ---- The step ------------------------------------------------------------------------------------
+
+def pretraining_loss(model, batch):
+    """Returns (summed loss of the next tokens in nats, {})."""
+    token_losses = model(batch["tokens"], targets=batch["targets"])
+    summed_loss, _ = next_token_loss(token_losses, batch["loss_mask"])
+    return summed_loss, {}
+
 
 def train_step(model, optimizer, micro_batches, loss_fn, lr, max_norm):
     """One update of the weights; returns {loss, grad_norm, ...} of the global batch.
@@ -317,7 +325,7 @@ def train_step(model, optimizer, micro_batches, loss_fn, lr, max_norm):
     sums = Counter()
     for i, batch in enumerate(micro_batches):
         is_last = i == len(micro_batches) - 1
-        sync_gradients(model, is_last)  # ranks need to exchange gradients only once
+        sync_gradients(model, is_last)  # ranks sum their gradients, in the last backward alone
         summed_loss, extra = loss_fn(model, batch)
         loss = summed_loss / count
         loss.backward()
@@ -350,24 +358,17 @@ def train_step(model, optimizer, micro_batches, loss_fn, lr, max_norm):
 
 def global_count(micro_batches):
     """How many targets (in DPO: pairs) the step is trained on, over all ranks: a tensor ()."""
-    # "real" marks the pairs that are no filling; only the batches of DPO have it
+    # "real" marks the pairs that are not padding; only the batches of DPO have it
     counted = [batch.get("real", batch["loss_mask"]) for batch in micro_batches]
     return reduce_sum(sum(mask.sum() for mask in counted))
-
-
-def pretraining_loss(model, batch):
-    """Returns (summed loss of the next tokens in nats, {})."""
-    token_losses = model(batch["tokens"], targets=batch["targets"])
-    summed_loss, _ = next_token_loss(token_losses, batch["loss_mask"])
-    return summed_loss, {}
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------
 
 def evaluate_in_loop(model, tokenizer, suites, eval_config):
-    """What eval.evaluate returns, and of a single process a sample.
+    """What eval.evaluate returns and, with a single process, a sample.
 
-    A sharded model draws none: each new token would gather all weights once.
+    With several ranks none is drawn: every new token would need all weights gathered once.
     """
     results = evaluate(model, tokenizer, suites, eval_config)
     if world_size() == 1:

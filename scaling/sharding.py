@@ -5,9 +5,10 @@ model.py knows nothing of them. What they need while training (a slice, a sum ov
 
 import functools
 import os
+import sys
 import types
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch._functorch.config as functorch_config
@@ -151,7 +152,12 @@ def full_tensor(tensor):
 @contextmanager
 def evaluating(model):
     """Around forwards without a backward: no gradient, and no compilation, as their shapes vary."""
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    # torch.compile imports torch._dynamo. If nobody has, nothing is compiled, and set_stance would
+    # only import it, which takes a second or two.
+    eager = nullcontext()
+    if "torch._dynamo" in sys.modules:
+        eager = torch.compiler.set_stance("force_eager")
+    with torch.no_grad(), eager:
         yield
     if isinstance(model, FSDPModule):
         model.reshard()  # subtle: a forward without a backward leaves the root's weights gathered

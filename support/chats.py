@@ -1,8 +1,10 @@
-"""Chats and preferences as they lie in files, checked row by row.
+"""Chats and preferences: read from files, checked row by row.
 
 # The chat format lies in three files: these are its checks. data.py's render_chat makes ids of it;
 # CHAT_TEMPLATE in support/weights.py is the same in Jinja, for an exported model.
 """
+
+from collections import Counter
 
 from corpus.documents import parse, read_records, without_surrogates
 from corpus.questions import stdlib_chats, stdlib_preferences
@@ -22,8 +24,54 @@ def require(condition, fault):
         raise UserError(fault)
 
 
+# ---- A set ---------------------------------------------------------------------------------------
+
+def read_examples(config, key, encode, eval_share):
+    """The examples of the set that `key` names, in its order; [] if it names none.
+
+    key: "train_data" or "eval_data". encode(row, place=, counts=) makes an example of a row, or
+    None. Prints how many rows were cut or dropped.
+    """
+    path = getattr(config, key)
+    if not path:
+        return []
+    counts = Counter()  # {what was done to rows: how many}; nothing is dropped in silence
+    examples = []
+    for place, row in read_set(path, config, key == "eval_data", eval_share, counts):
+        example = encode(row, place=place, counts=counts)
+        if example is not None:
+            examples.append(example)
+    if not examples:
+        raise UserError(f"{key}={path}: none of its rows can be used ({dict(counts)}); name "
+                        "another file")
+    kind = "chats" if config.method == "sft" else "pairs"
+    print_set(key, path, kind, sequences_of(examples), len(examples), counts)
+    return examples
+
+
+def sequences_of(examples):
+    """The Examples of a set; for Pairs all the chosen ones, and then all the rejected ones."""
+    if examples and hasattr(examples[0], "chosen"):
+        chosen = [pair.chosen for pair in examples]
+        rejected = [pair.rejected for pair in examples]
+        return chosen + rejected
+    return list(examples)
+
+
+def print_set(key, path, kind, sequences, examples, counts):
+    """A line on a set that was read: its size, what of it is trained, what was cut or dropped."""
+    tokens = sum(len(sequence.ids) for sequence in sequences)
+    trained = sum(int(sequence.trained.sum()) for sequence in sequences)
+    line = (f"{key}={path}: {examples:,} {kind} of {tokens:,} tokens, {trained / tokens:.0%} of "
+            "them in answers")
+    for what, count in counts.items():
+        if count:
+            line += f"; {count:,} {what}"
+    print(line)
+
+
 def read_set(path, config, held_out, eval_share, counts):
-    """[(place, row)] of a set: rows {messages} for SFT, {prompt, chosen, rejected} for DPO.
+    """[(place, row)] of a set: messages for SFT, {prompt, chosen, rejected} for DPO.
 
     UserError names the faulty rows; with config.faulty "skip" they are dropped and counted.
     """
@@ -67,10 +115,10 @@ def said_of(faults, rows):
 # ---- Chats ---------------------------------------------------------------------------------------
 
 def checked_chat(row, place):
-    """{messages} of a chat in Tulu's format; the last message is an assistant's."""
+    """The messages of a chat in Tulu's format; the last is an assistant's."""
     require(isinstance(row, dict) and "messages" in row,
             f"{place}: messages is missing; a chat is an object with a list of them")
-    return {"messages": checked_messages(row["messages"], f"{place}: messages", "assistant")}
+    return checked_messages(row["messages"], f"{place}: messages", "assistant")
 
 
 def checked_messages(messages, place, last):

@@ -151,6 +151,12 @@ def evaluation_key(suite, config, dtype):
     return key
 
 
+def dtype_name(model):
+    """The dtype in which the model multiplies, such as bfloat16."""
+    dtype = model.compute_dtype or model.wte.weight.dtype
+    return str(dtype).removeprefix("torch.")
+
+
 def sample_key(config):
     """What a sample depends on, the weights aside."""
     names = ("prompt", "max_new_tokens", "temperature", "top_p", "sample_seed", "eval_dtype")

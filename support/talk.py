@@ -1,4 +1,4 @@
-"""Talking to a tuned model: its examples shown, a chat in the terminal, a file of answers."""
+"""Talking to a tuned model: a chat in the terminal, a file of answers."""
 
 import json
 import re
@@ -44,47 +44,6 @@ class AnswerOptions:
         if min(self.max_new_tokens, self.answer_batch) < 1:
             raise UserError(f"max_new_tokens={self.max_new_tokens} and answer_batch="
                             f"{self.answer_batch} must be at least 1")
-
-
-@dataclass(frozen=True)
-class ShowOptions:
-    """What `show` prints."""
-
-    examples: int = setting(3, "How many examples, from all over the set.")
-
-    def __post_init__(self):
-        if self.examples < 1:
-            raise UserError(f"examples={self.examples} must be at least 1")
-
-
-# ---- Show ----------------------------------------------------------------------------------------
-
-def show(example, side, tokenizer):
-    """Print an Example of adapt.py; `side` is "chosen", "rejected" or "" for a chat."""
-    print(f"\n---- {side} {example.place}: {len(example.ids)} tokens, {sum(example.trained)} of "
-          "them trained")
-    if sys.stdout.isatty():
-        print(marked(example, tokenizer, "\033[1;32m", "\033[0m"))  # bold green
-    else:
-        print(marked(example, tokenizer, "[[", "]]"))
-
-
-def marked(example, tokenizer, on, off):
-    """The text of an Example, with its special tokens; `on` and `off` enclose what is trained."""
-    text = ""
-    begin = 0  # of the stretch of ids that are all trained, or all not
-    for end in range(1, len(example.ids) + 1):
-        if end < len(example.ids) and example.trained[end] == example.trained[begin]:
-            continue  # the stretch goes on
-        part = harmless(tokenizer.decode(example.ids[begin:end]))
-        text += f"{on}{part}{off}" if example.trained[begin] else part
-        begin = end
-    return text
-
-
-def harmless(text):
-    """`text` without the control characters that a terminal would obey."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
 
 
 # ---- Chat ----------------------------------------------------------------------------------------
@@ -340,3 +299,8 @@ def answers_row(answer, row, drawn):
     if not isinstance(answer, dict):
         return False
     return all(answer.get(key) == value for key, value in expected.items())
+
+
+def harmless(text):
+    """`text` without the control characters that a terminal would obey."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)

@@ -1,41 +1,50 @@
-"""Around a tuning: its base, the log-probabilities of answers, the reference's file, printing."""
+"""Around a tuning: its command line, its base, what a resumed run must find unchanged, printing."""
 
 import hashlib
-import json
 import math
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
-
-from configs import read_assignments
+from configs import read_assignments, setting
 from corpus.lineage import data_of_run
 from corpus.storage import held_out_files
 from data import DataConfig
-from model import sequence_log_probs
-from scaling.ranks import rank, reduce_sum
-from scaling.sharding import evaluating
-from support.files import UserError, read_json
+from scaling.directory import resumed_argv
+from scaling.machine import choose_micro_batch
+from scaling.ranks import world_size
+from support.chats import sequences_of
+from support.files import UserError
 from support.records import domains_table, tasks_table
-from support.scoring import length_batches, own_batches
 from support.talk import harmless
 
 
-# ---- The base ------------------------------------------------------------------------------------
+# ---- Configuration and command line --------------------------------------------------------------
 
-def check_not_base(run, base):
-    """UserError if run_dir is the run that is tuned, which --overwrite would delete."""
-    if run.resolve() in (base.home.resolve(), base.weights.resolve()):
-        raise UserError(f"run_dir={run}: it is the run that is tuned; choose another --run_dir")
+def check_adapt_config(config):
+    """UserError for a key of AdaptConfig that is out of its range."""
+    if not 0 < config.epochs < math.inf:
+        raise UserError(f"epochs={config.epochs}: it must be above 0")
+    if not 0 <= config.warmup_share < 1:
+        raise UserError(f"warmup_share={config.warmup_share}: it must be at least 0 and below 1")
+    if not 0 < config.beta < math.inf:
+        raise UserError(f"beta={config.beta}: it must be above 0")
+    if config.eval_answers < 0:
+        raise UserError(f"eval_answers={config.eval_answers}: it must be at least 0")
 
 
-def held_out_of_base(base):
-    """{source: file} of the text that the base's pretraining held out; {} for others' models."""
-    if not (base.home / "manifest.json").is_file():
-        return {}
-    return held_out_files(data_of_run(base.home, DataConfig(**base.settings)))
+def checked_argv(argv, derived):
+    """The command line of a tuning, with the config of the run in place of --resume=RUN.
+
+    derived: the keys that follow from others here; UserError for one of them, and for no config.
+    """
+    refuse_derived(argv, derived)
+    argv = resumed_argv(argv, "adapt.py", is_tuned=True)
+    wants_help = {"-h", "--help"} & set(argv)
+    if all(word.startswith("-") for word in argv) and not wants_help:
+        raise UserError("name a config file (python adapt.py configs/tiny_sft.py), --resume=RUN, "
+                        "show, chat or generate")
+    return argv
 
 
 def refuse_derived(argv, derived):
@@ -54,103 +63,50 @@ def refuse_derived(argv, derived):
                 print(f"{word}:{line}: {key} is not used; epochs and warmup_share set it")
 
 
-# ---- Answers -------------------------------------------------------------------------------------
+# ---- The base ------------------------------------------------------------------------------------
 
-def completion_log_probs(model, sequences, batch_tokens):
-    """Float64 (N, 2): log-probability in nats of each Example's trained tokens, and their number.
-
-    The ranks share the forwards; every rank gets all rows.
-    """
-    found = torch.zeros(len(sequences), 2, dtype=torch.float64)
-    numbers = range(len(sequences))
-    batches = length_batches(numbers, batch_tokens, lambda i: len(sequences[i].ids))
-    own = own_batches(batches)
-    disable = True if rank() > 0 else None  # None: silent too where there is no terminal
-    with evaluating(model):
-        for numbers, counts in tqdm(own, unit="batch", leave=False, disable=disable):
-            examples = [sequences[i] for i in numbers]
-            log_probs = log_probs_of_batch(model, examples)
-            if counts:
-                found[numbers] = log_probs
-    return reduce_sum(found)
+def check_not_base(run, base):
+    """UserError if run_dir is the run that is tuned, which --overwrite would delete."""
+    if run.resolve() in (base.home.resolve(), base.weights.resolve()):
+        raise UserError(f"run_dir={run}: it is the run that is tuned; choose another --run_dir")
 
 
-def log_probs_of_batch(model, examples):
-    """The rows of `completion_log_probs` for some Examples, in one forward."""
-    ids = [torch.from_numpy(example.ids).long() for example in examples]
-    trained = [torch.from_numpy(example.trained) for example in examples]
-    # causal attention never sees the padding on the right, so no mask is needed
-    ids = pad_sequence(ids, batch_first=True, padding_value=model.config.pad_token_id)
-    trained = pad_sequence(trained, batch_first=True, padding_value=False)
-    # a target is the next id; the first id, EOS in place of BOS, is never trained
-    targets = ids.roll(-1, dims=1)
-    loss_mask = trained.roll(-1, dims=1)
-    device = model.wte.weight.device
-    token_losses = model(ids.to(device), targets=targets.to(device))
-    log_probs, counts = sequence_log_probs(token_losses, loss_mask.to(device))
-    return torch.stack([log_probs, counts], dim=1).cpu().double()
+def held_out_of_base(base):
+    """{source: file} of the text that the base's pretraining held out; {} for others' models."""
+    if not (base.home / "manifest.json").is_file():
+        return {}
+    return held_out_files(data_of_run(base.home, DataConfig(**base.settings)))
 
 
-def held_out_prompts(sequences, max_seq_len, at_most):
-    """Up to `at_most` different prompts, as ids, from all over a set of Examples."""
-    prompts = []
-    for example in sequences:
-        if example.prompt < max_seq_len:  # or no token of an answer would fit
-            prompts.append(tuple(example.ids[:example.prompt].tolist()))
-    prompts = list(dict.fromkeys(prompts))
-    if not prompts or not at_most:
-        return []
-    return prompts[::math.ceil(len(prompts) / at_most)]
+def fingerprint_of(base, train_set, eval_set, batch_size):
+    """What a resumed run must find unchanged: weights, examples, order."""
+    sizes = [len(train_set), len(eval_set)]
+    digest = hashlib.sha256(str(sizes).encode())
+    for example in sequences_of(train_set + eval_set):
+        digest.update(example.ids.tobytes())
+        digest.update(example.trained.tobytes())
+    return {
+        "base_sha256": base.digest,  # the weights that are tuned
+        "data_sha256": digest.hexdigest(),  # what is trained on and evaluated, in this order
+        "instances": len(train_set),
+        "seq_len": base.model_config.max_seq_len,
+        "batch_size": batch_size,
+        "seed": DataConfig(**base.settings).seed,  # the order of the epochs
+    }
 
 
-def mean_and_error(sums, counts):
-    """Returns (mean, error): total of sums / total of counts, (N,) each, and its standard error.
-
-    The N examples were drawn, not their tokens, so the error is that of a ratio of two totals.
-    """
-    n = len(sums)
-    total = counts.sum().item()
-    mean = sums.sum().item() / total
-    residuals = sums - mean * counts
-    squares = residuals.square().sum().item()
-    variance = squares * n / max(1, n - 1)
-    return mean, math.sqrt(variance) / total
-
-
-# ---- The reference's file ------------------------------------------------------------------------
-
-def reference_file(run, fingerprint, dtype):
-    """Where the reference's log-probabilities lie; the name depends on weights, data and dtype."""
-    key = json.dumps([fingerprint["base_sha256"], fingerprint["data_sha256"], str(dtype)])
-    return run / f"reference-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-
-
-def read_reference(file, sizes):
-    """The tables of the file, float64 (N, 2) each; UserError unless they have these sizes."""
-    tables = []
-    for rows in read_json(file).get("log_probs", []):
-        tables.append(np.array(rows, np.float64).reshape(-1, 2))
-    complete = [len(table) for table in tables] == list(sizes)
-    # subtle: a pair that was never computed must stop the run, not train towards a made-up number
-    if not complete or not np.isfinite(np.concatenate(tables)).all():
-        raise UserError(f"{file}: log_probs does not hold finite numbers for {sum(sizes):,} pairs; "
-                        "delete the file, and they are computed again")
-    return tables
+def choose_rows(adapt_config, config, model_config):
+    """The micro-batch size: pairs for DPO, packed rows for SFT."""
+    seq_len = model_config.max_seq_len
+    if adapt_config.method == "dpo":
+        return choose_micro_batch(config, 2 * seq_len, world_size())  # a pair is two sequences
+    if config.micro_batch_size:
+        return config.micro_batch_size
+    # rows of about 1,024 tokens together: a step's chats fill few rows, which the ranks share
+    return max(1, 1024 // seq_len)
 
 
 # ---- What is printed -----------------------------------------------------------------------------
-
-def print_set(key, path, kind, sequences, examples, counts):
-    """A line on a set that was read: its size, what of it is trained, what was cut or dropped."""
-    tokens = sum(len(sequence.ids) for sequence in sequences)
-    trained = sum(int(sequence.trained.sum()) for sequence in sequences)
-    line = (f"{key}={path}: {examples:,} {kind} of {tokens:,} tokens, {trained / tokens:.0%} of "
-            "them in answers")
-    for what, count in counts.items():
-        if count:
-            line += f"; {count:,} {what}"
-    print(line)
-
 
 def print_run(run, base, adapt_config, config, micro_batch_size):
     kind, rows = "chats", "packed rows"
@@ -170,3 +126,50 @@ def print_results(run, step, results):
     print(f"\nnext:\n  python adapt.py chat {run}")
     if (run / "manifest.json").is_file():  # it says which text was held out
         print(f"  python eval.py {run}")
+
+
+# ---- Show ----------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class ShowOptions:
+    """What `show` prints."""
+
+    examples: int = setting(3, "How many examples, from all over the set.")
+
+    def __post_init__(self):
+        if self.examples < 1:
+            raise UserError(f"examples={self.examples} must be at least 1")
+
+
+def show_examples(examples, at_most, tokenizer):
+    """Print up to `at_most` examples from all over a set: Examples or Pairs of adapt.py."""
+    every = max(1, len(examples) // at_most)
+    for example in examples[::every][:at_most]:
+        if hasattr(example, "chosen"):
+            show(example.chosen, "chosen", tokenizer)
+            show(example.rejected, "rejected", tokenizer)
+        else:
+            show(example, "", tokenizer)
+
+
+def show(example, side, tokenizer):
+    """Print an Example; `side` is "chosen", "rejected" or "" for a chat."""
+    print(f"\n---- {side} {example.place}: {len(example.ids)} tokens, {sum(example.trained)} of "
+          "them trained")
+    if sys.stdout.isatty():
+        print(marked(example, tokenizer, "\033[1;32m", "\033[0m"))  # bold green
+    else:
+        print(marked(example, tokenizer, "[[", "]]"))
+
+
+def marked(example, tokenizer, on, off):
+    """The text of an Example, with its special tokens; `on` and `off` enclose what is trained."""
+    text = ""
+    begin = 0  # of the stretch of ids that are all trained, or all not
+    for end in range(1, len(example.ids) + 1):
+        if end < len(example.ids) and example.trained[end] == example.trained[begin]:
+            continue  # the stretch goes on
+        part = harmless(tokenizer.decode(example.ids[begin:end]))
+        text += f"{on}{part}{off}" if example.trained[begin] else part
+        begin = end
+    return text

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from model import ModelConfig, OLMo
 from scaling.checkpoint import check_tensors, newest_step, read_step, verify_step
@@ -95,17 +96,35 @@ def load_step(path, state, device):
     known = ModelConfig.__dataclass_fields__
     # A key that is newer than the run takes its default.
     config = ModelConfig(**{key: value for key, value in saved.items() if key in known})
-    with torch.device("meta"):
-        model = OLMo(config)
+    model = empty_model(config)
     model.to_empty(device="cpu")
     read_step(path, {f"model.{name}": p.detach() for name, p in model.named_parameters()})
     return model.to(device)
 
 
+def empty_model(config):
+    """An OLMo on the meta device: shapes without numbers."""
+    with torch.device("meta"), NoInit():
+        return OLMo(config)
+
+
+class NoInit(TorchFunctionMode):
+    """Inside of `with NoInit():` modules do not draw the numbers that they would start with.
+
+    Nobody sees these numbers. But nn.Embedding draws them on the meta device too, by a function
+    of PyTorch that imports torch._dynamo, the compiler, for a second or two.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"]
+        return function(*args, **kwargs)
+
+
 def assemble(config, tensors, place, device):
     """An OLMo filled with `tensors`, {our name: tensor}; every name and shape must fit."""
-    with torch.device("meta"):
-        model = OLMo(config)
+    model = empty_model(config)
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     check_tensors(wanted, found, place)

@@ -1,4 +1,4 @@
-"""What the tests of train.py and eval.py share: a tiny corpus, config and run, ways to call."""
+"""What tests share: a tiny corpus, config and run; ways to start commands, and to read a run."""
 
 import gzip
 import hashlib
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-HOUSE = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(d_model=32, n_layers=2, n_heads=2, mlp_hidden_size=48, max_seq_len=32, vocab_size=512,
             embedding_size=512, eos_token_id=511, pad_token_id=510, tokenizer="bpe:512",
             eval_share=0.1, device="cpu", dtype="float32", compile="false", batch_size=8,
@@ -26,7 +26,7 @@ TINY = dict(d_model=32, n_layers=2, n_heads=2, mlp_hidden_size=48, max_seq_len=3
 
 
 def write_corpus(folder):
-    """Two sources of JSONL, web and code, of made-up words; each has but three successors."""
+    """Two sources of JSONL, web and code, of made-up words; each word has three successors."""
     dice = random.Random(1)
     words = ["".join(dice.choices("abcdefghijklmnopqrstuvwxyz", k=dice.randint(2, 7)))
              for _ in range(150)]
@@ -64,7 +64,7 @@ def write_requests(path, questions, unconditional=True):
 
 @pytest.fixture(scope="session")
 def request_file(tmp_path_factory):
-    """A file of 40 questions, with their unconditional twins."""
+    """A file of 40 questions, with and without their context."""
     return write_requests(tmp_path_factory.mktemp("requests") / "made_up.jsonl", 40)
 
 
@@ -142,6 +142,7 @@ def difference(ours, theirs, reference=None):
 
 
 def same_weights(one, other):
+    """Whether two models have the same tensors, bit for bit."""
     import torch
     one, other = one.state_dict(), other.state_dict()
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
@@ -173,7 +174,7 @@ def start():
     """Starts `python FILE ...` of this tree without waiting for it."""
     def popen(file, *words, threads=1, **options):
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **options.pop("env", {})}
-        return subprocess.Popen([sys.executable, HOUSE / file, *map(str, words)], env=environment,
+        return subprocess.Popen([sys.executable, ROOT / file, *map(str, words)], env=environment,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                 **options)
     return popen
@@ -251,12 +252,19 @@ def saved_steps(run):
     return [int(path.name[4:]) for path in sorted(run.glob("step??????"))]
 
 
-def differing_weights(one, other):
-    """The names of the tensors in which two models differ by any bit."""
-    import torch
-    one, other = one.state_dict(), other.state_dict()
-    return [name for name in one.keys() | other.keys()
-            if name not in one or name not in other or not torch.equal(one[name], other[name])]
+def check_same_run(run, reference):
+    """Every logged number, and what each rank saved of weights and moments, are the same bits."""
+    last = steps(reference)[-1]
+    assert steps(run) == list(range(1, last + 1))  # each once, in order, none missing
+    for kind, keys in (("train", ("step", "tokens", "batch_hash", "loss", "lr", "grad_norm")),
+                       ("eval", ("step", "tokens", "sums")), ("end", ("step", "tokens"))):
+        assert columns(run, *keys, kind=kind) == columns(reference, *keys, kind=kind)
+    seconds = columns(run, "seconds")
+    assert seconds == sorted(seconds)  # they too go on
+    assert saved_steps(run)[-1] == saved_steps(reference)[-1] == last
+    one, other = ({file.name: file.read_bytes() for file in path.glob(f"step{last:06d}/*.distcp")}
+                  for path in (run, reference))
+    assert one == other != {}
 
 
 # ---- Damage --------------------------------------------------------------------------------------
@@ -353,7 +361,7 @@ def forked_ranks(world_size, log, main, *words, before=lambda: None, per_node=No
     return [rank.exitcode for rank in ranks], Path(log).read_text()
 
 
-def torchrun(ranks, *words, options=(), file=HOUSE / "train.py"):
+def torchrun(ranks, *words, options=(), file=ROOT / "train.py"):
     """Starts `torchrun --nproc_per_node=RANKS train.py ...` without waiting for it."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", *options,
                file, *words]

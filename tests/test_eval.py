@@ -10,18 +10,15 @@ import shutil
 
 import pytest
 import torch
-from conftest import refusal, sharpened, write_jsonl
+from conftest import sharpened, write_jsonl
 
-import data
 import eval as evaluation
 import train
-from corpus.documents import is_held_out, read_documents
-from corpus.storage import held_out_files
+from corpus.documents import read_documents
 from corpus.tokenizer import EOS, Tokenizer, train_bpe
 from model import token_losses
 from support import scoring
 from support.records import bits_per_byte
-from support.report import read_metrics
 from support.tasks import Suite
 from support.weights import load_model, save_hf
 
@@ -130,15 +127,6 @@ def test_nats_are_those_of_one_document_at_a_time_in_float64(model, tokenizer, t
                     "bytes": sum(len(text.encode()) for text in texts)}
 
 
-@pytest.mark.parametrize("count", [1, T - 1, T, T + 1, 2 * T, 2 * T + 1, 5 * T + 3])
-def test_nats_of_a_document_of_each_length(model, tokenizer, texts, count):
-    """The first beginning of a long text that makes `count` tokens."""
-    long = " ".join(texts[:3])
-    text = next(long[:n] for n in range(len(long)) if len(tokenizer.encode(long[:n])) == count)
-    nats = perplexity(model, tokenizer, text)["nats"]
-    assert nats == pytest.approx(brute_force(model, tokenizer, text), rel=1e-5)
-
-
 @pytest.mark.parametrize("batch_tokens", [1, 32, 200, 8192])
 def test_neither_batch_size_nor_order_nor_company_matters(model, tokenizer, texts, batch_tokens):
     sums = perplexity(model, tokenizer, *reversed(texts), batch_tokens=batch_tokens)
@@ -217,21 +205,6 @@ def test_bytes_are_those_of_the_raw_text(model, tokenizer):
     assert perplexity(model, tokenizer, "") == {"documents": 1, "tokens": 0, "bytes": 0, "nats": 0}
 
 
-def test_bits_per_byte_pools_and_does_not_average():
-    """(8 + 2) bits over (1 + 9) bytes is 1, while the mean of 8 and 2/9 is above 4."""
-    assert bits_per_byte({"nats": 10 * math.log(2), "bytes": 10}) == pytest.approx(1)
-    assert math.isnan(bits_per_byte({"nats": 0.0, "bytes": 0}))
-
-
-def test_evaluation_leaves_the_model_as_it_was(model, tokenizer, texts):
-    before = copy.deepcopy(model.state_dict())
-    first, second = (perplexity(model, tokenizer, *texts) for _ in range(2))
-    assert first == second
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, before[name])
-        assert parameter.grad is None and parameter.requires_grad
-
-
 def test_evaluate_measures_each_domain_by_itself(model, tokenizer, texts, tmp_path):
     """One without documents is left out; the key names the files and the dtype of the forward."""
     paths = {name: write_jsonl(tmp_path / f"{name}.jsonl", [{"text": text} for text in some])
@@ -242,26 +215,13 @@ def test_evaluate_measures_each_domain_by_itself(model, tokenizer, texts, tmp_pa
     assert results["sums"] == {
         "one": perplexity(model, tokenizer, *texts[:9], batch_tokens=8192),
         "two": perplexity(model, tokenizer, *texts[9:], batch_tokens=8192)}
-    assert results["bits_per_byte"]["one"] == bits_per_byte(results["sums"]["one"])
+    sums = results["sums"]["one"]
+    assert results["bits_per_byte"] == {name: bits_per_byte(found)
+                                        for name, found in results["sums"].items()}
+    assert bits_per_byte(sums) == pytest.approx(sums["nats"] / math.log(2) / sums["bytes"])
+    assert math.isnan(bits_per_byte({"nats": 0.0, "bytes": 0}))
     [key] = results["of"]
     assert key["suite"] == "mine" and key["dtype"] == "float32" and len(key["files"]) == 3
-
-
-def test_held_out_domains_are_the_sources(run, sources):
-    """By id, the held-out documents are those of the corpus whose hash falls below the share."""
-    manifest = json.loads((run / "manifest.json").read_text())
-    config = json.loads((run / "config.json").read_text())
-    folder = data.build_data(data.DataConfig(**{
-        key: config[key] for key in data.DataConfig.__dataclass_fields__}))
-    files = held_out_files(folder)
-    assert list(files) == ["code", "web"]
-    for source, file in files.items():
-        held_out = [(document["id"], document["text"])
-                    for document in read_documents(file, source)]
-        everything = read_documents(sources[source], source)
-        assert held_out == [(document["id"], document["text"]) for document in everything
-                            if is_held_out(document, 0.1)]
-        assert len(held_out) == manifest["sources"][source]["held-out documents"] > 0
 
 
 # ---- Samples -------------------------------------------------------------------------------------
@@ -303,10 +263,6 @@ def test_a_sample_ends_at_the_end_of_text(model, tokenizer):
     assert sample(scripted, tokenizer, temperature=0.0) == "wo "
 
 
-def test_too_long_a_prompt_is_the_users_error(model, tokenizer):
-    assert "prompt" in refusal(sample, model, tokenizer, prompt="many words " * 50)
-
-
 # ---- Commands ------------------------------------------------------------------------------------
 
 def read_table(result):
@@ -337,58 +293,18 @@ def suite_numbers(model, tokenizer, texts):
             pytest.approx(nats / math.log(2) / size, abs=6e-5))
 
 
-def test_eval_prints_what_the_loop_measured_last(run, python):
-    """Both in float32: the last eval row of metrics.jsonl, to the table's four decimals."""
-    table, last = read_table(python("eval.py", run)), read_metrics(run)["eval"][-1]
-    both = table.pop("(pooled)")
-    assert both[:2] == tuple(sum(row[i] for row in table.values()) for i in (0, 1))
-    assert last["step"] == 30 and set(table) == set(last["sums"]) == {"web", "code"}
-    for name, row in table.items():
-        sums = last["sums"][name]
-        assert row == (sums["documents"], sums["tokens"],
-                       pytest.approx(sums["bytes"] / 1e3, abs=0.051),
-                       pytest.approx(sums["nats"] / sums["tokens"], abs=1e-4),
-                       pytest.approx(last["bits_per_byte"][name], abs=1e-4))
-
-
 def test_a_suite_is_a_file_of_documents_and_a_step_is_a_model(run, call, suite, tokenizer, texts):
-    """step000020 has other weights than the run's last step, and the run's tokenizer."""
+    """step000020 has other weights than the last step, with the run's tokenizer and held-out text.
+    """
     numbers = []
     for path in (run, run / "step000020"):
         wanted = suite_numbers(load_model(path), tokenizer, texts)
         table = read_table(call(evaluation, path, f"--suite={suite}"))
         assert table == {"suite.jsonl": wanted}
-        numbers.append(table["suite.jsonl"][-1])
-    assert numbers[0] != numbers[1]
-
-
-def test_the_held_out_text_of_a_step_directory_is_the_runs(run, call):
-    last, first = (read_table(call(evaluation, run / step)) for step in ("step000030",
-                                                                         "step000020"))
-    assert last == read_table(call(evaluation, run))
-    assert last.keys() == first.keys() and last != first
-
-
-def test_an_export_gives_the_same_numbers_here_and_in_transformers(run, call, suite, tmp_path,
-                                                                   tokenizer, texts):
-    import model as network
-    pytest.importorskip("safetensors")
-    out = tmp_path / "out"
-    assert call(network, "export", run, out).returncode == 0
-    ours = read_table(call(evaluation, run, f"--suite={suite}"))
-    assert read_table(call(evaluation, out, f"--suite={suite}")) == ours
-
-    transformers = pytest.importorskip("transformers")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
-    tokens = torch.randint(0, 510, (3, T), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        torch.testing.assert_close(theirs(tokens).logits, load_model(run)(tokens), rtol=0,
-                                   atol=1e-5)
-    their_tokenizer = transformers.AutoTokenizer.from_pretrained(out)
-    for text in texts:
-        ids = their_tokenizer.encode(text, add_special_tokens=False)
-        assert ids == tokenizer.encode(text)
-    assert (their_tokenizer.eos_token_id, their_tokenizer.pad_token_id) == (511, 510)
+        held_out = read_table(call(evaluation, path))
+        assert held_out.keys() == {"web", "code", "(pooled)"}
+        numbers.append((table["suite.jsonl"][-1], held_out["web"][-1]))
+    assert numbers[0][0] != numbers[1][0] and numbers[0][1] != numbers[1][1]
 
 
 def test_sample_prints_each_prompt_and_continues_it_as_if_alone(run, call, tokenizer):
@@ -408,25 +324,36 @@ def test_sample_prints_each_prompt_and_continues_it_as_if_alone(run, call, token
     (["RUN", "--top_p=high"], ["top_p", "float"]), (["sample", "RUN", "--top_p=0"], ["top_p=0"]),
     (["RUN", "--limit=-1"], ["limit=-1"]), (["RUN", "--eval_batch_tokens=0"], ["batch_tokens=0"]),
     (["RUN", "--suite=nowhere"], ["suite=nowhere"]), (["RUN", "--suite="], ["suite="]),
-    (["RUN", "--suite=domains,,piqa"], ["suite=domains,,piqa"])])
+    (["RUN", "--suite=domains,,piqa"], ["suite=domains,,piqa"]),
+    (["sample", "RUN", "--prompt=" + "many words " * 50], ["prompt"]),
+    (["CHANGED"], ["--suite"])])
 def test_a_wrong_word_is_one_clear_line(run, call, refused, tmp_path, monkeypatch, words, wanted):
-    """With the package of tasks and without it."""
-    paths = {"RUN": run, "EMPTY": tmp_path, "NOWHERE": tmp_path / "nowhere"}
+    """With the package of tasks and without it. CHANGED: a run whose data changed since."""
+    paths = {"RUN": run, "EMPTY": tmp_path, "NOWHERE": tmp_path / "nowhere",
+             "CHANGED": tmp_path / "changed"}
+    if "CHANGED" in words:
+        shutil.copytree(run, paths["CHANGED"])
+        manifest = json.loads((run / "manifest.json").read_text()) | {"sha256": "0" * 64}
+        (paths["CHANGED"] / "manifest.json").write_text(json.dumps(manifest))
     words = [paths.get(word, word) for word in words]
     refused(call(evaluation, *words), *wanted)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     refused(call(evaluation, *words), *wanted)
 
 
-def test_an_export_has_no_held_out_text_and_must_fit_its_tokenizer(run, tmp_path, call, refused,
-                                                                   suite):
+def test_a_hugging_face_directory_is_evaluated_and_left_alone(run, call, refused, suite, tmp_path):
+    """The numbers of the run; it has no held-out text and no steps, and must fit its tokenizer."""
     pytest.importorskip("safetensors")
     out = tmp_path / "out"
     save_hf(load_model(run), out, run / "tokenizer.json")
+    before = sorted(out.iterdir())
+    ours, theirs = (call(evaluation, path, f"--suite={suite}") for path in (run, out))
+    assert read_table(ours) == read_table(theirs) and "not decontaminated" in theirs.stdout
     refused(call(evaluation, out), out, "--suite")
+    refused(call(evaluation, out, "--every_checkpoint"), "--every_checkpoint")
+    assert sorted(out.iterdir()) == before
     words = (f"{a}{b}{c} " for a in "abcdefgh" for b in "aeiou" for c in "klmnpqrstvwxyz")
-    train_bpe([" ".join(words) * 3], 600).save(tmp_path / "large.json")
-    shutil.copy(tmp_path / "large.json", out / "tokenizer.json")
+    train_bpe([" ".join(words) * 3], 600).save(out / "tokenizer.json")
     refused(call(evaluation, out, f"--suite={suite}"), "600", "576")
 
 
@@ -439,13 +366,6 @@ def test_what_cannot_be_written_is_one_line_after_the_table(run, call, refused, 
     refused(result, "eval.jsonl")
     assert "suite.jsonl" in result.stdout
     refused(call(evaluation, "report", copied), "report.html")
-
-
-def test_data_that_changed_since_is_not_the_runs_held_out_text(run, tmp_path, call, refused):
-    copied = shutil.copytree(run, tmp_path / "copy")
-    manifest = json.loads((run / "manifest.json").read_text()) | {"sha256": "0" * 64}
-    (copied / "manifest.json").write_text(json.dumps(manifest))
-    refused(call(evaluation, copied), "--suite")
 
 
 def test_eval_dtype_is_that_of_the_forward(run, call, suite):

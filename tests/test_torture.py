@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from conftest import (ROOT, check_same_run, children_of, columns, rows, saved_steps, step_count,
+                      steps, wait_until)
 
-from conftest import HOUSE, differing_weights, rows, saved_steps, steps
 from scaling.checkpoint import verify_step
 from scaling.machine import can_compile
-from support.weights import load_model
 
 pytestmark = [pytest.mark.slow,
               pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs Linux's /proc")]
@@ -36,34 +36,19 @@ def alive(pid):
         return False
 
 
-def workers(launcher):
-    """The process ids of torchrun's ranks; each leads a session, which no killpg would reach."""
-    return sorted(map(int, Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text()
-                      .split()))
-
-
-def wait_until(condition, what, seconds=60, process=None):
-    """Wait for `condition()`; while it does not hold, the process must still be there."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process is None or process.poll() is None, f"ended before {what}"
-        assert time.monotonic() < deadline, f"no {what} in {seconds} s"
-        time.sleep(0.001)
-
-
 def kill_all(launcher):
-    """SIGKILL a launcher, which starts nothing more when it stands still, and all of its ranks."""
+    """SIGKILL a launcher, stopped first so that it starts nothing more, and all of its ranks."""
     launcher.send_signal(signal.SIGSTOP)
-    ranks = workers(launcher)
+    ranks = children_of(launcher.pid)
     for pid in (launcher.pid, *ranks):
         os.kill(pid, signal.SIGKILL)
     assert launcher.wait() == -signal.SIGKILL
-    wait_until(lambda: not any(map(alive, ranks)), "end of the killed ranks")
+    wait_until(lambda: not any(map(alive, ranks)))
 
 
 def kill_one(launcher, dice):
     """SIGKILL one rank: torchrun must see it, end the others and itself, with an error."""
-    ranks = workers(launcher)
+    ranks = children_of(launcher.pid)
     os.kill(dice.choice(ranks), signal.SIGKILL)
     assert launcher.wait(timeout=60) > 0
     assert not any(map(alive, ranks))
@@ -71,12 +56,12 @@ def kill_one(launcher, dice):
 
 @pytest.fixture
 def launch():
-    """Starts train.py on so many ranks without waiting; what it prints goes to `log`."""
+    """Starts train.py on so many ranks without waiting; what it prints is appended to `log`."""
     launched = []
 
     def popen(log, *words, ranks=1, torchrun=("--standalone",), prefix=(), **env):
         runner = [*TORCHRUN, *torchrun, f"--nproc_per_node={ranks}"] if ranks > 1 or prefix else []
-        command = [*prefix, sys.executable, *runner, HOUSE / "train.py", *words]
+        command = [*prefix, sys.executable, *runner, ROOT / "train.py", *words]
         with open(log, "a") as file:
             launched.append(subprocess.Popen(
                 command, env={**os.environ, "OMP_NUM_THREADS": "1", **env}, stdout=file,
@@ -99,47 +84,48 @@ def finish(launch):
 
 # ---- Kills ---------------------------------------------------------------------------------------
 
-def inode(path):
-    return path.stat().st_ino if path.exists() else 0
-
-
 def checkpoints(run):
     return {int(path.name[4:]) for path in run.glob("step??????")}
+
+
+def inode(path):
+    return path.stat().st_ino if path.exists() else 0
 
 
 def wait_for_moment(process, run, moment, dice):
     """Wait until a run that was just started has taken a few steps, and then for the moment."""
     log, newest = run / "metrics.jsonl", max(checkpoints(run), default=0)
-    old, wanted = inode(log), newest + dice.randint(1, 9)
-    # A start writes the log anew, without the rows of the steps that it does again.
-    wait_until(lambda: inode(log) not in (0, old), "log", process=process)
-    wait_until(lambda: log.read_bytes().count(b'"train"') >= wanted, "steps", process=process)
+    old, least = inode(log), newest + dice.randint(1, 9)
+    # A start replaces the log by one without the rows of the steps that it takes again.
+    wait_until(lambda: inode(log) not in (0, old), process)
+    wait_until(lambda: step_count(run) >= least, process)
     if moment == "saving":
-        wait_until(lambda: list(run.glob("step*.tmp")), "save", process=process)
+        wait_until(lambda: list(run.glob("step*.tmp")), process)
     elif moment == "renaming":
         before = checkpoints(run)
-        wait_until(lambda: checkpoints(run) - before, "checkpoint", process=process)
+        wait_until(lambda: checkpoints(run) - before, process)
     else:
         time.sleep(dice.uniform(0, 0.15))
 
 
 def check_checkpoints(run, before):
-    """All that have a step's name are whole, and of those before at most old ones are gone."""
+    """All that have a step's name are complete; of those before at most old ones are gone."""
     now = checkpoints(run)
     for step in now:
         verify_step(run / f"step{step:06d}")
     lost = [step for step in before - now if sum(other > step for other in now) < KEPT]
-    assert lost == [], f"of {sorted(before)} there is {sorted(now)}"
+    assert lost == [], f"before {sorted(before)}, now {sorted(now)}"
     return now
 
 
 def torture(run, file, launch, dice, kills, worlds):
     """Start and kill a run again and again: at the start, in a step, a save, around the rename."""
     before = set()
-    for kill in range(kills):
+    for number in range(kills):
         ranks = dice.choice(worlds)
-        moment = dice.choice(["starting", "stepping", "saving", "renaming"] if kill else ["saving"])
-        process = launch(f"{run}.log", f"--resume={run}" if kill else file, ranks=ranks)
+        moments = ["starting", "stepping", "saving", "renaming"] if number else ["saving"]
+        moment = dice.choice(moments)
+        process = launch(f"{run}.log", f"--resume={run}" if number else file, ranks=ranks)
         if moment == "starting":
             time.sleep(dice.uniform(0, 3))
         else:
@@ -152,20 +138,16 @@ def torture(run, file, launch, dice, kills, worlds):
     assert max(before) > 0
 
 
-def column(run, key, kind="train"):
-    return [row[key] for row in rows(run, kind)]
-
-
 def worst(one, other):
     """The largest difference between the losses of two runs at the same step."""
-    losses = zip(column(one, "loss"), column(other, "loss"), strict=True)
-    return max(abs(mine - theirs) for mine, theirs in losses)
+    losses = zip(columns(one, "loss"), columns(other, "loss"), strict=True)
+    return max(abs(mine - theirs) for [mine], [theirs] in losses)
 
 
 def check_same_course(run, reference):
     """Each step once and in order, of the same batches; losses and evaluations but for rounding."""
     assert steps(run) == list(range(1, steps(reference)[-1] + 1))
-    assert column(run, "batch_hash") == column(reference, "batch_hash")
+    assert columns(run, "batch_hash") == columns(reference, "batch_hash")
     assert worst(run, reference) <= 2e-5
     assert steps(run, "eval") == steps(reference, "eval")
     for one, other in zip(rows(run, "eval"), rows(reference, "eval"), strict=True):
@@ -183,31 +165,18 @@ def test_thirty_kills_on_changing_numbers_of_ranks_change_nothing(tmp_path, tiny
     check_same_course(run, reference)
 
 
-def same_bits(run, reference):
-    """Every loss, norm and evaluation, the final weights, and what each rank has saved."""
-    for kind, keys in (("train", ("step", "batch_hash", "loss", "grad_norm", "lr", "tokens")),
-                       ("eval", ("step", "sums"))):
-        one, other = ([[row[key] for key in keys] for row in rows(path, kind)]
-                      for path in (run, reference))
-        assert one == other
-    assert differing_weights(load_model(run), load_model(reference)) == []
-    one, other = ({file.name: file.read_bytes() for file in
-                   (path / f"step{saved_steps(path)[-1]:06d}").glob("*.distcp")}
-                  for path in (run, reference))
-    assert one == other and len(one) == 2
-
-
 def test_six_kills_on_two_ranks_change_no_bit(tmp_path, tiny_config, launch, finish):
     """Nor does a second run without any."""
     files = {name: tiny_config(tmp_path / name, **LONG | {"max_steps": 140})
              for name in ("reference", "again", "run")}
     for name in ("reference", "again"):
         finish(tmp_path / f"{name}.log", files[name], ranks=2)
-    same_bits(tmp_path / "again", tmp_path / "reference")
+    check_same_run(tmp_path / "again", tmp_path / "reference")
     run = tmp_path / "run"
     torture(run, files["run"], launch, random.Random(3), 6, [2])
     finish(tmp_path / "run.log", f"--resume={run}", ranks=2)
-    same_bits(run, tmp_path / "reference")
+    check_same_run(run, tmp_path / "reference")
+    assert len(list(run.glob("step000140/*.distcp"))) == 2  # the slices of each rank
 
 
 # ---- Two nodes -----------------------------------------------------------------------------------
@@ -296,7 +265,7 @@ def test_a_node_that_dies_and_comes_back_changes_nothing(tmp_path, tiny_config, 
     finish(tmp_path / "reference.log", tiny_config(reference, **settings))
     file = tiny_config(run, **settings)
     launchers = [start_node(launch, node, file) for node in nodes]
-    wait_until(lambda: len(checkpoints(run)) >= KEPT, "checkpoints", process=launchers[0])
+    wait_until(lambda: len(checkpoints(run)) >= KEPT, launchers[0])
     saved = checkpoints(run)
     nodes[dying].kill()
     assert launchers[dying].wait() == -signal.SIGKILL

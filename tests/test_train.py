@@ -1,6 +1,5 @@
 """train.py against transformers and torch's AdamW, numpy, an uninterrupted run, and vandals."""
 
-import errno
 import hashlib
 import json
 import math
@@ -18,9 +17,8 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
-from conftest import (HOUSE, Bomb, columns, differing_weights, flip, forked, is_running, rows,
+from conftest import (ROOT, Bomb, check_same_run, columns, flip, forked, is_running, rows,
                       saved_steps, seal, step_count, steps, wait_until)
-from tqdm import tqdm
 
 import data
 import eval as evaluation
@@ -28,8 +26,7 @@ import model as m
 import train
 from configs import load_config
 from corpus.tokenizer import Tokenizer
-from scaling.checkpoint import (create_state, drop_old_checkpoints, load_checkpoint, newest_step,
-                                training_tensors, verify_step)
+from scaling.checkpoint import create_state, drop_old_checkpoints, newest_step, verify_step
 from scaling.directory import MEASURED, NOT_SAVED
 from scaling.log import Log, say_evaluation
 from scaling.machine import can_compile, choose_micro_batch
@@ -38,7 +35,7 @@ from scaling.run import Run
 from scaling.sharding import compile_model
 from scaling.signals import StopSignal
 from support.files import Lock, UserError
-from support.weights import load_model, save_hf
+from support.weights import save_hf
 
 pytestmark = [pytest.mark.usefixtures("one_thread"),
               pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
@@ -122,7 +119,7 @@ def test_the_learning_rate_is_that_of_the_released_models(config, rates):
 
 def test_the_shipped_7b_and_its_anneal_have_olmos_horizon_and_early_clip():
     """The anneal: 2.3e-5 at step 556,000, half of it at 556,500, 2.3e-8 at 557,000."""
-    files = [str(HOUSE / f"configs/olmo_7b{name}.py") for name in ("", "_anneal")]
+    files = [str(ROOT / f"configs/olmo_7b{name}.py") for name in ("", "_anneal")]
     [config] = load_config(files[:1], train.TrainConfig, other=train.SCHEMAS)
     assert [train.clip_at_step(step, config) for step in (1, 2, 1001, 1002)] == [1, 10, 10, 1]
     assert train.lr_at_step(5000, config) == 3e-4 and train.lr_at_step(452_112, config) == 3e-5
@@ -249,10 +246,9 @@ def gradient_by_autograd():
     return loss.item(), {name: p.grad for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("cut, limit", [
-    ([8], math.inf), ([1] * 8, math.inf), ([3, 3, 2], math.inf), ([2, 6], math.inf),
-    ([3, 3, 2], 0.25)])
-def test_no_way_of_cutting_the_batch_changes_loss_or_gradient(cut, limit):
+@pytest.mark.parametrize("micro_batch_size, limit", [
+    (8, math.inf), (1, math.inf), (3, math.inf), (3, 0.25)])
+def test_no_way_of_cutting_the_batch_changes_loss_or_gradient(micro_batch_size, limit):
     """With these masks a mean of means would differ. At lr 1 of SGD the update is the gradient.
 
     Clipping scales all of it by limit / norm; the norm that is logged is the one before.
@@ -261,9 +257,8 @@ def test_no_way_of_cutting_the_batch_changes_loss_or_gradient(cut, limit):
     norm = torch.cat([g.flatten() for g in gradient.values()]).norm().item()
     model = m.build_model(SMALL, 0).double()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    pieces = {key: tensor.split(cut) for key, tensor in masked_batch().items()}
-    micro_batches = [dict(zip(pieces, values, strict=True))
-                     for values in zip(*pieces.values(), strict=True)]
+    micro_batches = train.cut_batch(masked_batch(), micro_batch_size, CPU)
+    assert sum(len(batch["tokens"]) for batch in micro_batches) == 8
     metrics = train.train_step(model, torch.optim.SGD(model.parameters(), lr=9.0), micro_batches,
                                train.pretraining_loss, 1.0, limit * norm)
     assert metrics["loss"] == pytest.approx(loss, abs=1e-10)
@@ -271,6 +266,7 @@ def test_no_way_of_cutting_the_batch_changes_loss_or_gradient(cut, limit):
     for name, parameter in model.named_parameters():
         expected = gradient[name] * min(1, limit * norm / (norm + 1e-6))
         torch.testing.assert_close(before[name] - parameter, expected, rtol=0, atol=1e-10)
+        assert parameter.grad is None  # the next step begins without it
 
 
 @pytest.mark.parametrize("factors, gradient_factor", [
@@ -292,23 +288,6 @@ def test_a_loss_or_gradient_that_is_not_finite_touches_no_weight(factors, gradie
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) and parameter.grad is None
         assert optimizer.state[parameter]["step"] == 0
-
-
-def test_gradients_do_not_carry_over_to_the_next_step():
-    """At lr 0 nothing moves, so a second step over the same batch has the same gradient."""
-    model = m.build_model(SMALL, 0)
-    optimizer = train.build_optimizer(model, train.TrainConfig())
-    first, second = (train.train_step(model, optimizer, [masked_batch()], train.pretraining_loss,
-                                      0.0, 1.0) for _ in range(2))
-    assert first == second
-
-
-def test_a_batch_is_cut_into_rows_that_make_it_up_again():
-    batch = masked_batch()
-    pieces = train.cut_batch(batch, 3, CPU)
-    assert [len(piece["tokens"]) for piece in pieces] == [3, 3, 2]
-    for key in batch:
-        assert torch.equal(torch.cat([piece[key] for piece in pieces]), batch[key])
 
 
 def test_the_batch_hash_knows_the_rows_but_not_their_order():
@@ -345,17 +324,10 @@ def test_auto_compiles_where_a_compiler_and_the_headers_of_python_are(monkeypatc
         assert not can_compile()
         (tmp_path / "Python.h").touch()
         assert can_compile() == bool(compiler)
-        assert agree_on_machine(config, {}, CPU) == (torch.float32, bool(compiler))
-        assert ("not compiled" in capsys.readouterr().out) != bool(compiler)
-
-
-def test_what_was_chosen_is_printed(capsys):
-    config = train.TrainConfig(dtype="bfloat16", compile="true")
-    assert agree_on_machine(config, {"lr": 0.5}, CPU) == (torch.bfloat16, True)
-    settings, line = capsys.readouterr().out.splitlines()
-    assert "lr=0.5" in settings
-    for word in ("cpu", "1 threads", "torch.bfloat16 (as asked)", "; compiled (as asked)"):
-        assert word in line
+        assert agree_on_machine(config, {"lr": 0.5}, CPU) == (torch.float32, bool(compiler))
+        settings, line = capsys.readouterr().out.splitlines()
+        assert "lr=0.5" in settings and "torch.float32" in line and "1 threads" in line
+        assert ("not compiled" in line) != bool(compiler)
 
 
 # ---- Learning and logging ------------------------------------------------------------------------
@@ -452,21 +424,6 @@ def uninterrupted(tmp_path_factory, tiny_config):
     return run
 
 
-def check_same_run(run, reference):
-    """Every logged number, the final weights and moments equal the reference's, bit for bit."""
-    count = len(rows(reference))
-    assert steps(run) == list(range(1, count + 1))  # each once, in order, none missing
-    for kind, keys in (("train", ("step", "tokens", "batch_hash", "loss", "lr", "grad_norm")),
-                       ("eval", ("step", "tokens", "sums")), ("end", ("step", "tokens"))):
-        assert columns(run, *keys, kind=kind) == columns(reference, *keys, kind=kind)
-    seconds = columns(run, "seconds")
-    assert seconds == sorted(seconds)  # they too go on
-    assert saved_steps(run)[-1] == saved_steps(reference)[-1] == count
-    assert differing_weights(load_model(run), load_model(reference)) == []
-    one, other = (next(path.glob(f"step{count:06d}/*.distcp")) for path in (run, reference))
-    assert one.read_bytes() == other.read_bytes()
-
-
 def test_a_run_stopped_by_signals_goes_on_as_if_it_had_not(tmp_path, tiny_config, call,
                                                            uninterrupted):
     """SIGINT, --resume, SIGTERM, --resume: exit codes 130 and 143, and each stop saves its step."""
@@ -518,7 +475,7 @@ def test_the_compiled_default_on_two_threads_goes_on_too(tmp_path, start, python
     """configs/tiny.py itself, shortened: compiled blocks, the chip's own dtype, two threads."""
     if not can_compile():
         pytest.skip("needs a C++ compiler")
-    words = [HOUSE / "configs/tiny.py", "--compile=true", "--max_steps=30", "--save_every_steps=5",
+    words = [ROOT / "configs/tiny.py", "--compile=true", "--max_steps=30", "--save_every_steps=5",
              "--eval_every_steps=15", "--log_every_steps=1", f"--data_dir={tmp_path / 'data'}"]
     options = dict(threads=2, env={"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")})
     run, reference = tmp_path / "run", tmp_path / "reference"
@@ -607,18 +564,6 @@ def test_whenever_a_signal_comes_the_step_that_it_ends_is_saved(tmp_path, receiv
     assert {(signal.SIGTERM, 1), (signal.SIGTERM, 2), (0, 3)} <= ends and 20 < n < 199
 
 
-def test_a_signal_before_the_first_step_does_not_claim_a_saved_one(tmp_path, tiny_config, call,
-                                                                   monkeypatch):
-    def knock(*args, **options):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return tqdm(*args, **options)
-    monkeypatch.setattr("scaling.run.tqdm", knock)
-    run = tmp_path / "run"
-    result = call(train, tiny_config(run))
-    assert result.returncode == 143
-    assert ("is saved" in result.stdout) == bool(saved_steps(run))
-
-
 def test_a_second_signal_acts_at_once(received):
     """The first is only noted, and puts the handler back that was there before."""
     with StopSignal() as stop:
@@ -653,15 +598,13 @@ def content(run):
             if path.is_file() and path.name != ".lock"}
 
 
-@pytest.mark.parametrize("form", ["config", "resume"])
-def test_a_finished_run_says_so_and_is_left_alone(copied, finished, call, form):
+def test_a_finished_run_says_so_and_is_left_alone(copied, finished, call):
     before = content(copied)
-    words = {"config": [finished.with_suffix(".py"), f"--run_dir={copied}"],
-             "resume": [f"--resume={copied}"]}[form]
-    result = call(train, *words)
-    assert result.returncode == 0
-    assert result.stdout.splitlines()[-1] == f"{copied}: finished, at step 20 of 20"
-    assert content(copied) == before
+    for words in ([finished.with_suffix(".py"), f"--run_dir={copied}"], [f"--resume={copied}"]):
+        result = call(train, *words)
+        assert result.returncode == 0
+        assert result.stdout.splitlines()[-1] == f"{copied}: finished, at step 20 of 20"
+        assert content(copied) == before
 
 
 def test_a_differing_config_is_refused_and_its_keys_named(copied, finished, call, refused):
@@ -691,20 +634,17 @@ def test_free_keys_may_differ(copied, call):
 
 def test_a_changed_schedule_is_printed(copied, call):
     """max_steps is free; with it the decay ends later, and the next learning rate is another."""
-    result = call(train, f"--resume={copied}", "--max_steps=22")
-    before = json.loads((copied / "step000020" / "state.json").read_text())["config"]
-    config = train.TrainConfig(**{key: value for key, value in before.items()
-                                  if key in train.TrainConfig.__dataclass_fields__})
-    [line] = [line for line in result.stdout.splitlines() if "the schedule" in line]
-    assert "step 21" in line
-    assert f"{train.lr_at_step(21, replace(config, max_steps=22)):.3g};" in line
-    assert line.endswith(f"{train.lr_at_step(21, config):.3g}") and "max_steps=20" in line
-    shutil.rmtree(copied / "step000022")
-    last = call(train, f"--resume={copied}", "--max_steps=20")  # nothing is left to train
-    assert last.returncode == 0 and "the schedule" not in last.stdout
+    [config] = load_config([str(copied / "config.json")], train.TrainConfig, other=train.SCHEMAS)
     shutil.rmtree(copied / "step000020")
-    same = call(train, f"--resume={copied}", "--max_steps=20")
-    assert "continues after step 15" in same.stdout and "the schedule" not in same.stdout
+    result = call(train, f"--resume={copied}", "--max_steps=22")
+    [line] = [line for line in result.stdout.splitlines() if "the schedule" in line]
+    lr_before, lr_now = (train.lr_at_step(16, replace(config, max_steps=steps))
+                         for steps in (20, 22))
+    assert "step 16" in line and "max_steps=20" in line
+    assert f"{lr_now:.3g};" in line and line.endswith(f"{lr_before:.3g}")
+    shutil.rmtree(copied / "step000022")
+    result = call(train, f"--resume={copied}")  # of 22 steps since then
+    assert "continues after step 20" in result.stdout and "the schedule" not in result.stdout
 
 
 def test_changes_are_accepted_on_request_and_named(copied, call, refused):
@@ -795,8 +735,7 @@ def test_an_evaluation_that_fails_loses_no_step_and_is_made_up_for(tmp_path, tin
     assert "finished, at step 20" in call(train, file).stdout
 
 
-@pytest.mark.parametrize("form", ["config", "resume"])
-def test_a_directory_without_a_complete_step_is_started_over(copied, finished, call, form):
+def test_a_directory_without_a_complete_step_is_started_over(copied, finished, call):
     """As a kill before the first checkpoint leaves it: rows, half a row, a half-written step.
 
     What eval.py measured belongs to a run that is no more, and is deleted.
@@ -808,9 +747,7 @@ def test_a_directory_without_a_complete_step_is_started_over(copied, finished, c
         (copied / name).write_text("{}\n")
     with open(copied / "metrics.jsonl", "a") as file:
         file.write('{"kind": "train", "st')
-    words = {"config": [finished.with_suffix(".py"), f"--run_dir={copied}"],
-             "resume": [f"--resume={copied}"]}[form]
-    assert call(train, *words).returncode == 0
+    assert call(train, f"--resume={copied}").returncode == 0
     check_same_run(copied, finished)
     assert not any((copied / name).exists() for name in MEASURED)
 
@@ -871,10 +808,14 @@ def test_data_that_changed_is_refused_and_data_that_was_touched_is_not(tmp_path,
 # ---- Checkpoints ---------------------------------------------------------------------------------
 # How a step directory is read, and which damage is found: test_checkpoint.py.
 
-def test_a_damaged_step_is_named_and_the_one_before_goes_on(copied, finished, call):
-    """The run saves the damaged step again, and needs no second repair."""
+def test_a_damaged_step_is_named_and_the_one_before_goes_on(copied, finished, call, refused):
+    """The run saves the damaged step again, and needs no second repair.
+
+    --verify=size does not see it: then it is loading that fails.
+    """
     file = copied / "step000020/__0_0.distcp"
     flip(file)
+    refused(call(train, f"--resume={copied}", "--max_steps=21", "--verify=size"), file.parent)
     result = call(train, f"--resume={copied}")
     assert result.returncode == 0 and f"warning: {file}" in result.stdout
     assert "continues after step 15" in result.stdout
@@ -892,19 +833,6 @@ def test_a_damaged_step_does_not_count_among_the_last_that_are_kept(copied, call
     assert newest_step(copied)[0].name == "step000017"
 
 
-def test_damage_that_keeps_the_size_passes_verify_size_only(copied, call):
-    """One bit of a weight: loading it is no error, so that only its digest tells."""
-    file = copied / "step000020/__0_0.distcp"
-    weights = load_model(copied).wte.weight.detach().numpy().tobytes()
-    content = bytearray(file.read_bytes())
-    content[content.index(weights) + 5] ^= 1
-    file.write_bytes(content)
-    result = call(train, f"--resume={copied}", "--max_steps=21", "--verify=size")
-    assert result.returncode == 0 and "continues after step 20" in result.stdout
-    with pytest.raises(UserError, match=str(file)):
-        verify_step(copied / "step000020")
-
-
 def test_a_bomb_in_place_of_a_tensor_does_not_go_off(copied, tmp_path, call, refused):
     """Where the metadata says that the tensors lie, and with digests that fit; it is a live one."""
     marker, step = tmp_path / "boom", copied / "step000020"
@@ -918,23 +846,6 @@ def test_a_bomb_in_place_of_a_tensor_does_not_go_off(copied, tmp_path, call, ref
     assert not marker.exists()
     torch.load(step / "__0_0.distcp", weights_only=False)
     assert marker.exists()
-
-
-def test_a_checkpoint_restores_weights_and_moments(finished):
-    """Into a model and an optimiser of another seed, in place, every tensor of them."""
-    _, configs = batches_of(finished.with_suffix(".py"))
-    pairs = []
-    for seed in (1, 2):
-        model = m.build_model(configs[0], seed)
-        optimizer = train.build_optimizer(model, configs[3])
-        load_checkpoint(finished / "step000020", model, optimizer)
-        pairs.append(training_tensors(model, optimizer))
-    assert len(pairs[0]) == 4 * 10  # ten matrices; of each the weight, two moments and a count
-    for name, tensor in pairs[0].items():
-        assert torch.equal(tensor, pairs[1][name]) and tensor.any(), name
-        assert not name.endswith(".step") or tensor == 20
-    for name, parameter in load_model(finished).named_parameters():
-        assert torch.equal(parameter, pairs[0][f"model.{name}"])
 
 
 def test_a_full_disk_ends_in_one_line_and_harms_nothing(copied, tmp_path, call):
@@ -953,16 +864,12 @@ def test_a_full_disk_ends_in_one_line_and_harms_nothing(copied, tmp_path, call):
     assert steps(copied) == list(range(1, 25)) and saved_steps(copied) == [20, 22, 24]
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
 def test_a_full_disk_under_the_log_is_one_line(tmp_path):
-    class FullDisk:
-        name = "metrics.jsonl"
-
-        def write(self, text):
-            raise OSError(errno.ENOSPC, "No space left on device")
     log = Log(tmp_path, 0)
     log.file.close()
-    log.file = FullDisk()
-    with pytest.raises(UserError, match="metrics.jsonl.*No space left"):
+    log.file = open("/dev/full", "w")
+    with pytest.raises(UserError, match="/dev/full.*No space left"):
         log.write("train", {"step": 1, "tokens": 2, "seconds": 3.0})
 
 
@@ -993,10 +900,12 @@ def test_a_mistake_is_one_line_and_makes_no_run(tmp_path, tiny_config, call, ref
     refused(call(train, file, f"--run_dir={tmp_path / 'file'}"), "run_dir", tmp_path / "file")
 
 
-def test_in_a_process_of_its_own_a_mistake_is_one_line_too(tmp_path, tiny_config, python, refused):
-    """Nothing but the line on stderr, and exit code 1."""
-    result = python("train.py", tiny_config(tmp_path / "run"), "--lrr=1")
-    assert refused(result, "lrr", "lr?") == result.stderr.rstrip()
+def test_in_a_process_of_its_own_a_mistake_is_one_line_too(tmp_path, tiny_config):
+    """Nothing else is printed, and the exit code is 1."""
+    process = forked(tmp_path / "log", train.main, tiny_config(tmp_path / "run"), "--lrr=1")
+    process.join(60)
+    [line] = (tmp_path / "log").read_text().splitlines()
+    assert process.exitcode == 1 and line.startswith("error: ") and "lrr" in line
 
 
 @pytest.mark.parametrize("size", [300, 600])
@@ -1010,11 +919,3 @@ def test_a_vocabulary_that_is_not_the_tokenizers_is_named(tmp_path, tiny_config,
     assert ("--embedding_size=600" in line) == (size == 600)
     flags = re.findall(r"--\w+=\d+", line)
     assert call(train, *words, *flags).returncode == 0 and steps(run) == [1]
-
-
-def test_a_learning_rate_that_explodes_ends_in_one_line(tmp_path, tiny_config, call, refused):
-    """1e30 at step 1 makes weights whose logits are not finite at step 2."""
-    run = tmp_path / "run"
-    refused(call(train, tiny_config(run, lr=1e30, warmup_steps=0, save_every_steps=1)), "step 2",
-            "nan", "--lr")
-    assert saved_steps(run) == [1] and steps(run) == [1]

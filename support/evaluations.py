@@ -1,0 +1,119 @@
+"""The commands of eval.py: one model, every step of a run, samples; printed and recorded.
+
+eval.py says how a model is measured and hands its functions `evaluate` and `sample_text` over.
+Here is what surrounds them: finding the model and the suites, tables, rows of RUN/eval.jsonl.
+"""
+
+import time
+from dataclasses import replace
+
+from corpus.documents import warn
+from corpus.trace import held_out_of
+from scaling.checkpoint import run_of, step_directories
+from support.files import UserError
+from support.models import open_model
+from support.records import (domains_table, evaluation_key, keys_recorded, record, sample_key,
+                             tasks_table, verdict_on)
+from support.tasks import open_suites
+
+VERBS = ("sample", "report")
+
+
+# ---- The command line ----------------------------------------------------------------------------
+
+def split_words(argv):
+    """(verb, paths, options) of a command line; the verb is "evaluate" if none is written."""
+    paths = [word for word in argv if not word.startswith("-")]
+    options = [word for word in argv if word.startswith("-")]
+    if paths and paths[0] in VERBS:
+        return paths[0], paths[1:], options
+    return "evaluate", paths, options
+
+
+def check_paths(verb, paths):
+    """UserError unless the paths are those of runs or models, one for all verbs but report."""
+    if not paths or (len(paths) > 1 and verb != "report"):
+        named = " ".join(paths) or "no run"
+        raise UserError(f"{named}: name one run; --help shows the form")
+    for path in paths:
+        run = run_of(path)
+        has_model = (run / "config.json").is_file() or (run / "model.pt").is_file()
+        if verb != "report" and not has_model:
+            raise UserError(f"{run}: no model here; train.py configs/tiny.py makes runs/tiny")
+
+
+# ---- Evaluations ---------------------------------------------------------------------------------
+
+def evaluate_path(path, config, evaluate):
+    """Evaluate one model on the suites of the config."""
+    run = run_of(path)
+    # Before the model, as every file is read once: a faulty one shows now.
+    suites = open_suites(config, lambda: held_out_of(run))
+    model, tokenizer, state = open_model(path, config)
+    evaluate_and_record(run, model, tokenizer, state, suites, config, evaluate)
+
+
+def evaluate_and_record(run, model, tokenizer, state, suites, config, evaluate):
+    """Evaluate suites one by one: print the table of each, add a row to RUN/eval.jsonl."""
+    for suite in suites:
+        began = time.monotonic()
+        results = evaluate(model, tokenizer, [suite], config)
+        [key] = results.pop("of")
+        if suite.tasks:
+            print(tasks_table(results["tasks"]))
+        else:
+            print(domains_table(results["sums"]))
+        # A number is only as good as the data is clean: was the suite in the training data?
+        verdict, said = verdict_on(suite, key, run, state)
+        print(f"{suite.name}: {said}\n")
+        if state:  # a step of a run; a Hugging Face directory is left alone
+            seconds = round(time.monotonic() - began, 1)
+            record(run, "eval", state, of=key, decontaminated=verdict, said=said, **results,
+                   seconds=seconds)
+
+
+def evaluate_every_checkpoint(path, config, evaluate, sample_text):
+    """Evaluate every complete step of a run and draw a sample from it.
+
+    What eval.jsonl has already, for the same weights and an equal key, is skipped.
+    """
+    run = run_of(path)
+    steps = step_directories(run)
+    if not steps:
+        raise UserError(f"{run}: --every_checkpoint needs a run with step directories")
+    suites = open_suites(config, lambda: held_out_of(run))
+    for step in steps:
+        try:
+            evaluate_missing(run, step, suites, config, evaluate, sample_text)
+        except UserError as error:  # a damaged step does not stop the others
+            warn(f"{error}; the other steps are evaluated")
+    print(f"the numbers are in {run / 'eval.jsonl'}; python eval.py report {run} draws them")
+
+
+def evaluate_missing(run, step, suites, config, evaluate, sample_text):
+    """Evaluate one step on the suites that eval.jsonl lacks, and draw its sample if that lacks."""
+    done = keys_recorded(run, step)
+    missing = [suite for suite in suites
+               if evaluation_key(suite, config, config.eval_dtype) not in done]
+    needs_sample = sample_key(config) not in done
+    if not missing and not needs_sample:
+        print(f"{step}: done already")
+        return
+    print(f"{step}:")
+    model, tokenizer, state = open_model(step, config)
+    evaluate_and_record(run, model, tokenizer, state, missing, config, evaluate)
+    if needs_sample:
+        text = sample_text(model, tokenizer, config)
+        record(run, "sample", state, of=sample_key(config), text=text)
+
+
+# ---- Samples -------------------------------------------------------------------------------------
+
+def print_samples(path, options, config, sample_text):
+    """Print a sample for each --prompt= of the command line, or for the config's one prompt."""
+    model, tokenizer, _ = open_model(path, config)
+    prompts = [word.partition("=")[2] for word in options if word.startswith("--prompt=")]
+    for i, prompt in enumerate(prompts or [config.prompt]):
+        if i > 0:
+            print("-" * 40)
+        print(sample_text(model, tokenizer, replace(config, prompt=prompt)))
