@@ -122,7 +122,7 @@ def adapt(adapt_config, eval_config, config):
     batches, loss_fn = batches_and_loss(run, train_set, train_reference, adapt_config)
     print_run(run.path, base, adapt_config, config, batches.micro_batch_size)
 
-    # The steps: the same loop as in train.py, with other batches and another loss
+    # The steps: the same loop as in train.py, with other batches and a different loss
     with run:
         if run.step == 0 or run.evaluation_was_missed():  # step 0: what the tuning starts from
             run.log_evaluation(evaluate_tuned(model, tokenizer, suites, eval_set, eval_reference,
@@ -136,7 +136,7 @@ def adapt(adapt_config, eval_config, config):
                 metrics = train_step(model, optimizer, micro_batches, loss_fn, lr, max_norm)
             except FloatingPointError as error:  # the weights are untouched
                 metrics = run.report_not_finite(step, error, batches.places)
-            if step == 1 and adapt_config.method == "dpo":  # the policy still is the reference
+            if step == 1 and adapt_config.method == "dpo":  # the policy is still the reference
                 check_first_loss(metrics, dtype, adapt_config)
             run.log(step, batch, metrics, lr, max_norm)
             if run.save_is_due(step):
@@ -252,7 +252,7 @@ def batches_and_loss(run, train_set, reference, adapt_config):
 
     reference: of the Pairs of train_set, float64 (N, 2); None for SFT.
     """
-    order = dict(
+    arguments = dict(
         examples=train_set,
         batch_size=run.config.batch_size,
         seed=run.state["data"]["seed"],  # of the order in each epoch
@@ -260,10 +260,10 @@ def batches_and_loss(run, train_set, reference, adapt_config):
         micro_batch_size=choose_rows(adapt_config, run.config, run.model_config),
     )
     if adapt_config.method == "sft":
-        return ChatBatches(**order), sft_loss
+        return ChatBatches(**arguments), sft_loss
     loss_fn = partial(preference_loss, beta=adapt_config.beta,
                       length_normalized=adapt_config.length_normalized)
-    return PreferenceBatches(**order, reference=reference), loss_fn
+    return PreferenceBatches(**arguments, reference=reference), loss_fn
 
 
 epoch_order = lru_cache(maxsize=2)(instance_order)  # shuffled once an epoch, not at each step
@@ -279,7 +279,7 @@ class ExampleBatches:
     model_config: ModelConfig  # the context length and the id of padding
     micro_batch_size: int  # packed rows or pairs of one forward
 
-    def numbers(self, step):
+    def indices(self, step):
         """The indices of the examples in a step.
 
         Each epoch has an order of its own. Its last step takes what is left, so that no example is
@@ -294,11 +294,10 @@ class ExampleBatches:
 
     def places(self, step):
         """A line for each example of a step: file:line of its row."""
-        numbers = self.numbers(step)
-        return [self.examples[i].place for i in numbers]
+        return [self.examples[i].place for i in self.indices(step)]
 
-    def missing(self, rows, world_size):
-        """How many empty rows make `rows` a multiple of what all ranks pass through at a time.
+    def padding_rows(self, rows, world_size):
+        """How many empty rows to add, so that each rank has the same number of full micro-batches.
 
         FSDP gathers the weights from all ranks, so each rank needs as many forwards as the others.
         """
@@ -313,12 +312,12 @@ class ChatBatches(ExampleBatches):
         """The rows (B, T) of a step that `rank` takes; see `packed_rows`."""
         # Chats are much shorter than the context, and a row for each would be mostly padding. So
         # several share a row, as many as fit; none is split.
-        chats = [self.examples[i] for i in self.numbers(step)]
+        chats = [self.examples[i] for i in self.indices(step)]
         lengths = [len(example.ids) for example in chats]
         bins = []
         for indices in best_fit(lengths, self.model_config.max_seq_len):
             bins.append([chats[i] for i in indices])
-        bins += [[]] * self.missing(len(bins), world_size)
+        bins += [[]] * self.padding_rows(len(bins), world_size)
         own = bins[rank::world_size]  # every rank packs all rows, and keeps its own
         return packed_rows(own, self.model_config.max_seq_len, self.model_config.pad_token_id)
 
@@ -335,17 +334,17 @@ class PreferenceBatches(ExampleBatches):
         {tokens, targets: int64 (B, 2, T); loss_mask: bool (B, 2, T); reference: float32 (B, 2);
         real: bool (B,), False for a pair that only fills up}.
         """
-        numbers = self.numbers(step)
-        pairs = [self.examples[i] for i in numbers]
+        indices = self.indices(step)
+        pairs = [self.examples[i] for i in indices]
         rows = []
         for pair in pairs:
             rows += [[pair.chosen], [pair.rejected]]
-        missing = self.missing(len(pairs), world_size)
+        missing = self.padding_rows(len(pairs), world_size)
         rows += [[], []] * missing  # a pair that only fills up is two rows of padding
         T = self.row_length(pairs)
         packed = packed_rows(rows, T, self.model_config.pad_token_id)
         reference = torch.zeros(len(pairs) + missing, 2)
-        reference[:len(pairs)] = torch.from_numpy(self.reference[numbers])
+        reference[:len(pairs)] = torch.from_numpy(self.reference[indices])
         batch = {
             "tokens": packed["tokens"].view(-1, 2, T),
             "targets": packed["targets"].view(-1, 2, T),
@@ -360,7 +359,7 @@ class PreferenceBatches(ExampleBatches):
     def row_length(self, pairs):
         """T of a step: the power of two that holds its longest answer, and the prompt before it.
 
-        Few different lengths occur, as torch.compile compiles each of them for itself.
+        torch.compile compiles each length separately, so only a few lengths are allowed.
         """
         longest = max(len(side.ids) for side in sequences_of(pairs))
         power = 2 ** math.ceil(math.log2(longest))
@@ -408,7 +407,7 @@ def sft_loss(model, batch):
     Open Instruct took it by default, would weigh the tokens of a short micro-batch more.
     """
     # A token attends to its own example alone: the model cannot tell a packed row from separate
-    # rows. Rotary positions are relative; they restart at 0 so that rounding is the same as well.
+    # rows. Rotary positions are relative; they restart at 0 so that even the rounding is the same.
     documents = batch["documents"]  # (B, T)
     queries = documents.unsqueeze(2)
     keys = documents.unsqueeze(1)
@@ -492,7 +491,7 @@ FIRST_LOSS_WIDTH = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 
 def check_first_loss(metrics, dtype, adapt_config):
     """UserError if DPO's loss at step 1 is not ln 2, within the rounding of the forward's dtype."""
-    # At step 1 the policy still is the reference: all rewards are 0, and -log sigmoid(0) = ln 2.
+    # At step 1 the policy is still the reference: all rewards are 0, and -log sigmoid(0) = ln 2.
     # Any other loss means that the two did not see the same weights or tokens.
     if not metrics:  # the step was skipped
         return

@@ -83,7 +83,7 @@ class EvalOptions:
                                      "it; results that eval.jsonl has are not computed again.")
 
 
-# ---- The story -----------------------------------------------------------------------------------
+# ---- The main function ---------------------------------------------------------------------------
 
 def evaluate(model, tokenizer, suites, config):
     """Measure a model on some suites: {bits_per_byte, sums, tasks, of}, the same on every rank.
@@ -169,7 +169,7 @@ def rolling_windows(ids, eos_token_id, max_seq_len):
 
     Every id is scored exactly once.
     """
-    # EOS stands before every document in training, so it is the context of the first id here.
+    # In training an EOS precedes almost every document, so it is the context of the first id here.
     # It is never a target: whether the model would have ended here is not asked.
     stream = [eos_token_id, *ids]
     windows = []
@@ -219,7 +219,7 @@ def mask_of(window):
 # ---- Ranked choice -------------------------------------------------------------------------------
 #
 # A base model continues text; it has not learned to answer "A" or "B" when asked to. So the tasks
-# are turned round: each choice becomes a request (context, continuation), the model says how likely
+# are rephrased: each choice becomes a request (context, continuation), the model says how likely
 # the continuation is, and a question counts as right if the right choice ranks first. Catwalk calls
 # this rank classification (paper 2.4 and 4.1).
 
@@ -228,7 +228,8 @@ def evaluate_task(model, tokenizer, task, batch_tokens=2048, chat=False):
 
     Raises UserError for scores that are not finite.
     """
-    # 1. A question becomes a group of encoded requests; its unconditional requests another one.
+    # 1. A question becomes a group of encoded requests, and its unconditional requests (the same
+    #    choices without the question) a second group.
     groups = [question.choices for question in task.questions]
     groups += [question.unconditional for question in task.questions]  # the same n, maybe empty
     encoded = []
@@ -241,15 +242,15 @@ def evaluate_task(model, tokenizer, task, batch_tokens=2048, chat=False):
         raise UserError(f"{task.name}: the model's scores are not finite; its weights are damaged "
                         "or its training diverged: evaluate an earlier step")
 
-    # 3. The scores of a question become rankings, and all rankings accuracies.
+    # 3. The scores of a question rank its choices; all questions together give an accuracy.
     n = len(task.questions)
     sums = {
         "questions": n,
         "correct": Counter(),  # {metric: how many questions rank the right choice first}
         "by_guessing": 0.0,  # how many a random choice would get right on average
-        "gold_nats": 0.0,  # of the right continuations: the summed -ln p,
-        "gold_bytes": 0,  # the bytes,
-        "gold_greedy": 0,  # and how many the model would have said by itself
+        "gold_nats": 0.0,  # -ln p of the right continuations, summed
+        "gold_bytes": 0,  # their bytes
+        "gold_greedy": 0,  # how many of them greedy decoding would produce
         "too_long": 0,  # how many of them exceed the context; the three sums leave them out
         "requests": len(scores),
         "cut": 0,  # how many requests exceed the context and lost their beginning
@@ -294,8 +295,8 @@ def encode_request(request, tokenizer, max_seq_len, chat=False):
     # choices of a question have the very same context.
     after = tokenizer.encode(scored_text(continuation, chat))
     ids = before + after
-    # Too long a request is cut on the left, where it matters least. One id more than the context
-    # length is kept, because the last id is predicted and never read.
+    # A request that is too long is cut on the left, where it matters least. One id more than the
+    # context length is kept, because the last id is predicted and never read.
     kept = ids[-max_seq_len - 1:]
     scored = min(len(after), len(kept) - 1)
     return Encoded(kept, scored, len(ids) - len(kept), scored == len(after))
@@ -326,7 +327,7 @@ def score_request(model, request):
 
 
 def count_gold(sums, question, choices, scores, chat):
-    """Add the right continuation, as text that is predicted: a smoother measure than accuracy."""
+    """Add how well the right continuation is predicted: this moves more smoothly than accuracy."""
     gold = choices[question.label]
     log_prob, likeliest = scores[question.label].tolist()
     if not gold.complete:
@@ -339,18 +340,18 @@ def count_gold(sums, question, choices, scores, chat):
 
 
 def count_correct(sums, question, choices, scores, unconditional):
-    """Add whether the right choice ranks first, by each metric of `rankings`."""
+    """Add whether the right choice ranks first, by each metric of `values_to_rank`."""
     sums["by_guessing"] += 1 / len(choices)
     log_probs = scores[:, 0].tolist()
     token_counts = [request.scored for request in choices]
     without = None if unconditional is None else unconditional[:, 0].tolist()
-    ranked = rankings(question, log_probs, token_counts, without)
-    for metric, values in ranked.items():
+    values_of = values_to_rank(question, log_probs, token_counts, without)
+    for metric, values in values_of.items():
         best = values.index(max(values))  # the first of several equal ones, as numpy's argmax
         sums["correct"][metric] += best == question.label
 
 
-def rankings(question, log_probs, token_counts, unconditional):
+def values_to_rank(question, log_probs, token_counts, unconditional):
     """{metric: [value of each choice]}; the highest value ranks first.
 
     unconditional: the log-probabilities of the choices without the question, or None.
@@ -378,7 +379,7 @@ def rankings(question, log_probs, token_counts, unconditional):
 
 def task_result(sums, metric):
     """What is reported of a task's sums: {metric, accuracy, chance, stderr, centred, the accuracy
-    by each metric, bits_per_byte, greedy, and the sums}; shares between 0 and 1.
+    by each metric, bits_per_byte, greedy, and the sums}; shares of 1; centred may be below 0.
 
     A set without choices has only bits_per_byte and greedy, of the right continuations.
     """

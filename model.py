@@ -43,7 +43,7 @@ class ModelConfig:
     # A GPU multiplies fastest where sizes are multiples of 128: OLMo pads 50,280 ids to 50,304.
     embedding_size: int = setting(4096, "Rows V of the embedding: vocab_size, padded for speed.")
     rope_theta: float = setting(10000.0, "Base of the rotary frequencies.")
-    # One matrix for both saves OLMo-1B 9 % of its weights; of a 7B it would be 3 %.
+    # Sharing one matrix saves OLMo-1B 8 % of its weights; it would save a 7B 3 %.
     weight_tying: bool = setting(False, "Use the embedding as the output head, as OLMo-1B does.")
     # Neither OLMo nor this code has a token for the beginning of a text.
     eos_token_id: int = setting(4095, "End of a document, and the only mark between documents.")
@@ -96,8 +96,8 @@ def at_least_float32(x):
 def layer_norm(x):
     """LayerNorm without gain and bias: (..., D) -> (..., D) of mean 0 and variance 1.
 
-    The authors thought the form without parameters the safest, and measured it as the fastest,
-    among LayerNorm with a gain, RMSNorm and this one (paper 2.1).
+    Of three forms (LayerNorm with a gain, RMSNorm, this one) the authors judged this one the safest
+    and measured it as the fastest (paper 2.1).
     """
     # torch takes the mean and the variance of a bfloat16 x in float32 by itself.
     return F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
@@ -285,7 +285,8 @@ def head_logits(x, head_weight):
 def token_losses(x, head_weight, targets):
     """-ln p (B, T) in at least float32 of int64 `targets` (B, T) after a stream x (B, T, D).
 
-    The softmax runs over all V rows: ids above vocab_size never come, and training says so.
+    The softmax runs over all V rows. Ids from vocab_size on are never targets, so training makes
+    their probability vanish.
     """
     # A softmax sums V exponentials: in bfloat16 most of them would round away (paper 3.1).
     logits = at_least_float32(head_logits(x, head_weight)).flatten(0, 1)  # (B T, V)
@@ -295,14 +296,14 @@ def token_losses(x, head_weight, targets):
 
 # ---- Initialisation ------------------------------------------------------------------------------
 
-# subtle: the head's random stream keeps the name that the head once had, so that a seed still
-# gives the weights that it gave then
+# subtle: the head was once called ff_out; its random stream keeps that name, so that old seeds
+# give the same weights
 STREAM_NAMES = {"lm_head.weight": "ff_out.weight"}
 
 
 @torch.no_grad()
 def init_weights(model, seed, local_part=lambda full, parameter: full):
-    """Give every parameter its start, the same one on any device and any number of ranks.
+    """Give every parameter its initial value, the same on any device and any number of ranks.
 
     local_part(full, parameter): the part of the tensor `full` that this process keeps in
     `parameter`. Full tensors are drawn one at a time, so a large model never lies in one process.
@@ -334,13 +335,16 @@ def initial_tensor(name, shape, seed):
 
 
 def initial_std(name, shape):
-    """Standard deviation of a matrix (d_out, d_in): 1/sqrt(d_in), or less in block l, see below."""
+    """Standard deviation of a matrix (d_out, d_in): 1/sqrt(d_in), or less in block l, see below.
+
+    The embedding (V, D) sums nothing and gets 1/sqrt(D) too, as in OLMo.
+    """
     # A sum of d_in products with this std has the variance of one input: signals keep their size.
     std = 1 / math.sqrt(shape[1])
     parts = name.split(".")  # such as blocks, 3, mlp, ff_out, weight
     if parts[0] == "blocks" and parts[-2] in ("attn_out", "ff_out"):
-        # These two add to the stream, and 2 (l + 1) such additions are made up to their block.
-        # Divided by that, the variance of the stream grows with the logarithm of the depth.
+        # These two add to the stream. By the end of block l, 2 (l + 1) such sums have been added.
+        # Divided by this count, their variances add up only to the logarithm of the depth.
         block = int(parts[1])
         std /= math.sqrt(2 * (block + 1))
     return std
@@ -434,7 +438,7 @@ def generate_stream(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, 
     check_sampling(config, prompts, temperature, top_p)
     B = len(prompts)
     T = max(map(len, prompts))
-    # The shortest prompt may grow the longest, up to max_seq_len ids of its own.
+    # The shortest prompt has the most room: it may grow until it has max_seq_len ids.
     room = config.max_seq_len - min(map(len, prompts))
     capacity = T + min(max_new_tokens, room)
     tokens, visible = pad_left(prompts, capacity, config.pad_token_id, device)
@@ -455,7 +459,7 @@ def generate_stream(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, 
         logits = logits[:, :config.vocab_size].float().cpu()
         chosen = sync(choose_next(logits, temperature, top_p, streams))
         yield {row: chosen[row] for row in sorted(running)}
-        # A row that has ended is computed on with the others; its ids are dropped.
+        # A finished row is still computed; its new ids are ignored.
         new_ids = length - T + 1
         for row in sorted(running):
             context_is_full = len(prompts[row]) + new_ids == config.max_seq_len
@@ -480,8 +484,8 @@ def check_sampling(config, prompts, temperature, top_p):
 def pad_left(prompts, capacity, pad_token_id, device):
     """(ids (B, T), bool (B, capacity) where a token is no padding), None if nothing is padded.
 
-    On the left, so that the last column is every row's newest token. RoPE sees distances alone:
-    rows that begin late compute what they would compute without padding.
+    Padding is on the left, so that the last column is every row's newest token. RoPE sees
+    distances alone: rows that begin late compute what they would compute without padding.
     """
     B = len(prompts)
     T = max(map(len, prompts))
@@ -517,8 +521,8 @@ def choose_next(logits, temperature, top_p, streams):
     # The nucleus: an id belongs to it if the likelier ones together stay below top_p.
     nucleus_size = (mass - probs < top_p).sum(-1, keepdim=True)
     nucleus_mass = mass.gather(1, nucleus_size - 1)
-    # Each id owns a slice of [0, nucleus_mass) as wide as its probability: the one is chosen into
-    # whose slice a uniform number falls.
+    # Each id owns a slice of [0, nucleus_mass) as wide as its probability. A uniform random number
+    # chooses the id whose slice it falls into.
     draws = torch.stack([torch.rand(1, generator=stream) for stream in streams])
     place = (mass <= draws * nucleus_mass).sum(-1, keepdim=True)
     place = torch.minimum(place, nucleus_size - 1)  # a draw may round up to nucleus_mass

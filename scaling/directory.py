@@ -134,11 +134,8 @@ def check_settings(place, saved, settings, config, free_keys):
     before = saved["config"]
     changes = [f"{key}: {before[key]} there, {value} now" for key, value in settings.items()
                if key in before and before[key] != value and not may_change(key, free_keys)]
-    if changes and config.accept_changes:
-        print(f"{place}: continues with changes: {'; '.join(changes)}")
-    elif changes:
-        raise UserError(f"{place} holds another run ({'; '.join(changes)}); choose another "
-                        "--run_dir, or use --overwrite or --accept_changes")
+    accept(changes, config, f"{place}: continues with changes: ", f"{place}: holds another run",
+           "choose another --run_dir, or use --overwrite or --accept_changes")
 
 
 def may_change(key, free_keys):
@@ -151,11 +148,17 @@ def check_data(place, saved, fingerprint, config):
     """UserError for data that differs from a saved run's; a printed line with accept_changes."""
     changes = [f"{key}: {saved['data'].get(key)} there, {value} now"
                for key, value in fingerprint.items() if saved["data"].get(key) != value]
+    accept(changes, config, f"{place}: continues with changed data: ",
+           f"{place}: its data has changed",
+           "restore the data, or use --overwrite or --accept_changes")
+
+
+def accept(changes, config, accepted, refused, remedy):
+    """Print the changes with --accept_changes; else UserError if there are any."""
     if changes and config.accept_changes:
-        print(f"{place}: continues with changed data: {'; '.join(changes)}")
+        print(accepted + "; ".join(changes))
     elif changes:
-        raise UserError(f"{place}: its data has changed ({'; '.join(changes)}); restore the data, "
-                        "or use --overwrite or --accept_changes")
+        raise UserError(f"{refused} ({'; '.join(changes)}); {remedy}")
 
 
 def set_damaged_aside(run, step):

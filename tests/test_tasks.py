@@ -337,10 +337,11 @@ def test_the_four_rankings_by_hand():
     """A character's share counts the leading space. acc_uncond is a difference: the quotient of
     official OLMo would rank the other choice first."""
     question = Question([("q", " a"), ("q", " abcd")], 0, [])
-    ranked = evaluation.rankings(question, [-2.0, -6.0], [1, 3], [-1.0, -4.0])
+    ranked = evaluation.values_to_rank(question, [-2.0, -6.0], [1, 3], [-1.0, -4.0])
     assert ranked == {"acc_raw": [-2, -6], "acc_per_token": [-2, -2], "acc_per_char": [-1, -1.2],
                       "acc_uncond": [-1, -2]}
-    assert list(evaluation.rankings(question, [-2.0, -6.0], [1, 3], None)) == list(METRICS[:3])
+    without = evaluation.values_to_rank(question, [-2.0, -6.0], [1, 3], None)
+    assert list(without) == list(METRICS[:3])
 
 
 def test_in_the_format_of_chats_the_answer_is_an_assistants(model, tokenizer, task):
