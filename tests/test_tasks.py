@@ -337,6 +337,12 @@ def test_the_four_rankings_by_hand():
     assert list(without) == list(METRICS[:3])
 
 
+def test_acc_uncond_needs_the_unconditional_requests_of_every_question(model, tokenizer, task):
+    some = [task.questions[0], task.questions[1]._replace(unconditional=[])]
+    sums = evaluation.evaluate_task(model, tokenizer, task._replace(questions=some))
+    assert list(sums["correct"]) == list(METRICS[:3])
+
+
 def test_in_the_format_of_chats_the_answer_is_an_assistants(model, tokenizer, task):
     """Its log-probability is that of the rendered chat; its bytes are without the leading space."""
     sums = evaluation.evaluate_task(model, tokenizer, task, chat=True)
@@ -809,13 +815,16 @@ def test_pictures_hold_the_chance_the_errors_and_a_legend(monkeypatch):
     assert len(full.containers) == 2 and not plain.containers and not plain.get_legend()
 
 
-def test_the_report_shows_the_most_questions_and_the_last_step(tmp_path):
+def test_the_report_shows_the_most_questions_or_bytes_and_the_last_step(tmp_path):
     def row(step, questions, accuracy):
         return {"kind": "eval", "step": step, "tokens": 10 * step, "tasks": {
-            "one": {"questions": questions, "accuracy": accuracy}}}
+            "one": {"questions": questions, "accuracy": accuracy}},
+            "sums": {"web": {"bytes": questions, "nats": accuracy}}}
     rows = [row(1, 40, 0.1), row(1, 40, 0.2), row(2, 9, 0.9), row(2, 40, 0.3)]
     found = read_evaluations(tmp_path, {"eval": rows})
     assert {tokens: result["accuracy"] for tokens, result in found.tasks["one"].items()} == {
+        10: 0.2, 20: 0.3}
+    assert {tokens: sums["nats"] for tokens, sums in found.sums["web"].items()} == {
         10: 0.2, 20: 0.3}
     assert "after 0.00 M tokens</h3><pre class=scroll>[0.3]" in last_results(
         {"a": found}, "tasks", lambda results: str([r["accuracy"] for r in results.values()]))
