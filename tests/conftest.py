@@ -416,3 +416,27 @@ def official_order(n, seed, epoch):
     indices = np.arange(n, dtype=np.uint32)
     np.random.Generator(np.random.PCG64(seed=seed + epoch)).shuffle(indices)
     return indices
+
+
+def data_config(folder, **changes):
+    """A DataConfig that builds in folder/built, in this process, with a tokenizer of 300 ids."""
+    from data import DataConfig
+    return DataConfig(**{"data_dir": str(folder / "built"), "tokenizer": "bpe:300",
+                         "eval_share": 0.0, "workers": 1} | changes)
+
+
+def contents_of(folder):
+    """{path in the folder: bytes} of its files."""
+    return {file.relative_to(folder).as_posix(): file.read_bytes()
+            for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def kept_documents(folder, source="*"):
+    """The clean documents of a built folder in their order, read by gzip alone."""
+    return [json.loads(line) for path in sorted((folder / "documents").glob(f"{source}-*.gz"))
+            for line in gzip.open(path, "rt", encoding="utf-8")]
+
+
+def ages_of(paths):
+    """{path: (inode, time of the last change)}, which differs if a file was made again."""
+    return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}

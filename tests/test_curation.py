@@ -1,24 +1,28 @@
 """The curation against planted dirt, slow counters, brute-force search and a Python set."""
 
+import contextlib
 import gzip
+import io
 import json
 import math
+import os
 import random
 import re
 import string
+import subprocess
+import sys
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 
-import numpy as np
 import pytest
 
 import corpus.stages as stages
 import data
-from conftest import manifest_of, write_jsonl
+from conftest import contents_of, data_config, kept_documents, manifest_of, write_jsonl
 from corpus.dedup import BloomFilter, DigestSet, deduplicate
 from corpus.funnel import Funnel, print_table
-from corpus.rules import CONTENT_SCORERS, RULES, Drop, Page, english_score, ngram_ratios
-from data import DataConfig, build_data
+from corpus.rules import CONTENT_SCORERS, RULES, Drop, Page, english_score
+from data import build_data
 from support.files import UserError
 
 EMAIL, PHONE, IP = (f" |||{kind}||| " for kind in ("EMAIL_ADDRESS", "PHONE_NUMBER", "IP_ADDRESS"))
@@ -72,17 +76,6 @@ def write_texts(path, *texts):
     return write_jsonl(path, [{"id": f"d{i}", "text": text} for i, text in enumerate(texts)])
 
 
-def kept_documents(folder, source):
-    """The clean documents of a built folder in their order, read by gzip alone."""
-    return [json.loads(line) for path in sorted((folder / "documents").glob(f"{source}-*.gz"))
-            for line in gzip.open(path, "rt", encoding="utf-8")]
-
-
-def config_of(folder, **changes):
-    return DataConfig(**{"data_dir": str(folder / "built"), "tokenizer": "bpe:300",
-                         "eval_share": 0.0, "workers": 1} | changes)
-
-
 def words_of(folder, path, rules, **changes):
     """The same on the command line."""
     settings = {"data_dir": folder / "built", "tokenizer": "bpe:300", "eval_share": 0, "workers": 1,
@@ -116,7 +109,6 @@ def web_dirt(dice):
         bad(clean.replace(".", ";"), "c4_punctuation"),
         row(f"Read {name}.\n{clean}", ("c4_short_lines", clean)),
         bad("As is.\nNot now.", "c4_short_lines"),
-        bad(f"{clean} It has a {{ brace.", "c4_document"),
         bad(f"{clean} It has Lorem Ipsum.", "c4_document"),
         bad(prose(dice, 1), "gopher_word_count"),
         bad(stop_words_only, "gopher_word_length"),
@@ -125,9 +117,7 @@ def web_dirt(dice):
         bad(filled(dice, "A _ is in _ on _ for _ as _. " * 6), "gopher_stop_words"),
         bad("- " + clean.replace("\n", "\n- "), "gopher_bullets"),
         bad(f"{first}\n{clean}", "gopher_repetition"),
-        bad(f"{clean} And {first} But {first}", "gopher_repetition"),
         bad(prose(dice, 50) + f" {name[:2]}" * 100 + ".", "repeated_tokens"),
-        row(prose(dice, 50) + f" {name[:2]}" * 99 + "."),
         row(f"{opening}. This is vile, {name}. {more}\n{rest}", ("content", clean)),
         bad(clean.replace("The", "The vile"), "content"),
         row(f"{clean}\nFor {extra}: {name}@example.org, 555-123-4567.",
@@ -135,16 +125,13 @@ def web_dirt(dice):
         row(f"{clean}\nThe {extra} is (10.0.0.1)!\nOf {name}: yes",
             ("c4_punctuation", f"{clean}\nThe {extra} is (10.0.0.1)!"),
             ("pii", f"{clean}\nThe {extra} is ({IP})!")),
-        bad(clean + "".join(f" {name}{i}@a.example.com." for i in range(6)), "pii"),
-        row(clean + "".join(f" {name}{i}@a.example.com." for i in range(5)),
-            ("pii", clean + f" {EMAIL}." * 5))]
+        bad(clean + "".join(f" {name}{i}@a.example.com." for i in range(6)), "pii")]
 
 
 def code_dirt(dice):
     code, name = program(dice), word(dice)
     return [
-        *(bad(code, "code_extension", **metadata) for metadata in (
-            {"ext": "JSON"}, {"ext": ".svg"}, {"path": "a/b.csv"}, {"path": "a.py/b.asm"})),
+        bad(code, "code_extension", path="a.py/b.asm"),
         row(f"# Copyright {name}\n# All rights reserved.\n{code}", ("code_header", code)),
         row(f"/* (c)\n copyright {name} */\n{code}", ("code_header", code)),
         bad(f"// Copyright {name}\n", "code_header"),
@@ -209,7 +196,7 @@ def plant_web(dice, folder, paragraphs):
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
-    """(folder, {source: ({id: row}, [place of each bad line])}) of a build of everything."""
+    """(folder, {source: ({id: row}, [place of each bad line])}, output) of a build of all this."""
     home, dice = tmp_path_factory.mktemp("planted"), random.Random(6198)
     paragraphs = {n: paragraph(dice, n) for n in (12, 13, 14)}
     paragraphs["marks"] = "! ? " * 8 + "!"
@@ -245,9 +232,13 @@ def planted(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(CONTENT_SCORERS, "vileness", lambda text: 0.4 if "vile" in text else 0.3)
         patch.setattr(stages, "BATCH_BYTES", 20_000)
-        with pytest.raises(UserError, match=r"web/cut\.jsonl\.gz"):
-            build_data(config_of(home, **settings))
-        return build_data(config_of(home, **settings, allow_truncated=True, workers=2)), rows
+        with pytest.raises(UserError, match=r"web/cut\.jsonl\.gz.*--allow_truncated=true"):
+            build_data(data_config(home, **settings))
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            folder = build_data(data_config(home, **settings, allow_truncated=True, workers=2))
+    assert "cut.jsonl.gz" in printed.getvalue()
+    return folder, rows, printed.getvalue()
 
 
 def outcome(rows):
@@ -265,7 +256,7 @@ def outcome(rows):
 @pytest.mark.parametrize("source", ["web", "code", "books", "forum"])
 def test_a_build_keeps_exactly_what_was_clean_and_counts_what_was_planted(planted, source):
     """The bytes too, which an edit may add to: masks are longer than most of what they mask."""
-    folder, rows = planted
+    folder, rows, printed = planted
     (rows, places), found = rows[source], manifest_of(folder)["sources"][source]
     kept, by_rule = outcome(rows)
     documents = kept_documents(folder, source)
@@ -279,13 +270,13 @@ def test_a_build_keeps_exactly_what_was_clean_and_counts_what_was_planted(plante
     assert found["bytes"] == sum(len(text.encode()) for _, text in kept)
     assert found.get("bad lines", 0) == len(places) == len(found["bad_lines"])
     for message, place in zip(found["bad_lines"], places, strict=True):
-        assert message.startswith(place)
+        assert message.startswith(place) and printed.count(message) == 1
     assert found["notes"] == ({"files of another kind skipped": 1, "files cut off": 1}
                               if source == "web" else {})
 
 
 def test_the_table_shows_every_counter_and_every_rule_was_planted(planted, capsys):
-    folder, rows = planted
+    folder, rows, _ = planted
     print_table(folder)
     table = {line[2:32].strip(): line[32:].split() for line in capsys.readouterr().out.splitlines()}
     kept, by_rule = zip(*(outcome(planted) for planted, _ in rows.values()), strict=True)
@@ -306,16 +297,16 @@ LIMITS = {2: 0.20, 3: 0.18, 4: 0.16, 5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11
 
 
 def slow_ratios(words):
-    """(n, ratio) for each n with an n-gram that occurs twice; each n-gram is counted separately."""
+    """(n, ratio) for each n with an n-gram that occurs twice."""
     for n in LIMITS:
         grams = [tuple(words[i:i + n]) for i in range(len(words) - n + 1)]
-        counts = [grams.count(gram) for gram in grams]
-        if max(counts, default=1) > 1:
-            characters = [sum(map(len, gram)) for gram in grams]
-            top = counts.index(max(counts))
-            again = sum(c for c, count in zip(characters, counts, strict=True) if count > 1)
-            yield n, (counts[top] * characters[top] / sum(map(len, words)) if n < 5 else
-                      again / sum(characters))
+        times = Counter(grams)
+        if max(times.values(), default=1) > 1:
+            top = max(grams, key=times.get)  # the first of the most frequent
+            again = sum(sum(map(len, gram)) for gram in grams if times[gram] > 1)
+            everything = sum(sum(map(len, gram)) for gram in grams)
+            yield n, (times[top] * sum(map(len, top)) / sum(map(len, words)) if n < 5 else
+                      again / everything)
 
 
 def slow_repetition(text):
@@ -345,17 +336,6 @@ def with_phrase(n, times, size, stretch=lambda: 0):
     return " ".join(words)
 
 
-def test_ngram_ratios_are_those_of_a_slow_counter():
-    dice = random.Random(1)
-    for _ in range(60):
-        vocabulary = [word(dice)[:dice.randint(1, 7)] for _ in range(dice.choice([2, 9, 60]))]
-        words = dice.choices(vocabulary, k=dice.randint(0, 90))
-        found = list(ngram_ratios(words, np.array([len(w) for w in words], np.int64)))
-        expected = list(slow_ratios(words))
-        assert [n for n, _, _ in found] == [n for n, _ in expected]
-        assert np.allclose([p for _, p, _ in found], [p for _, p in expected], rtol=0, atol=1e-12)
-
-
 def test_repetition_is_judged_as_by_a_slow_counter():
     dice, seen = random.Random(2), set()
     for i in range(300):
@@ -372,10 +352,10 @@ def test_repetition_is_judged_as_by_a_slow_counter():
 
 
 @pytest.mark.parametrize("text, dropped_by", [
-    # n x times of 50 words are the limit; so are, for n from 5, 2 (20 - n) n-grams of 200
+    # n x times of 50 words are the limit; those of n from 5 are among the texts above
     *((with_phrase(n, times, size), dropped_by) for n, times, size, dropped_by in [
         (2, 5, 50, None), (2, 5, 49, 2), (3, 3, 50, None), (3, 3, 49, 3), (4, 2, 50, None),
-        (4, 2, 49, 4), *((19, 2, 198 + n, n) for n in range(5, 11)), (19, 2, 209, None)]),
+        (4, 2, 49, 4)]),
     *((lines.replace(" ", "\n"), dropped_by) for lines, dropped_by in [
         ("zz u1 u2 u3 zz u5 zz u7 u8 u9", None), ("zz u1 u2 u3 zz u5 zz u7 u8 zz", "lines"),
         ("zz  u1  u2  zz  u3 u4 u5", None),  # blank lines do not count
@@ -608,7 +588,7 @@ def test_no_document_with_an_evaluation_paragraph_is_kept_whatever_file_held_it(
     misses = [short, "- " * 20, context, continuation, plain.lower(), f"{plain} not", "Title"]
     texts = [f"{prose(dice)}\n{line}\n{prose(dice)}" for line in hits + misses]
     sets = {"plain": "plain.txt", "papers": "papers.jsonl", "tasks": "tasks"}
-    folder = build_data(config_of(
+    folder = build_data(data_config(
         tmp_path, sources={"s": write_texts(tmp_path / "s.jsonl", *texts)},
         decontaminate={name: f"{tmp_path}/{file}" for name, file in sets.items()}))
     kept = [document["text"] for document in kept_documents(folder, "s")]
@@ -620,21 +600,39 @@ def test_no_document_with_an_evaluation_paragraph_is_kept_whatever_file_held_it(
 
 # ---- Builds and the command line -----------------------------------------------------------------
 
+SMALL_PARTS = ("import sys, corpus.stages, corpus.storage, data; "
+               "corpus.stages.BATCH_BYTES = corpus.storage.BLOCK_BYTES = 4000")
+
+
 def test_builds_of_any_number_of_workers_are_byte_for_byte_the_same(tmp_path, monkeypatch):
+    """One without hard links, and one in a process where sets of strings have another order."""
     dice = random.Random(8)
     texts = [text for _ in range(4) for text, _, _ in each(web_dirt, dice)]
     dice.shuffle(texts)
-    path = write_texts(tmp_path / "web.jsonl", *texts, *dice.sample(texts, 9))
+    path = write_texts(tmp_path / "s.jsonl", *texts, *dice.sample(texts, 9))
     monkeypatch.setattr(stages, "BATCH_BYTES", 4000)
     monkeypatch.setattr("corpus.storage.BLOCK_BYTES", 4000)
-    builds, sources = [], {"a": {"path": path, "rules": "web"}}
+    builds = []
     for workers in (1, 2, 4):
-        folder = build_data(config_of(tmp_path, data_dir=f"{tmp_path}/{workers}", workers=workers,
-                                      eval_share=0.2, sources=sources))
-        builds.append({file.relative_to(folder).as_posix(): file.read_bytes()
-                       for file in folder.rglob("*") if file.is_file()})
-    assert len(builds[0]) > 6 and len(builds[0]["a.blocks"]) > 16 * 3
-    assert builds[1] == builds[2] == builds[0]
+        with monkeypatch.context() as patch:
+            if workers == 2:
+                patch.setattr(os, "link", lambda *paths: open("no/such/place"))
+            builds.append(build_data(data_config(
+                tmp_path, data_dir=f"{tmp_path}/{workers}", workers=workers, eval_share=0.2,
+                sources={"s": {"path": path, "rules": "web"}})))
+    code = f"{SMALL_PARTS}; data.main(sys.argv[1:])"
+    words = words_of(tmp_path, path, "web", workers=0, eval_share=0.2)
+    subprocess.run([sys.executable, "-c", code, *words], cwd=stages.ROOT, check=True,
+                   capture_output=True, env={**os.environ, "PYTHONHASHSEED": "1"})
+    builds.append(tmp_path / "built" / builds[0].name)
+    first, *others = map(contents_of, builds)
+    assert others == [first] * 3
+    assert len(first["s.blocks"]) > 16 * 3
+    assert sorted(first) == [
+        "documents/s-00000.jsonl.gz", "dropped/s.jsonl", "held_out/s.jsonl", "manifest.json",
+        "s-00000.bin", "s-00000.index", "s.blocks", "s.funnel.json", "s.shards.json",
+        "tokenizer.json"]
+    assert [(folder / "s.blocks").stat().st_nlink for folder in builds] == [2, 1, 2, 2]
 
 
 def test_show_prints_what_a_rule_dropped_or_edited_marked_and_why(tmp_path, call, refused):
@@ -677,11 +675,3 @@ def test_mistake_in_a_source_is_refused_before_anything_is_built(tmp_path, call,
     entry = {"path": write_texts(tmp_path / "s.jsonl", "a")} | entry
     refused(call(data, *words_of(tmp_path, "", "", sources={"s": entry})), "sources: s: ", *words)
     assert not (tmp_path / "built").exists()
-
-
-@pytest.mark.parametrize("key, scorer, known", [
-    ("language_scorer", "none", "stand-in"), ("language_scorer", "os:system", "stand-in"),
-    ("content_scorer", "stand-in", "none")])
-def test_unknown_scorer_is_refused_by_name(key, scorer, known):
-    with pytest.raises(UserError, match=f"{key}={scorer}.* {known}"):
-        DataConfig(**{key: scorer})

@@ -1,12 +1,10 @@
 """data.py and its parts against numpy, hashlib, gzip and lists kept in memory."""
 
-import contextlib
 import errno
 import functools
 import gzip
 import hashlib
 import inspect
-import io
 import itertools
 import json
 import os
@@ -24,13 +22,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import index_of, manifest_of, official_order, refusal, write_jsonl
+from conftest import (ages_of, contents_of, data_config, index_of, kept_documents, manifest_of,
+                      official_order, refusal, write_jsonl)
 
 import data
 from corpus.documents import is_held_out, read_documents
 from corpus.stages import STAGE_FILES, building_code, ordered_map
-from corpus.storage import (BLOCK_BYTES, DocumentWriter, ShardWriter, blocks_of, read_block,
-                            token_dtype)
+from corpus.storage import (DocumentWriter, ShardWriter, token_dtype)
 from corpus.tokenizer import (EOS, PAD, PII_MARKERS, SPACE_RUNS, Tokenizer, tokenizer_spec,
                               train_bpe)
 from data import Batches, DataConfig, TokenShards, build_data, write_shards
@@ -52,19 +50,11 @@ def write_corpus(path, n=60, seed=0):
 
 
 def small_config(folder, **changes):
-    """The settings of a build in folder/built from folder/corpus.jsonl, written if not there."""
+    """A build of folder/corpus.jsonl, which is written if it is not there; a tenth is held out."""
     corpus = folder / "corpus.jsonl"
     if not corpus.exists():
         write_corpus(corpus)
-    return DataConfig(**{"data_dir": str(folder / "built"), "sources": {"main": str(corpus)},
-                         "tokenizer": "bpe:300", "eval_share": 0.1, "workers": 1} | changes)
-
-
-def rows_of(folder):
-    """The documents of the shards of a built folder, in their order, found by the indexes."""
-    block = functools.cache(functools.partial(read_block, folder / "documents"))
-    return [json.loads(block(shard["source"], int(row["file"]), int(row["block"]))[row["line"]])
-            for shard in manifest_of(folder)["shards"] for row in index_of(folder, shard)]
+    return data_config(folder, **{"sources": {"main": str(corpus)}, "eval_share": 0.1} | changes)
 
 
 def held_out_of(folder, source="main"):
@@ -79,15 +69,6 @@ def stages_of(data_dir):
     names = sorted(file.name for file in (data_dir / "stages").iterdir())
     assert all(re.fullmatch(r".*-[0-9a-f]{12}", name) for name in names), names
     return [name[:-13] for name in names]
-
-
-def contents_of(folder):
-    return {file.relative_to(folder).as_posix(): file.read_bytes()
-            for file in sorted(folder.rglob("*")) if file.is_file()}
-
-
-def ages_of(paths):
-    return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
 
 
 # ---- Documents ------------------------------------------------------------------------------
@@ -164,32 +145,18 @@ def test_cut_or_corrupt_gz_is_refused_by_name_never_silently_short(tmp_path, cut
     assert "in.jsonl.gz" in refusal(list, read_documents(tmp_path / "in.jsonl.gz", "web"))
 
 
-def test_cut_gz_stops_a_build_unless_it_may_be_read_as_far_as_it_goes(tmp_path, capsys):
-    (tmp_path / "in.jsonl.gz").write_bytes(GZIPPED[:len(GZIPPED) // 2])
-    changes = {"sources": {"main": str(tmp_path / "in.jsonl.gz")}, "eval_share": 0.0}
-    message = refusal(build_data, small_config(tmp_path, **changes))
-    assert "in.jsonl.gz" in message and "--allow_truncated=true" in message
-    assert stages_of(tmp_path / "built") == []
-    folder = build_data(small_config(tmp_path, allow_truncated=True, **changes))
-    rows = [row["text"] for row in rows_of(folder)]
-    everything = [json.loads(line)["text"] for line in gzip.decompress(GZIPPED).splitlines()]
-    assert 500 < len(rows) < 1500 and rows == everything[:len(rows)]
-    assert manifest_of(folder)["sources"]["main"]["notes"] == {"files cut off": 1}
-    assert "in.jsonl.gz" in "".join(capsys.readouterr())
-
-
 def test_lone_surrogates_are_repaired_and_counted_and_stop_no_build(tmp_path):
     """A proper pair is one character; U+FEFF at the start of a text is text, not a mark."""
     (tmp_path / "in.jsonl").write_text(
         '{"text": "a\\ud83dx\\ude00"}\n{"text": "\\ufeff\\ud83d\\ude00"}\n'
         '{"id": "a\\ud83d", "text": "b\\udfff", "metadata": {"url": "\\ud800"}}\n')
-    texts = ["a\ufffdx\ufffd", "\ufeff😀", "b\ufffd"]
-    counts = Counter()
-    assert [d["text"] for d in read_documents(tmp_path / "in.jsonl", "web", counts)] == texts
-    assert counts["texts with lone surrogates repaired"] == 2
     source = {"path": str(tmp_path / "in.jsonl"), "rules": "url"}
     config = small_config(tmp_path, sources={"main": source}, tokenizer="bpe:284", eval_share=0.0)
-    assert [row["text"] for row in rows_of(build_data(config))] == texts
+    folder = build_data(config)
+    texts = [row["text"] for row in kept_documents(folder)]
+    assert texts == ["a\ufffdx\ufffd", "\ufeff😀", "b\ufffd"]
+    notes = manifest_of(folder)["sources"]["main"]["notes"]
+    assert notes == {"texts with lone surrogates repaired": 2}
 
 
 # ---- The held-out split ---------------------------------------------------------------------
@@ -202,23 +169,13 @@ def in_share(name, share):
 HELD_OUT = next(f"doc-{i}" for i in range(99) if in_share(f"doc-{i}", 0.1))
 
 
-def test_held_out_share_is_a_hash_of_the_id():
-    """20,000 ids at 0.05: 1,000 give or take 3 sigma = 3 sqrt(20,000 * 0.05 * 0.95) = 92."""
-    names = [f"doc-{i}" for i in range(20_000)]
-    chosen = [name for name in names if is_held_out({"id": name, "metadata": {}}, 0.05)]
-    assert chosen == [name for name in names if in_share(name, 0.05)]
-    assert 908 <= len(chosen) <= 1092
-    assert not any(is_held_out({"id": name, "metadata": {}}, 0.0) for name in names)
-    assert all(is_held_out({"id": name, "metadata": {}}, 1.0) for name in names)
-
-
 def test_groups_are_on_one_side_of_the_build_which_their_hash_decides(tmp_path):
     write_jsonl(tmp_path / "corpus.jsonl", [
         {"id": f"doc-{i}", "text": f"words and more words {i}", "metadata": {"split_group": i % 40}}
         for i in range(400)])
     folder = build_data(small_config(tmp_path, eval_share=0.3))
     training, held_out = (Counter(row["metadata"]["split_group"] for row in rows)
-                          for rows in (rows_of(folder), held_out_of(folder)))
+                          for rows in (kept_documents(folder), held_out_of(folder)))
     assert training and held_out == {i: 10 for i in range(40) if in_share(str(i), 0.3)}
     assert training + held_out == dict.fromkeys(range(40), 10)
 
@@ -239,30 +196,16 @@ def test_merges_are_never_learned_from_held_out_documents(tmp_path):
 
 @pytest.fixture(scope="module")
 def embedded(tmp_path_factory):
-    """What configs/tiny.py reads, built with a smaller tokenizer: the table it prints, the folder,
-    its documents, and those that it read."""
-    home, table = tmp_path_factory.mktemp("embedded"), io.StringIO()
-    with contextlib.redirect_stdout(table):
-        data.main([str(ROOT / "configs" / "tiny.py"), f"--data_dir={home}", "--workers=1",
-                   "--tokenizer=bpe:600"])
+    """What configs/tiny.py reads, built with a smaller tokenizer: the folder, its documents, and
+    those that it read."""
+    home = tmp_path_factory.mktemp("embedded")
+    data.main([str(ROOT / "configs" / "tiny.py"), f"--data_dir={home}", "--workers=2",
+               "--tokenizer=bpe:600"])
     [folder] = [file.parent for file in home.glob("*/manifest.json")]
     return SimpleNamespace(
-        table=table.getvalue(), folder=folder, rows=rows_of(folder),
+        folder=folder, rows=kept_documents(folder),
         held_out={source: held_out_of(folder, source) for source in SOURCES},
         library={source: list(read_documents("stdlib", source)) for source in SOURCES})
-
-
-def test_command_prints_the_folder_whose_shards_hold_what_the_rules_leave(embedded):
-    assert str(embedded.folder) in embedded.table and "600 ids" in embedded.table
-    for source, counts in manifest_of(embedded.folder)["sources"].items():
-        assert all(f"{counts[key]:,}" in embedded.table for key in ("documents", "tokens"))
-        kept = [row["id"] for row in embedded.rows if row["source"] == source]
-        chosen = [d["id"] for d in embedded.library[source] if not is_held_out(d, 0.05)]
-        dropped = sum(rule["dropped"] for rule in counts["by_rule"].values())
-        assert [name for name in chosen if name in set(kept)] == kept
-        assert len(kept) == counts["documents"] and 0 <= len(chosen) - len(kept) <= dropped
-        assert counts["documents in"] == len(embedded.library[source]) == (
-            len(kept) + counts["held-out documents"] + dropped)
 
 
 def test_held_out_docstrings_are_in_no_training_document_and_leaked_ones_are_dropped(embedded):
@@ -272,14 +215,12 @@ def test_held_out_docstrings_are_in_no_training_document_and_leaked_ones_are_dro
     """
     def squeeze(text):
         return " ".join(text.split())
-    training = [d["text"] for source in SOURCES for d in embedded.library[source]
-                if not is_held_out(d, 0.05)] + [row["text"] for row in embedded.rows]
-    raw = "\0".join(training).encode()
+    training = {d["text"] for source in SOURCES for d in embedded.library[source]
+                if not is_held_out(d, 0.05)} | {row["text"] for row in embedded.rows}
     squeezed = "\0".join(map(squeeze, training)).encode()
     docstrings = [d["text"].split("\n\n", 1)[1] for d in embedded.held_out["docstrings"]]
     assert len(docstrings) > 100 and all(text.strip() for text in docstrings)
     assert [text for text in docstrings if squeeze(text).encode() in squeezed] == []
-    assert [text for text in docstrings if text.strip().encode() in raw] == []
     chosen = {d["id"] for d in embedded.library["docstrings"] if is_held_out(d, 0.05)}
     kept = {d["id"] for d in embedded.held_out["docstrings"]}
     leaked = manifest_of(embedded.folder)["sources"]["docstrings"]["by_rule"]["leaked"]["dropped"]
@@ -329,69 +270,30 @@ def test_embedded_ids_are_unique_and_provenance_leads_to_library_text(embedded):
 
 # ---- Clean documents and shards -------------------------------------------------------------
 
-@pytest.fixture(scope="module")
-def trained():
-    """A tokenizer of 300 ids."""
-    return train_bpe(["some words of one text or another " * 9], 300)
 
-
-def shards_of(texts, tokenizer, folder, block_bytes=BLOCK_BYTES, **options):
-    """(documents of these texts, their shards' records): stored, encoded by blocks, packed."""
-    documents = [{"id": f"doc-{i}", "text": text, "source": "main", "metadata": {"n": i}}
-                 for i, text in enumerate(texts)]
-    store = folder / "documents"
-    store.mkdir(exist_ok=True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("corpus.storage.BLOCK_BYTES", block_bytes)
-        patch.setattr("corpus.storage.FILE_BYTES", block_bytes)
-        patch.setattr("data.tokenizer_at", lambda path: tokenizer)
-        writer = DocumentWriter(store, "main")
-        for document in documents:
-            writer.add(document)
-        writer.close()
-        encoded = [data.encode_block(block, store, "main", "") for block in writer.blocks]
-    return documents, write_shards(encoded, folder, "main", **options)
-
-
-@pytest.mark.parametrize("block_bytes", [1, 400, 100_000])
-def test_shards_hold_the_ids_of_the_stripped_texts_and_indexes_lead_to_both(
-        trained, tmp_path, block_bytes):
-    """Each with one EOS, in shards of at most 50 tokens, and no document in two of them.
-
-    The clean documents are in ordinary gz files, in blocks of one of them, of several, of all.
-    """
-    dice = random.Random(0)
-    texts = ["".join(dice.choices("jqxz", k=dice.randint(1, 29))) for _ in range(100)]
-    texts[0] = texts[40] = "jqxz" * 50
-    texts[50:50] = ["  padded \n", f"a forged {EOS} boundary", "é\u2028\r\né"]
-    expected = [[*trained.encode(text.strip()), 299] for text in texts]
-    documents, shards = shards_of(texts, trained, tmp_path, block_bytes, shard_tokens=50)
+def check_shards(folder, shards, documents, ids):
+    """The shards hold these ids, no document in two of them; their indexes lead to the texts."""
     seen = 0
-    for i, shard in enumerate(shards):
-        content, index = (tmp_path / shard["file"]).read_bytes(), index_of(tmp_path, shard)
-        tokens = np.frombuffer(content, "<u2").tolist()
-        assert shard == {"file": f"main-{i:05d}.bin", "tokens": len(tokens),
-                         "documents": len(index), "sha256": hashlib.sha256(content).hexdigest()}
+    for shard in shards:
+        tokens = np.fromfile(folder / shard["file"], "<u2").tolist()
+        index = index_of(folder, shard)
+        assert (shard["tokens"], shard["documents"]) == (len(tokens), len(index))
         assert [*index["start"], len(tokens)] == [0, *index["end"]]
-        for entry, document, ids in zip(index, documents[seen:], expected[seen:], strict=False):
-            assert tokens[entry["start"]:entry["end"]] == ids
-            digest = hashlib.blake2b(document["id"].encode(), digest_size=8).hexdigest()
-            assert int(entry["id"]) == int(digest, 16)
-            with open(tmp_path / f"documents/main-{entry['file']:05d}.jsonl.gz", "rb") as file:
-                file.seek(entry["block"])
-                assert json.loads(gzip.open(file).readlines()[entry["line"]]) == document
-        seen += len(index)
+        for entry in index:
+            assert tokens[entry["start"]:entry["end"]] == ids[seen]
+            name = documents[seen]["id"].encode()
+            assert int(entry["id"]) == int(hashlib.blake2b(name, digest_size=8).hexdigest(), 16)
+            file = f"documents/{shard['source']}-{entry['file']:05d}.jsonl.gz"
+            with open(folder / file, "rb") as compressed:
+                compressed.seek(entry["block"])
+                line = gzip.open(compressed).readlines()[entry["line"]]
+            assert json.loads(line) == documents[seen]
+            seen += 1
+    assert seen == len(documents)
     packed, room = 0, 0  # first fit in order: the fewest shards that keep the order
-    for size in map(len, expected):
+    for size in map(len, ids):
         packed, room = (packed, room - size) if size <= room else (packed + 1, 50 - size)
-    assert seen == len(documents) and len(shards) == packed
-    assert {shard["documents"] for shard in shards if shard["tokens"] > 50} == {1}
-    assert 50 in [shard["tokens"] for shard in shards]
-    files = sorted((tmp_path / "documents").iterdir())
-    assert [file.name for file in files] == [f"main-{i:05d}.jsonl.gz" for i in range(len(files))]
-    assert (len(files) == 103) == (block_bytes == 1) and (len(files) == 1) == (block_bytes > 400)
-    lines = b"".join(gzip.decompress(file.read_bytes()) for file in files).splitlines()
-    assert list(map(json.loads, lines)) == documents
+    assert len(shards) == packed
 
 
 def test_vocabulary_above_65536_goes_through_the_complete_build(tmp_path):
@@ -409,94 +311,79 @@ def test_vocabulary_above_65536_goes_through_the_complete_build(tmp_path):
 
 @pytest.mark.parametrize("vocab_size, char", [(97, "a"), (65_536, chr(70_000)),
                                               (65_536, chr(65_536))])
-def test_id_beyond_the_vocabulary_is_refused_and_never_wraps(tmp_path, vocab_size, char):
+def test_id_beyond_the_vocabulary_is_refused_and_never_wraps(monkeypatch, vocab_size, char):
     """In uint16, 70,000 would become 4,464 and 65,536 would become 0, without a word."""
     tokenizer = SimpleNamespace(vocab_size=vocab_size, eos_token_id=0,
                                 encode_text=lambda text: np.array(list(map(ord, text))))
-    with pytest.raises((AssertionError, ValueError), match=str(ord(char))):
-        shards_of(["A", char, "B"], tokenizer, tmp_path)
-    shards_of([chr(vocab_size - 1)], tokenizer, tmp_path)
-    assert np.fromfile(tmp_path / "main-00000.bin", "<u2").tolist() == [vocab_size - 1, 0]
+    monkeypatch.setattr(data, "tokenizer_at", lambda path: tokenizer)
+
+    def encoded(*texts):
+        rows = [json.dumps({"id": "x", "text": text}) for text in texts]
+        monkeypatch.setattr(data, "read_block", lambda *place: rows)
+        return data.encode_block((0, 0), "", "main", "")[0]
+    with pytest.raises(AssertionError, match=str(ord(char))):
+        encoded("A", char, "B")
+    ids = encoded(chr(vocab_size - 1))
+    assert ids.dtype == np.uint16 and ids.tolist() == [vocab_size - 1, 0]
 
 
 # ---- Building -------------------------------------------------------------------------------
 
-def test_manifest_agrees_with_the_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "write_shards", functools.partial(write_shards, shard_tokens=100))
-    sources = small_config(tmp_path).sources | {"two": write_corpus(tmp_path / "2.jsonl", 30, 1)}
-    folder = build_data(small_config(tmp_path, sources=sources))
-    manifest, tokenizer = manifest_of(folder), Tokenizer.load(folder / "tokenizer.json")
+@pytest.mark.parametrize("block_bytes", [1, 400, 100_000])
+def test_a_build_holds_what_its_manifest_says(tmp_path, monkeypatch, block_bytes):
+    """Shards of at most 50 tokens; clean documents in blocks of one, of several, of all."""
+    monkeypatch.setattr("corpus.storage.BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr("corpus.storage.FILE_BYTES", block_bytes)
+    monkeypatch.setattr(data, "write_shards", functools.partial(write_shards, shard_tokens=50))
+    tokenizer, dice = train_bpe(["some words of one text or another " * 9], 300), random.Random(0)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    texts = ["".join(dice.choices("jqxz", k=dice.randint(1, 29))) for _ in range(100)]
+    texts[0] = texts[40] = "jqxz" * 50
+    texts[50:50] = ["  padded \n", f"a forged {EOS} boundary", "é\u2028\r\né"]
+    records = [{"id": f"doc-{i}", "text": text, "metadata": {"n": i}}
+               for i, text in enumerate(texts)]
+    sources = {"main": write_jsonl(tmp_path / "1.jsonl", records),
+               "two": write_corpus(tmp_path / "2.jsonl", 30, 1)}
+    folder = build_data(small_config(tmp_path, sources=sources,
+                                     tokenizer=str(tmp_path / "tokenizer.json")))
+    manifest = manifest_of(folder)
     assert (manifest["vocab_size"], manifest["dtype"]) == (300, "uint16")
-    assert manifest["eos_token_id"] == tokenizer.eos_token_id == 299
-    assert manifest["pad_token_id"] == tokenizer.pad_token_id == 298
+    assert (manifest["eos_token_id"], manifest["pad_token_id"]) == (299, 298)
     assert TokenShards(folder, 8).eos_token_id == 299
+
     def sha256(name):
         return hashlib.sha256((folder / name).read_bytes()).hexdigest()
-    for shard in manifest["shards"]:
-        assert shard["sha256"] == sha256(shard["file"])
-    identity = [sha256("tokenizer.json"),
-                [[shard["file"], shard["sha256"]] for shard in manifest["shards"]],
-                [sha256(f"held_out/{source}.jsonl") for source in ("main", "two")]]
-    assert manifest["sha256"] == hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    assert len({shard["sha256"] for shard in manifest["shards"]}) > 4
-    assert list(manifest["sources"]) == ["main", "two"]
+    shards = [[shard["file"], sha256(shard["file"])] for shard in manifest["shards"]]
+    held_out = [sha256(f"held_out/{source}.jsonl") for source in sources]
+    identity = json.dumps([sha256("tokenizer.json"), shards, held_out])
+    assert manifest["sha256"] == hashlib.sha256(identity.encode()).hexdigest()
+    assert [shard["sha256"] for shard in manifest["shards"]] == [digest for _, digest in shards]
+    sizes = [shard["tokens"] for shard in manifest["shards"]]
+    assert 50 in sizes and max(sizes) > 50
+    assert list(manifest["sources"]) == list(sources)
     for source, counts in manifest["sources"].items():
-        mine = [s for s in manifest["shards"] if s["file"].startswith(source)]
-        assert mine == [s for s in manifest["shards"] if s["source"] == source]
+        mine = [shard for shard in manifest["shards"] if shard["source"] == source]
+        assert [shard["file"] for shard in mine] == [f"{source}-{i:05d}.bin"
+                                                     for i in range(len(mine))]
         assert counts["tokens"] == counts["mix_tokens"] == sum(s["tokens"] for s in mine)
         documents = list(read_documents(sources[source], source))
         held_out = [d for d in documents if in_share(d["id"], 0.1)]
         training = [d for d in documents if not in_share(d["id"], 0.1)]
         assert held_out and held_out_of(folder, source) == held_out
-        assert [row for row in rows_of(folder) if row["source"] == source] == training
         for kind, chosen in (("", training), ("held-out ", held_out)):
             assert counts[kind + "documents"] == len(chosen)
             assert counts[kind + "bytes"] == sum(len(d["text"].encode()) for d in chosen)
         assert counts["documents in"] == len(documents)
         assert counts["bytes in"] == counts["bytes"] + counts["held-out bytes"]
-
-
-def test_empty_repaired_and_bad_documents_and_other_files_are_counted_in_the_manifest(
-        tmp_path, monkeypatch, capsys):
-    """Bad lines are left out and named, once each, whatever the batches that workers receive."""
-    (tmp_path / "in").mkdir()
-    write_corpus(tmp_path / "in" / "a.jsonl")
-    (tmp_path / "in" / "b.jsonl").write_text('{"text": " \\n"}\n{"text": "x \\ud800"}\nnot JSON\n')
-    (tmp_path / "in" / "c.png").write_bytes(b"")
-    (tmp_path / "in" / "d.txt").write_bytes(b"caf\xe9")
-    config = small_config(tmp_path, sources={"main": str(tmp_path / "in")}, eval_share=0.0)
-    monkeypatch.setattr("corpus.stages.BATCH_BYTES", 200)
-    folder = build_data(config)
-    counts = manifest_of(folder)["sources"]["main"]
-    assert (counts["documents"], counts["documents in"], counts["bad lines"]) == (61, 62, 2)
-    assert [row["id"] for row in rows_of(folder)] == [*(f"doc-{i}" for i in range(60)), "b.jsonl:2"]
-    assert counts["by_rule"] == {"empty": {"dropped": 1, "bytes": 2}}
-    assert counts["notes"] == {"texts with lone surrogates repaired": 1,
-                               "files of another kind skipped": 1}
-    printed = "".join(capsys.readouterr())
-    for message, place in zip(counts["bad_lines"], ["b.jsonl:3:", "d.txt:"], strict=True):
-        assert place in message and printed.count(message) == 1
-
-
-def test_builds_are_byte_identical(tmp_path, monkeypatch, python):
-    """In workers, in small batches and without hard links; and in a process of its own, where sets
-    of strings have another order."""
-    write_corpus(tmp_path / "corpus.jsonl", 2000)
-    config = small_config(tmp_path, workers=2)
-    with monkeypatch.context() as patch:
-        patch.setattr("corpus.stages.BATCH_BYTES", 5000)
-        patch.setattr(os, "link", lambda *paths: open("no/such/place"))
-        here = build_data(config)
-    done = python("data.py", f"--data_dir={tmp_path / 'elsewhere'}", "--tokenizer=bpe:300",
-                  f"--sources={config.sources}", "--eval_share=0.1", env={"PYTHONHASHSEED": "1"})
-    assert done.returncode == 0, done.stderr
-    there = tmp_path / "elsewhere" / here.name
-    assert contents_of(here) == contents_of(there) and len(blocks_of(here, "main")) > 2
-    assert sorted(contents_of(here)) == [
-        "documents/main-00000.jsonl.gz", "dropped/main.jsonl", "held_out/main.jsonl",
-        "main-00000.bin", "main-00000.index", "main.blocks", "main.funnel.json",
-        "main.shards.json", "manifest.json", "tokenizer.json"]
-    assert [(folder / "main.blocks").stat().st_nlink for folder in (here, there)] == [1, 2]
+        ids = [[*tokenizer.encode(d["text"].strip()), 299] for d in training]
+        check_shards(folder, mine, training, ids)
+        files = sorted((folder / "documents").glob(f"{source}-*"))
+        assert [file.name for file in files] == [f"{source}-{i:05d}.jsonl.gz"
+                                                 for i in range(len(files))]
+        lines = b"".join(gzip.decompress(file.read_bytes()) for file in files).splitlines()
+        assert list(map(json.loads, lines)) == training
+        assert (len(files) == len(training)) == (block_bytes == 1)
+        assert (len(files) == 1) == (block_bytes > 400)
 
 
 def halved_late(n):
@@ -607,28 +494,27 @@ def test_stages_are_keyed_by_the_code_that_builds_them(tmp_path, monkeypatch, fi
     assert sorted(stage for stage in STAGE_FILES if before[stage] != after[stage]) == stages
 
 
-def test_changed_settings_or_input_make_another_folder(tmp_path):
-    """The order of the sources is a setting: it decides which instance is where."""
-    here, tokenizer = tmp_path / "in", tmp_path / "tokenizer.json"
-    (here / "deep").mkdir(parents=True)
-    corpus = Path(write_corpus(here / "deep" / "corpus.jsonl"))
+def test_changed_input_makes_another_folder(tmp_path):
+    """The order of the sources is part of it: it decides which instance is where."""
+    here = tmp_path / "in"
+    corpus = Path(write_corpus(here / "deep" / "corpus.jsonl", 20))
+    tokenizer = tmp_path / "tokenizer.json"
+    train_bpe(["some words"], 285).save(tokenizer)
 
-    def build(**changes):
-        return build_data(small_config(tmp_path, **{"sources": {"main": str(here)}} | changes))
-    folders = [build(**changes) for changes in (
-        {}, {"eval_share": 0.2}, {"tokenizer": "bpe:299"}, {"sources": {"a": str(here)}},
-        *({"sources": dict.fromkeys(names, str(here))} for names in ("ab", "ba")))]
+    def build(*names):
+        return build_data(small_config(tmp_path, sources=dict.fromkeys(names, str(here)),
+                                       tokenizer=str(tokenizer)))
+    folders = [build("a"), build("b"), build("a", "b"), build("b", "a")]
     corpus.write_text(corpus.read_text() + '{"text": "one more"}\n')
-    folders.append(build())
+    folders.append(build("a"))
     corpus.write_text(corpus.read_text().replace("one more", "two more"))  # of the same size
     os.utime(corpus, ns=(0, corpus.stat().st_mtime_ns + 1))
-    folders.append(build())
+    folders.append(build("a"))
     (here / "b.txt").write_text("a new document")
-    folders.append(build())
-    for size in (285, 286):
-        train_bpe(["some words"], size).save(tokenizer)
-        folders.append(build(tokenizer=str(tokenizer)))
-    assert len(set(folders)) == 11
+    folders.append(build("a"))
+    train_bpe(["some words"], 286).save(tokenizer)
+    folders.append(build("a"))
+    assert len(set(folders)) == 8 and manifest_of(folders[-1])["vocab_size"] == 286
 
 
 @pytest.mark.parametrize("content", ["", '{"text": " "}\n', "junk\n",
@@ -756,14 +642,12 @@ def test_orders_are_written_once_each_in_a_file_of_its_own_and_mapped(
         order = Batches(other, 12, seed, tmp_path).order(epoch)
         assert isinstance(order, np.memmap)
         assert order.tolist() == official_order(len(other), seed, epoch).tolist()
-    names = {file.name for file in tmp_path.iterdir()}
-    file = tmp_path / f"order-n{len(shards)}-seed7-epoch0.bin"
-    assert len(names) == 5 and names > {".lock", file.name}
-    before, order = ages_of([file]), official_order(len(shards), 7, 0).tolist()
+    file, order = tmp_path / f"order-n{len(shards)}-seed7-epoch0.bin", official_order(
+        len(shards), 7, 0).tolist()
+    assert len(list(tmp_path.iterdir())) == 5 and np.fromfile(file, np.uint32).tolist() == order
     with monkeypatch.context() as patch:
         patch.setattr(data, "instance_order", None)  # a call would fail
         assert Batches(shards, 12, 7, tmp_path).order(0).tolist() == order
-    assert ages_of([file]) == before and np.fromfile(file, np.uint32).tolist() == order
     file.write_bytes(file.read_bytes()[:-4])  # a cut one is written again
     assert Batches(shards, 12, 7, tmp_path).order(0).tolist() == order
 
@@ -777,14 +661,12 @@ def test_fingerprint_follows_the_data_its_order_and_its_cut(tmp_path):
 
     def fingerprint(folder=folder, seq_len=8, batch_size=12, seed=7):
         return Batches(TokenShards(folder, seq_len), batch_size, seed, tmp_path).fingerprint()
-    assert fingerprint() == fingerprint() == json.loads(json.dumps(fingerprint()))
-    n = len(TokenShards(folder, 8))
-    assert len(TokenShards(other, 8)) == fingerprint()["instances"] == n
-    changed = [fingerprint(folder=other), fingerprint(seed=8), fingerprint(batch_size=6),
-               fingerprint(seq_len=16)]
-    assert all(one != fingerprint() for one in changed)
-    order = official_order(n, 7, 0)
-    assert fingerprint()["order_sha256"] == hashlib.sha256(order.tobytes()).hexdigest()
+    ours, n = fingerprint(), len(TokenShards(folder, 8))
+    assert ours == fingerprint() == json.loads(json.dumps(ours))
+    assert len(TokenShards(other, 8)) == ours["instances"] == n
+    assert ours["order_sha256"] == hashlib.sha256(official_order(n, 7, 0)).hexdigest()
+    for change in ({"folder": other}, {"seed": 8}, {"batch_size": 6}, {"seq_len": 16}):
+        assert fingerprint(**change) != ours
 
 
 # ---- The lock -------------------------------------------------------------------------------
@@ -836,18 +718,16 @@ def test_mistake_gives_one_line_and_writes_nothing(call, refused, tmp_path, word
 
 
 @pytest.mark.parametrize("key, value", [
-    ("eval_share", -0.1), ("eval_share", 1.01), ("eval_share", float("nan")), ("seed", -1),
-    ("workers", -1), ("bloom_fp_rate", 0.0), ("bloom_fp_rate", 1.0), ("max_repeats", 0.0),
-    ("max_repeats", float("nan")), ("mix_tokens", -1), ("bloom_items", -1)])
-def test_number_that_makes_no_sense_is_refused(key, value):
+    *(("eval_share", share) for share in (-0.1, 1.01, float("nan"))),
+    *((key, -1) for key in ("seed", "workers", "mix_tokens", "bloom_items")),
+    *(("bloom_fp_rate", rate) for rate in (0.0, 1.0)),
+    *(("max_repeats", most) for most in (0.0, float("nan"))),
+    *(("language_scorer", name) for name in ("none", "os:system")),
+    ("content_scorer", "stand-in"), ("sources", {})])
+def test_setting_that_makes_no_sense_is_refused(key, value):
     assert f"{key}={value}:" in refusal(DataConfig, **{key: value})
 
 
 @pytest.mark.parametrize("name", ["../../outside", "a/b", ""])
 def test_source_that_cannot_name_files_is_refused(name):
-    """A source's name becomes that of its files, which must be in the folder of the build."""
     assert repr(name) in refusal(DataConfig, sources={name: "corpus.jsonl"})
-
-
-def test_no_sources_are_refused():
-    assert "sources={}" in refusal(DataConfig, sources={})

@@ -128,10 +128,11 @@ GROUPS = [[("read the list of", " one"), ("read the list of", " two of the names
           [("most " * 60, " of it" * 8), ("most " * 60, " is" * 30), ("most " * 60, " not")]]
 
 
-def test_each_request_is_scored_as_if_alone(model, tokenizer):
+@pytest.mark.parametrize("batch_tokens", [1, 64, 8192])
+def test_each_request_is_scored_as_if_alone(model, tokenizer, batch_tokens):
     """Shared beginnings, branches, padding and cuts against one float64 forward a request, and
     against the slow version in eval.py, with which only rounding may differ."""
-    scores = score(model, tokenizer, GROUPS)
+    scores = score(model, tokenizer, GROUPS, batch_tokens=batch_tokens)
     flat = [request for group in GROUPS for request in group]
     requests = [request for group in encoded(tokenizer, GROUPS) for request in group]
     assert scores.shape == (len(flat), 2)
@@ -141,14 +142,6 @@ def test_each_request_is_scored_as_if_alone(model, tokenizer):
         assert (row[1] == len(tokenizer.encode(pair[1]))) == likeliest
         slow = evaluation.score_request(model, request)
         assert row == [pytest.approx(slow[0], abs=2e-4), slow[1]]
-
-
-@pytest.mark.parametrize("batch_tokens", [1, 7, 64, 8192])
-def test_the_batch_size_changes_no_score(model, tokenizer, task, batch_tokens):
-    groups = [question.choices for question in task.questions] + GROUPS
-    scores = score(model, tokenizer, groups, batch_tokens=batch_tokens)
-    torch.testing.assert_close(scores, score(model, tokenizer, groups, batch_tokens=500), rtol=0,
-                               atol=1e-4)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 7, 50])
@@ -183,7 +176,7 @@ def test_equal_choices_tie_to_the_last_bit_and_are_scored_once(model, tokenizer,
 def test_choices_share_a_row_that_is_never_longer_than_the_context(model, tokenizer):
     """Three answers to a long question are one row, far shorter than the three requests."""
     few, many = encoded(tokenizer, [
-        [("read the list of names " * 4, text) for text in (" one", " two", " of names")],
+        [("read the list of names " * 4, text) for text in (" one of it", " two", " of names")],
         [("most " * 20, " of it" * n) for n in range(1, 30)]])
     [row] = scoring.rows_of(list(enumerate(few)), T)
     assert row.length() < sum(len(request.ids) - 1 for request in few) / 2
@@ -337,11 +330,17 @@ def test_the_four_rankings_by_hand():
     """A character's share counts the leading space. acc_uncond is a difference: the quotient of
     official OLMo would rank the other choice first."""
     question = Question([("q", " a"), ("q", " abcd")], 0, [])
-    ranked = evaluation.values_to_rank(question, [-2.0, -6.0], [1, 3], [-1.0, -4.0])
+    ranked = evaluation.values_to_rank(question, [-2.0, -6.0], [1, 3], [-1.0, -5.5])
     assert ranked == {"acc_raw": [-2, -6], "acc_per_token": [-2, -2], "acc_per_char": [-1, -1.2],
-                      "acc_uncond": [-1, -2]}
+                      "acc_uncond": [-1, -0.5]}
     without = evaluation.values_to_rank(question, [-2.0, -6.0], [1, 3], None)
     assert list(without) == list(METRICS[:3])
+
+
+def test_acc_uncond_needs_the_unconditional_requests_of_every_question(model, tokenizer, task):
+    some = [task.questions[0], task.questions[1]._replace(unconditional=[])]
+    sums = evaluation.evaluate_task(model, tokenizer, task._replace(questions=some))
+    assert list(sums["correct"]) == list(METRICS[:3])
 
 
 def test_in_the_format_of_chats_the_answer_is_an_assistants(model, tokenizer, task):
@@ -379,13 +378,6 @@ def test_reported_figures_are_arithmetic():
 
 # ---- Files of requests ---------------------------------------------------------------------------
 
-def spoil(path, change):
-    """The rows of a request file, one of them changed."""
-    rows = rows_of_file(path)
-    change(rows)
-    write_jsonl(path, rows)
-
-
 @pytest.mark.parametrize("change, words", [
     (lambda rows: rows[3].pop("request"), [":4", "request"]),
     (lambda rows: rows[3].pop("label"), [":4", "label"]),
@@ -393,10 +385,8 @@ def spoil(path, change):
     (lambda rows: rows.pop(0), [":1", "idx=1"]),
     (lambda rows: rows[0]["request"].update(context=None), [":1", "context"]),
     (lambda rows: rows[0]["request"].update(context="\ud800"), [":1", "UTF-8"]),
-    (lambda rows: rows[0].update(request="text"), [":1", "request"]),
     (lambda rows: rows[0]["request"].update(continuation=""), [":1", "continuation"]),
     (lambda rows: rows[0].update(doc_id="0"), [":1", "doc_id"]),
-    (lambda rows: rows[2].update(doc_id=[0]), [":3", "doc_id"]),
     (lambda rows: [row.update(label=7) for row in rows], ["doc_id=0", "label=7"]),
     (lambda rows: rows[0].update(label=1 - rows[0]["label"] % 2), ["doc_id=0", "label"]),
     (lambda rows: [row.update(label="one") for row in rows], ["doc_id=0", "label=one"]),
@@ -405,7 +395,9 @@ def spoil(path, change):
     (lambda rows: rows.__setitem__(slice(None), [[1]]), [":1", "request"])])
 def test_a_faulty_request_file_is_named_by_line(tmp_path, change, words):
     path = write_requests(tmp_path / "bad.jsonl", 3)
-    spoil(path, change)
+    rows = rows_of_file(path)
+    change(rows)
+    write_jsonl(path, rows)
     said = refusal(read_task, path, evaluation.EvalConfig())
     assert all(word in said for word in ("bad.jsonl", *words)), said
 
@@ -576,8 +568,9 @@ def planted(tmp_path_factory, tiny_config):
             for i in range(20):
                 file.write(json.dumps({"id": f"{source}-planted{i}", "text": PLANTED}) + "\n")
     suite = write_jsonl(folder / "suite.jsonl", [{"text": PLANTED}])
+    short = write_jsonl(folder / "short.jsonl", [{"text": "one short line of seven words"}])
     runs = {}
-    for name, sets in (("plain", {}), ("clean", {"mine": str(suite)})):
+    for name, sets in (("plain", {}), ("clean", {"mine": suite, "short": short})):
         runs[name] = folder / name
         train.main([str(tiny_config(runs[name], sources=sources, decontaminate=sets, max_steps=40,
                                     data_dir=str(folder / "data"), lr=1e-2,
@@ -602,17 +595,6 @@ def test_decontamination_from_end_to_end(planted, call):
     assert bits["clean"] > bits["plain"] + 0.5
 
 
-def test_what_cannot_be_searched_for_is_not_called_decontaminated(tmp_path, tiny_config, call):
-    """A set of one short line, named in the config, or an empty folder: nothing was dropped."""
-    suite = write_jsonl(tmp_path / "short.jsonl", [{"text": "one short line of seven words"}])
-    (tmp_path / "empty").mkdir()
-    run = tmp_path / "run"
-    train.main([str(tiny_config(run, decontaminate={"mine": suite}, max_steps=2))])
-    for path, why in ((suite, "13 words"), (tmp_path / "empty", "no file")):
-        said = call(evaluation, run, f"--suite={path}").stdout.split("not decontaminated: ")[1]
-        assert why in said
-
-
 def verdict(run, path, start_from=None, **changes):
     """(decontaminated, why) for the last step of a run, with changes in its state.json."""
     state = json.loads((run / "step000040" / "state.json").read_text()) | changes
@@ -633,6 +615,7 @@ def test_only_what_all_data_was_searched_for_is_called_decontaminated(planted, t
     copied = shutil.copy(suite, tmp_path / "copied.jsonl")
     other = write_jsonl(tmp_path / "both" / "other.jsonl", [{"text": PLANTED + " or not"}])
     shutil.copy(suite, tmp_path / "both")
+    (tmp_path / "empty").mkdir()
     loop = shutil.copytree(clean, tmp_path / "loop")
     state = json.loads((loop / "step000040" / "state.json").read_text())
     state["config"]["start_from"] = str(loop / "step000040")
@@ -642,6 +625,8 @@ def test_only_what_all_data_was_searched_for_is_called_decontaminated(planted, t
             (verdict(clean, copied), True, "1 of 1"),
             (verdict(clean, other), False, "source web"),
             (verdict(clean, tmp_path / "both"), False, "source web"),
+            (verdict(clean, tmp_path / "empty"), False, "no file"),
+            (verdict(clean, Path(suite).with_name("short.jsonl")), False, "13 words"),
             (verdict(clean, suite, start_from=clean, step=50), True, ""),
             (verdict(clean, suite, start_from=plain, step=50), False, "source"),
             (verdict(clean, suite, start_from=tmp_path / "gone", step=50), False, "gone"),
@@ -830,13 +815,16 @@ def test_pictures_hold_the_chance_the_errors_and_a_legend(monkeypatch):
     assert len(full.containers) == 2 and not plain.containers and not plain.get_legend()
 
 
-def test_the_report_shows_the_most_questions_and_the_last_step(tmp_path):
+def test_the_report_shows_the_most_questions_or_bytes_and_the_last_step(tmp_path):
     def row(step, questions, accuracy):
         return {"kind": "eval", "step": step, "tokens": 10 * step, "tasks": {
-            "one": {"questions": questions, "accuracy": accuracy}}}
+            "one": {"questions": questions, "accuracy": accuracy}},
+            "sums": {"web": {"bytes": questions, "nats": accuracy}}}
     rows = [row(1, 40, 0.1), row(1, 40, 0.2), row(2, 9, 0.9), row(2, 40, 0.3)]
     found = read_evaluations(tmp_path, {"eval": rows})
     assert {tokens: result["accuracy"] for tokens, result in found.tasks["one"].items()} == {
+        10: 0.2, 20: 0.3}
+    assert {tokens: sums["nats"] for tokens, sums in found.sums["web"].items()} == {
         10: 0.2, 20: 0.3}
     assert "after 0.00 M tokens</h3><pre class=scroll>[0.3]" in last_results(
         {"a": found}, "tasks", lambda results: str([r["accuracy"] for r in results.values()]))

@@ -1,7 +1,6 @@
 """From a step back to its text and forth, against the original files, numpy and brute force;
 ready token files, the mix, and builds that are killed."""
 
-import contextlib
 import csv
 import functools
 import gzip
@@ -20,7 +19,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import index_of, manifest_of, official_order, refusal, write_jsonl
+from conftest import (ages_of, children_of, columns, contents_of, data_config, index_of,
+                      manifest_of, official_order, refusal, write_jsonl)
 
 import data
 import train
@@ -29,9 +29,8 @@ from corpus.rules import RULES, filter_documents
 from corpus.storage import DOCUMENT_INDEX, hash_of_id, stored_documents
 from corpus.tokenizer import Tokenizer, train_bpe
 from corpus.trace import RunData
-from data import Batches, DataConfig, TokenShards, build_data
+from data import Batches, TokenShards, build_data
 from scaling.ranks import batch_hash
-from support.files import UserError
 
 pytestmark = [pytest.mark.usefixtures("one_thread"),
               pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
@@ -53,16 +52,11 @@ def tokenizer(tmp_path_factory):
     return str(file)
 
 
-def config_of(folder, tokenizer, **changes):
-    return DataConfig(**{"data_dir": str(folder / "data"), "tokenizer": tokenizer, "workers": 1,
-                         "eval_share": 0.0} | changes)
-
-
-def pretend_run(run, config, last_step, seq_len=T, batch_size=B):
+def pretend_run(run, config, last_step, batch_size=B):
     """What train.py leaves of a run on `config`'s data, without the training; the data's folder."""
     folder = build_data(config)
     run.mkdir()
-    settings = {**asdict(config), "max_seq_len": seq_len, "batch_size": batch_size}
+    settings = {**asdict(config), "max_seq_len": T, "batch_size": batch_size}
     (run / "config.json").write_text(json.dumps(settings))
     shutil.copy(folder / "manifest.json", run)
     (run / "metrics.jsonl").write_text(json.dumps({"kind": "train", "step": last_step}) + "\n")
@@ -249,8 +243,8 @@ def test_text_is_found_in_the_sequences_that_hold_it(tmp_path, tokenizer):
     """Each of 400 numbered words where it is and nowhere else; one may be in two sequences."""
     text = " ".join(f"<{i}é>" for i in range(400))
     corpus = write_jsonl(tmp_path / "a.jsonl", [{"id": "long", "text": f"  {text}"}])
-    folder = pretend_run(tmp_path / "run", config_of(tmp_path, tokenizer, sources={"a": corpus}), 1,
-                         batch_size=1)
+    config = data_config(tmp_path, tokenizer=tokenizer, sources={"a": corpus})
+    folder = pretend_run(tmp_path / "run", config, 1, batch_size=1)
     found, shards = RunData(tmp_path / "run"), TokenShards(folder, T)
     tokens = Tokenizer.load(folder / "tokenizer.json")
     rows = [tokens.decode(shards[i].tolist()) for i in range(len(shards))]
@@ -266,7 +260,8 @@ def test_two_ids_with_one_hash_are_told_apart(tmp_path, tokenizer, monkeypatch):
         monkeypatch.setattr(f"{module}.hash_of_id", lambda name: 7)
     corpus = write_jsonl(tmp_path / "a.jsonl", [
         {"id": name, "text": f"{name} words " * 90} for name in ("x", "y")])
-    pretend_run(tmp_path / "run", config_of(tmp_path, tokenizer, sources={"a": corpus}), 1)
+    config = data_config(tmp_path, tokenizer=tokenizer, sources={"a": corpus})
+    pretend_run(tmp_path / "run", config, 1)
     [(document, _)] = RunData(tmp_path / "run").find("y")
     assert document["id"] == "y"
 
@@ -275,12 +270,13 @@ def test_find_is_fast_in_a_million_instances(tmp_path, tokenizer):
     """Two sparse files with 600,000 documents: in seconds, and what arithmetic says."""
     names, n, per_epoch, dice = ["x0", "x1", "x2"], 500_000, 125_000, np.random.default_rng(0)
     corpus = write_jsonl(tmp_path / "a.jsonl", [{"id": name, "text": name} for name in names])
-    config = config_of(tmp_path, tokenizer, sources={"a": corpus})
+    config = data_config(tmp_path, tokenizer=tokenizer, sources={"a": corpus})
     folder, shards, places = build_data(config), [], {name: [] for name in names}
+    size = n * T + 5
     for number in range(2):
-        path, size = folder / f"big-{number}.bin", n * T + 5
-        with open(path, "wb") as file:
-            file.truncate(2 * size)
+        path = folder / f"big-{number}.bin"
+        path.touch()
+        os.truncate(path, 2 * size)
         cuts = np.unique(np.r_[0, dice.integers(1, size, 300_000), size])
         index = np.zeros(len(cuts) - 1, DOCUMENT_INDEX)
         index["start"], index["end"] = cuts[:-1], cuts[1:]
@@ -296,18 +292,19 @@ def test_find_is_fast_in_a_million_instances(tmp_path, tokenizer):
     pretend_run(tmp_path / "run", config, 2 * per_epoch + 9)
     began = time.perf_counter()
     found = RunData(tmp_path / "run")
-    answers = [list(found.find(name)) for name in names]
-    steps = [found.steps_of(instances, found.steps_done()) for [(_, instances)] in answers]
+    answers = {name: list(found.find(name)) for name in names}
+    steps = {name: found.steps_of(instances, found.steps_done())
+             for name, [(_, instances)] in answers.items()}
     spans = list(found.trace(2 * per_epoch))
     assert time.perf_counter() - began < 5
     assert [span.instance for span in spans if span.tokens[0] == 0] == official_instances(
         2 * n, 2 * per_epoch)
-    for name, [(document, instances)], where in zip(names, answers, steps, strict=True):
+    for name, [(document, instances)] in answers.items():
         assert document["text"] == name and instances == places[name]
         expected = [(epoch * per_epoch + int(position) // B + 1, int(position) % B, i)
                     for epoch in range(3) for i in instances
                     for position in np.flatnonzero(official_order(2 * n, SEED, epoch) == i)]
-        assert where == sorted(step for step in expected if step[0] <= 2 * per_epoch + 9)
+        assert steps[name] == sorted(step for step in expected if step[0] <= 2 * per_epoch + 9)
 
 
 # ---- Ready token files ---------------------------------------------------------------------------
@@ -336,19 +333,7 @@ def write_token_files(folder, sidecars=True):
 
 
 def list_config(folder, tokenizer):
-    return config_of(folder, tokenizer, token_files=str(folder / "list.txt"))
-
-
-def test_token_files_are_cut_and_ordered_as_official_olmos(tmp_path, tokenizer):
-    """Each file by itself, its tail dropped; PCG64 of seed + epoch; over three epochs."""
-    instances, _ = write_token_files(tmp_path)
-    shards = TokenShards(build_data(list_config(tmp_path, tokenizer)), T)
-    batches = Batches(shards, B, SEED, tmp_path)
-    assert len(shards) == len(instances) == N and batches.steps_per_epoch == 11
-    for step in range(1, 34):
-        expected = instances[official_instances(N, step)]
-        assert batches(step)["tokens"].tolist() == expected.tolist()
-        assert batches(step, 1, 4)["tokens"].tolist() == expected[1::4].tolist()
+    return data_config(folder, tokenizer=tokenizer, token_files=str(folder / "list.txt"))
 
 
 def test_sidecars_name_the_documents_of_token_files(tmp_path, tokenizer):
@@ -406,18 +391,23 @@ def test_a_token_file_replaced_by_another_makes_other_data(tmp_path, tokenizer):
     assert other != folder and manifest_of(other)["sha256"] != manifest_of(folder)["sha256"]
 
 
-def test_a_run_trains_on_token_files(tmp_path, tokenizer, tiny_config, call):
-    """There is no held-out text then."""
+def test_a_run_trains_on_token_files_as_official_olmo_cuts_and_orders_them(
+        tmp_path, tokenizer, tiny_config, call):
+    """Each file by itself, its tail dropped; PCG64 of seed + epoch; over the ends of two epochs.
+
+    There is no held-out text then.
+    """
     instances, _ = write_token_files(tmp_path)
-    file = tiny_config(tmp_path / "run", token_files=str(tmp_path / "list.txt"), max_steps=3,
+    file = tiny_config(tmp_path / "run", token_files=str(tmp_path / "list.txt"), max_steps=24,
                        tokenizer=tokenizer, data_dir=str(tmp_path / "data"), eval_every_steps=2)
     done = call(train, file)
     assert done.returncode == 0, done.stderr
-    rows = [json.loads(row) for row in open(tmp_path / "run" / "metrics.jsonl")]
-    assert [row["batch_hash"] for row in rows if row["kind"] == "train"] == [
-        batch_hash(torch.from_numpy(instances[official_instances(N, step)]))
-        for step in (1, 2, 3)]
-    assert call(data, "trace", tmp_path / "run", "--step=3").stdout.startswith("step 3, epoch 0\n")
+    assert len(instances) == N and N // B == 11
+    assert columns(tmp_path / "run", "batch_hash") == [
+        (batch_hash(torch.from_numpy(instances[official_instances(N, step)])),)
+        for step in range(1, 25)]
+    out = call(data, "trace", tmp_path / "run", "--step=24").stdout
+    assert out.startswith("step 24, epoch 2\n")
 
 
 # ---- The mix -------------------------------------------------------------------------------------
@@ -433,7 +423,7 @@ def mix(tmp_path_factory, tokenizer):
     def config(weights, names="abc", **changes):
         sources = {name: {"path": path, "weight": weight}
                    for name, path, weight in zip(names, paths, weights, strict=False)}
-        return config_of(root, tokenizer, sources=sources, **changes)
+        return data_config(root, tokenizer=tokenizer, sources=sources, **changes)
     return config
 
 
@@ -471,6 +461,10 @@ def test_sources_get_their_targets_within_one_document(mix, seed):
     check_mix(mix((a, b, 1 - a - b), mix_tokens=4000 + 700 * seed, max_repeats=30))
 
 
+def test_a_source_named_like_the_part_of_another_keeps_its_tokens(mix):
+    check_mix(mix((0.5, 1), names=("a", "a-part")))
+
+
 def test_the_table_prints_the_realised_shares(mix, call):
     config = mix((1, 2.5, 0.4))
     out = call(data, f"--data_dir={config.data_dir}", f"--sources={config.sources}",
@@ -488,14 +482,6 @@ def test_a_mix_that_cannot_be_is_refused(mix, weights, changes, said):
     assert said in refusal(lambda: build_data(mix(weights, **changes)))
 
 
-def test_a_source_named_like_the_part_of_another_keeps_its_tokens(mix):
-    config = mix((0.5, 1), names=("a", "a-part"))
-    try:
-        check_mix(config)
-    except UserError as error:  # as good, if it says why
-        assert "a-part" in str(error) and "restore" not in str(error)
-
-
 # ---- Kills ---------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -506,7 +492,7 @@ def big(tmp_path_factory, tokenizer, start):
     sources = {name: {"weight": weight, "rules": "gopher repeated_tokens pii document paragraph",
                       "path": write_jsonl(root / f"{name}.jsonl", [
                           {"id": f"{name}{i}", "text": "\n".join(dice.choices(stock, k=20))
-                           + " the of"} for i in range(1200)])}
+                           + " the of"} for i in range(800)])}
                for name, weight in (("a", 1), ("b", 1.5))}
 
     def build(folder):
@@ -522,27 +508,21 @@ def contents(data_dir):
     """{name: bytes} of the one built folder, after a look that nothing half-made is there."""
     assert not list(data_dir.rglob("*.tmp"))
     [folder] = [path.parent for path in data_dir.glob("*/manifest.json")]
-    found = {file.relative_to(data_dir).as_posix(): file.read_bytes()
-             for file in folder.rglob("*") if file.is_file()}
-    assert {name.split("/")[1] for name in found} >= {
-        "manifest.json", "documents", "dropped", "held_out", "a-00000.bin", "b-00000.index"}
-    return found
+    found = contents_of(folder)
+    assert {"manifest.json", "a-00000.bin", "b-00000.index"} <= found.keys()
+    assert {"documents", "dropped", "held_out"} <= {name.split("/")[0] for name in found}
+    return folder.name, found
 
 
-def processes():
-    """{(pid, when it began): its parent} of the processes that are alive."""
-    found = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            state, parent, *fields = stat.read_text().rpartition(")")[2].split()
-            if state not in "ZX":
-                found[int(stat.parent.name), fields[17]] = int(parent)
-    return found
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def stages_of(data_dir):
-    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns)
-            for path in (data_dir / "stages").glob("*") if path.suffix != ".tmp"}
+    return ages_of(path for path in (data_dir / "stages").glob("*") if path.suffix != ".tmp")
 
 
 def check_kill(big, data_dir, is_time):
@@ -555,12 +535,12 @@ def check_kill(big, data_dir, is_time):
         while process.poll() is None and not is_time(process.pid):
             time.sleep(0.01)
         process.send_signal(signal.SIGSTOP)  # so that no worker begins unseen
-        workers = {who for who, parent in processes().items() if parent == process.pid}
+        workers = children_of(process.pid) if process.poll() is None else []
         process.kill()
     deadline = time.monotonic() + 3
-    while (left := workers & processes().keys()) and time.monotonic() < deadline:
+    while (left := [pid for pid in workers if is_alive(pid)]) and time.monotonic() < deadline:
         time.sleep(0.05)
-    for pid, _ in left:
+    for pid in left:
         os.kill(pid, signal.SIGKILL)
     assert not left, "workers outlived their killed parent"
     before = stages_of(data_dir)
@@ -578,8 +558,8 @@ def check_kill(big, data_dir, is_time):
 def test_a_killed_build_is_completed(big, tmp_path, moment):
     """Killed when its first stage is finished and workers are at the next, or at any moment."""
     if moment == "after a stage":
-        before, workers = check_kill(big, tmp_path, lambda pid: pid in processes().values() and any(
-            name.startswith("clean-a") for name in stages_of(tmp_path)))
+        before, workers = check_kill(big, tmp_path, lambda pid: children_of(pid) and any(
+            path.name.startswith("clean-a") for path in stages_of(tmp_path)))
         assert before and workers
     else:
         deadline = time.monotonic() + big[2] * (moment + 0.2 * random.random())
@@ -588,8 +568,9 @@ def test_a_killed_build_is_completed(big, tmp_path, moment):
 
 def test_workers_start_as_python_3_14_starts_them():
     """Its default on Linux is forkserver, whose workers are no children of this process."""
-    code = ("import multiprocessing, data; multiprocessing.set_start_method('forkserver'); "
-            "print(list(data.ordered_map(abs, [-1, 2], 2)))")
+    code = ("import multiprocessing, corpus.stages; "
+            "multiprocessing.set_start_method('forkserver'); "
+            "print(list(corpus.stages.ordered_map(abs, [-1, 2], 2)))")
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(data.__file__).parent, text=True,
                           capture_output=True, timeout=60)
     assert done.stdout == "[1, 2]\n", done.stderr
@@ -657,7 +638,7 @@ def small(tmp_path, tokenizer):
     """(run, config, corpus) of 20 documents that all have the same length, to be damaged."""
     records = [{"id": f"x{i}", "text": "some words " * 20} for i in range(20)]
     corpus = Path(write_jsonl(tmp_path / "a.jsonl", records))
-    config = config_of(tmp_path, tokenizer, sources={"a": str(corpus)})
+    config = data_config(tmp_path, tokenizer=tokenizer, sources={"a": str(corpus)})
     pretend_run(tmp_path / "run", config, 1)
     return tmp_path / "run", config, corpus
 
