@@ -112,12 +112,12 @@ def adapt(adapt_config, eval_config, config):
     if run.is_finished():
         return 0
     model, optimizer = build_training(base.model_config, config, device, dtype, compiled)
+    if not run.checkpoint:
+        fill_weights(model, base)
     train_reference, eval_reference = reference_log_probs(  # DPO; before the weights change
         run, base, model, [train_set, eval_set], adapt_config.method, eval_config.eval_batch_tokens)
     if run.checkpoint:
         resume(run, model, optimizer)
-    else:
-        fill_weights(model, base)
     run.describe(base.home, tuned_on=fingerprint)
     batches, loss_fn = batches_and_loss(run, train_set, train_reference, adapt_config)
     print_run(run.path, base, adapt_config, config, batches.micro_batch_size)

@@ -292,7 +292,7 @@ class TokenShards:
         dtype = np.dtype(manifest["dtype"])
         for shard in manifest["shards"]:
             path = folder / shard["file"]
-            check_size(path, shard["tokens"] * dtype.itemsize)
+            check_size(path, shard["tokens"] * dtype.itemsize, folder)
             n = shard["tokens"] // seq_len
             # mapped, not read: the operating system loads the pages that a batch touches
             tokens = np.memmap(path, dtype, "r")[:n * seq_len]
@@ -326,14 +326,17 @@ class TokenShards:
         return list(range(first_of_file + first_row, first_of_file + end_row))
 
 
-def check_size(path, expected):
+def check_size(path, expected, folder):
     """Raise UserError if a shard is missing or does not have the `expected` number of bytes."""
     # sizes are checked at every start; hashes are not, as they would read terabytes
     size = path.stat().st_size if path.is_file() else 0
-    if size != expected:
-        stages = path.parent.parent / "stages"
-        raise UserError(f"{path}: {size} bytes, not {expected}; restore it, or delete "
-                        f"{path.parent} and {stages}: the data is then built again")
+    if size == expected:
+        return
+    remedy = "restore it"
+    if path.parent == folder:  # one that we built; ready token files lie elsewhere
+        stages = folder.parent / "stages"
+        remedy += f", or delete {folder} and {stages}: the data is then built again"
+    raise UserError(f"{path}: {size} bytes, not {expected}; {remedy}")
 
 
 # ---- Clean documents ----------------------------------------------------------------------------

@@ -85,7 +85,12 @@ class Linear(nn.Linear):
         super().__init__(d_in, d_out, bias=False)
 
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype))
+        return linear(x, self.weight)
+
+
+def linear(x, weight):
+    """x (..., d_in) times a weight (d_out, d_in) that is cast to the dtype of x."""
+    return F.linear(x, weight.to(x.dtype))
 
 
 def at_least_float32(x):
@@ -215,6 +220,7 @@ class OLMo(nn.Module):
         # OLMo-1B reads its logits off the embedding; OLMo-7B has a matrix of its own for them.
         if not config.weight_tying:
             self.lm_head = Linear(config.d_model, config.embedding_size)
+        self.head_product = linear  # support/cpu.py may put a faster one here for generation
         self.token_losses = token_losses  # an attribute, so that a compiled one can replace it
 
     def forward(self, tokens, targets=None, attn_mask=None, cache=None, positions=None,
@@ -267,7 +273,7 @@ class OLMo(nn.Module):
 
     def logits(self, x):
         """The scores (..., V) of all ids after a residual stream x (..., D)."""
-        return head_logits(x, self.head_weight())
+        return head_logits(x, self.head_weight(), self.head_product)
 
 
 def causal_mask(start, length, device):
@@ -277,9 +283,9 @@ def causal_mask(start, length, device):
     return keys <= queries
 
 
-def head_logits(x, head_weight):
+def head_logits(x, head_weight, product=linear):
     # Nothing norms the stream on its way up (pre-norm), so one norm comes before the head.
-    return F.linear(layer_norm(x), head_weight.to(x.dtype))
+    return product(layer_norm(x), head_weight)
 
 
 def token_losses(x, head_weight, targets):

@@ -153,7 +153,7 @@ def train(model_config, data_config, eval_config, config):
         resume(run, model, optimizer)
     else:
         init_weights(model, data_config.seed, own_part)
-    run.describe(folder, order=batches.fingerprint())
+    run.describe(folder, order=run.state["data"])
     micro_batch_size = choose_micro_batch(config, model_config.max_seq_len, world_size())
     print_run(run, model, batches, micro_batch_size)
 
@@ -201,7 +201,7 @@ def check_vocabulary(config, tokenizer):
 
 def build_training(model_config, config, device, dtype, compiled):
     """Returns (an OLMo with empty weights, sharded and compiled as configured; its optimiser)."""
-    with torch.device("meta"):  # shapes without memory: a 7B would not fit one rank
+    with torch.device("meta"):  # shapes without memory: a rank of many never holds a whole 7B
         model = OLMo(model_config)
     # Parallelism comes from outside: model.py knows nothing of what this one line puts on it.
     shard_model(model, config, device, dtype, compiled)
@@ -212,7 +212,8 @@ def build_training(model_config, config, device, dtype, compiled):
 def build_optimizer(model, config):
     """AdamW with OLMo's two groups of parameters; its state exists from the start.
 
-    To try another optimiser, change the one line that makes it: checkpoints and --plan follow.
+    To try another optimiser (Lion, SGD with momentum), change the one line that makes it:
+    checkpoints and --plan follow.
     """
     # Decay pulls matrices towards zero. The embedding, and with it a tied head, is left out, as in
     # official olmo/optim.py: most of its rows see no gradient in a step and would only shrink.

@@ -32,7 +32,7 @@ def load_config(argv, *schemas, other=()):
     """Read the words of a command line, config files and options, into one instance per schema.
 
     A later file overrides an earlier one, and an option overrides every file. `other` are schemas
-    of other commands: a config file may hold their keys, because one file serves every command.
+    of other commands: a config file may hold their keys without a use here.
     Returns the instances as a tuple. --help prints every key and exits.
     Raises UserError for an unknown key, a wrong type, a missing file or code in a file.
     """

@@ -174,7 +174,7 @@ def find_paragraph(text, paragraphs):
 LEAST_WORDS = 13  # of an evaluation paragraph; shorter ones occur by chance
 
 
-@lru_cache(maxsize=1)  # filled before the workers are forked, which then share it
+@lru_cache(maxsize=2)  # code has no sets; filled before the workers are forked, which then share it
 def evaluation_paragraphs(sets):
     """{digest: name of its set} of the paragraphs that no document may hold.
 

@@ -175,7 +175,7 @@ def c4_punctuation(page):
 
 
 def c4_short_lines(page):
-    """Takes out lines of fewer than 3 words (C4); blank lines are kept."""
+    """Takes out lines of fewer than 3 words (Dolma's C4 tagger); blank lines are kept."""
     lines = page.text.split("\n")
     keep = [len(line.split()) not in (1, 2) for line in lines]
     return keep_parts(lines, keep, "\n", "lines of fewer than 3 words")

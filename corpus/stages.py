@@ -27,7 +27,7 @@ from corpus.rules import DEDUPLICATIONS
 from corpus.storage import hash_of
 from corpus.token_files import listed_token_files
 from corpus.tokenizer import tokenizer_file
-from support.files import Lock, UserError, file_sha256
+from support.files import Lock, UserError, file_sha256, fsync
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH_BYTES = 2**19  # of records that a worker receives at a time
@@ -159,7 +159,8 @@ def tokenizer_settings(config):
 def building_code(stage):
     """Hash of the code that builds a stage: whoever edits a rule has the documents filtered again.
 
-    Comments, layout and what only reads the data are left out, so that they rebuild nothing.
+    Comments and layout are left out, and of data.py what only reads the data, so that a change of
+    those rebuilds nothing. A changed docstring or another Python builds again, to be safe.
     """
     code = []
     for file in STAGE_FILES[stage]:
@@ -189,7 +190,10 @@ def written_aside(folder):
     try:
         aside.mkdir(parents=True)
         yield aside
+        for path in (*aside.rglob("*"), aside):
+            fsync(path)  # first the contents, then the name: a power cut leaves no empty files
         aside.rename(folder)  # one step for the file system: there or not there
+        fsync(folder.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

@@ -107,7 +107,8 @@ def read_block(folder, source, file, begin):
         while not member.eof:
             part = compressed.read(BLOCK_BYTES)
             if not part:
-                break
+                raise UserError(f"{compressed.name}: cut off at byte {compressed.tell()}; delete "
+                                "the built data and its stages: they are then built again")
             lines += member.decompress(part)
     return lines.splitlines()
 

@@ -185,21 +185,26 @@ def training_tensors(model, optimizer):
 def create_state(optimizer):
     """Make an optimiser allocate its state, so that a checkpoint of any step has the same tensors.
 
-    An optimiser allocates in its first step. So it takes one with a gradient and a learning rate of
-    0, and what that left in its state is zeroed.
+    An optimiser allocates in its first step. So it takes one with gradients of 0 and without decay,
+    which changes no weight, and its step counters are set back. Raises UserError for an optimiser
+    whose state does not start at 0, such as NAdam: this step would have changed it.
     """
-    rates = [group["lr"] for group in optimizer.param_groups]
+    decays = [group["weight_decay"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
-        group["lr"] = 0.0
+        group["weight_decay"] = 0.0
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
-    for group, lr in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = lr
+    for group, decay in zip(optimizer.param_groups, decays, strict=True):
+        group["weight_decay"] = decay
     for state in optimizer.state.values():
-        for tensor in state.values():
-            tensor.zero_()
+        for name, tensor in state.items():
+            if name == "step":
+                tensor.zero_()
+            elif tensor.any():
+                raise UserError(f"{type(optimizer).__name__}: its state {name!r} does not start at "
+                                "0; give create_state in scaling/checkpoint.py its first value")
 
 
 def save_checkpoint(run, state, model, optimizer):
@@ -249,8 +254,8 @@ def finish_checkpoint(path, aside, state, everyone):
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(f"{path}: the checkpoint could not be written ({error}); free some space, "
-                        "then continue from the checkpoint before it: "
-                        f"python train.py --resume={path.parent}") from None
+                        "then run the same command again: it continues from the checkpoint before "
+                        "it") from None
 
 
 def describe_files(files):

@@ -41,7 +41,7 @@ def lock_directory(run):
         run.mkdir(parents=True, exist_ok=True)
         return Lock(run / ".lock", patience)
     except OSError as error:
-        raise UserError(f"run_dir={run}: this directory cannot be made ({error})") from None
+        raise UserError(f"run_dir={run}: cannot be made or locked ({error})") from None
 
 
 def check_shared(run, lock_text):
@@ -175,8 +175,9 @@ def lacks_evaluation(run, step):
     and evaluating.
     """
     rows = list(log_rows(run))
+    last = max((row["step"] for row in rows), default=0)
     is_evaluated = any(row["kind"] == "eval" and row["step"] == step for row in rows)
-    return step > 0 and bool(rows) and not is_evaluated
+    return 0 < step <= last and not is_evaluated
 
 
 # ---- Describing it -------------------------------------------------------------------------------
@@ -200,7 +201,7 @@ def saved_settings(*configs):
 
 def resumed_argv(argv, file, is_tuned):
     """argv with the config of the run that --resume names; UserError if `file` did not make it."""
-    for word in argv:
+    for word in reversed(argv):  # the last one counts, as for every option
         if word.startswith("--resume="):
             run = Path(word.removeprefix("--resume="))
             saved = run / "config.json"

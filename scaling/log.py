@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from scaling.machine import peak_flops
 from scaling.ranks import rank, world_size
-from support.files import UserError, log_rows
+from support.files import UserError, fsync, log_rows
 from support.records import domains_table, tasks_table
 
 
@@ -28,6 +28,7 @@ class Log:
         kept = [row for row in log_rows(run) if row["step"] <= step and row["kind"] != "end"]
         aside = run / "metrics.jsonl.tmp"
         aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        fsync(aside)  # first the content, then the name
         aside.rename(path)
         self.file = open(path, "a")
         if tensorboard:

@@ -133,8 +133,9 @@ def peak_flops(device):
 class PowerMeter:
     """Energy of this rank's device: the GPU's power, read once a second, or else `watts` x time.
 
-    As in the paper (section 4.4) power is sampled and summed over time. Unlike there, it is the
-    power of the GPU alone, not of the node. `metered` is True where a GPU's meter is read.
+    As in the paper (section 4.4) power is sampled; here it is summed over time, there averaged.
+    Unlike there, it is the power of the GPU alone, not of the node. `metered` is True where a GPU's
+    meter is read.
     """
 
     def __init__(self, device, watts):

@@ -111,6 +111,7 @@ class Run:
         self.metrics_log = Log(self.path, self.step or -1, self.config.tensorboard)
         self.meter = PowerMeter(self.device, self.config.watts)
         self.kwh_before = self.state["kwh"]
+        self.flops_per_token = flops_per_token(self.model_config)
         self.last_save = time.monotonic()
         self.is_late_to_save = False
         self.signals.__enter__()
@@ -134,6 +135,7 @@ class Run:
         self.count_energy()
         print(energy_line(self.state["kwh"], self.meter.metered, self.config))
         if self.step == last:
+            self.ended_by = 0  # a signal that came in the last step stops nothing
             kg_co2 = carbon_kg(self.state["kwh"], self.config)
             self.metrics_log.write("end", self.state, kwh=self.state["kwh"], kg_co2=kg_co2)
 
@@ -168,7 +170,7 @@ class Run:
     def write_row(self, batch, metrics, lr):
         """A row of kind "train": the step as all ranks saw it, and the speed since the last row."""
         self.count_energy()
-        rates = self.window.rates(flops_per_token(self.model_config), self.device)
+        rates = self.window.rates(self.flops_per_token, self.device)
         row = {**metrics, "lr": lr, **rates}
         if "rewards/margins" not in metrics:  # the loss of DPO is per pair, not per token
             row["perplexity"] = perplexity(metrics["loss"])

@@ -17,7 +17,8 @@ def reference_log_probs(run, base, model, sets, method, batch_tokens):
     """The reference's log-probabilities of chosen and rejected answers: float64 (N, 2) per set.
 
     For SFT, which has no reference, None per set. They are computed once and written to a file of
-    the run, from which a resumed run reads them. UserError if a number is missing there.
+    the run, from which a resumed run reads them. UserError if a number is missing there. The
+    model of a new run must hold the base's weights.
     """
     if method == "sft":
         return [None] * len(sets)
@@ -25,7 +26,8 @@ def reference_log_probs(run, base, model, sets, method, batch_tokens):
     # computed before the first step, and no second model has to stay in memory.
     file = reference_file(run.path, run.state["data"], model.compute_dtype)
     if not on_rank0(file.is_file):
-        fill_weights(model, base)  # for a moment, the policy is the reference
+        if run.checkpoint:  # a resumed run whose file is gone; a new run's model is the base
+            fill_weights(model, base)
         tables = [answer_log_probs(model, pairs, batch_tokens).tolist() for pairs in sets]
         on_rank0(partial(write_json, file, {"log_probs": tables}))
     return read_reference(file, [len(pairs) for pairs in sets])

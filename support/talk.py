@@ -1,6 +1,7 @@
 """Talking to a tuned model: a chat in the terminal, a file of answers."""
 
 import json
+import os
 import re
 import sys
 from collections import Counter
@@ -284,7 +285,7 @@ def rows_done(out, rows, drawn):
     require(ours, f"{out}: holds other rows than answers of {drawn['generator']}, with its present "
             "weights, to these prompts with these options; choose another OUT")
     if torn:
-        out.write_bytes(content[:size])
+        os.truncate(out, size)
     return len(answered)
 
 

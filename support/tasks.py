@@ -100,6 +100,7 @@ def open_suites(config, held_out=dict):
         for name, path in suite.domains.items():
             for documents in documents_at(path, name, config.subdomain).values():
                 deque(documents, maxlen=0)  # reads all, keeps none
+        _ = suite.digests  # taken now: a file that changes later was not what is measured
     return suites
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import pickle
 import shutil
 from dataclasses import asdict
@@ -14,7 +15,9 @@ from conftest import Bomb, flip, random_model, refusal, same_weights, seal, smal
 
 import eval as e
 import train
-from scaling.checkpoint import newest_step, step_directories, verify_step
+from scaling.checkpoint import (create_state, newest_step, save_checkpoint, step_directories,
+                                verify_step)
+from support.files import write_json
 from support.weights import load_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -221,3 +224,52 @@ def test_metadata_of_another_kind_is_refused(tmp_path):
     path = write_step(tmp_path / "step1")
     (path / ".metadata").write_bytes(pickle.dumps({"a": 1}))
     refused(seal(path, state_of(path)), ".metadata")
+
+
+# ---- On the disk ---------------------------------------------------------------------------------
+
+@pytest.fixture
+def disk(monkeypatch):
+    """What is synced and what is renamed, in order: ("sync" or "rename", name of the file)."""
+    events = []
+    names = {}  # a file's number -> its name: fsync is given a number
+
+    def sync(handle, fsync=os.fsync):
+        events.append(("sync", names.get(os.fstat(handle).st_ino, "?")))
+        fsync(handle)
+
+    def open_named(path, *args, open=os.open, **options):
+        handle = open(path, *args, **options)
+        names[os.fstat(handle).st_ino] = Path(path).name
+        return handle
+
+    def renaming(rename):
+        def renamed(path, target):
+            events.append(("rename", path.name))
+            return rename(path, target)
+        return renamed
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "open", open_named)
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(Path, name, renaming(getattr(Path, name)))
+    return events
+
+
+def test_a_json_file_is_on_the_disk_before_it_has_its_name(tmp_path, disk):
+    write_json(tmp_path / "state.json", {"step": 1})
+    assert disk == [("sync", "state.json.tmp"), ("rename", "state.json.tmp")]
+
+
+def test_a_steps_name_is_on_the_disk_before_the_save_returns(tmp_path, disk):
+    """An older step may be deleted then: a power cut must not leave the run without both."""
+    model = random_model()
+    optimizer = train.build_optimizer(model, train.TrainConfig())
+    save_checkpoint(tmp_path, {"step": 1}, model, optimizer)
+    assert disk[-2:] == [("rename", "step000001.tmp"), ("sync", tmp_path.name)]
+    assert ("sync", "state.json.tmp") in disk
+
+
+def test_an_optimiser_whose_state_does_not_start_at_zero_is_refused():
+    model = random_model()
+    assert refusal(create_state, torch.optim.NAdam(model.parameters())).startswith("NAdam: ")
+    create_state(torch.optim.RAdam(model.parameters()))

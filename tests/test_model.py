@@ -567,3 +567,20 @@ def test_parameter_counts_of_the_released_models():
 def test_an_impossible_shape_is_refused(key, value):
     with pytest.raises(UserError, match=f"{key}={value} "):
         small_config(**dict(n_heads=4) | {key: value})
+
+
+def test_generation_computes_what_a_fork_computes():
+    """A Linear with a forward of its own, and changed logits, stay in force with packed weights."""
+    class Tripled(m.Linear):
+        def forward(self, x):
+            return 3 * super().forward(x)
+    model = random_model()
+    model.blocks[0].attn.attn_out.__class__ = Tripled
+    logits = model.logits
+    model.logits = lambda x: logits(x).tanh()
+    tokens = random_ids(2, 8)
+    with torch.no_grad():
+        expected = model(tokens)
+        with cpu.packed_weights(model):
+            for _ in range(2):  # the second forward is packed
+                torch.testing.assert_close(model(tokens), expected)
