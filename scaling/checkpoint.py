@@ -15,6 +15,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+from torch.distributed.tensor import DTensor
 
 from scaling.ranks import gather, on_rank0, rank
 from support.files import UserError, file_sha256, fsync, read_json, write_json
@@ -199,10 +200,17 @@ def create_state(optimizer):
     for group, decay in zip(optimizer.param_groups, decays, strict=True):
         group["weight_decay"] = decay
     for state in optimizer.state.values():
+        if "step" in state:
+            state["step"].zero_()
+    check_starts_at_zero(optimizer)
+
+
+def check_starts_at_zero(optimizer):
+    """UserError if a tensor of an optimiser's new state is not 0."""
+    for state in optimizer.state.values():
         for name, tensor in state.items():
-            if name == "step":
-                tensor.zero_()
-            elif tensor.any():
+            own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            if own.any():
                 raise UserError(f"{type(optimizer).__name__}: its state {name!r} does not start at "
                                 "0; give create_state in scaling/checkpoint.py its first value")
 

@@ -857,7 +857,7 @@ def test_a_full_disk_ends_in_one_line_and_harms_nothing(copied, tmp_path, call):
     process.join(60)
     line = (tmp_path / "log").read_text().splitlines()[-1]
     assert process.exitcode == 1 and line.startswith("error: ")
-    assert "step000022" in line and f"--resume={copied}" in line
+    assert "step000022" in line
     assert saved_steps(copied) == [10, 15, 20] and content(copied / "step000020") == before
     result = call(train, *words)
     assert result.returncode == 0 and "continues after step 20" in result.stdout
