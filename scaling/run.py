@@ -33,7 +33,7 @@ class Run:
     """A run directory that this process group holds, and what has happened in it so far.
 
         run = Run.open(...)                 # new, or as it was left
-        with run:                           # from here on a signal waits for the end of a step
+        with run:                           # opens the log
             for step in run.steps():        # ends at max_steps, on a signal or at the deadline
                 ...
                 run.log(step, batch, metrics, lr, max_norm)
@@ -114,18 +114,19 @@ class Run:
         self.flops_per_token = flops_per_token(self.model_config)
         self.last_save = time.monotonic()
         self.is_late_to_save = False
-        self.signals.__enter__()
         return self
 
     def __exit__(self, *error):
-        self.signals.__exit__(*error)
+        self.signals.restore()
         self.metrics_log.close()
 
     def steps(self):
         """Yield the number of each step to take, the same on all ranks.
 
         Ends after max_steps, or after the step in which any rank heard a signal or the deadline.
+        From the first step on a signal waits for the end of its step; before, it ends the process.
         """
+        self.signals.__enter__()
         last = self.config.max_steps
         self.loop_start = time.perf_counter() - self.state["seconds"]
         with tqdm(total=last, initial=self.step, unit="step", disable=rank() > 0) as self.bar:
