@@ -121,6 +121,7 @@ LEARNED_GAIN = {"model.py": {
 
 
 def test_a_learned_gain_starts_at_one_trains_and_does_not_decay(fork, three_steps, tmp_path):
+    pytest.importorskip("safetensors")
     config, run = three_steps
     save_hf(random_model(), tmp_path / "without")
     code = fork(LEARNED_GAIN)

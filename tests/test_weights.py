@@ -56,9 +56,9 @@ def test_sharded_safetensors_load_like_one_file(transformers, tmp_path):
 
 
 def test_bfloat16_weights_come_in_as_float32(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
     model = random_model()
     save_hf(model, tmp_path / "wide")
-    safetensors = pytest.importorskip("safetensors.torch")
     wide = safetensors.load_file(tmp_path / "wide/model.safetensors")
     narrow = {name: tensor.bfloat16() for name, tensor in wide.items()}
     loaded = load_model(hf_directory(tmp_path / "narrow", model, narrow))
