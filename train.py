@@ -37,7 +37,7 @@ from scaling.ranks import (agree_on_machine, on_all_ranks, on_rank0, rank, reduc
 from scaling.run import Run, deadline_after
 from scaling.sharding import full_tensor, own_part, shard_model, sync_gradients
 from support.files import UserError, run_main
-from support.tasks import open_suites
+from support.tasks import check_suites, open_suites
 
 # ---- Configuration -------------------------------------------------------------------------------
 
@@ -133,7 +133,7 @@ def train(model_config, data_config, eval_config, config):
     dtype, compiled = agree_on_machine(config, settings, device)
 
     # The data: text -> tokens -> the batch of any step. Rank 0 builds it, the others wait.
-    open_suites(eval_config)  # a misspelt suite is an error now, not after hours of work
+    on_rank0(partial(check_suites, eval_config))  # a misspelt suite is an error now, not in hours
     folder = on_rank0(partial(build_data, data_config), patience=timedelta(days=2))
     print_table(folder)
     tokenizer = Tokenizer.load(folder / "tokenizer.json")

@@ -78,7 +78,20 @@ class Suite:
 
 # ---- Suites by their names -----------------------------------------------------------------------
 
+def check_suites(config):
+    """UserError for a suite that config.suite misspells, or whose files hold a fault."""
+    read_suites(config, held_out=dict)
+
+
 def open_suites(config, held_out=dict):
+    """The Suites that config.suite names, with the digests of their files; see read_suites."""
+    suites = read_suites(config, held_out)
+    for suite in suites:
+        _ = suite.digests  # taken now: a file that changes later was not what is measured
+    return suites
+
+
+def read_suites(config, held_out):
     """The Suites that config.suite names; held_out() returns {source: file} for "domains".
 
     Every document is read once, so that a faulty one stops the run now, not after hours of
@@ -100,7 +113,6 @@ def open_suites(config, held_out=dict):
         for name, path in suite.domains.items():
             for documents in documents_at(path, name, config.subdomain).values():
                 deque(documents, maxlen=0)  # reads all, keeps none
-        _ = suite.digests  # taken now: a file that changes later was not what is measured
     return suites
 
 
