@@ -23,9 +23,9 @@ from support.hints import (check_base, command, missing_value, no_config_file, u
 ROOT = Path(__file__).resolve().parent.parent  # the repository
 
 
-def setting(default, help):
-    """A field of a schema: its default and the sentence that --help prints."""
-    metadata = {"help": help}
+def setting(default, help, least=None):
+    """A field of a schema: its default, the sentence that --help prints, the smallest value."""
+    metadata = {"help": help, "least": least}
     if isinstance(default, dict | list):  # each instance gets its own copy
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -164,6 +164,9 @@ def checked(field, value, place):
         raise UserError(f"{place}takes {type_name(kind)}, not {given}{remedy}")
     if kind is int and abs(value) >= 2**63 or kind is float and not math.isfinite(value):
         raise UserError(f"{place}must be a finite number of 64 bits")
+    least = field.metadata["least"]
+    if least is not None and value < least:
+        raise UserError(f"{place}must be at least {least}")
     return value
 
 

@@ -10,6 +10,7 @@ import pytest
 
 import configs
 from configs import load_config, setting
+from corpus.trace import FindOptions, TraceOptions
 from model import ModelConfig
 from support.files import UserError
 
@@ -208,12 +209,17 @@ def test_an_absurd_option_is_refused_in_one_short_line(word):
     assert message.startswith(word.partition("=")[0]) and len(message) < 400
 
 
+@pytest.mark.parametrize("schema, key", [(ModelConfig, "rope_theta"), (TraceOptions, "chars"),
+                                         (FindOptions, "limit")])
+def test_a_value_below_the_least_is_refused(schema, key):
+    with pytest.raises(UserError, match=f"^--{key}=-1"):
+        load_config([f"--{key}=-1"], schema)
+
+
 def test_a_byte_order_mark_is_read_and_another_encoding_refused(tmp_path):
     file = tmp_path / "c.py"
     file.write_bytes('steps = 3  # café\n'.encode("utf-8-sig"))
     assert toy(file) == ToyConfig(steps=3)
-    (tmp_path / "c.json").write_bytes('{"steps": 3}'.encode("utf-8-sig"))
-    assert toy(tmp_path / "c.json") == ToyConfig(steps=3)
     for encoding in ("utf-16", "latin-1"):
         file.write_bytes('steps = 3  # café\n'.encode(encoding))
         assert refused(file).startswith(f"{file}:")
