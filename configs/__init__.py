@@ -160,7 +160,8 @@ def checked(field, value, place):
     place += f"{field.name}={shown(value)}: {field.name} "
     if not has_type(value, kind):
         given = shown(value) if get_origin(kind) is Literal else type(value).__name__
-        remedy = f"; write {int(value)}" if kind is int and is_whole(value) else ""
+        is_whole = kind is int and type(value) is float and value.is_integer()  # such as 1e6
+        remedy = f"; write {int(value)}" if is_whole else ""
         raise UserError(f"{place}takes {type_name(kind)}, not {given}{remedy}")
     if kind is int and abs(value) >= 2**63 or kind is float and not math.isfinite(value):
         raise UserError(f"{place}must be a finite number of 64 bits")
@@ -168,11 +169,6 @@ def checked(field, value, place):
     if least is not None and value < least:
         raise UserError(f"{place}must be at least {least}")
     return value
-
-
-def is_whole(value):
-    """Whether a float is a whole number, such as 1e6, which stands for no int by itself."""
-    return type(value) is float and value.is_integer()
 
 
 def shown(value):
