@@ -89,7 +89,7 @@ def find_start(config, settings, fingerprint, free_keys):
 
 def overwrite(run, start_from):
     """Delete the run, unless that would delete more than the user means."""
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0):
         raise UserError("--overwrite with --max-restarts would delete the run at each restart; "
                         "leave out one of them")
     if start_from and Path(start_from).resolve().parent == run.resolve():
