@@ -181,20 +181,6 @@ def is_held_out(document, eval_share):
     return int.from_bytes(digest[:8], "big") < eval_share * 2**64  # 64 bits as a fraction of 1
 
 
-def input_ages(path):
-    """What tells whether a source has changed: [(name, size, time of change)] of its files.
-
-    For "stdlib", the version of the Python that it is part of.
-    """
-    if path == "stdlib":
-        return sys.version
-    return ages_of(input_files(Path(path), Counter()))
-
-
-def ages_of(files):
-    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-
-
 def size_of(text):
     """UTF-8 bytes of a text."""
     return len(text) if text.isascii() else len(text.encode())
