@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal, NamedTuple
+from support.files import UserError, run_main  # before torch: Ctrl-C is quiet from here
 
 import numpy as np
 import torch
@@ -38,13 +39,12 @@ from scaling.directory import saved_settings
 from scaling.ranks import (agree_on_machine, on_all_ranks, on_rank0, rank, setup_distributed,
                            world_size)
 from scaling.run import READ_PATIENCE, Run, deadline_after
-from support.files import UserError, run_main
+from support.answers import generate_answers
 from support.held_out import evaluate_held_out
 from support.models import fill_weights, open_base
 from support.packing import best_fit
 from support.reference import reference_log_probs
 from support.rows import read_examples, sequences_of
-from support.answers import generate_answers
 from support.talk import chat
 from support.tasks import open_suites
 from support.tuned import (ShowOptions, check_adapt_config, check_not_base, checked_argv,
@@ -449,8 +449,7 @@ def preference_loss(model, batch, beta, length_normalized=False):
     terms = dpo_terms(policy[0], policy[1], reference[0], reference[1], beta)
     sums = {}
     for name, values in terms.items():
-        values = values * batch["real"]  # 0 for a pair that only fills up
-        sums[name] = values.sum()
+        sums[name] = (values * batch["real"]).sum()  # 0 for a pair that only fills up
     return sums.pop("loss"), sums
 
 
