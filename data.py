@@ -28,6 +28,7 @@ from corpus.dedup import (decontaminate, deduplicate_source, evaluation_paragrap
                           evaluation_sets)
 from corpus.documents import as_document, is_held_out, read_records, size_of
 from corpus.funnel import Funnel, ShowOptions, print_dropped, print_table
+from corpus.lineage import tokenizer_digest
 from corpus.manifest import write_manifest
 from corpus.questions import leaked_docstrings
 from corpus.rules import CONTENT_SCORERS, LANGUAGE_SCORERS, RULES, Drop, filter_documents
@@ -253,6 +254,7 @@ class Batches:
         order_sha256 = hashlib.sha256(self.order(0)).hexdigest()
         return {
             "data_sha256": self.shards.sha256,
+            "tokenizer_sha256": self.shards.tokenizer_sha256,
             "seq_len": self.shards.seq_len,
             "instances": len(self.shards),
             "batch_size": self.batch_size,
@@ -286,6 +288,7 @@ class TokenShards:
         manifest = read_json(folder / "manifest.json")
         self.seq_len = seq_len
         self.sha256 = manifest["sha256"]
+        self.tokenizer_sha256 = tokenizer_digest(folder / "tokenizer.json")
         self.eos_token_id = manifest["eos_token_id"]  # ends each document in the shards
         self.tail_tokens = 0  # dropped at the ends of files
         self.files = []  # for each an array (instances, seq_len)

@@ -2,7 +2,13 @@
 
 from pathlib import Path
 
+from corpus.storage import hash_of
 from support.files import UserError, read_json
+
+
+def tokenizer_digest(path):
+    """SHA-256 of what a tokenizer.json says, however the file is laid out."""
+    return hash_of(read_json(path))
 
 
 def data_of_run(run, config):
@@ -16,7 +22,8 @@ def data_of_run(run, config):
             return manifest.parent
     raise UserError(f"{config.data_dir}: does not hold the data that {run} was trained on; restore "
                     f"it, or, if its sources have not changed, build it again: python data.py "
-                    f"{run / 'config.json'} (eval.py also takes other text: --suite=PATH)")
+                    f"{run / 'config.json'} --tokenizer={run / 'tokenizer.json'} (eval.py also "
+                    "takes other text: --suite=PATH)")
 
 
 def manifests_behind(run, state):
