@@ -28,6 +28,8 @@ def read_json(path):
     """Returns the JSON object in a file as a dict; UserError if the file holds anything else."""
     try:
         value = json.loads(path.read_text())
+    except PermissionError:  # the file may be good: nobody is to take it for a damaged one
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(value, dict):
