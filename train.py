@@ -48,7 +48,7 @@ class TrainConfig:
 
     # the run
     run_dir: str = setting("runs/tiny", "Directory of the run, on a disk that all nodes see.")
-    resume: str = setting("", "Continue the run in this directory, with its config; with another run_dir: a fork of it.")
+    resume: str = setting("", "Continue this run, with its config; in another run_dir, a fork.")
     overwrite: bool = setting(False, "Delete the run that is in run_dir and begin at step 1.")
     accept_changes: bool = setting(False, "Continue although config or data differ; prints how.")
     start_from: str = setting(
@@ -133,10 +133,9 @@ def train(model_config, data_config, eval_config, config):
     settings = saved_settings(model_config, data_config, eval_config, config)
     dtype, compiled = agree_on_machine(config, settings, device)
 
-    # The data: text -> tokens -> the batch of any step. Rank 0 builds it, the others wait.
+    # The data: text -> tokens -> the batch of any step. Rank 0 calls build_data, the others wait.
     on_rank0(partial(check_suites, eval_config))  # a misspelt suite is an error now, not in hours
-    build = partial(data_for_run, config, data_config)  # build_data; a run keeps its tokenizer
-    folder = on_rank0(build, patience=timedelta(days=2))
+    folder = on_rank0(partial(data_for_run, config, data_config), patience=timedelta(days=2))
     print_table(folder)
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     check_vocabulary(model_config, tokenizer)
@@ -386,7 +385,6 @@ def sample_at_the_end(run, model, tokenizer, eval_config):
 
 
 # ---- The command ---------------------------------------------------------------------------------
-
 
 @on_all_ranks
 def main(argv):

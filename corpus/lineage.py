@@ -2,13 +2,7 @@
 
 from pathlib import Path
 
-from corpus.storage import hash_of
 from support.files import UserError, read_json
-
-
-def tokenizer_digest(path):
-    """SHA-256 of what a tokenizer.json says, however the file is laid out."""
-    return hash_of(read_json(path))
 
 
 def data_of_run(run, config):

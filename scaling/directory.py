@@ -14,7 +14,7 @@ import socket
 from pathlib import Path
 
 from configs import ROOT, flat
-from corpus.lineage import tokenizer_digest
+from corpus.storage import tokenizer_digest
 from scaling.checkpoint import run_of, step_directories
 from scaling.ranks import gather, rank
 from support.files import Lock, UserError, fsync, here, log_rows, read_json, write_json

@@ -15,8 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from configs import load_config
-from corpus.lineage import data_of_run, tokenizer_digest
+from corpus.lineage import data_of_run
 from corpus.stages import Stages
+from corpus.storage import tokenizer_digest
 from corpus.tokenizer import tokenizer_file
 from data import DataConfig, build_data
 from scaling.checkpoint import (Unreadable, newest_step, run_of, step_directories, step_of,
@@ -56,7 +57,7 @@ def home_of(config):
     if step_directories(run) and not config.overwrite:
         return run
     if forked_from(config):
-        return forked_from(config)
+        return run_of(forked_from(config))
     if not config.start_from:
         return None
     start = Path(config.start_from)

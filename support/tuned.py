@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs import read_assignments, setting
-from corpus.lineage import data_of_run, tokenizer_digest
-from corpus.storage import held_out_files
+from corpus.lineage import data_of_run
+from corpus.storage import held_out_files, tokenizer_digest
 from data import DataConfig
 from scaling.directory import resumed_argv
 from scaling.machine import choose_micro_batch
