@@ -99,7 +99,7 @@ def forked_from(config):
 
 def overwrite(run, start_from):
     """Delete the run, unless that would delete more than the user means."""
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0):
         raise UserError("--overwrite with --max-restarts would delete the run at each restart; "
                         "leave out one of them")
     if start_from and Path(start_from).resolve().parent == run.resolve():
