@@ -36,7 +36,7 @@ from corpus.sources import check_data_config, parse_sources
 from corpus.stages import Stages, build_once, in_batches, link_files, ordered_map, written_aside
 from corpus.storage import (DOCUMENT_INDEX, ShardWriter, blocks_of, hash_of_id, read_block,
                             shards_of, store_documents, stored_documents, token_dtype,
-                            vocabulary_of)
+                            tokenizer_digest, vocabulary_of)
 from corpus.token_files import write_token_list
 from corpus.tokenizer import BPE_SAMPLE_CHARS, Tokenizer, tokenizer_at, tokenizer_file, train_bpe
 
@@ -249,15 +249,15 @@ class Batches:
 
     def fingerprint(self):
         """What a resumed run must find unchanged: the data, its order and how it is cut."""
-        # the order's own hash: numpy does not promise that another version shuffles the same way
-        order_sha256 = hashlib.sha256(self.order(0)).hexdigest()
+        # of the order too: numpy does not promise that another version shuffles the same way
         return {
             "data_sha256": self.shards.sha256,
+            "tokenizer_sha256": tokenizer_digest(self.shards.folder / "tokenizer.json"),
             "seq_len": self.shards.seq_len,
             "instances": len(self.shards),
             "batch_size": self.batch_size,
             "seed": self.seed,
-            "order_sha256": order_sha256,
+            "order_sha256": hashlib.sha256(self.order(0)).hexdigest(),
         }
 
 
@@ -282,7 +282,7 @@ class TokenShards:
     """
 
     def __init__(self, folder, seq_len):
-        folder = Path(folder)
+        self.folder = folder = Path(folder)
         manifest = read_json(folder / "manifest.json")
         self.seq_len = seq_len
         self.sha256 = manifest["sha256"]

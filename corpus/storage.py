@@ -8,7 +8,7 @@ import zlib
 import numpy as np
 
 from corpus.documents import size_of
-from support.files import UserError, file_sha256, write_json
+from support.files import UserError, file_sha256, read_json, write_json
 
 BLOCK_BYTES = 2**16  # JSON lines compressed together: what is read to get at one document
 FILE_BYTES = 2**30  # a file of clean documents is closed when it is larger (compressed)
@@ -182,3 +182,8 @@ def vocabulary_of(tokenizer):
 def hash_of(settings):
     """SHA-256, in hex, of a value that JSON can hold."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def tokenizer_digest(path):
+    """SHA-256 of what a tokenizer.json says, however the file is laid out."""
+    return hash_of(read_json(path))

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from scaling.machine import peak_flops
 from scaling.ranks import rank, world_size
-from support.files import UserError, fsync, log_rows
+from support.files import UserError, disk_remedy, log_rows, write_rows
 from support.records import domains_table, tasks_table
 
 
@@ -26,10 +26,7 @@ class Log:
             return
         path = run / "metrics.jsonl"
         kept = [row for row in log_rows(run) if row["step"] <= step and row["kind"] != "end"]
-        aside = run / "metrics.jsonl.tmp"
-        aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        fsync(aside)  # first the content, then the name
-        aside.rename(path)
+        write_rows(path, kept)
         self.file = open(path, "a")
         if tensorboard:
             self.board = open_tensorboard(run / "tensorboard", step)
@@ -44,8 +41,8 @@ class Log:
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
         except OSError as error:
-            raise UserError(f"{self.file.name}: could not be written ({error}); free some space, "
-                            "then run the same command again") from None
+            raise UserError(f"{self.file.name}: could not be written ({error}); "
+                            f"{disk_remedy(error)}") from None
         if self.board:
             self.write_tensorboard(kind, row)
 

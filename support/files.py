@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -47,13 +48,60 @@ def write_json(path, value):
     temporary.replace(path)
 
 
+def write_rows(path, rows):
+    """Write JSON lines in the same way."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fsync(temporary)
+    temporary.replace(path)
+
+
 def fsync(path):
-    """Wait until a file's content, or the list of a directory's files, is on the disk."""
+    """Wait until a file's content, or the list of a directory's files, is on the disk.
+
+    Some network disks cannot do it for a directory. Nothing is wrong with what was written there,
+    so the work goes on.
+    """
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if not (error.errno in CANNOT_SYNC and os.path.isdir(path)):
+            raise
     finally:
         os.close(handle)
+
+
+CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM)
+
+
+def fsync_all(folder):
+    """The same for a folder and everything in it."""
+    for path in (*folder.rglob("*"), folder):
+        fsync(path)
+
+
+def link_or_copy(file, target):
+    """Give a file a second name for the same bytes, or copy it where the disk has no such links."""
+    try:
+        os.link(file, target)
+    except OSError:
+        shutil.copyfile(file, target)
+        fsync(target)
+
+
+def here(path):
+    """Where a relative path was looked for, to stand behind it in a message; "" for others."""
+    return "" if Path(path).is_absolute() else f" (in {Path.cwd()})"
+
+
+def disk_remedy(error):
+    """What a user can do about a write that failed; error: an OSError, or its message."""
+    text = str(error)
+    full = ("No space left", "quota exceeded", "File too large")
+    if any(words in text for words in full):
+        return "free some space, then run the same command again"
+    return "see that the disk is there and may be written, then run the same command again"
 
 
 class Lock:
