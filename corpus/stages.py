@@ -38,7 +38,8 @@ STAGE_FILES = {
     "clean": ("data.py", "corpus/dedup.py", "corpus/documents.py", "corpus/funnel.py",
               "corpus/questions.py", "corpus/rules.py", "corpus/sources.py", "corpus/stages.py",
               "corpus/stdlib.py", "corpus/storage.py", "corpus/tokenizer.py"),
-    "tokens": ("data.py", "corpus/stages.py", "corpus/storage.py", "corpus/tokenizer.py"),
+    "tokens": ("data.py", "corpus/bpe.py", "corpus/stages.py", "corpus/storage.py",
+               "corpus/tokenizer.py"),
     "mix": ("data.py", "corpus/manifest.py", "corpus/storage.py"),
     "token files": ("corpus/storage.py", "corpus/token_files.py", "corpus/tokenizer.py"),
 }

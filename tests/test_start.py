@@ -9,7 +9,7 @@ from conftest import TINY, columns, contents_of, flip, rows, saved_steps, seal, 
 
 import train
 from corpus.stdlib import stdlib_document
-from corpus.tokenizer import train_bpe
+from corpus.bpe import train_bpe
 from eval import EvalConfig, evaluate_perplexity
 from support.files import UserError
 from support.models import open_model
