@@ -12,18 +12,16 @@ from tqdm import tqdm
 
 from configs import load_config, setting
 from corpus.documents import Record, parse, read_records, without_surrogates
-from corpus.tokenizer import Tokenizer
 from data import render_chat
 from model import generate, generate_stream
 from scaling.checkpoint import run_of
-from scaling.machine import choose_device
 from scaling.ranks import from_rank0
 from scaling.sharding import evaluating
 from support.chats import checked_messages, require
 from support.cpu import packed_weights
 from support.files import UserError
-from support.models import open_base
-from support.weights import load_model
+from support.hf_tokenizer import warn_of_other_template
+from support.models import open_base, open_with_tokenizer
 
 ANSWER_BATCH = 8  # prompts answered together: a 7B's keys and values then take up to 8.6 GB
 
@@ -158,9 +156,9 @@ def speak(model, tokenizer, prompt, options):
 
 def open_assistant(path):
     """Returns (model, tokenizer) of a run, a step or a Hugging Face directory."""
-    home = run_of(path)
-    model = load_model(path, choose_device())
-    return model, Tokenizer.load(home / "tokenizer.json")
+    model, tokenizer, _ = open_with_tokenizer(path)
+    warn_of_other_template(run_of(path))
+    return model, tokenizer
 
 
 def paths_and_options(argv):

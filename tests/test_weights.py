@@ -94,7 +94,7 @@ def test_misfitting_hf_tensors_are_named(tmp_path, tensors, fault):
     ("rope_parameters", {"rope_type": "linear"}),
     ("rope_parameters", {"partial_rotary_factor": 0.5}),
     ("intermediate_size", ...),  # missing
-    ("pad_token_id", None), ("eos_token_id", [49, 0])])
+    ("pad_token_id", 64), ("eos_token_id", ["49"]), ("eos_token_id", None)])
 def test_a_setting_that_olmo_1_does_not_have_is_refused(tmp_path, key, value):
     subkeys = value if key == "rope_parameters" else ()
     refused(hf_directory(tmp_path / "hf", **{key: value}), "config.json", key, *subkeys)
@@ -102,7 +102,8 @@ def test_a_setting_that_olmo_1_does_not_have_is_refused(tmp_path, key, value):
 
 @pytest.mark.parametrize("changes, ours", [
     (dict(rope_parameters=None, rope_theta=500.0), dict(rope_theta=500.0)),  # transformers < 5
-    (dict(rope_parameters=dict(rope_type="default", rope_theta=600.0)), dict(rope_theta=600.0)),
+    (dict(rope_parameters=dict(rope_type="default", rope_theta=600.0), rope_theta=...),
+     dict(rope_theta=600.0)),
     (dict(dtype="bfloat16", _name_or_path="x", transformers_version="4.40", initializer_range=0.5,
           use_cache=False, architectures=None, bos_token_id=3), dict()),  # these change no logit
     (dict(unpadded_vocab_size=...), dict(vocab_size=64))])  # which only save_hf writes
