@@ -23,6 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from configs import setting
+from support.finite import check_logits
 
 LAYER_NORM_EPS = 1e-5  # added to the variance, which may be 0
 
@@ -437,7 +438,7 @@ def generate_stream(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, 
     seed: row i draws from a stream of its own, (seed, i): its neighbours do not change its text.
     sync(ids): makes all ranks take rank 0's ids; one process has nothing to do.
     The weights must not change until the stream ends or is closed.
-    Raises ValueError for a prompt that is empty or fills the context.
+    Raises UserError for a prompt that fills the context, and for logits that are not finite.
     """
     config = model.config
     device = model.wte.weight.device
@@ -458,11 +459,11 @@ def generate_stream(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, 
         # The first pass reads the prompts, each later one the newest id of each row.
         attn_mask = None
         if visible is not None:
-            first_query = length - tokens.shape[1]
-            attn_mask = padded_mask(visible[:, :length], first_query)
+            attn_mask = padded_mask(visible[:, :length], length - tokens.shape[1])
         logits = model(tokens, attn_mask=attn_mask, cache=cache, positions_wanted=last)  # (B, V)
         # The padding rows of the embedding are no ids: they are never chosen.
         logits = logits[:, :config.vocab_size].float().cpu()
+        check_logits(logits, length - T)  # a NaN would be the likeliest
         chosen = sync(choose_next(logits, temperature, top_p, streams))
         yield {row: chosen[row] for row in sorted(running)}
         # A finished row is still computed; its new ids are ignored.
@@ -481,8 +482,7 @@ def check_sampling(config, prompts, temperature, top_p):
         raise ValueError("generate needs prompts of at least one id each, such as eos_token_id")
     longest = max(map(len, prompts))
     if longest >= config.max_seq_len:
-        raise ValueError(f"a prompt of {longest} ids leaves no room in "
-                         f"max_seq_len={config.max_seq_len}")
+        raise UserError(f"prompt: {longest} ids leave no room in max_seq_len={config.max_seq_len}")
     if temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(f"temperature={temperature} must be at least 0, top_p={top_p} in (0, 1]")
 

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from corpus.tokenizer import Tokenizer
 from model import ModelConfig, OLMo
 from scaling.checkpoint import check_tensors, newest_step, read_step, run_of, verify_step
+from support import finite
 from support.files import UserError, fsync, read_json, write_json
 from support.hf_config import config_to_hf, end_ids, is_hf, read_hf_config
 from support.hf_tokenizer import (CHAT_TEMPLATE, chat_template_of, check_tokenizer_config,
@@ -112,7 +113,7 @@ def load_step(path, state, device):
     model = empty_model(config)
     model.to_empty(device="cpu")
     read_step(path, {f"model.{name}": p.detach() for name, p in model.named_parameters()})
-    check_finite(dict(model.named_parameters()), path)
+    finite.check_weights(dict(model.named_parameters()), path)
     return model.to(device)
 
 
@@ -142,18 +143,10 @@ def assemble(config, tensors, place, device):
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     check_tensors(wanted, found, place)
-    check_finite(tensors, place)
+    finite.check_weights(tensors, place)
     tensors = {name: tensor.to(device, torch.float32) for name, tensor in tensors.items()}
     model.load_state_dict(tensors, assign=True)
     return model
-
-
-def check_finite(tensors, place):
-    """UserError for a weight that is no number: its model would answer with id 0, for ever."""
-    for name, tensor in tensors.items():
-        if not torch.stack(tensor.detach().aminmax()).isfinite().all():
-            raise UserError(f"{place}: {name} holds a weight that is NaN or infinite; the training "
-                            "diverged: take an earlier step")
 
 
 def check_weights(path, config):
