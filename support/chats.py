@@ -1,7 +1,7 @@
 """Chats and preferences: read from files, checked row by row.
 
 # The chat format lies in three files: these are its checks. data.py's render_chat makes ids of it;
-# CHAT_TEMPLATE in support/weights.py is the same in Jinja, for an exported model.
+# CHAT_TEMPLATE in support/hf_tokenizer.py is the same in Jinja, for an exported model.
 """
 
 from collections import Counter

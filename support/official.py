@@ -61,7 +61,8 @@ def official_config(path, tokenizer=None):
             n_heads=int(settings["n_heads"]),
             mlp_hidden_size=fused // 2,  # theirs counts the values and the gates
             max_seq_len=int(settings["max_sequence_length"]),
-            vocab_size=count_of_ids(vocab_size, rows, tokenizer),
+            # equal to the rows, it may count the padding, as Hugging Face does
+            vocab_size=count_of_ids(vocab_size if vocab_size < rows else None, rows, tokenizer),
             embedding_size=rows,
             rope_theta=float(settings.get("rope_theta") or 10000),
             weight_tying=settings.get("weight_tying") != "false",  # tied by default
