@@ -18,6 +18,7 @@ import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from support.files import Lock, UserError, read_json, run_main, write_json  # before torch
 
 import numpy as np
 import torch
@@ -35,10 +36,9 @@ from corpus.sources import check_data_config, parse_sources
 from corpus.stages import Stages, build_once, in_batches, link_files, ordered_map, written_aside
 from corpus.storage import (DOCUMENT_INDEX, ShardWriter, blocks_of, hash_of_id, read_block,
                             shards_of, store_documents, stored_documents, token_dtype,
-                            vocabulary_of)
+                            tokenizer_digest, vocabulary_of)
 from corpus.token_files import write_token_list
 from corpus.tokenizer import BPE_SAMPLE_CHARS, Tokenizer, tokenizer_at, tokenizer_file, train_bpe
-from support.files import Lock, UserError, read_json, run_main, write_json
 
 SHARD_TOKENS = 2**28  # a shard is closed before the document that would exceed this
 
@@ -249,15 +249,15 @@ class Batches:
 
     def fingerprint(self):
         """What a resumed run must find unchanged: the data, its order and how it is cut."""
-        # the order's own hash: numpy does not promise that another version shuffles the same way
-        order_sha256 = hashlib.sha256(self.order(0)).hexdigest()
+        # of the order too: numpy does not promise that another version shuffles the same way
         return {
             "data_sha256": self.shards.sha256,
+            "tokenizer_sha256": tokenizer_digest(self.shards.folder / "tokenizer.json"),
             "seq_len": self.shards.seq_len,
             "instances": len(self.shards),
             "batch_size": self.batch_size,
             "seed": self.seed,
-            "order_sha256": order_sha256,
+            "order_sha256": hashlib.sha256(self.order(0)).hexdigest(),
         }
 
 
@@ -282,7 +282,7 @@ class TokenShards:
     """
 
     def __init__(self, folder, seq_len):
-        folder = Path(folder)
+        self.folder = folder = Path(folder)
         manifest = read_json(folder / "manifest.json")
         self.seq_len = seq_len
         self.sha256 = manifest["sha256"]
@@ -610,7 +610,7 @@ def main(argv):
         from corpus.trace import main as trace_main  # only here: it imports this file
         return trace_main(argv)
     from train import SCHEMAS  # only here: the keys of train.py, which a config file may hold
-    config, options = load_config(argv, DataConfig, ShowOptions, other=SCHEMAS)
+    config, options = load_config(argv, DataConfig, ShowOptions, siblings=SCHEMAS)
     folder = build_data(config)
     if options.show:
         print_dropped(folder, options.show)

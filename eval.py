@@ -19,6 +19,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
+from support.files import UserError, run_main  # before torch: Ctrl-C is quiet from here
 
 import torch
 
@@ -31,7 +32,6 @@ from support.chat_questions import chat_questions
 from support.cpu import packed_weights
 from support.evaluations import (check_paths, evaluate_every_checkpoint, evaluate_path,
                                  print_samples, split_words)
-from support.files import UserError, run_main
 from support.records import bits_per_byte, dtype_name, evaluation_key, pooled
 from support.report import report
 from support.scoring import length_batches, own_batches, padded, score_requests

@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from scaling.machine import peak_flops
 from scaling.ranks import rank, world_size
-from support.files import UserError, fsync, read_log, to_json
+from support.files import UserError, disk_remedy, read_log, to_json, write_rows
 from support.records import domains_table, tasks_table
 
 
@@ -28,10 +28,7 @@ class Log:
         kept = [row for row in rows if row["step"] <= step and row["kind"] != "end"]
         if torn:
             print(f"{path}: {torn} lines are no complete rows, as a crash leaves them; dropped")
-        aside = run / "metrics.jsonl.tmp"
-        aside.write_text("".join(to_json(row) + "\n" for row in kept))
-        fsync(aside)  # first the content, then the name
-        aside.rename(path)
+        write_rows(path, kept)
         self.file = open(path, "a")
         if tensorboard:
             self.board = open_tensorboard(run / "tensorboard", step)
@@ -46,8 +43,8 @@ class Log:
             self.file.write(to_json(row) + "\n")
             self.file.flush()
         except OSError as error:
-            raise UserError(f"{self.file.name}: could not be written ({error}); free some space, "
-                            "then run the same command again") from None
+            raise UserError(f"{self.file.name}: could not be written ({error}); "
+                            f"{disk_remedy(error)}") from None
         if self.board:
             self.write_tensorboard(kind, row)
 
