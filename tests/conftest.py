@@ -403,6 +403,19 @@ def write_jsonl(path, records):
     return str(path)
 
 
+def write_lines(path, lines):
+    """A JSONL file of values, or of texts as they are; returns its path."""
+    texts = [line if isinstance(line, (str, bytes)) else json.dumps(line) for line in lines]
+    path.write_bytes(b"".join((t.encode() if isinstance(t, str) else t) + b"\n" for t in texts))
+    return path
+
+
+def say(*turns):
+    """Messages of "role: text" strings, the role by its first letter."""
+    roles = {"s": "system", "u": "user", "a": "assistant"}
+    return [{"role": roles[turn[0]], "content": turn[3:]} for turn in turns]
+
+
 def manifest_of(folder):
     return json.loads((folder / "manifest.json").read_text())
 
