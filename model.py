@@ -15,7 +15,6 @@ one letter:
 import hashlib
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from support.files import UserError, run_main  # before torch: Ctrl-C is quiet from here
 
 import torch
@@ -43,7 +42,7 @@ class ModelConfig:
     vocab_size: int = setting(4096, "Ids that the tokenizer knows.")
     # A GPU multiplies fastest where sizes are multiples of 128: OLMo pads 50,280 ids to 50,304.
     embedding_size: int = setting(4096, "Rows V of the embedding: vocab_size, padded for speed.")
-    rope_theta: float = setting(10000.0, "Base of the rotary frequencies.")
+    rope_theta: float = setting(10000.0, "Base of the rotary frequencies.", least=1.0)
     # Sharing one matrix saves OLMo-1B 8 % of its weights; it would save a 7B 3 %.
     weight_tying: bool = setting(False, "Use the embedding as the output head, as OLMo-1B does.")
     # Neither OLMo nor this code has a token for the beginning of a text.
@@ -416,12 +415,10 @@ class KVCache:
         return self.keys[:, :, :end], self.values[:, :, :end]
 
 
-def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, stop_ids=(), seed=0,
-             sync=lambda ids: ids):
+def generate(model, prompts, *arguments, **keywords):
     """The new ids of each list of ids in `prompts`; the arguments are generate_stream's."""
     new = [[] for _ in prompts]
-    for chosen in generate_stream(model, prompts, max_new_tokens, temperature, top_p, stop_ids,
-                                  seed, sync):
+    for chosen in generate_stream(model, prompts, *arguments, **keywords):
         for row, token in chosen.items():
             new[row].append(token)
     return new
@@ -429,13 +426,13 @@ def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, stop_id
 
 @torch.no_grad()
 def generate_stream(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, stop_ids=(),
-                    seed=0, sync=lambda ids: ids):
+                    seed=0, numbers=None, sync=lambda ids: ids):
     """Continue each list of ids in `prompts`; yields {row: its next id} of the rows that go on.
 
     temperature: 0 takes the likeliest id; else ids are drawn from softmax(logits / temperature).
     top_p: draw from the smallest set of ids whose probabilities reach this sum.
     stop_ids: a row ends after one of them (which is yielded), or where its context is full.
-    seed: row i draws from a stream of its own, (seed, i): its neighbours do not change its text.
+    seed: prompt i draws from a stream of its own, (seed, numbers[i]), by default (seed, i).
     sync(ids): makes all ranks take rank 0's ids; one process has nothing to do.
     The weights must not change until the stream ends or is closed.
     Raises UserError for a prompt that fills the context, and for logits that are not finite.
@@ -445,16 +442,14 @@ def generate_stream(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, 
     check_sampling(config, prompts, temperature, top_p)
     B = len(prompts)
     T = max(map(len, prompts))
+    numbers = numbers or range(B)
     # The shortest prompt has the most room: it may grow until it has max_seq_len ids.
     room = config.max_seq_len - min(map(len, prompts))
     capacity = T + min(max_new_tokens, room)
     tokens, visible = pad_left(prompts, capacity, config.pad_token_id, device)
     cache = [KVCache(config, B, capacity, device, model.stream_dtype) for _ in model.blocks]
-    rows = range(B)
-    # torch's CPU generators: a GPU draws the same text as a laptop, as far as the logits agree
-    streams = [torch.Generator().manual_seed(seed * 1_000_003 + row) for row in rows]
-    last = torch.tensor([[row, -1] for row in rows], device=device)  # each row's newest token
-    running = set(rows)
+    last = torch.tensor([[row, -1] for row in range(B)], device=device)  # each row's newest token
+    running = set(range(B))
     for length in range(T, capacity):  # `length` columns are known; the next one is to be chosen
         # The first pass reads the prompts, each later one the newest id of each row.
         attn_mask = None
@@ -463,13 +458,14 @@ def generate_stream(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, 
         logits = model(tokens, attn_mask=attn_mask, cache=cache, positions_wanted=last)  # (B, V)
         # The padding rows of the embedding are no ids: they are never chosen.
         logits = logits[:, :config.vocab_size].float().cpu()
-        check_logits(logits, length - T)  # a NaN would be the likeliest
-        chosen = sync(choose_next(logits, temperature, top_p, streams))
+        new_ids = length - T  # so many came before, whatever the padding
+        check_logits(logits, new_ids)  # a NaN would be the likeliest
+        draws = [uniform(seed, number, new_ids) for number in numbers]
+        chosen = sync(choose_next(logits, temperature, top_p, draws))
         yield {row: chosen[row] for row in sorted(running)}
         # A finished row is still computed; its new ids are ignored.
-        new_ids = length - T + 1
         for row in sorted(running):
-            context_is_full = len(prompts[row]) + new_ids == config.max_seq_len
+            context_is_full = len(prompts[row]) + new_ids + 1 == config.max_seq_len
             if chosen[row] in stop_ids or context_is_full:
                 running.remove(row)
         if not running:
@@ -493,10 +489,9 @@ def pad_left(prompts, capacity, pad_token_id, device):
     Padding is on the left, so that the last column is every row's newest token. RoPE sees
     distances alone: rows that begin late compute what they would compute without padding.
     """
-    B = len(prompts)
     T = max(map(len, prompts))
-    tokens = torch.full((B, T), pad_token_id)
-    visible = torch.ones(B, capacity, dtype=torch.bool)
+    tokens = torch.full((len(prompts), T), pad_token_id)
+    visible = torch.ones(len(prompts), capacity, dtype=torch.bool)
     for row, prompt in enumerate(prompts):
         begin = T - len(prompt)
         tokens[row, begin:] = torch.tensor(prompt)
@@ -516,8 +511,14 @@ def padded_mask(visible, start):
     return (causal & visible[:, None, None, :]) | itself
 
 
-def choose_next(logits, temperature, top_p, streams):
-    """One id a row of float32 `logits` (B, V); row i draws from the generator streams[i]."""
+def uniform(seed, number, position):
+    """The draw, in [0, 1), at a position of stream (seed, number); a hash: no two streams meet."""
+    digest = hashlib.sha256(f"{seed} {number} {position}".encode()).digest()
+    return int.from_bytes(digest[:3], "big") / 2**24
+
+
+def choose_next(logits, temperature, top_p, draws):
+    """One id a row of float32 `logits` (B, V); draws: a number in [0, 1) for each row."""
     if temperature == 0:
         return logits.argmax(-1).tolist()
     # Shifted first, as a large logit over a small temperature overflows.
@@ -529,8 +530,7 @@ def choose_next(logits, temperature, top_p, streams):
     nucleus_mass = mass.gather(1, nucleus_size - 1)
     # Each id owns a slice of [0, nucleus_mass) as wide as its probability. A uniform random number
     # chooses the id whose slice it falls into.
-    draws = torch.stack([torch.rand(1, generator=stream) for stream in streams])
-    place = (mass <= draws * nucleus_mass).sum(-1, keepdim=True)
+    place = (mass <= torch.tensor(draws)[:, None] * nucleus_mass).sum(-1, keepdim=True)
     place = torch.minimum(place, nucleus_size - 1)  # a draw may round up to nucleus_mass
     return ids.gather(1, place).squeeze(1).tolist()
 
@@ -544,7 +544,7 @@ def main(argv):
     if argv[:1] != ["export"] or len(argv) != 3:
         raise UserError(f"{' '.join(argv) or 'no command'}: the form is export RUN OUT")
     from support.weights import export  # only here: nothing above needs a file format
-    export(Path(argv[1]), Path(argv[2]))
+    export(*argv[1:])
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from configs import load_config, setting
 from corpus.funnel import print_table
 from corpus.storage import held_out_files
 from corpus.trace import places_of_step
-from data import Batches, DataConfig, TokenShards, build_data
+from data import Batches, DataConfig, TokenShards
 from eval import EvalConfig, evaluate, sample_text
 from model import ModelConfig, OLMo, init_weights, next_token_loss
 from scaling.checkpoint import create_state
@@ -35,6 +35,7 @@ from scaling.ranks import (agree_on_machine, launched, on_all_ranks, on_rank0, r
                            setup_distributed, world_size)
 from scaling.run import Run, deadline_after
 from scaling.sharding import full_tensor, own_part, shard_model, sync_gradients
+from scaling.start import data_for_run
 from support.tasks import check_suites, open_suites
 from support.vocabulary import open_tokenizer
 
@@ -46,7 +47,7 @@ class TrainConfig:
 
     # the run
     run_dir: str = setting("runs/tiny", "Directory of the run, on a disk that all nodes see.")
-    resume: str = setting("", "Continue the run in this directory; its config is used.")
+    resume: str = setting("", "Continue this run, with its config; in another run_dir, a fork.")
     overwrite: bool = setting(False, "Delete the run that is in run_dir and begin at step 1.")
     accept_changes: bool = setting(False, "Continue although config or data differ; prints how.")
     start_from: str = setting(
@@ -83,7 +84,7 @@ class TrainConfig:
     eps: float = setting(1e-5, "AdamW's epsilon; OLMo's is 1e-5.")
     grad_clip: float = setting(1.0, "Largest L2 norm of the whole gradient; 0 does not clip.")
     grad_clip_warmup_steps: int = setting(
-        0, "For steps 2..N+1 the clip limit is larger (OLMo-7B: N = 1000); 0 is off.")
+        0, "For steps 2..N+1 the clip limit is larger (OLMo-7B-Twin: N = 1000); 0 is off.")
     grad_clip_warmup_factor: float = setting(10.0, "The factor of that larger clip limit.")
     not_finite: Literal["stop", "skip"] = setting(
         "stop", "What to do with a step whose loss or gradient is not finite; it is logged.")
@@ -131,9 +132,9 @@ def train(model_config, data_config, eval_config, config):
     settings = saved_settings(model_config, data_config, eval_config, config)
     dtype, compiled = agree_on_machine(config, settings, device)
 
-    # The data: text -> tokens -> the batch of any step. Rank 0 builds it, the others wait.
+    # The data: text -> tokens -> the batch of any step. Rank 0 calls build_data, the others wait.
     on_rank0(partial(check_suites, eval_config))  # a misspelt suite is an error now, not in hours
-    folder = on_rank0(partial(build_data, data_config), patience=timedelta(days=2))
+    folder = on_rank0(partial(data_for_run, config, data_config), patience=timedelta(days=2))
     print_table(folder)
     tokenizer = open_tokenizer(folder / "tokenizer.json", model_config)
     shards = TokenShards(folder, model_config.max_seq_len)
@@ -262,8 +263,8 @@ def lr_at_step(step, config):
 def clip_at_step(step, config):
     """The limit of the gradient's norm at a step; math.inf where nothing is clipped.
 
-    # subtle: OLMo-7B was to have ten times the limit in its first N steps. Official OLMo sets the
-    # limit after it has clipped, so the rule took effect one step late: in steps 2..N+1.
+    # subtle: OLMo-7B's twin on LUMI was to have ten times the limit in its first N steps. Official
+    # OLMo sets the limit after it has clipped, so the rule took effect a step late: 2..N+1.
     """
     limit = config.grad_clip or math.inf
     if 2 <= step <= config.grad_clip_warmup_steps + 1 and config.grad_clip_warmup_steps > 0:
@@ -367,7 +368,6 @@ def sample_at_the_end(run, model, tokenizer, eval_config):
 
 
 # ---- The command ---------------------------------------------------------------------------------
-
 
 @on_all_ranks
 def main(argv):

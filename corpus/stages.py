@@ -28,7 +28,7 @@ from corpus.rules import DEDUPLICATIONS
 from corpus.storage import hash_of
 from corpus.token_files import listed_token_files
 from corpus.tokenizer import tokenizer_file
-from support.files import Lock, UserError, file_sha256, fsync
+from support.files import Lock, UserError, file_sha256, fsync, fsync_all, link_or_copy
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH_BYTES = 2**19  # of records that a worker receives at a time
@@ -193,8 +193,7 @@ def written_aside(folder):
     try:
         aside.mkdir(parents=True)
         yield aside
-        for path in (*aside.rglob("*"), aside):
-            fsync(path)  # first the contents, then the name: a power cut leaves no empty files
+        fsync_all(aside)  # first the contents, then the name: a power cut leaves no empty files
         aside.rename(folder)  # one step for the file system: there or not there
         fsync(folder.parent)
     finally:
@@ -208,10 +207,7 @@ def link_files(stage, folder):
             continue
         target = folder / file.relative_to(stage)
         target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(file, target)  # a second name for the same bytes
-        except OSError:
-            shutil.copy(file, target)
+        link_or_copy(file, target)
 
 
 # ---- Worker processes -----------------------------------------------------------------------

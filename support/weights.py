@@ -202,6 +202,7 @@ def export(path, out):
 
     The tokenizer.json of the run goes with it, and after adapt.py the template of chats.
     """
+    out = Path(out)
     refuse_existing(out)  # before the long part
     model = load_model(path)
     home = run_of(path)

@@ -154,8 +154,8 @@ def test_train_names_the_options_that_it_takes(tmp_path, sources, call, refused)
     words = ["configs/tiny.py", f"--sources={sources}", f"--data_dir={tmp_path}/data",
              "--tokenizer=bpe:320", f"--run_dir={tmp_path}/run", "--max_steps=1",
              "--d_model=32", "--n_layers=1", "--n_heads=2", "--mlp_hidden_size=48",
-             "--max_seq_len=32", "--batch_size=2", "--compile=false", "--embedding_size=300", "--vocab_size=300",
-             "--eos_token_id=1", "--pad_token_id=2"]
+             "--max_seq_len=32", "--batch_size=2", "--compile=false",
+             "--embedding_size=300", "--vocab_size=300", "--eos_token_id=1", "--pad_token_id=2"]
     line = refused(call(train, *words), "vocab_size", "eos_token_id", "pad_token_id")
     options = [word for word in line.split() if word.startswith("--")]
     assert len(options) == 4
