@@ -19,6 +19,8 @@ from corpus.tokenizer import EOS, PAD, SPACE_RUNS, Tokenizer, train_bpe
 from data import render_chat
 from support.weights import load_model, save_hf
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
 TEXTS = ["the quick brown fox jumps over the lazy dog again and again, and the dog sleeps " * 9]
 IDS = dict(vocab_size=300, embedding_size=320, eos_token_id=299, pad_token_id=298)
 
