@@ -1,5 +1,6 @@
 """What tests share: a tiny corpus, config and run; ways to start commands, and to read a run."""
 
+import contextlib
 import gzip
 import hashlib
 import itertools
@@ -315,8 +316,11 @@ def is_running(process):
 
 def children_of(pid):
     """The ids of a process's children. torchrun's ranks each lead a session of their own."""
-    return [int(child) for task in Path(f"/proc/{pid}/task").iterdir()
-            for child in (task / "children").read_text().split()]
+    children = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended
+            children += map(int, (task / "children").read_text().split())
+    return children
 
 
 def forked(log, main, *words, env=None, before=lambda: None):
