@@ -577,10 +577,10 @@ def render_chat(messages, tokenizer, reply=False):
     """Returns (ids, trained): the token ids of a chat, and for each whether the loss counts it.
 
     messages: [{role: system, user or assistant, content}]. Trained are the assistant's content and
-    the EOS after it. The template is Tulu's and OLMo's (paper, section 4.3; Open Instruct): EOS in
-    place of a BOS; then for each message `<|role|>`, a newline, the stripped content, EOS if it is
-    an assistant's, and a newline; no newline after the last EOS. reply=True ends with the header
-    of the answer to be generated.
+    the EOS after it; weight=0 beside them leaves both out. The template is Tulu's and OLMo's
+    (paper, section 4.3; Open Instruct): EOS in place of a BOS; then for each message `<|role|>`, a
+    newline, the stripped content, EOS if it is an assistant's, and a newline; no newline after the
+    last EOS. reply=True ends with the header of the answer to be generated.
     """
     ids = [tokenizer.eos_token_id]
     trained = [False]  # the model learns to answer, not to write the user's part
@@ -593,12 +593,12 @@ def render_chat(messages, tokenizer, reply=False):
     # same ids as encoding the joined string: no token spans a newline next to stripped text.
     for i, message in enumerate(messages):
         is_assistant = message["role"] == "assistant"
-        is_last = i == len(messages) - 1
+        is_trained = is_assistant and message.get("weight", 1) > 0
         add(tokenizer.encode(f"<|{message['role']}|>\n"))
-        add(tokenizer.encode(message["content"].strip()), train=is_assistant)
+        add(tokenizer.encode(message["content"].strip()), train=is_trained)
         if is_assistant:
-            add([tokenizer.eos_token_id], train=True)  # trained: the model must learn to stop
-        if not is_assistant or reply or not is_last:  # no newline after the chat's last EOS
+            add([tokenizer.eos_token_id], train=is_trained)  # the model must learn to stop
+        if not is_assistant or reply or i < len(messages) - 1:  # none after the chat's last EOS
             add(tokenizer.encode("\n"))
     if reply:
         add(tokenizer.encode("<|assistant|>\n"))

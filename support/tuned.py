@@ -13,10 +13,10 @@ from data import DataConfig
 from scaling.directory import resumed_argv
 from scaling.machine import choose_micro_batch
 from scaling.ranks import world_size
-from support.chats import sequences_of
 from support.config_text import read_assignments
 from support.files import UserError
 from support.records import domains_table, tasks_table
+from support.rows import sequences_of
 from support.talk import harmless
 
 
