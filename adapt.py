@@ -188,13 +188,13 @@ def encode_example(messages, tokenizer, max_seq_len, place, counts, answer_only=
 
     answer_only: train the last message alone, as the two sides of a preference differ in no other.
     """
-    # Only answers are trained: the model must learn to answer questions, not to ask them. An EOS
-    # is trained with each answer, or the model would never learn to stop.
+    # Only answers are trained, each with its EOS, so that the model learns to answer and to stop.
+    # DIFFERS FROM OLMo: Open Instruct with add_bos also trains the line break before each answer.
     ids, trained = render_chat(messages, tokenizer)
     before, _ = render_chat(messages[:-1], tokenizer, reply=True)
     prompt = len(before)  # the ids up to and with the header `<|assistant|>` of the last answer
     if answer_only:
-        trained[:prompt] = [False] * prompt
+        trained[:prompt] = [False] * prompt  # DIFFERS FROM OLMo: Open Instruct sums all answers
 
     # A chat that is too long is cut on the right, so that what remains keeps its context
     cut = len(ids) > max_seq_len

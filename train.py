@@ -301,9 +301,9 @@ def train_step(model, optimizer, micro_batches, loss_fn, lr, max_norm):
     Raises FloatingPointError on every rank, before the weights change, if the loss or the
     gradient is not finite.
     """
-    # 1) The count of targets is known before the forward. Each part is divided by the count of all
-    #    of them, so every token weighs the same. (A mean of the micro-batches' means would give
-    #    the tokens of short answers a larger weight; many trainers had this bug.)
+    # 1) All parts are divided by the count of targets in the step, so every token weighs the same.
+    # DIFFERS FROM OLMo: in Open Instruct's mean of means, tokens of short answers weigh more.
+    # DIFFERS FROM OLMo: its 1.0 models had this loss; since v0.4.0 it divides by T, not by T - 1.
     count = global_count(micro_batches)
 
     # 2) Forward and backward, one micro-batch at a time. Gradients add up in parameter.grad.
