@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from conftest import PATIENCE_S
 from adapt import AdaptConfig
 from configs import load_config
 from corpus.rules import DEDUPLICATIONS, RULES
@@ -119,7 +120,8 @@ def run(tmp_path):
     def start(words):
         if words[0] == "torchrun":
             done = subprocess.run([sys.executable, "-m", "torch.distributed.run", *words[1:]],
-                                  stderr=subprocess.STDOUT, timeout=300, **options)
+                                  stderr=subprocess.STDOUT, timeout=PATIENCE_S,
+                                  **options)
             return done.returncode, done.stdout
         assert words[0] == "python", words
         server.stdin.write(json.dumps(words[1:]) + "\n")
