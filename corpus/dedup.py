@@ -7,7 +7,8 @@ from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 
-from corpus.documents import as_document, input_ages, parse, read_records, warn
+from corpus.documents import as_document, parse, read_records, warn
+from corpus.inputs import input_ages
 from corpus.rules import DEDUPLICATIONS, WORD, Drop, keep_parts
 from support.files import UserError
 

@@ -22,7 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from corpus.dedup import evaluation_sets
-from corpus.documents import ages_of, input_ages
+from corpus.inputs import ages_of, input_ages
 from corpus.rules import DEDUPLICATIONS
 from corpus.storage import hash_of
 from corpus.token_files import listed_token_files
@@ -35,8 +35,9 @@ BATCH_BYTES = 2**19  # of records that a worker receives at a time
 # The files whose code decides what a stage contains.
 STAGE_FILES = {
     "clean": ("data.py", "corpus/dedup.py", "corpus/documents.py", "corpus/funnel.py",
-              "corpus/questions.py", "corpus/rules.py", "corpus/sources.py", "corpus/stages.py",
-              "corpus/stdlib.py", "corpus/storage.py", "corpus/tokenizer.py"),
+              "corpus/inputs.py", "corpus/questions.py", "corpus/rules.py", "corpus/sources.py",
+              "corpus/stages.py", "corpus/stdlib.py", "corpus/storage.py", "corpus/tokenizer.py",
+              "support/files.py"),
     "tokens": ("data.py", "corpus/stages.py", "corpus/storage.py", "corpus/tokenizer.py"),
     "mix": ("data.py", "corpus/manifest.py", "corpus/storage.py"),
     "token files": ("corpus/storage.py", "corpus/token_files.py", "corpus/tokenizer.py"),
@@ -45,6 +46,8 @@ STAGE_FILES = {
 # A change there rebuilds nothing.
 NOT_BUILDING = ("DataConfig", "Batches", "TokenShards", "instance_order", "check_world_size",
                 "check_size", "render_chat", "main")
+# And what of support/files.py does: it reads text and JSON, and has much to do besides.
+READING = ("decoded", "other_encoding", "parsed_json", "object_of", "is_too_deep")
 
 
 class Stages:
@@ -138,6 +141,11 @@ def clean_settings(config, source):
     sets = evaluation_sets(config, source)
     if sets:
         settings["decontaminate"] = sets
+    # only where they are set, so that other sources keep the documents they have
+    if source.separator:
+        settings["separator"] = source.separator
+    if source.text != "text":
+        settings["text"] = source.text
     if "language" in source.rules:
         settings["language"] = config.language_scorer
     if "content" in source.rules:
@@ -164,10 +172,12 @@ def building_code(stage):
     """
     code = []
     for file in STAGE_FILES[stage]:
-        tree = ast.parse((ROOT / file).read_text())
+        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
         if file == "data.py":
             tree.body = [node for node in tree.body
                          if getattr(node, "name", "") not in NOT_BUILDING]
+        if file == "support/files.py":
+            tree.body = [node for node in tree.body if getattr(node, "name", "") in READING]
         code.append(ast.unparse(tree))  # the code without its comments and layout
     return hash_of(code)
 
