@@ -188,8 +188,8 @@ class Batches:
     r + world_size, r + 2 world_size, ... of the slice. The last N mod G instances of the order
     are not used in that epoch.
 
-    Each epoch's order is computed once, written to `order_dir` and memory-mapped by all ranks; where
-    `order_dir` may only be read, each process computes it and holds it in memory.
+    Each epoch's order is computed once, written to `order_dir` and memory-mapped by all ranks. A
+    process that may only read `order_dir` holds the order in memory.
     Raises UserError for a corpus that is smaller than one batch.
     """
 

@@ -10,12 +10,11 @@ import ast
 import dataclasses
 import difflib
 import inspect
-import json
 import sys
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
-from support.files import UserError
+from support.files import UserError, read_json, read_text
 
 ROOT = Path(__file__).resolve().parent.parent  # the repository
 
@@ -88,12 +87,8 @@ def read_config_file(path, fields, known):
 
 def read_saved_config(path, fields):
     """The same for a run's config.json. It may be of another version: unknown keys are ignored."""
-    try:
-        saved = dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: not a JSON object ({error})") from None
     values = {}
-    for key, value in saved.items():
+    for key, value in read_json(path).items():
         if key in fields:
             values[key] = checked(fields[key], value, f"{path}: ")
     return values
@@ -105,11 +100,11 @@ def read_assignments(path):
     The file is parsed, and each value must be a literal; any other code is a UserError.
     """
     try:
-        statements = ast.parse(path.read_text(), str(path)).body
+        statements = ast.parse(read_text(path), str(path)).body
     except SyntaxError as error:
         raise UserError(f"{path}:{error.lineno}: {error.msg}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error})") from None
+    except (ValueError, RecursionError, MemoryError) as error:  # NUL bytes, a deep expression
+        raise UserError(f"{path}: not a config file ({error})") from None
     for statement in statements:
         if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
             continue  # the docstring
@@ -117,7 +112,7 @@ def read_assignments(path):
             [target] = statement.targets
             value = ast.literal_eval(statement.value)  # numbers, strings, dicts: never a call
             yield statement.lineno, target.id, value
-        except (AttributeError, ValueError, TypeError):
+        except (AttributeError, ValueError, TypeError, RecursionError):
             raise UserError(f"{path}:{statement.lineno}: a config file holds only lines of the "
                             "form `key = value`, and the value must be a literal") from None
 
@@ -150,7 +145,7 @@ def parse(text, kind):
             return kind(text)
         if get_origin(kind) is dict:
             return ast.literal_eval(text)
-    except (KeyError, ValueError, SyntaxError, TypeError):
+    except (KeyError, ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         return text
     if get_origin(kind) is Literal:
         return text.lower()

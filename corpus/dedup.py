@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from corpus.documents import as_document, parse, read_records, warn
-from corpus.inputs import input_ages
+from corpus.inputs import input_digests
 from corpus.rules import DEDUPLICATIONS, WORD, Drop, keep_parts
 from support.files import UserError
 
@@ -193,14 +193,14 @@ def evaluation_paragraphs(sets):
 
 
 def evaluation_sets(config, source):
-    """((name, path, ages of its files), ...) of the sets that a source must not hold."""
+    """((name, path, digests of its files), ...) of the sets that a source must not hold."""
     for name, path in config.decontaminate.items():
         if not Path(path).exists():
             raise UserError(f"decontaminate: {name}: {path}: no such file or folder; put it there "
                             "or leave it out")
     if "code_extension" in source.rules:  # code is exempt (Dolma, Paloma)
         return ()
-    return tuple((name, path, tuple(input_ages(path)))
+    return tuple((name, path, tuple(input_digests(path, config.data_dir)))
                  for name, path in config.decontaminate.items())
 
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from corpus.inputs import (JSON_SUFFIXES, Truncated, ages_of, input_files, read_lines,
-                           read_parts)
+from corpus.source_files import (JSON_SUFFIXES, Truncated, ages_of, input_files, read_lines,
+                                 read_parts)
 from corpus.stdlib import stdlib_documents
 from support.files import UserError, decoded, json_type, parsed_json
 

@@ -4,6 +4,7 @@
     data_dir/stages/tokenizer-HASH/         tokenizer.json
     data_dir/stages/tokens-SOURCE-HASH/     the shards of a source
     data_dir/HASH/                          hard links to all of these, and manifest.json
+    data_dir/inputs.json                    the input files' digests (corpus/inputs.py)
 """
 
 import ast
@@ -22,7 +23,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from corpus.dedup import evaluation_sets
-from corpus.inputs import ages_of, input_ages
+from corpus.inputs import input_digests, state_of
 from corpus.rules import DEDUPLICATIONS
 from corpus.storage import hash_of
 from corpus.token_files import listed_token_files
@@ -35,9 +36,9 @@ BATCH_BYTES = 2**19  # of records that a worker receives at a time
 # The files whose code decides what a stage contains.
 STAGE_FILES = {
     "clean": ("data.py", "corpus/dedup.py", "corpus/documents.py", "corpus/funnel.py",
-              "corpus/inputs.py", "corpus/questions.py", "corpus/rules.py", "corpus/sources.py",
-              "corpus/stages.py", "corpus/stdlib.py", "corpus/storage.py", "corpus/tokenizer.py",
-              "support/files.py"),
+              "corpus/questions.py", "corpus/rules.py", "corpus/source_files.py",
+              "corpus/sources.py", "corpus/stages.py", "corpus/stdlib.py", "corpus/storage.py",
+              "corpus/tokenizer.py", "support/files.py"),
     "tokens": ("data.py", "corpus/stages.py", "corpus/storage.py", "corpus/tokenizer.py"),
     "mix": ("data.py", "corpus/manifest.py", "corpus/storage.py"),
     "token files": ("corpus/storage.py", "corpus/token_files.py", "corpus/tokenizer.py"),
@@ -54,7 +55,7 @@ class Stages:
     """The folders of the stages that build the data of `config`.
 
     The name of each ends with the hash of everything that its content depends on: settings, input
-    files (name, size, time of change) and code. So a change rebuilds what depends on it, and only
+    files (name and content) and code. So a change rebuilds what depends on it, and only
     that: another tokenizer leaves the clean documents, another weight leaves everything but the
     mix. `folder` is that of the built data; `settings` is what its name is the hash of.
     """
@@ -65,10 +66,12 @@ class Stages:
         if config.token_files:
             # their bytes are not hashed: Dolma's have terabytes
             files = listed_token_files(config.token_files)
-            self.settings = {"code": building_code("token files"), "token_files": ages_of(files)}
+            ages = [(str(file), *state_of(file)) for file in files]
+            self.settings = {"code": building_code("token files"), "token_files": ages}
         else:
             sources = config.parse_sources()
-            weights = [(source.name, source.weight) for source in sources]
+            # the path is in the manifest: text that has moved is mixed again, and not cleaned again
+            weights = [(source.name, source.weight, source.path) for source in sources]
             self.settings = {
                 "code": building_code("mix"),
                 "clean": {source.name: clean_settings(config, source) for source in sources},
@@ -132,7 +135,7 @@ def print_wait(holder):
 
 def clean_settings(config, source):
     """Everything that the clean documents of a source depend on."""
-    settings = {"path": source.path, "rules": source.rules, "inputs": input_ages(source.path),
+    settings = {"rules": source.rules, "inputs": input_digests(source.path, config.data_dir),
                 "eval_share": config.eval_share, "allow_truncated": config.allow_truncated,
                 "code": building_code("clean")}
     # only what this source uses: a change of the rest keeps its documents

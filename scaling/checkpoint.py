@@ -4,12 +4,13 @@ Reading one runs no code from it. DCP's metadata is a pickle, so an unpickler of
 plain records alone; a tensor's file holds nothing else.
 """
 
+import errno
 import hashlib
 import json
 import pickle
 import shutil
 import warnings
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -43,13 +44,29 @@ def step_of(path):
 
 
 def newest_step(run, digests=True):
-    """Returns (path, state) of a run's newest good step; damaged ones are named and skipped."""
+    """Returns (path, state) of a run's newest good step; others are named and passed over.
+
+    Raises UserError if none is good: an Unreadable one if the files of a step are whole.
+    """
+    unreadable = None
     for path in reversed(step_directories(run)):
         try:
-            return path, verify_step(path, digests)
+            state = verify_step(path, digests)
+            SafeReader(str(path)).read_metadata()
+            return path, state
+        except Unreadable as error:
+            writer = f"torch {state.get('torch', 'of another version')}"
+            unreadable = unreadable or f"{error}; {writer} wrote it: try that version"
+            print(f"warning: {error}; this step is passed over")
         except UserError as error:
-            print(f"warning: {error}; trying the step before it")
+            print(f"warning: {error}; this step is passed over")
+    if unreadable:
+        raise Unreadable(f"{run}: has no step that can be read: {unreadable}")
     raise UserError(f"{run}: has no undamaged step directory")
+
+
+class Unreadable(UserError):
+    """A step whose files are as they were written, but which this code cannot read."""
 
 
 # ---- Checking ------------------------------------------------------------------------------------
@@ -57,7 +74,8 @@ def newest_step(run, digests=True):
 def verify_step(path, digests=True):
     """The state.json of a step directory, after a check of every file's size and SHA-256.
 
-    digests=False checks the sizes only. Raises UserError that names the damaged file.
+    digests=False checks the sizes only. Raises UserError that names the damaged file. A file that
+    the user may not read is no damage: that stays a PermissionError.
     """
     state = read_json(path / "state.json")
     if state.get("sha256") != state_digest(state):
@@ -70,9 +88,19 @@ def verify_step(path, digests=True):
             raise UserError(f"{file}: missing from this checkpoint")
         if file.stat().st_size != expected["size"]:
             raise UserError(f"{file}: damaged, {file.stat().st_size} bytes, not {expected['size']}")
-        if digests and file_sha256(file) != expected["sha256"]:
+        if digests and read_sha256(file) != expected["sha256"]:
             raise UserError(f"{file}: damaged, its SHA-256 differs")
     return state
+
+
+def read_sha256(file):
+    """A file's SHA-256; UserError where the disk cannot read it any more."""
+    try:
+        return file_sha256(file)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        raise UserError(f"{file}: damaged, the disk cannot read it ({error})") from None
 
 
 def state_digest(state):
@@ -99,9 +127,8 @@ class SafeUnpickler(pickle.Unpickler):
     """Unpickles only what DCP writes into `.metadata`: records of names, shapes and dtypes."""
 
     ALLOWED = {
-        "torch": {"Size", "float32", "float64", "bfloat16", "int64"},
+        "torch": {"Size"},
         "torch.serialization": {"_get_layout"},
-        "pathlib": {"PosixPath"}, "pathlib._local": {"PosixPath"},
         "torch.distributed.checkpoint.metadata": {
             "Metadata", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
             "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING", "BytesStorageMetadata"},
@@ -109,6 +136,12 @@ class SafeUnpickler(pickle.Unpickler):
     }
 
     def find_class(self, module, name):
+        # Where the step was written, which nobody reads. The class is pathlib._local.PosixPath in
+        # Python 3.13 and pathlib.PosixPath before and after it; a pure one exists everywhere.
+        if module in ("pathlib", "pathlib._local") and name in ("PosixPath", "WindowsPath"):
+            return PurePosixPath
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
         if name not in self.ALLOWED.get(module, ()):
             raise UserError(f"it names {module}.{name}, which no checkpoint needs")
         return super().find_class(module, name)
@@ -124,11 +157,13 @@ class SafeReader(dcp.FileSystemReader):
                 metadata = SafeUnpickler(stream).load()
             if not isinstance(metadata, Metadata):
                 raise UserError(f"it holds {type(metadata).__name__}")
+        except PermissionError:
+            raise
         except Exception as error:
-            raise UserError(f"{file}: refused, not plain metadata ({error})") from None
+            raise Unreadable(f"{file}: refused, not plain metadata ({error})") from None
         for name, entry in metadata.state_dict_metadata.items():
             if isinstance(entry, BytesStorageMetadata):
-                raise UserError(f"{file}: refused, {name} is pickled bytes, not a tensor")
+                raise Unreadable(f"{file}: refused, {name} is pickled bytes, not a tensor")
         return metadata
 
 

@@ -12,7 +12,7 @@ import socket
 from pathlib import Path
 
 from configs import flat
-from scaling.checkpoint import newest_step, step_directories, step_of, verify_step
+from scaling.checkpoint import Unreadable, newest_step, step_directories, step_of, verify_step
 from scaling.ranks import gather, rank
 from support.files import Lock, UserError, log_rows, read_json, write_json
 
@@ -77,11 +77,13 @@ def find_start(config, settings, fingerprint, free_keys):
         return start_new(config, fingerprint)
     try:
         step, saved = newest_step(run, config.verify == "sha256")
+    except Unreadable:
+        raise
     except UserError as error:
         raise UserError(f"{error}; --overwrite starts the run again from step 1") from None
     check_settings(run, saved, settings, config, free_keys)
     check_data(run, saved, fingerprint, config)
-    set_damaged_aside(run, step)
+    set_aside(run, step)
     return step, continued_state(saved, fingerprint)
 
 
@@ -99,7 +101,7 @@ def overwrite(run, start_from):
 def clear(run):
     """Delete what a run writes, and nothing else that may lie in its directory."""
     folders = [*step_directories(run)]
-    for pattern in ("step*.tmp", "damaged-step*", "tensorboard"):
+    for pattern in ("step*.tmp", "damaged-step*", "unread-step*", "tensorboard"):
         folders += run.glob(pattern)
     for folder in folders:
         shutil.rmtree(folder)
@@ -161,13 +163,14 @@ def accept(changes, config, accepted, refused, remedy):
         raise UserError(f"{refused} ({'; '.join(changes)}); {remedy}")
 
 
-def set_damaged_aside(run, step):
-    """Rename the damaged steps after `step`: the run will save those steps again."""
+def set_aside(run, step):
+    """Rename the steps after `step`, which were passed over: the run will save them again."""
     for path in step_directories(run):
         if step_of(path) > step_of(step):
-            aside = run / f"damaged-{path.name}"
+            aside = run / f"unread-{path.name}"
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
+            print(f"{path}: kept as {aside.name}, because the run takes these steps again")
 
 
 def lacks_evaluation(run, step):

@@ -50,6 +50,8 @@ def read_bytes(path):
     """A file's content; UserError if it cannot be read."""
     try:
         return Path(path).read_bytes()
+    except PermissionError:  # the file may be good: nobody is to take it for a damaged one
+        raise
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 

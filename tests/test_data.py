@@ -33,7 +33,7 @@ from corpus.storage import (DocumentWriter, ShardWriter, token_dtype)
 from corpus.tokenizer import (EOS, PAD, PII_MARKERS, SPACE_RUNS, Tokenizer, tokenizer_spec,
                               train_bpe)
 from data import Batches, DataConfig, TokenShards, build_data, write_shards
-from support.files import Lock, UserError
+from support.files import Lock, UserError, file_sha256
 
 ROOT = Path(data.__file__).resolve().parent
 SOURCES = ("reference", "docstrings", "code")
@@ -64,9 +64,9 @@ def held_out_of(folder, source="main"):
 
 
 def stages_of(data_dir):
-    """The kinds of the finished stages; but for built folders a data_dir holds nothing else."""
+    """The kinds of the finished stages; a data_dir holds built folders and three more entries."""
     left = [file.name for file in data_dir.iterdir() if not (file / "manifest.json").is_file()]
-    assert sorted(left) == [".lock", "stages"]
+    assert sorted(left) == [".lock", "inputs.json", "stages"]
     names = sorted(file.name for file in (data_dir / "stages").iterdir())
     assert all(re.fullmatch(r".*-[0-9a-f]{12}", name) for name in names), names
     return [name[:-13] for name in names]
@@ -516,6 +516,31 @@ def test_changed_input_makes_another_folder(tmp_path):
     train_bpe(["some words"], 286).save(tokenizer)
     folders.append(build("a"))
     assert len(set(folders)) == 8 and manifest_of(folders[-1])["vocab_size"] == 286
+
+
+def test_a_copy_of_the_input_builds_nothing_again(tmp_path, monkeypatch):
+    """A file's time may change; a folder that has moved is linked again. Each file is read once."""
+    here, read = tmp_path / "in", []
+    write_corpus(here / "deep" / "corpus.jsonl", 20)
+    monkeypatch.setattr("corpus.inputs.file_sha256", lambda file: read.append(file) or
+                        file_sha256(file))
+
+    def build(path):
+        read.clear()
+        folder = build_data(small_config(tmp_path, sources={"main": str(path)}))
+        return folder, ages_of((tmp_path / "built" / "stages").iterdir()), len(read)
+    first = build(here)
+    assert first[2] == 1 and build(here) == (*first[:2], 0)
+    for file in here.rglob("*.jsonl"):
+        os.utime(file, (1, 1))
+    assert build(here) == first
+    (tmp_path / "built" / "inputs.json").write_text('{"torn": [')
+    assert build(here) == first
+    folder, stages, _ = build(here.rename(tmp_path / "moved"))
+    assert stages == first[1] and folder != first[0]
+    moved = manifest_of(folder)
+    assert moved["sha256"] == manifest_of(first[0])["sha256"]
+    assert moved["sources"]["main"]["path"] == str(tmp_path / "moved")
 
 
 @pytest.mark.parametrize("content", ["", '{"text": " "}\n', "junk\n",
