@@ -237,7 +237,7 @@ class Batches:
             return self.orders[epoch]
         n = len(self.shards)
         path = self.order_dir / f"order-n{n}-seed{self.seed}-epoch{epoch}.bin"
-        self.orders = {epoch: mapped_order(path, partial(instance_order, n, self.seed, epoch), n)}
+        self.orders = {epoch: mapped_order(path, lambda: instance_order(n, self.seed, epoch), n)}
         return self.orders[epoch]
 
     def fingerprint(self):

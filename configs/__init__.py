@@ -99,10 +99,11 @@ def read_assignments(path):
 
     The file is parsed, and each value must be a literal; any other code is a UserError.
     """
+    text = read_text(path)
     try:
-        statements = ast.parse(read_text(path), str(path)).body
+        statements = ast.parse(text, str(path)).body
     except SyntaxError as error:
-        raise UserError(f"{path}:{error.lineno}: {error.msg}") from None
+        raise UserError(f"{path}:{error.lineno or 1}: {error.msg}") from None
     except (ValueError, RecursionError, MemoryError) as error:  # NUL bytes, a deep expression
         raise UserError(f"{path}: not a config file ({error})") from None
     for statement in statements:

@@ -117,7 +117,7 @@ def parsed_json(content, place):
     except RecursionError:
         raise UserError(f"{place}: not JSON that can be read: {TOO_DEEP}") from None
     except json.JSONDecodeError as error:
-        raise UserError(f"{file}:{int(line) + error.lineno - 1}: not JSON ({error.msg} at "
+        raise UserError(f"{file}:{int(line) + error.lineno - 1}: not JSON ({error.msg}, "
                         f"character {error.colno}); correct or delete the line") from None
     except ValueError as error:  # a key that is there twice, a number of 5,000 digits
         raise UserError(f"{place}: not JSON that can be read ({error}); correct or delete the "
