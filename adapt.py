@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal, NamedTuple
+from support.files import UserError, run_main  # before torch: Ctrl-C is quiet from here
 
 import numpy as np
 import torch
@@ -39,7 +40,6 @@ from scaling.ranks import (agree_on_machine, on_all_ranks, on_rank0, rank, setup
                            world_size)
 from scaling.run import READ_PATIENCE, Run, deadline_after
 from support.chats import read_examples, sequences_of
-from support.files import UserError, run_main
 from support.held_out import evaluate_held_out
 from support.models import fill_weights, open_base
 from support.packing import best_fit

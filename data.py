@@ -18,6 +18,7 @@ import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from support.files import UserError, read_json, run_main, write_json  # before torch
 
 import numpy as np
 import torch
@@ -38,7 +39,6 @@ from corpus.storage import (DOCUMENT_INDEX, ShardWriter, blocks_of, hash_of_id, 
                             vocabulary_of)
 from corpus.token_files import write_token_list
 from corpus.tokenizer import BPE_SAMPLE_CHARS, Tokenizer, tokenizer_at, tokenizer_file, train_bpe
-from support.files import UserError, read_json, run_main, write_json
 
 SHARD_TOKENS = 2**28  # a shard is closed before the document that would exceed this
 

@@ -19,19 +19,19 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
+from support.files import UserError, run_main  # before torch: Ctrl-C is quiet from here
 
 import torch
 
 from configs import load_config, setting
-from data import render_chat
 from model import at_least_float32, generate, next_token_loss
 from scaling.checkpoint import run_of
 from scaling.ranks import from_rank0, reduce_sum
 from scaling.sharding import evaluating
+from support.chat_questions import chat_questions
 from support.cpu import packed_weights
 from support.evaluations import (check_paths, evaluate_every_checkpoint, evaluate_path,
                                  print_samples, split_words)
-from support.files import UserError, run_main
 from support.records import bits_per_byte, dtype_name, evaluation_key, pooled
 from support.report import report
 from support.scoring import length_batches, own_batches, padded, score_requests
@@ -230,11 +230,14 @@ def evaluate_task(model, tokenizer, task, batch_tokens=2048, chat=False):
     """
     # 1. A question becomes a group of encoded requests, and its unconditional requests (the same
     #    choices without the question) a second group.
-    groups = [question.choices for question in task.questions]
-    groups += [question.unconditional for question in task.questions]  # the same n, maybe empty
-    encoded = []
-    for group in groups:
-        encoded.append(encode_group(group, tokenizer, model.config.max_seq_len, chat))
+    max_seq_len = model.config.max_seq_len
+    questions = task.questions
+    shortened = 0
+    if chat:
+        questions, shortened = chat_questions(task, tokenizer, max_seq_len)
+    groups = [question.choices for question in questions]
+    groups += [question.unconditional for question in questions]  # the same n, maybe empty
+    encoded = [encode_group(group, tokenizer, max_seq_len) for group in groups]
 
     # 2. Each request gets a score: `score_request` below, computed for all of them together.
     scores = score_requests(model, encoded, batch_tokens)  # (N, 2)
@@ -243,7 +246,7 @@ def evaluate_task(model, tokenizer, task, batch_tokens=2048, chat=False):
                         "or its training diverged: evaluate an earlier step")
 
     # 3. The scores of a question rank its choices; all questions together give an accuracy.
-    n = len(task.questions)
+    n = len(questions)
     sums = {
         "questions": n,
         "correct": Counter(),  # {metric: how many questions rank the right choice first}
@@ -254,13 +257,14 @@ def evaluate_task(model, tokenizer, task, batch_tokens=2048, chat=False):
         "too_long": 0,  # how many of them exceed the context; the three sums leave them out
         "requests": len(scores),
         "cut": 0,  # how many requests exceed the context and lost their beginning
+        "shortened": shortened,  # how many questions lost solved examples for the same reason
     }
     for group in encoded:
         sums["cut"] += sum(request.cut > 0 for request in group)
     scores = scores.split([len(group) for group in groups])  # one (choices, 2) for each group
-    has_unconditional = all(question.unconditional for question in task.questions)
-    for i, question in enumerate(task.questions):
-        count_gold(sums, question, encoded[i], scores[i], chat)
+    has_unconditional = all(question.unconditional for question in questions)
+    for i, question in enumerate(questions):
+        count_gold(sums, question, encoded[i], scores[i])
         unconditional = scores[n + i] if has_unconditional else None
         count_correct(sums, question, encoded[i], scores[i], unconditional)
     sums["correct"] = dict(sums["correct"])
@@ -276,35 +280,25 @@ class Encoded(NamedTuple):
     complete: bool  # whether all of the continuation is scored
 
 
-def encode_group(group, tokenizer, max_seq_len, chat=False):
-    return [encode_request(request, tokenizer, max_seq_len, chat) for request in group]
+def encode_group(group, tokenizer, max_seq_len):
+    return [encode_request(request, tokenizer, max_seq_len) for request in group]
 
 
-def encode_request(request, tokenizer, max_seq_len, chat=False):
-    """The Encoded of a pair of texts (context, continuation).
-
-    chat: the context becomes a user's message, and the continuation the assistant's answer.
-    """
-    context, continuation = request
-    if chat:
-        before, _ = render_chat([{"role": "user", "content": context}], tokenizer, reply=True)
-    else:
+def encode_request(request, tokenizer, max_seq_len):
+    """The Encoded of a pair of texts (context, continuation); the context of a chat is ids."""
+    before, continuation = request
+    if isinstance(before, str):
         # OLMo has no BOS, so nothing precedes a context; an empty one needs an id to predict from.
-        before = tokenizer.encode(context) or [tokenizer.eos_token_id]
+        before = tokenizer.encode(before) or [tokenizer.eos_token_id]
     # The two are encoded separately, as in Catwalk: no token can reach over the border, and all
     # choices of a question have the very same context.
-    after = tokenizer.encode(scored_text(continuation, chat))
+    after = tokenizer.encode(continuation)
     ids = before + after
     # A request that is too long is cut on the left, where it matters least. One id more than the
     # context length is kept, because the last id is predicted and never read.
     kept = ids[-max_seq_len - 1:]
     scored = min(len(after), len(kept) - 1)
     return Encoded(kept, scored, len(ids) - len(kept), scored == len(after))
-
-
-def scored_text(continuation, chat):
-    """Continuations begin with a space, which an assistant's answer does not."""
-    return continuation.strip() if chat else continuation
 
 
 @torch.no_grad()
@@ -326,7 +320,7 @@ def score_request(model, request):
     return log_probs.sum().item(), likeliest.sum().item()
 
 
-def count_gold(sums, question, choices, scores, chat):
+def count_gold(sums, question, choices, scores):
     """Add how well the right continuation is predicted: this moves more smoothly than accuracy."""
     gold = choices[question.label]
     log_prob, likeliest = scores[question.label].tolist()
@@ -335,7 +329,7 @@ def count_gold(sums, question, choices, scores, chat):
         return
     _, continuation = question.choices[question.label]
     sums["gold_nats"] -= log_prob
-    sums["gold_bytes"] += len(scored_text(continuation, chat).encode())
+    sums["gold_bytes"] += len(continuation.encode())
     sums["gold_greedy"] += likeliest == gold.scored
 
 

@@ -16,13 +16,13 @@ import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from support.files import UserError, run_main  # before torch: Ctrl-C is quiet from here
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from configs import setting
-from support.files import UserError, run_main
 
 LAYER_NORM_EPS = 1e-5  # added to the variance, which may be 0
 

@@ -10,12 +10,12 @@ finished; after any other code, run the same command again.
 """
 
 import math
-import os
 from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from typing import Literal
+from support.files import UserError, run_main  # before torch: Ctrl-C is quiet from here
 
 import torch
 
@@ -32,11 +32,10 @@ from scaling.directory import resumed_argv, saved_settings
 from scaling.log import print_results, print_run
 from scaling.machine import choose_micro_batch
 from scaling.plan import PlanConfig, print_plan
-from scaling.ranks import (agree_on_machine, on_all_ranks, on_rank0, rank, reduce_sum,
+from scaling.ranks import (agree_on_machine, launched, on_all_ranks, on_rank0, rank, reduce_sum,
                            setup_distributed, world_size)
 from scaling.run import Run, deadline_after
 from scaling.sharding import full_tensor, own_part, shard_model, sync_gradients
-from support.files import UserError, run_main
 from support.tasks import check_suites, open_suites
 
 # ---- Configuration -------------------------------------------------------------------------------
@@ -395,7 +394,7 @@ def main(argv):
     model_config, data_config, eval_config, config, plan = load_config(argv, *SCHEMAS)
     if not plan.plan:
         return train(model_config, data_config, eval_config, config)
-    if os.environ.get("RANK", "0") == "0":
+    if launched().rank == 0:
         print_plan(model_config, config, plan, build_optimizer)
     return 0
 

@@ -28,7 +28,8 @@ from corpus.rules import DEDUPLICATIONS
 from corpus.storage import hash_of
 from corpus.token_files import listed_token_files
 from corpus.tokenizer import tokenizer_file
-from support.files import Lock, UserError, file_sha256, fsync
+from support.files import UserError, file_sha256, fsync
+from support.lock import Lock
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH_BYTES = 2**19  # of records that a worker receives at a time

@@ -10,7 +10,8 @@ import numpy as np
 
 from corpus.documents import size_of
 from corpus.funnel import why_nothing_is_left
-from support.files import Lock, UserError, file_sha256, write_json
+from support.files import UserError, file_sha256, write_json
+from support.lock import Lock
 
 BLOCK_BYTES = 2**16  # JSON lines compressed together: what is read to get at one document
 FILE_BYTES = 2**30  # a file of clean documents is closed when it is larger (compressed)

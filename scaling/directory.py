@@ -14,7 +14,8 @@ from pathlib import Path
 from configs import flat
 from scaling.checkpoint import Unreadable, newest_step, step_directories, step_of, verify_step
 from scaling.ranks import gather, rank
-from support.files import Lock, UserError, log_rows, read_json, write_json
+from support.files import UserError, log_rows, read_json, write_json
+from support.lock import Lock
 
 # Keys that say what to do this time, not what the run is. They are not saved.
 NOT_SAVED = {"resume", "overwrite", "accept_changes", "stop_after_minutes", "tensorboard", "verify"}
@@ -89,7 +90,7 @@ def find_start(config, settings, fingerprint, free_keys):
 
 def overwrite(run, start_from):
     """Delete the run, unless that would delete more than the user means."""
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0):
         raise UserError("--overwrite with --max-restarts would delete the run at each restart; "
                         "leave out one of them")
     if start_from and Path(start_from).resolve().parent == run.resolve():

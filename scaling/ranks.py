@@ -13,6 +13,7 @@ import textwrap
 import time
 import uuid
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,8 @@ from configs import ROOT
 from scaling.machine import choose_compile, choose_device, choose_dtype, keep_freed_memory
 from support.files import UserError, file_sha256
 
+WAIT_IN_SILENCE_S = 10  # after so long, rank 0 says for which ranks it waits
+ALONE = {"show", "chat", "generate"}  # of adapt.py; several processes would write one file
 ERROR_GRACE_S = 3  # how long a rank other than 0 waits before it prints an error of its own
 
 
@@ -35,6 +38,52 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+# ---- What torchrun says --------------------------------------------------------------------------
+
+class Launch(NamedTuple):
+    """Which of how many processes this one is, over all nodes and on its own."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    ranks_per_node: int = 0  # 0: not said
+
+
+def launched():
+    """The Launch that torchrun describes in the environment; without torchrun it is one process.
+
+    Its variables are read together or not at all: a cluster's script may leave single ones behind.
+    Raises UserError for a part of them, and for values that do not fit together.
+    """
+    wanted = ["RANK", "LOCAL_RANK", "WORLD_SIZE"]
+    if not any(os.environ.get(name) for name in wanted):  # MASTER_ADDR alone tells of no rank
+        return Launch()
+    if os.environ.get("WORLD_SIZE") != "1":
+        wanted += ["MASTER_ADDR", "MASTER_PORT"]
+    found = {name: os.environ[name] for name in wanted if os.environ.get(name)}
+    missing = ", ".join(name for name in wanted if name not in found)
+    if missing:
+        raise wrong_launch(found, f"not {missing}")
+    numbers = {name: value for name, value in found.items() if name != "MASTER_ADDR"}
+    numbers["LOCAL_WORLD_SIZE"] = os.environ.get("LOCAL_WORLD_SIZE") or "0"
+    for name, value in numbers.items():
+        if not value.isdecimal():
+            raise wrong_launch(found, f"{name}={value} is no number")
+    launch = Launch(*(int(numbers[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE",
+                                                      "LOCAL_WORLD_SIZE")))
+    if launch.world_size <= max(launch.rank, launch.local_rank):
+        raise wrong_launch(found, "the ranks of N processes are 0 to N - 1")
+    return launch
+
+
+def wrong_launch(found, fault):
+    """The UserError about torchrun's variables in this environment."""
+    text = ", ".join(f"{name}={value}" for name, value in found.items())
+    unset = " ".join(f"-u {name}" for name in found)
+    return UserError(f"the environment has {text}, but {fault}: torchrun sets them together. Start "
+                     f"several ranks with torchrun, and one process with: env {unset} python ...")
+
+
 # ---- Start and end -------------------------------------------------------------------------------
 
 def setup_distributed(name):
@@ -43,18 +92,23 @@ def setup_distributed(name):
     name: "auto", "cpu", "cuda" or "mps". Raises UserError for more ranks than GPUs.
     """
     device = choose_device(name)
+    launch = launched()
     if device.type == "cuda":
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        if local_rank >= torch.cuda.device_count():
+        if launch.local_rank >= torch.cuda.device_count():
             raise UserError(f"--nproc_per_node is above the {torch.cuda.device_count()} GPUs of "
                             f"{socket.gethostname()}")
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", launch.local_rank)
         torch.cuda.set_device(device)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if launch.world_size > 1:
         if device.type == "mps":
             raise UserError("device=mps works for one process only; use --device=cpu for several")
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=10), **fresh_rendezvous())
+        try:
+            dist.init_process_group(backend, timeout=timedelta(minutes=10), **fresh_rendezvous())
+        except dist.DistError as error:
+            place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise UserError(f"rank {launch.rank} of {launch.world_size} does not reach the others "
+                            f"at {place} ({str(error).splitlines()[0]})") from None
         if rank() > 0:  # only rank 0 prints; the errors of all ranks go to stderr
             sys.stdout = open(os.devnull, "w")
     return device
@@ -83,8 +137,15 @@ def fresh_rendezvous():
 def answer_all_ranks(store, attempt, size, patience_s=1800):
     """On rank 0: tell the attempt's name to each rank that asks, until each confirms it."""
     missing = set(range(1, size))
-    deadline = time.monotonic() + patience_s
-    while missing and time.monotonic() < deadline:
+    began = time.monotonic()
+    is_said = False
+    while missing:
+        waited = time.monotonic() - began
+        if waited > WAIT_IN_SILENCE_S and not is_said:
+            print(f"rank 0 waits for ranks {sorted(missing)}", file=sys.stderr, flush=True)
+            is_said = True
+        if waited > patience_s:
+            raise UserError(f"ranks {sorted(missing)} did not come within {waited / 60:.0f} min")
         for other in sorted(missing):
             if store.check([f"asking {other}"]):
                 asker = store.get(f"asking {other}").decode()
@@ -100,17 +161,21 @@ def on_all_ranks(main):
     """
     @functools.wraps(main)
     def run(argv):
+        own_rank = launched().rank
         try:
+            if launched().world_size > 1 and argv and argv[0] in ALONE:
+                raise UserError(f"{argv[0]} is one process; start it with python, not torchrun")
             code = main(argv)
         except UserError:
             # If rank 0 failed too, it prints the error and torchrun kills this rank within the
             # grace time. If not, this rank must print it.
-            if os.environ.get("RANK", "0") != "0":
+            if own_rank > 0:
                 time.sleep(ERROR_GRACE_S)
             raise
         if dist.is_initialized():
             dist.destroy_process_group()
         return code
+    run.takes_ranks = True  # for run_main: other commands are one process
     return run
 
 
@@ -189,7 +254,7 @@ def agree_on_machine(config, settings, device):
     """
     text = "config: " + ", ".join(f"{key}={value}" for key, value in settings.items())
     print(textwrap.fill(text, width=100, subsequent_indent="  "))
-    ranks_per_node = os.environ.get("LOCAL_WORLD_SIZE") if config.shard == "hybrid" else None
+    ranks_per_node = launched().ranks_per_node if config.shard == "hybrid" else None
     check_agreement({**settings, "code": code_version(), "torch": torch.__version__,
                      "ranks per node": ranks_per_node})
     dtype = choose_dtype(config.dtype, device)

@@ -4,7 +4,6 @@ model.py knows nothing of them. What they need while training (a slice, a sum ov
 """
 
 import functools
-import os
 import sys
 import types
 import warnings
@@ -20,8 +19,9 @@ from torch.utils.checkpoint import (CheckpointPolicy, checkpoint,
                                     create_selective_checkpoint_contexts)
 
 from model import token_losses
-from scaling.ranks import world_size
+from scaling.ranks import launched, world_size
 from support.cpu import PLAIN_AT_MOST, use_fast_attention
+from support.files import UserError
 
 
 # ---- Applied to a new model, in this order -------------------------------------------------------
@@ -119,7 +119,10 @@ def build_mesh(shard, device):
     """The device mesh: all ranks in one row, or for shard="hybrid" one row of ranks per node."""
     if shard == "all":
         return init_device_mesh(device.type, (world_size(),))
-    per_node = int(os.environ["LOCAL_WORLD_SIZE"])
+    per_node = launched().ranks_per_node
+    if not per_node or world_size() % per_node:
+        raise UserError(f"shard=hybrid: {world_size()} ranks, LOCAL_WORLD_SIZE={per_node}: every "
+                        "node must have as many ranks, as torchrun --nproc_per_node=N starts them")
     shape = (world_size() // per_node, per_node)
     return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
 

@@ -1,16 +1,14 @@
-"""JSON, digests, locks, writes that survive a crash, and one-line messages for a user's mistake."""
+"""Text, JSON, digests, writes that survive a crash, and one-line messages for a user's mistake."""
 
 import errno
-import fcntl
 import hashlib
 import json
-import math
 import os
-import socket
+import re
+import signal
 import sys
-import time
-import uuid
 from collections import Counter
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 
@@ -182,89 +180,125 @@ def fsync(path):
         os.close(handle)
 
 
-class Lock:
-    """A lock file that one process holds at a time.
+# ---- A command -----------------------------------------------------------------------------------
 
-    `with Lock(path):` holds it for a block; `lock = Lock(path)` until lock.release() or until the
-    process ends, however it ends: a killed process leaves no lock behind.
+def quiet_while_importing():
+    """Let Ctrl-C end a command of ours at once and without a traceback while torch is imported.
 
-    patience: seconds to wait for another process; after them UserError names that process.
-    on_wait(holder): called once when this process has to wait; holder is the other one's `text`.
-    text: what this process wrote into the file. It is unique, so that a rank on another node can
-    read the file and tell whether it sees the same directory.
-
-    A disk without locks (some network file systems) is reported, and the work goes on.
+    run_main brings Python's own handler back. Nothing is changed for others who import our files.
     """
+    file = getattr(sys.modules["__main__"], "__file__", None) or ""
+    is_ours = Path(file).resolve().parent == Path(__file__).resolve().parent.parent
+    if is_ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    def __init__(self, path, patience=math.inf, on_wait=None):
-        self.text = f"process {os.getpid()} on {socket.gethostname()}, {uuid.uuid4().hex}"
-        # subtle: closing any handle on this file unlocks it, so a holder must not open it again
-        self.file = open(path, "a+")  # "a+": the holder's text must survive that others open it
-        try:
-            self.wait(patience, on_wait)
-        except OSError:
-            print(f"{path}: its disk has no locks; make sure that only one process works there")
-        except BaseException:
-            self.file.close()
-            raise
-        self.file.truncate(0)
-        self.file.write(self.text)
-        self.file.flush()
-        os.fsync(self.file.fileno())
 
-    def wait(self, patience, on_wait):
-        """Try to lock the file until it works; UserError when `patience` seconds have passed."""
-        deadline = time.monotonic() + patience
-        while True:
-            try:
-                # subtle: lockf takes a POSIX lock, which forked workers do not inherit; a worker
-                # that outlives its parent would keep a flock
-                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                self.file.seek(0)
-                holder = self.file.read() or "it left no name"
-            if time.monotonic() >= deadline:
-                folder = Path(self.file.name).parent
-                raise UserError(f"{folder}: another process works there ({holder}); wait until it "
-                                "ends, or choose another directory")
-            if on_wait:
-                on_wait(holder)
-                on_wait = None
-            time.sleep(0.1)
+quiet_since_import = quiet_while_importing()
 
-    def release(self):
-        """Let the next process have the lock."""
-        self.file.close()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.release()
+# What to do first when memory runs out; docs/scale.md has the rest.
+LESS_MEMORY = {"train": "halve --micro_batch_size, or --activation_checkpointing=whole_layer",
+               "adapt": "halve --micro_batch_size (chat, generate: --answer_batch)",
+               "eval": "halve --eval_batch_tokens", "data": "use fewer --workers"}
 
 
 def run_main(main):
     """Run main(argv) and exit with the code that it returns (None is 0).
 
-    A user's mistake or a full disk ends in one line and exit code 1. A bug keeps its traceback.
+    A user's mistake, a full disk or a lack of memory ends in one line and exit code 1. A bug keeps
+    its traceback. Text that cannot be printed fails nothing: see Output.
     """
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)  # 128 + SIGINT, as shells have it
-    except BrokenPipeError:  # the reader of our output has left, as in `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)  # 128 + SIGPIPE
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            sys.exit(f"error: {error}; make room, then run the same command again")
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR):
-            sys.exit(f"error: {error}; it must be a file that you may read and write")
-        raise
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    is_run = getattr(main, "takes_ranks", False)  # train.py and adapt.py (scaling/ranks.py)
+    stdout = Output(sys.stdout)
+    with redirect_stdout(stdout), redirect_stderr(Output(sys.stderr)):
+        code = exit_code(main) if is_run or is_alone() else NOT_ALONE
+        sys.stdout.flush()
+        sys.stderr.flush()
+    if stdout.error and not is_run and not code:  # a run is in its files, a table only here
+        code = f"error: stdout cannot be written ({stdout.error})"
+    sys.exit(code)
 
+
+def exit_code(main):
+    """What main(argv) returns, or the one line about an error that is not a bug."""
+    try:
+        return main(sys.argv[1:])
+    except UserError as error:
+        return f"error: {error}"
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends the clearing up
+        return 130  # 128 + SIGINT, as shells have it
+    except (MemoryError, OSError, RuntimeError) as error:
+        line = about_machine(error)
+        if not line:
+            raise
+        return f"error: {line}"
+
+
+def about_machine(error):
+    """One line about an error whose cause is the machine or the user's rights; else None."""
+    text = str(error)
+    name = type(error).__name__  # torch.OutOfMemoryError; torch is not imported here
+    number = getattr(error, "errno", None)
+    is_memory = isinstance(error, MemoryError) or "OutOfMemory" in name or number == errno.ENOMEM
+    if is_memory or "can't allocate memory" in text:
+        remedy = LESS_MEMORY.get(Path(sys.argv[0]).stem, "use a smaller batch")
+        amount = re.search(r"llocate (\d[\w.]* ?\w+)", text)
+        return f"out of memory{f' (asked for {amount[1]})' if amount else ''}; {remedy}"
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"{error}; make room, then run the same command again"
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR):
+        return f"{error}; it must be a file that you may read and write"
+    return None
+
+
+NOT_ALONE = "error: this command is one process; start it with python, not with torchrun"
+
+
+def is_alone():
+    """False for one of several processes that torchrun started."""
+    by_torchrun = bool(os.environ.get("TORCHELASTIC_RUN_ID"))
+    return not by_torchrun or os.environ.get("WORLD_SIZE", "1") == "1"
+
+
+class Output:
+    """stdout or stderr that never fails: what cannot be printed is lost, and the work goes on.
+
+    A character that the terminal lacks is printed as an escape. After an error of the disk or of
+    the pipe (`... | head`) all that follows is dropped; `error` keeps it, unless it was the pipe's.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")  # None: the shell has closed it (>&-)
+        self.error = None
+        if hasattr(self.stream, "reconfigure"):
+            self.stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text):
+        self.attempt(self.stream.write, text)
+        return len(text)
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def attempt(self, function, *arguments):
+        try:
+            function(*arguments)
+        except BlockingIOError:
+            pass  # a terminal that is slow for a moment: this text is lost
+        except OSError as error:
+            # what follows, and what is still in the buffers, is sent where it does not fail
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            if not isinstance(error, BrokenPipeError):
+                self.error = error
+                print(f"warning: {self.stream.name} cannot be written ({error})", file=sys.stderr)
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+# ---- A log ---------------------------------------------------------------------------------------
 
 def log_rows(run, name="metrics.jsonl"):
     """Yields the rows (dicts) of a run's log. A line that a crash cut short is skipped."""

@@ -106,6 +106,10 @@ def tasks_table(results):
             lines.append(f"{name}: {row['cut']:,} of {row['requests']:,} requests exceed the "
                          "model's context and lost their beginning")
     for name, row in results.items():
+        if row.get("shortened"):
+            lines.append(f"{name}: {row['shortened']:,} of {row['questions']:,} questions exceed "
+                         "the model's context and lost their last examples")
+    for name, row in results.items():
         if row["too_long"]:
             lines.append(f"{name}: {row['too_long']:,} of {row['questions']:,} right answers "
                          "exceed the context by themselves; bits/byte leaves them out")
@@ -144,7 +148,8 @@ def evaluation_key(suite, config, dtype):
     if suite.tasks:
         key["limit"] = config.limit
         key["metric"] = config.metric
-        key["chat"] = config.chat
+        # how a chat's answer begins: a number of another prompt is another number
+        key["chat"] = config.chat and [task.answer_begins for task in suite.tasks]
     else:  # documents know no questions
         key["subdomain"] = config.subdomain
     key["files"] = suite.digests  # their content, not their names: a file may change

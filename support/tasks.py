@@ -43,6 +43,7 @@ class Question(NamedTuple):
     choices: list  # (context, continuation) of each choice
     label: int  # index of the right one
     unconditional: list  # the same continuations after "Answer:" alone; [] where there are none
+    examples: tuple = ()  # the solved ones in the contexts, which --chat may leave out
 
 
 class Task(NamedTuple):
@@ -52,6 +53,7 @@ class Task(NamedTuple):
     files: list  # that the questions are read from
     metric: str  # one of METRICS
     questions: list
+    answer_begins: str = ""  # with --chat: what the assistant has said before it is scored
 
 
 @dataclass(frozen=True)
@@ -313,15 +315,19 @@ def mmlu(variant, config):
         # Two spaces: MMLU's own script writes a subject's name with one in front.
         head = ("The following are multiple choice questions (with answers) about  "
                 f"{subject.name.replace('_', ' ')}.\n\n")
+        examples = []
         if variant == "5shot":
             for row in mmlu_rows(subject, "dev")[:5]:
-                head += f"{mmlu_prompt(row)} {'ABCD'[row['answer']]}\n\n"
+                examples.append(f"{mmlu_prompt(row)} {'ABCD'[row['answer']]}\n\n")
+        head += "".join(examples)
         for row in mmlu_rows(subject, "test"):
             context = head + mmlu_prompt(row)
             choices = [(context, f" {letter}") for letter in "ABCD"]
-            questions.append(Question(choices, row["answer"], []))
-    files = sorted(folder.glob("*/test/*.arrow"))
-    return make_task(f"mmlu:{variant or '0shot'}", files, questions, config)
+            questions.append(Question(choices, row["answer"], [], tuple(examples)))
+    splits = ["test", "dev"] if variant == "5shot" else ["test"]
+    files = sorted(file for split in splits for file in folder.glob(f"*/{split}/*.arrow"))
+    task = make_task(f"mmlu:{variant or '0shot'}", files, questions, config)
+    return task._replace(answer_begins="The answer is:")  # as in Open Instruct
 
 
 def mmlu_rows(subject, split):

@@ -33,7 +33,8 @@ from corpus.storage import (DocumentWriter, ShardWriter, token_dtype)
 from corpus.tokenizer import (EOS, PAD, PII_MARKERS, SPACE_RUNS, Tokenizer, tokenizer_spec,
                               train_bpe)
 from data import Batches, DataConfig, TokenShards, build_data, write_shards
-from support.files import Lock, UserError, file_sha256
+from support.files import UserError, file_sha256
+from support.lock import Lock
 
 ROOT = Path(data.__file__).resolve().parent
 SOURCES = ("reference", "docstrings", "code")
@@ -122,7 +123,8 @@ def test_source_that_cannot_be_read_is_refused_by_name(tmp_path):
 @pytest.mark.parametrize("line, key", [
     (b'{"text": "cut', ""), (b"plain words", ""), (b'["text"]', "list"), (b"3", "number"),
     (b'{"text": 5}', "text is a number"), (b'{"text": null}', "text is null"),
-    (b'{"id": "no", "body": "x"}', "keys are id, body"), (b'{"text": "x", "id": [1]}', "id is a"), (b'{"text": "x", "metadata": "m"}', "metadata"),
+    (b'{"id": "no", "body": "x"}', "keys are id, body"), (b'{"text": "x", "id": [1]}', "id is a"),
+    (b'{"text": "x", "metadata": "m"}', "metadata"),
     (b'{"text": "\\ud800', ""), (b'{"text": "caf\xe9"}', "UTF-8"), (b"[" * 100_000, "")],
     ids=["cut", "words", "list", "number", "int text", "null text", "no text", "list id",
          "metadata", "cut escape", "not UTF-8", "deep nesting"])
@@ -703,7 +705,7 @@ def test_fingerprint_follows_the_data_its_order_and_its_cut(tmp_path):
 
 HOLD = """
 import sys
-from support.files import Lock
+from support.lock import Lock
 lock = Lock(sys.argv[1])
 print(lock.text, flush=True)
 sys.stdin.read()
@@ -733,7 +735,7 @@ def test_one_process_at_a_time_holds_a_lock_and_a_kill_frees_it(tmp_path):
 def test_a_disk_without_locks_is_said_and_the_work_goes_on(tmp_path, monkeypatch, capsys):
     def no_locks(*arguments):
         raise OSError(errno.ENOLCK, "No locks available")
-    monkeypatch.setattr("support.files.fcntl.lockf", no_locks)
+    monkeypatch.setattr("support.lock.fcntl.lockf", no_locks)
     with Lock(tmp_path / ".lock") as lock:
         assert lock.text and str(tmp_path / ".lock") in capsys.readouterr().out
 

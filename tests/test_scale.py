@@ -5,6 +5,7 @@ import math
 import os
 import re
 import signal
+import socket
 import sys
 import time
 from dataclasses import replace
@@ -13,10 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import (ROOT, TINY, children_of, columns, end_of, forked, forked_ranks, rows,
-                      saved_steps, step_count, steps, torchrun, wait_until)
+from conftest import (ROOT, TINY, children_of, columns, end_of, forked, forked_ranks, refusal,
+                      rows, saved_steps, step_count, steps, torchrun, wait_until)
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import adapt
 import data
 import model as m
 import train
@@ -26,7 +28,7 @@ from scaling.checkpoint import verify_step
 from scaling.log import Window
 from scaling.machine import PowerMeter, energy_line, flops_per_token
 from scaling.plan import plan_memory
-from scaling.ranks import rank, setup_distributed, world_size
+from scaling.ranks import answer_all_ranks, launched, rank, setup_distributed, world_size
 from support.weights import load_model
 
 pytestmark = [pytest.mark.usefixtures("one_thread"),
@@ -203,6 +205,75 @@ def test_ranks_that_cannot_work_together_say_so_once(tmp_path, fifty, monkeypatc
     for word in words:
         assert word in printed
     assert not (tmp_path / "run").exists()
+
+
+TORCHRUN_SETS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
+                 "MASTER_PORT", "TORCHELASTIC_RUN_ID")
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Sets these of torchrun's variables, and no others."""
+    def change(text):
+        for name in TORCHRUN_SETS:
+            monkeypatch.delenv(name, raising=False)
+        for word in text.split():
+            monkeypatch.setenv(*word.split("="))
+    return change
+
+
+@pytest.mark.parametrize("text", [
+    "RANK= WORLD_SIZE= LOCAL_RANK= MASTER_PORT=", "MASTER_ADDR=node1 MASTER_PORT=29500",
+    "LOCAL_WORLD_SIZE=8", "SLURM_PROCID=3 SLURM_NTASKS=8", "RANK=0 LOCAL_RANK=0 WORLD_SIZE=1"])
+def test_what_tells_of_no_rank_is_one_process(environment, text):
+    environment(text)
+    assert launched()[:3] == (0, 0, 1)
+    assert setup_distributed("cpu") == torch.device("cpu") and world_size() == 1
+
+
+@pytest.mark.parametrize("text, words", [
+    ("WORLD_SIZE=8", ["WORLD_SIZE=8", "RANK", "LOCAL_RANK", "MASTER_PORT", "env -u WORLD_SIZE "]),
+    ("RANK=3 WORLD_SIZE=", ["RANK=3", "WORLD_SIZE", "env -u RANK "]),
+    ("LOCAL_RANK=0", ["LOCAL_RANK=0", "WORLD_SIZE", "env -u LOCAL_RANK "]),
+    ("WORLD_SIZE=1", ["WORLD_SIZE=1", "RANK", "env -u WORLD_SIZE "]),
+    ("RANK=0 LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=", ["WORLD_SIZE=2", "MASTER_ADDR"]),
+    ("RANK=0 LOCAL_RANK=a WORLD_SIZE=1", ["LOCAL_RANK=a", "number"]),
+    ("RANK=-1 LOCAL_RANK=0 WORLD_SIZE=1", ["RANK=-1", "number"]),
+    ("RANK=2 LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1", ["RANK=2", "WORLD_SIZE=2"])])
+def test_half_of_what_torchrun_sets_is_one_line(tmp_path, tiny_config, call, refused, environment,
+                                                text, words):
+    """Not a traceback, and not silence: a process that takes itself for rank 3 prints nothing."""
+    file = tiny_config(tmp_path / "run")
+    for mode in ("--plan", "--max_steps=1"):
+        environment(text)
+        refused(call(train, file, mode), *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_answers_are_written_by_one_process(call, refused, environment):
+    environment("RANK=0 LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1")
+    for verb in ("show", "chat", "generate"):
+        refused(call(adapt, verb, "nowhere"), verb, "torchrun")
+
+
+def test_nodes_with_different_numbers_of_ranks_cannot_be_hybrid(tmp_path, fifty):
+    codes, printed = forked_ranks(3, tmp_path / "log", train.main, fifty[1], "--shard=hybrid",
+                                  f"--run_dir={tmp_path / 'run'}", "--batch_size=9", per_node=2)
+    assert 0 not in codes and "error: shard=hybrid: 3 ranks" in printed
+    assert "Traceback" not in printed
+
+
+def test_a_port_that_another_process_holds_is_one_line(environment):
+    with socket.create_server(("localhost", 0)) as other:
+        port = other.getsockname()[1]
+        environment(f"RANK=0 LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT={port}")
+        assert f"localhost:{port}" in refusal(setup_distributed, "cpu")
+
+
+def test_rank_0_says_for_whom_it_waits(capsys, monkeypatch):
+    monkeypatch.setattr("scaling.ranks.WAIT_IN_SILENCE_S", 0)
+    line = refusal(answer_all_ranks, dist.HashStore(), "attempt", 3, patience_s=0.05)
+    assert "[1, 2]" in line and "[1, 2]" in capsys.readouterr().err
 
 
 # ---- A step that goes wrong ----------------------------------------------------------------------

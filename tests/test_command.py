@@ -1,0 +1,140 @@
+"""What holds for every command: printing fails nothing, Ctrl-C is quiet, and what the machine lacks
+is said in one line. A toy command stands for all; then a run for the real ones."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, rows, saved_steps
+
+import data
+import train
+
+TOY = r"""
+import sys
+from support.files import UserError, run_main
+
+def main(argv):
+    for name in argv:
+        print(f"{name}: caf\u00e9 \u65e5\u672c \udcff", flush=True)
+        print(f"{name}: on stderr", file=sys.stderr)
+    open("done", "w").close()
+
+main.takes_ranks = __file__.endswith("run.py")
+run_main(main)
+"""
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """Runs a command that prints two lines with characters that no terminal has all of."""
+    def run(shell, name="toy.py", **environment):
+        (tmp_path / name).write_text(TOY)
+        (tmp_path / "done").unlink(missing_ok=True)
+        environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", **environment}
+        command = shell.replace("TOY", f"{sys.executable} {tmp_path / name} one two")
+        done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment,
+                              capture_output=True)
+        assert (tmp_path / "done").exists(), done.stderr
+        assert b"Traceback" not in done.stderr and b"Exception" not in done.stderr
+        return done
+    return run
+
+
+# ---- Printing ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("encoding, printed", [
+    ("utf-8", "caf\u00e9 \u65e5\u672c \\udcff".encode()),
+    ("ascii", rb"caf\xe9 \u65e5\u672c \udcff"),
+    ("latin-1", b"caf\xe9 \\u65e5\\u672c \\udcff")])
+@pytest.mark.parametrize("errors", ["", ":strict"])
+def test_what_a_terminal_lacks_is_printed_as_an_escape(toy, encoding, printed, errors):
+    done = toy("TOY", PYTHONIOENCODING=encoding + errors)
+    assert done.returncode == 0 and done.stdout.splitlines()[0] == b"one: " + printed
+
+
+@pytest.mark.parametrize("shell", ["TOY | true; exit ${PIPESTATUS[0]}", "TOY >&-", "TOY 2>&-",
+                                   "TOY >&- 2>&-", "TOY 2> >(true)", "TOY 2>/dev/full"])
+def test_a_reader_that_leaves_stops_nothing(toy, shell):
+    assert toy(shell).returncode == 0
+
+
+@pytest.mark.parametrize("name, code", [("toy.py", 1), ("run.py", 0)])
+def test_a_full_disk_under_stdout_is_said_and_stops_nothing(toy, name, code):
+    """A run has its files and is finished; of another command the table is lost: exit code 1."""
+    done = toy("TOY > /dev/full", name)
+    assert done.returncode == code
+    assert done.stderr.count(b"No space left") == 1 + code
+    assert done.stderr.count(b"on stderr") == 2
+
+
+def test_a_run_whose_output_goes_nowhere_is_finished(tmp_path, tiny_config):
+    """With an ASCII terminal, a full disk under stdout, and a directory whose name is no UTF-8."""
+    run = tmp_path / os.fsdecode(b"caf\xe9")
+    config = tiny_config(tmp_path / "config", max_steps=4, eval_every_steps=2)
+    command = [sys.executable, ROOT / "train.py", config, f"--run_dir={run}"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict", "OMP_NUM_THREADS": "1"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert saved_steps(run) == [4] and len(rows(run)) == 4
+    done = subprocess.run([sys.executable, ROOT / "eval.py", run], capture_output=True,
+                          env=environment)
+    assert done.returncode == 0 and b"web" in done.stdout and b"Traceback" not in done.stderr
+
+
+# ---- Ctrl-C --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("module", ["train", "data", "eval", "adapt", "model"])
+def test_ctrl_c_while_torch_is_imported_is_quiet(tmp_path, module):
+    """The import of torch, which takes seconds, is a file that says so and waits."""
+    (tmp_path / "torch.py").write_text("import time\nopen('importing', 'w')\ntime.sleep(600)\n")
+    (tmp_path / "numpy.py").write_text("import torch\n")
+    process = subprocess.Popen([sys.executable, ROOT / f"{module}.py"], cwd=tmp_path,
+                               env={**os.environ, "PYTHONPATH": str(tmp_path)},
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not (tmp_path / "importing").exists():
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate() == (b"", b"") and process.returncode == -signal.SIGINT
+
+
+def test_whoever_imports_our_files_keeps_ctrl_c():
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# ---- Memory --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("module, error, words", [
+    (train, MemoryError("Unable to allocate 7.3 GiB for an array"),
+     ["7.3 GiB", "--micro_batch_size"]),
+    (train, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"),
+     ["2.00 GiB", "--micro_batch_size"]),
+    (data, OSError(12, "Cannot allocate memory"), ["--workers"])])
+def test_a_lack_of_memory_is_one_line_with_the_first_remedy(call, refused, monkeypatch, module,
+                                                            error, words):
+    def fail(argv):
+        raise error
+    monkeypatch.setattr(module, "main", fail)
+    refused(call(module), "out of memory", *words)
+
+
+def test_torchs_lack_of_memory_on_a_cpu_is_known(call, refused, monkeypatch):
+    monkeypatch.setattr(train, "main", lambda argv: torch.empty(2**50))
+    refused(call(train), "out of memory", f"{2**52}", "--micro_batch_size")
+
+
+# ---- torchrun ------------------------------------------------------------------------------------
+
+def test_a_command_of_one_process_refuses_torchrun(call, refused, monkeypatch):
+    """Several would write one file."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(call(data), "torchrun")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert "torchrun" not in call(data).stderr
