@@ -24,7 +24,7 @@ def file_sha256(path):
 
 def read_json(path):
     """Returns the JSON object in a file as a dict; UserError if the file holds anything else."""
-    value = parsed_json(read_bytes(path), f"{path}:1")
+    value = parsed_json(read_bytes(path), f"{path}:1", "restore the file")
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds {json_type(value)}, not a JSON object")
     return value
@@ -102,31 +102,29 @@ def encoding_at(content, error):
             f"{byte.decode('cp1252', 'replace')})")
 
 
-def parsed_json(content, place):
+def parsed_json(content, place, remedy="correct or delete the line"):
     """The value of JSON in UTF-8 bytes; place: file:line of the first byte.
 
     Raises UserError for what json.loads would let pass: a key that an object holds twice, of which
     it would drop one, and lists in lists without end.
     """
-    text = decoded(content, place)
+    text = decoded(content, place).rstrip("\r\n")
     file, _, line = place.rpartition(":")
+    too_deep = UserError(f"{place}: not JSON that can be read: lists or objects in each other, over "
+                         f"{MOST_LEVELS} levels; {remedy}")
     try:
         value = json.loads(text, object_pairs_hook=object_of)
     except RecursionError:
-        raise UserError(f"{place}: not JSON that can be read: {TOO_DEEP}") from None
+        raise too_deep from None
     except json.JSONDecodeError as error:
         raise UserError(f"{file}:{int(line) + error.lineno - 1}: not JSON ({error.msg}, "
-                        f"character {error.colno}); correct or delete the line") from None
+                        f"character {error.colno}); {remedy}") from None
     except ValueError as error:  # a key that is there twice, a number of 5,000 digits
-        raise UserError(f"{place}: not JSON that can be read ({error}); correct or delete the "
-                        "line") from None
+        raise UserError(f"{place}: not JSON that can be read ({error}); {remedy}") from None
     brackets = text.count("[") + text.count("{")
     if brackets > MOST_LEVELS and is_too_deep(value):
-        raise UserError(f"{place}: not JSON that can be read: {TOO_DEEP}")
+        raise too_deep
     return value
-
-
-TOO_DEEP = f"lists or objects in each other, over {MOST_LEVELS} levels; delete the line"
 
 
 def object_of(pairs):

@@ -573,7 +573,7 @@ def test_the_references_file_must_be_complete(tmp_path):
         file.write_text(json.dumps({"log_probs": wrong}))
         assert f"{file}: log_probs" in refusal(read_reference, file, [2, 1])
     file.write_text("")  # torn by a power cut
-    assert f"{file}: " in refusal(read_reference, file, [2, 1])
+    assert f"{file}:" in refusal(read_reference, file, [2, 1])
 
 
 @pytest.mark.parametrize("loss, words, raises", [
@@ -617,7 +617,7 @@ def test_the_learning_rate_falls_as_transformers_linear_schedule(examples, batch
 
 A_CHAT, ANSWER = say("u: q", "a: a"), say("a: b")[0]
 CHATS = [  # (a line of a file of chats, the key that the error names): one for each check
-    ("[1", ""), (b'"\xff"', ""), ("[]", "messages"), ("{}", "messages"),
+    ("[1", ""), (b'"\xff"', ""), ("[]", "holds a list"), ("{}", "messages"),
     ({"messages": "hi"}, "messages"), ({"messages": []}, "messages: an empty"),
     ({"messages": ["hi"]}, "messages[0]"),
     ({"messages": [{"role": "human", "content": "q"}]}, "messages[0].role: 'human'"),
@@ -630,7 +630,7 @@ CHATS = [  # (a line of a file of chats, the key that the error names): one for 
     ({"messages": say("s: s", "a: a")}, "messages[1].role: assistant"),
     ({"messages": say("u: q")}, "messages[0].role: user")]
 PREFERENCES = [
-    ("3", "chosen or rejected"), ({"chosen": "a", "prompt": "q"}, "chosen or rejected"),
+    ("3", "holds a number"), ({"chosen": "a", "prompt": "q"}, "chosen or rejected"),
     ({"chosen": "a", "rejected": "b"}, "prompt is missing"),
     ({"prompt": 3, "chosen": "a", "rejected": "b"}, "prompt[0].content: int"),
     ({"prompt": 7, "chosen": A_CHAT, "rejected": [A_CHAT[0], ANSWER]}, "prompt"),
@@ -1092,7 +1092,7 @@ def test_generate_goes_on_where_it_was_torn(learnt, tmp_path, call, refused):
 
 def test_generate_names_the_prompt_that_cannot_be_answered(learnt, tmp_path, call, refused):
     run, prompts, out = learnt["sft"][0], tmp_path / "prompts.jsonl", tmp_path / "new.jsonl"
-    for line, key in (("{}", "needs a key prompt"), ("[]", "needs a key prompt"),
+    for line, key in (("{}", "needs a key prompt"), ("3", "holds a number"),
                       ({"prompt": ""}, "prompt[0].content"),
                       ({"messages": A_CHAT}, "messages[1].role"), ({"prompt": "q;" * 99}, "")):
         write_lines(prompts, [line])
