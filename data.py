@@ -605,7 +605,7 @@ def main(argv):
         from corpus.trace import main as trace_main  # only here: it imports this file
         return trace_main(argv)
     from train import SCHEMAS  # only here: the keys of train.py, which a config file may hold
-    config, options = load_config(argv, DataConfig, ShowOptions, other=SCHEMAS)
+    config, options = load_config(argv, DataConfig, ShowOptions, siblings=SCHEMAS)
     folder = build_data(config)
     if options.show:
         print_dropped(folder, options.show)

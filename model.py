@@ -42,7 +42,7 @@ class ModelConfig:
     vocab_size: int = setting(4096, "Ids that the tokenizer knows.")
     # A GPU multiplies fastest where sizes are multiples of 128: OLMo pads 50,280 ids to 50,304.
     embedding_size: int = setting(4096, "Rows V of the embedding: vocab_size, padded for speed.")
-    rope_theta: float = setting(10000.0, "Base of the rotary frequencies.")
+    rope_theta: float = setting(10000.0, "Base of the rotary frequencies.", least=1.0)
     # Sharing one matrix saves OLMo-1B 8 % of its weights; it would save a 7B 3 %.
     weight_tying: bool = setting(False, "Use the embedding as the output head, as OLMo-1B does.")
     # Neither OLMo nor this code has a token for the beginning of a text.

@@ -83,7 +83,7 @@ class TrainConfig:
     eps: float = setting(1e-5, "AdamW's epsilon; OLMo's is 1e-5.")
     grad_clip: float = setting(1.0, "Largest L2 norm of the whole gradient; 0 does not clip.")
     grad_clip_warmup_steps: int = setting(
-        0, "For steps 2..N+1 the clip limit is larger (OLMo-7B: N = 1000); 0 is off.")
+        0, "For steps 2..N+1 the clip limit is larger (OLMo-7B-Twin: N = 1000); 0 is off.")
     grad_clip_warmup_factor: float = setting(10.0, "The factor of that larger clip limit.")
     not_finite: Literal["stop", "skip"] = setting(
         "stop", "What to do with a step whose loss or gradient is not finite; it is logged.")
@@ -278,8 +278,8 @@ def lr_at_step(step, config):
 def clip_at_step(step, config):
     """The limit of the gradient's norm at a step; math.inf where nothing is clipped.
 
-    # subtle: OLMo-7B was to have ten times the limit in its first N steps. Official OLMo sets the
-    # limit after it has clipped, so the rule took effect one step late: in steps 2..N+1.
+    # subtle: OLMo-7B's twin on LUMI was to have ten times the limit in its first N steps. Official
+    # OLMo sets the limit after it has clipped, so the rule took effect a step late: 2..N+1.
     """
     limit = config.grad_clip or math.inf
     if 2 <= step <= config.grad_clip_warmup_steps + 1 and config.grad_clip_warmup_steps > 0:

@@ -1,59 +1,71 @@
 """The one config loader: defaults < config files, left to right < --key=value.
 
 A config file holds flat assignments of plain values, `lr = 3e-3  # why`, and nothing else. It is
-parsed and never run, so that a config from a stranger is harmless. A run's saved config.json can
-be used as a config file too. The keys are the fields of frozen dataclasses, the schemas; each is
-defined in the module that uses it.
+parsed and never run. A run's saved config.json can be used as a config file too. The keys are the
+fields of frozen dataclasses, the schemas; each is defined in the module that uses it. One more
+key, adds_to, names the file that a variant adds to, so that it is not used without it.
 """
 
-import ast
 import dataclasses
-import difflib
 import inspect
+import math
 import sys
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
-from support.files import UserError, read_json, read_text
+from support.config_text import literal, read_assignments
+from support.files import UserError, read_json
+from support.hints import (check_base, command, missing_value, no_config_file, unknown_key,
+                           unused_key)
 
 ROOT = Path(__file__).resolve().parent.parent  # the repository
 
 
-def setting(default, help):
-    """A field of a schema: its default and the sentence that --help prints."""
-    metadata = {"help": help}
+def setting(default, help, least=None):
+    """A field of a schema: its default, the sentence that --help prints, the smallest value."""
+    metadata = {"help": help, "least": least}
     if isinstance(default, dict | list):  # each instance gets its own copy
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def load_config(argv, *schemas, other=()):
+def load_config(argv, *schemas, other=(), siblings=()):
     """Read the words of a command line, config files and options, into one instance per schema.
 
-    A later file overrides an earlier one, and an option overrides every file. `other` are schemas
-    of other commands: a config file may hold their keys without a use here.
-    Returns the instances as a tuple. --help prints every key and exits.
+    A later file overrides an earlier one, and an option overrides every file. Config files may
+    also hold the keys of `other` and `siblings`, schemas of other commands; the keys of `siblings`
+    may be options too, so that the command line of train.py also fits data.py, which says what it
+    does not use. Returns the instances as a tuple. --help prints every key and exits.
     Raises UserError for an unknown key, a wrong type, a missing file or code in a file.
     """
     if "--help" in argv or "-h" in argv:
         print(help_text(schemas))
         sys.exit(0)
     fields = fields_of(schemas)
-    known = set(fields) | set(fields_of(other))
+    known = fields_of(other) | fields_of(siblings) | fields
+    files = [Path(word) for word in argv if not word.startswith("-")]
+
+    options = {}
+    for word, following in zip_longest(argv, argv[1:]):
+        if word.startswith("-"):
+            key, value = read_option(word, following, fields_of(siblings) | fields, known)
+            options[key] = value
+    unused = [f"--{key}" for key in options if key not in fields]
+    if unused and not files:
+        raise unused_key(unused[0].removeprefix("--"), "--")
 
     values = {}
-    for word in argv:
-        if not word.startswith("-"):
-            values.update(read_config_file(Path(word), fields, known))
-    for word in argv:  # after all files: the place of an option among the words does not matter
-        if word.startswith("-"):
-            key, value = read_option(word, fields, known)
-            values[key] = value
-
+    for number, path in enumerate(files):
+        values |= read_config_file(path, known, files[:number])
+    values |= options  # after all files: the place of an option among the words does not matter
     configs = []
     for schema in schemas:
         own = {name: values[name] for name in fields_of([schema]) if name in values}
         configs.append(schema(**own))  # a schema may check its values in __post_init__
+    if unused:
+        print(f"{command()} does not use {', '.join(unused)}")
     return tuple(configs)
 
 
@@ -69,87 +81,70 @@ def fields_of(schemas):
 
 # ---- Config files --------------------------------------------------------------------------------
 
-def read_config_file(path, fields, known):
-    """Returns {key: value} for the keys of `fields` that a config file or a config.json sets."""
+def read_config_file(path, known, before=()):
+    """Returns {key: value} of what a config file or a config.json sets.
+
+    before: the config files to its left.
+    """
     if not path.is_file():
-        raise UserError(f"{path}: no such config file; configs/ holds those that come with nanOLMo")
+        raise no_config_file(path, known)
     if path.suffix == ".json":
-        return read_saved_config(path, fields)
+        return read_saved_config(path, known)
     values = {}
     for line, key, value in read_assignments(path):
         place = f"{path}:{line}: "
-        if key in fields:
-            values[key] = checked(fields[key], value, place)
-        elif key not in known:
+        if key == "adds_to":
+            check_base(path, value, before, place)
+        elif key in known:
+            values[key] = checked(known[key], value, place)
+        else:
             raise unknown_key(key, known, place)
     return values
 
 
-def read_saved_config(path, fields):
+def read_saved_config(path, known):
     """The same for a run's config.json. It may be of another version: unknown keys are ignored."""
-    values = {}
-    for key, value in read_json(path).items():
-        if key in fields:
-            values[key] = checked(fields[key], value, f"{path}: ")
-    return values
-
-
-def read_assignments(path):
-    """Yields (line number, key, value) of each assignment in a config file.
-
-    The file is parsed, and each value must be a literal; any other code is a UserError.
-    """
-    text = read_text(path)
-    try:
-        statements = ast.parse(text, str(path)).body
-    except SyntaxError as error:
-        raise UserError(f"{path}:{error.lineno or 1}: {error.msg}") from None
-    except (ValueError, RecursionError, MemoryError) as error:  # NUL bytes, a deep expression
-        raise UserError(f"{path}: not a config file ({error})") from None
-    for statement in statements:
-        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
-            continue  # the docstring
-        try:
-            [target] = statement.targets
-            value = ast.literal_eval(statement.value)  # numbers, strings, dicts: never a call
-            yield statement.lineno, target.id, value
-        except (AttributeError, ValueError, TypeError, RecursionError):
-            raise UserError(f"{path}:{statement.lineno}: a config file holds only lines of the "
-                            "form `key = value`, and the value must be a literal") from None
+    saved = read_json(path)
+    if "model_type" in saved:
+        raise UserError(f"{path}: describes a Hugging Face model, not a run; name a config file")
+    return {key: checked(known[key], value, f"{path}: ")
+            for key, value in saved.items() if key in known}
 
 
 # ---- Options -------------------------------------------------------------------------------------
 
-def read_option(word, fields, known):
+def read_option(word, following, fields, known):
     """Returns (key, value) of a --key=value word; --key alone sets a flag to true."""
     if not word.startswith("--"):
         raise UserError(f"{word}: options have the form --key=value")
     key, equals, text = word[2:].partition("=")
-    if key not in fields and key in known:
-        raise UserError(f"--{key}: this command does not use {key}; --help lists the keys it uses")
     if key not in fields:
-        raise unknown_key(key, fields, "--")
+        raise unused_key(key, "--") if key in known else unknown_key(key, fields, "--")
     kind = fields[key].type
     if not equals:
-        if kind in (int, float, str):
-            raise UserError(f"--{key}: the value is missing; write --{key}=VALUE")
+        is_flag = kind is bool or get_origin(kind) is Literal and "true" in get_args(kind)
+        if not is_flag or str(following).lower() in ("true", "false"):
+            raise missing_value(key, following)
         text = "true"
-    return key, checked(fields[key], parse(text, kind), "--")
+    return key, checked(fields[key], parse(text, kind, f"--{key}: "), "--")
 
 
-def parse(text, kind):
+def parse(text, kind, place):
     """Returns the text as a value of `kind`, or unchanged: then checked() reports it."""
-    try:
-        if kind is bool:
-            return {"true": True, "false": False}[text.lower()]
-        if kind in (int, float):
-            return kind(text)
-        if get_origin(kind) is dict:
-            return ast.literal_eval(text)
-    except (KeyError, ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-        return text
+    if kind is bool:
+        return {"true": True, "false": False}.get(text.lower(), text)
     if get_origin(kind) is Literal:
         return text.lower()
+    if kind is str:
+        return text
+    readers = [int, float] if kind in (int, float) else [partial(literal, place=place)]
+    for reader in readers:
+        try:
+            return reader(text)
+        except UserError:  # a dict that holds a key twice
+            raise
+        except ValueError:
+            continue
     return text
 
 
@@ -158,15 +153,30 @@ def parse(text, kind):
 def checked(field, value, place):
     """Returns the value if it has the field's type. `place` begins the error's message."""
     kind = field.type
-    if kind is float and type(value) is int:  # lr = 1
-        return float(value)
+    if kind is float and type(value) is int and abs(value) < 10**300:  # lr = 1
+        value = float(value)
     if get_origin(kind) is Literal and type(value) is bool:  # compile = True
         value = str(value).lower()
-    if has_type(value, kind):
-        return value
-    given = value if get_origin(kind) is Literal else type(value).__name__
-    raise UserError(f"{place}{field.name}={value}: {field.name} takes {type_name(kind)}, "
-                    f"not {given}")
+    place += f"{field.name}={shown(value)}: {field.name} "
+    if not has_type(value, kind):
+        given = shown(value) if get_origin(kind) is Literal else type(value).__name__
+        is_whole = kind is int and type(value) is float and value.is_integer()  # such as 1e6
+        remedy = f"; write {int(value)}" if is_whole else ""
+        raise UserError(f"{place}takes {type_name(kind)}, not {given}{remedy}")
+    if kind is int and abs(value) >= 2**63 or kind is float and not math.isfinite(value):
+        raise UserError(f"{place}must be a finite number of 64 bits")
+    least = field.metadata["least"]
+    if least is not None and value < least:
+        raise UserError(f"{place}must be at least {least}")
+    return value
+
+
+def shown(value):
+    """A value in one short line, for messages."""
+    if type(value) is int and abs(value) >= 10**60:
+        return "a very large number"  # Python refuses to print one of over 4,300 digits
+    text = " ".join(str(value).split())
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def has_type(value, kind):
@@ -183,15 +193,7 @@ def type_name(kind):
     """The type as messages and --help show it: int, linear|cosine, dict[str, float]."""
     if get_origin(kind) is Literal:
         return "|".join(map(str, get_args(kind)))
-    if get_origin(kind) is dict:
-        return str(kind)
-    return kind.__name__
-
-
-def unknown_key(key, known, place):
-    near = difflib.get_close_matches(key, known, n=1)
-    hint = f"did you mean {near[0]}?" if near else "--help lists the keys"
-    return UserError(f"{place}{key}: unknown key; {hint}")
+    return str(kind) if get_origin(kind) is dict else kind.__name__
 
 
 # ---- Output --------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ class TraceOptions:
     step: int = setting(1, "The step, counted from 1.")
     rank: int = setting(-1, "Only the sequences of this rank of world_size; -1 for all.")
     world_size: int = setting(0, "How many ranks the step had; 0 is what the log says.")
-    chars: int = setting(200, "Characters of each document's part that are printed; 0 for all.")
+    chars: int = setting(200, "Characters of each document's part to print; 0 for all.", least=0)
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class FindOptions:
 
     doc: str = setting("", "The id of a document.")
     text: str = setting("", "Text that a document holds, with the same spelling and spaces.")
-    limit: int = setting(10, "Documents that are shown; the rest are counted.")
+    limit: int = setting(10, "Documents that are shown; the rest are counted.", least=0)
 
 
 class Span(NamedTuple):

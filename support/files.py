@@ -110,20 +110,19 @@ def parsed_json(content, place, remedy="correct or delete the line"):
     """
     text = decoded(content, place).rstrip("\r\n")
     file, _, line = place.rpartition(":")
-    too_deep = UserError(f"{place}: not JSON that can be read: lists or objects in each other, over "
-                         f"{MOST_LEVELS} levels; {remedy}")
+    brackets = text.count("[") + text.count("{")
     try:
         value = json.loads(text, object_pairs_hook=object_of)
+        if brackets > MOST_LEVELS and is_too_deep(value):
+            raise RecursionError
     except RecursionError:
-        raise too_deep from None
+        raise UserError(f"{place}: lists or objects in each other, over {MOST_LEVELS} levels; "
+                        f"{remedy}") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{file}:{int(line) + error.lineno - 1}: not JSON ({error.msg}, "
                         f"character {error.colno}); {remedy}") from None
     except ValueError as error:  # a key that is there twice, a number of 5,000 digits
         raise UserError(f"{place}: not JSON that can be read ({error}); {remedy}") from None
-    brackets = text.count("[") + text.count("{")
-    if brackets > MOST_LEVELS and is_too_deep(value):
-        raise too_deep
     return value
 
 

@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs import read_assignments, setting
+from configs import setting
 from corpus.lineage import data_of_run
 from corpus.storage import held_out_files
 from data import DataConfig
@@ -14,6 +14,7 @@ from scaling.directory import resumed_argv
 from scaling.machine import choose_micro_batch
 from scaling.ranks import world_size
 from support.chats import sequences_of
+from support.config_text import read_assignments
 from support.files import UserError
 from support.records import domains_table, tasks_table
 from support.talk import harmless

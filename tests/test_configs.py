@@ -10,6 +10,7 @@ import pytest
 
 import configs
 from configs import load_config, setting
+from corpus.trace import FindOptions, TraceOptions
 from model import ModelConfig
 from support.files import UserError
 
@@ -26,8 +27,8 @@ class ToyConfig:
     weights: dict[str, float] = setting({"web": 1.0}, "Weight of each source.")
 
 
-def toy(*argv, other=()):
-    [config] = load_config([str(word) for word in argv], ToyConfig, other=other)
+def toy(*argv, **schemas):
+    [config] = load_config([str(word) for word in argv], ToyConfig, **schemas)
     return config
 
 
@@ -36,10 +37,10 @@ def write(path, text):
     return path
 
 
-def refused(*argv, other=()):
+def refused(*argv, **schemas):
     """The message of the UserError, which must be one line."""
     with pytest.raises(UserError) as caught:
-        toy(*argv, other=other)
+        toy(*argv, **schemas)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -96,7 +97,7 @@ def test_values_of_an_option(word, value):
 
 
 @pytest.mark.parametrize("key, text, wanted, given", [
-    ("steps", "1.0", "int", "float"), ("steps", "True", "int", "bool"),
+    ("steps", "1.5", "int", "float"), ("steps", "True", "int", "bool"),
     ("steps", "None", "int", "NoneType"), ("rate", "'0.1'", "float", "str"),
     ("rate", "True", "float", "bool"), ("name", "7", "str", "int"), ("quick", "1", "bool", "int"),
     ("quick", "'true'", "bool", "str"), ("weights", "[1]", "dict[str, float]", "list"),
@@ -106,13 +107,13 @@ def test_a_wrong_type_in_a_file_is_named_with_both_types(tmp_path, key, text, wa
     file = write(tmp_path / "c.py", f"\n\n{key} = {text}\n")
     message = refused(file)
     assert message.startswith(f"{file}:3: {key}=")
-    assert wanted in message and message.endswith(given)
+    assert wanted in message and message.endswith(f"not {given}")
 
 
 @pytest.mark.parametrize("word, wanted", [
     ("--steps=1.5", "int"), ("--steps=1e3", "int"), ("--steps", "--steps="), ("--rate=x", "float"),
     ("--rate", "--rate="), ("--name", "--name="), ("--quick=1", "bool"), ("--weights=web", "dict"),
-    ("--weights", "dict"), ("--weights=[1]", "dict"), ("--weights={[1]: 2}", "dict"),
+    ("--weights", "--weights="), ("--weights=[1]", "dict"), ("--weights={[1]: 2}", "dict"),
     ("--mode=square", "linear|cosine")])
 def test_a_wrong_type_in_an_option_is_named(word, wanted):
     key = word.partition("=")[0]
@@ -129,13 +130,110 @@ def test_an_unknown_key_is_named_with_its_place_and_the_nearest_key(tmp_path):
     assert refused("-steps=3").startswith("-steps=3: ")
 
 
-def test_keys_of_other_commands_may_stand_in_a_file_only(tmp_path):
-    file = write(tmp_path / "c.py", "steps = 4\nd_model = 'not even checked'\n")
-    assert toy(file, other=[ModelConfig]) == ToyConfig(steps=4)
+def test_a_key_of_other_commands_may_stand_in_a_file_where_its_type_is_checked(tmp_path):
+    file = write(tmp_path / "c.py", "steps = 4\nd_model = 64\n")
+    for schemas in ({"other": [ModelConfig]}, {"siblings": [ModelConfig]}):
+        assert toy(file, **schemas) == ToyConfig(steps=4)
     assert refused(file).startswith(f"{file}:2: d_model: ")
-    assert refused("--d_model=64", other=[ModelConfig]).startswith("--d_model: ")
+    write(file, "d_model = 6.4")
+    assert refused(file, other=[ModelConfig]).startswith(f"{file}:1: d_model=6.4: ")
     write(file, "n_layer = 3\n")
     assert "did you mean n_layers?" in refused(file, other=[ModelConfig])
+
+
+def test_an_option_of_a_sibling_is_not_used_and_named(tmp_path, capsys):
+    """data.py takes the command line of train.py, so that one line serves both."""
+    file = write(tmp_path / "c.py", "steps = 4\n")
+    assert toy(file, "--d_model=64", "--n_heads=2", siblings=[ModelConfig]) == ToyConfig(steps=4)
+    [line] = capsys.readouterr().out.splitlines()
+    assert "--d_model" in line and "--n_heads" in line
+    assert refused(file, "--d_model=x", siblings=[ModelConfig]).startswith("--d_model=x: ")
+    # another model is no harmless change, and without a file nothing else would be configured
+    assert refused(file, "--d_model=64", other=[ModelConfig]).startswith("--d_model: ")
+    assert refused("--d_model=64", siblings=[ModelConfig]).startswith("--d_model: ")
+
+
+@pytest.mark.parametrize("key, owner", [
+    ("method", "adapt.py"), ("metric", "eval.py"), ("max_steps", "train.py"),
+    ("gpus", "train.py"), ("d_model", "train.py")])
+def test_a_key_of_another_command_is_named_with_that_command(tmp_path, key, owner):
+    file = write(tmp_path / "c.py", f"{key} = 3\n")
+    for message in (refused(file), refused(f"--{key}=3")):
+        assert f"python {owner}" in message
+
+
+# ---- Slips of the hand ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize("words, remedy", [
+    (["--rate", "1e-3"], "--rate=1e-3"), (["--name", "runs/tiny"], "--name=runs/tiny"),
+    (["--quick", "true"], "--quick=true"), (["rate=1e-3"], "--rate=1e-3"),
+    (["–rate=1e-3"], "--rate=1e-3"), (["configs/tinny.py"], "configs/tiny.py?"),
+    (["configs/tiny"], "configs/tiny.py?"), (["tiny_sfd.py"], "configs/tiny_sft.py?"),
+    (["configs"], "configs/"), (["--steps=1e6"], "write 1000000"), (["--step", "3"], "steps?"),
+    (["-steps=3"], "--key=value"), (["zzzzzz.py"], "configs/")])
+def test_a_slip_of_the_hand_is_told_the_right_form(monkeypatch, words, remedy):
+    monkeypatch.chdir(configs.ROOT)
+    assert remedy in refused(*words)
+
+
+def test_a_run_is_no_config_file_and_its_settings_are_named(tmp_path):
+    write(tmp_path / "config.json", "{}")
+    message = refused(tmp_path)
+    assert f"{tmp_path}/config.json" in message and f"--resume={tmp_path}" in message
+    near = refused(tmp_path.with_name(tmp_path.name + "x"))
+    assert near.endswith(f"did you mean {tmp_path}?")
+    write(tmp_path / "config.json", '{"model_type": "olmo", "rope_theta": 3.0}')
+    assert refused(tmp_path / "config.json").startswith(f"{tmp_path}/config.json: ")
+
+
+@pytest.mark.parametrize("text, place", [
+    ("steps = 3\nrate = 0.1\nsteps = 4\n", ":3: steps "),
+    ("weights = {'web': 1.0, 'code': 0.5, 'web': 2.0}", ":1: the key 'web' "),
+    ("steps = 9**9**9", ":1: "), ("weights = " + 10**5 * "[", ":1: "), ("steps = 3\0", ":1: "),
+    ("steps = " + 5000 * "9", ":1: "), ("steps = 0x" + 5000 * "f", ":1: steps="),
+    (f"steps = {2**63}", ":1: steps="), ("rate = 1" + 400 * "0", ":1: rate="),
+    ("rate = 1e999", ":1: rate=inf: "), ("rate = -1e999", ":1: rate=-inf: "),
+    ("weights = " + 500 * "[" + 500 * "]", ":1: "), ("steps = 'a\\nb'", ":1: steps=a b: "),
+    ("steps = 1e6", ":1: steps=1000000.0: ")])
+def test_an_absurd_file_is_refused_in_one_short_line(tmp_path, text, place):
+    file = write(tmp_path / "c.py", text)
+    message = refused(file)
+    assert message.startswith(f"{file}{place}") and len(message) < 400
+
+
+@pytest.mark.parametrize("word", [
+    "--rate=nan", "--rate=inf", "--rate=-inf", "--rate=1e999", "--steps=" + 5000 * "9",
+    "--steps=9**9**9", "--weights=" + 10**5 * "(", "--weights={'a': 1.0, 'a': 2.0}"])
+def test_an_absurd_option_is_refused_in_one_short_line(word):
+    message = refused(word)
+    assert message.startswith(word.partition("=")[0]) and len(message) < 400
+
+
+@pytest.mark.parametrize("schema, key", [(ModelConfig, "rope_theta"), (TraceOptions, "chars"),
+                                         (FindOptions, "limit")])
+def test_a_value_below_the_least_is_refused(schema, key):
+    with pytest.raises(UserError, match=f"^--{key}=-1"):
+        load_config([f"--{key}=-1"], schema)
+
+
+def test_a_byte_order_mark_is_read_and_another_encoding_refused(tmp_path):
+    file = tmp_path / "c.py"
+    file.write_bytes('steps = 3  # café\n'.encode("utf-8-sig"))
+    assert toy(file) == ToyConfig(steps=3)
+    for encoding in ("utf-16", "latin-1"):
+        file.write_bytes('steps = 3  # café\n'.encode(encoding))
+        assert refused(file).startswith(f"{file}:")
+
+
+def test_a_variant_needs_the_file_that_it_adds_to(tmp_path):
+    base = write(tmp_path / "base.py", "steps = 3\nname = 'base'\n")
+    variant = write(tmp_path / "variant.py", "adds_to = 'base.py'\nsteps = 4\n")
+    saved = write(tmp_path / "config.json", '{"steps": 5, "name": "saved"}')
+    assert toy(base, variant) == ToyConfig(steps=4, name="base")
+    assert toy(saved, variant) == ToyConfig(steps=4, name="saved")
+    for words in ([variant], [variant, base], [write(tmp_path / "other.py", "rate = 1"), variant]):
+        assert refused(*words) == f"{variant}:1: adds_to=base.py: this file adds to that one; " \
+                                  f"name both: {base} {variant}"
 
 
 # ---- Files ---------------------------------------------------------------------------------------

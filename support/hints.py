@@ -1,0 +1,78 @@
+"""What a mistyped command line or config probably means: the nearest name, the right command."""
+
+import difflib
+import re
+import sys
+from pathlib import Path
+
+from support.files import UserError
+
+ROOT = Path(__file__).resolve().parent.parent  # the repository
+
+
+def unknown_key(key, known, place):
+    """The UserError for a key that no schema of this command has. place: begins its message."""
+    if command_of(key):
+        return unused_key(key, place)
+    near = difflib.get_close_matches(key, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else "--help lists the keys"
+    return UserError(f"{place}{key}: unknown key; {hint}")
+
+
+def unused_key(key, place):
+    """The UserError for a key that another command has."""
+    owner = command_of(key)
+    return UserError(f"{place}{key}: a key of {owner}, which {command()} does not use; leave "
+                     f"it out, or run python {owner}")
+
+
+def command():
+    """The command that runs, such as train.py."""
+    return Path(sys.argv[0]).name
+
+
+def command_of(key):
+    """The command whose configuration has this key; None if none has."""
+    for path in (*sorted(ROOT.glob("*.py")), ROOT / "scaling/plan.py"):
+        if re.search(rf"^    {re.escape(key)}: .*\bsetting\(", path.read_text(), re.M):
+            return path.name if path.name in ("adapt.py", "eval.py") else "train.py"
+    return None
+
+
+def missing_value(key, word):
+    """The UserError for an option without its value; word: what follows it, or None."""
+    return UserError(f"--{key}: the value is missing; write --{key}={word or 'VALUE'}")
+
+
+def no_config_file(path, fields):
+    """The UserError for a word of the command line that is no config file."""
+    key, equals, value = str(path).lstrip("-–—").partition("=")
+    if equals and key in fields:
+        return UserError(f"{path}: no such config file; an option begins with two hyphens: "
+                         f"--{key}={value}")
+    if (path / "config.json").is_file():
+        return UserError(f"{path}: a directory, not a config file; {path}/config.json holds its "
+                         f"settings, and train.py --resume={path} continues a run")
+    if path.is_dir():
+        return UserError(f"{path}: a directory, not a config file; configs/ holds those that come "
+                         "with nanOLMo")
+    return UserError(f"{path}: no such config file; {nearest_path(path)}")
+
+
+def nearest_path(path):
+    """Which file or folder beside a missing path, or which config of ours, has a similar name."""
+    beside = {}
+    for folder in (ROOT / "configs", path.parent):
+        beside |= {file.name: file for file in folder.glob("[!_.]*")}
+    for name in difflib.get_close_matches(path.name, beside, n=1):
+        found = beside[name]
+        here = Path.cwd()
+        return f"did you mean {found.relative_to(here) if found.is_relative_to(here) else found}?"
+    return "configs/ holds those that come with nanOLMo"
+
+
+def check_base(path, base, before, place):
+    """UserError unless the config file that `path` adds to, or a saved config, stands before it."""
+    if not any(file.name == base or file.suffix == ".json" for file in before):
+        raise UserError(f"{place}adds_to={base}: this file adds to that one; name both: "
+                        f"{path.parent / base} {path}")
