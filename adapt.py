@@ -39,12 +39,13 @@ from scaling.directory import saved_settings
 from scaling.ranks import (agree_on_machine, on_all_ranks, on_rank0, rank, setup_distributed,
                            world_size)
 from scaling.run import READ_PATIENCE, Run, deadline_after
-from support.chats import read_examples, sequences_of
+from support.answers import generate_answers
 from support.held_out import evaluate_held_out
 from support.models import fill_weights, open_base
 from support.packing import best_fit
 from support.reference import reference_log_probs
-from support.talk import chat, generate_answers
+from support.rows import read_examples, sequences_of
+from support.talk import chat
 from support.tasks import open_suites
 from support.tuned import (ShowOptions, check_adapt_config, check_not_base, checked_argv,
                            choose_rows, fingerprint_of, held_out_of_base, print_results, print_run,
@@ -62,8 +63,8 @@ class AdaptConfig:
     # sft imitates every answer in a chat; dpo makes one answer likelier than another
     method: Literal["sft", "dpo"] = setting("sft", "Learn from chats, or from preferences.")
     # OLMo: Tulu 2's mixture of 326,154 chats for sft, about 61,000 UltraFeedback pairs for dpo
-    train_data: str = setting("stdlib", "JSONL(.gz) file or folder; stdlib is the embedded set.")
-    eval_data: str = setting("stdlib", "The same, held out: never trained on; empty is none.")
+    train_data: str = setting("", "JSONL(.gz) file or folder; stdlib is the embedded set.")
+    eval_data: str = setting("", "The same, held out: never trained on; empty is none.")
     faulty: Literal["stop", "skip"] = setting("stop", "What to do with a row that has a fault.")
     # OLMo: 3 for both; Tulu 2 had stopped at 2 epochs of SFT
     epochs: float = setting(3.0, "Passes over train_data; they set the steps and the schedule.")
@@ -448,8 +449,7 @@ def preference_loss(model, batch, beta, length_normalized=False):
     terms = dpo_terms(policy[0], policy[1], reference[0], reference[1], beta)
     sums = {}
     for name, values in terms.items():
-        values = values * batch["real"]  # 0 for a pair that only fills up
-        sums[name] = values.sum()
+        sums[name] = (values * batch["real"]).sum()  # 0 for a pair that only fills up
     return sums.pop("loss"), sums
 
 

@@ -36,7 +36,7 @@ from corpus.sources import check_data_config, parse_sources
 from corpus.stages import Stages, build_once, in_batches, link_files, ordered_map, written_aside
 from corpus.storage import (DOCUMENT_INDEX, ShardWriter, blocks_of, hash_of_id, mapped_order,
                             read_block, shards_of, store_documents, stored_documents, token_dtype,
-                            vocabulary_of)
+                            tokenizer_digest, vocabulary_of)
 from corpus.token_files import write_token_list
 from corpus.tokenizer import BPE_SAMPLE_CHARS, Tokenizer, tokenizer_at, tokenizer_file, train_bpe
 
@@ -242,15 +242,15 @@ class Batches:
 
     def fingerprint(self):
         """What a resumed run must find unchanged: the data, its order and how it is cut."""
-        # the order's own hash: numpy does not promise that another version shuffles the same way
-        order_sha256 = hashlib.sha256(self.order(0)).hexdigest()
+        # of the order too: numpy does not promise that another version shuffles the same way
         return {
             "data_sha256": self.shards.sha256,
+            "tokenizer_sha256": tokenizer_digest(self.shards.folder / "tokenizer.json"),
             "seq_len": self.shards.seq_len,
             "instances": len(self.shards),
             "batch_size": self.batch_size,
             "seed": self.seed,
-            "order_sha256": order_sha256,
+            "order_sha256": hashlib.sha256(self.order(0)).hexdigest(),
         }
 
 
@@ -275,7 +275,7 @@ class TokenShards:
     """
 
     def __init__(self, folder, seq_len):
-        folder = Path(folder)
+        self.folder = folder = Path(folder)
         manifest = read_json(folder / "manifest.json")
         self.seq_len = seq_len
         self.sha256 = manifest["sha256"]
@@ -572,10 +572,10 @@ def render_chat(messages, tokenizer, reply=False):
     """Returns (ids, trained): the token ids of a chat, and for each whether the loss counts it.
 
     messages: [{role: system, user or assistant, content}]. Trained are the assistant's content and
-    the EOS after it. The template is Tulu's and OLMo's (paper, section 4.3; Open Instruct): EOS in
-    place of a BOS; then for each message `<|role|>`, a newline, the stripped content, EOS if it is
-    an assistant's, and a newline; no newline after the last EOS. reply=True ends with the header
-    of the answer to be generated.
+    the EOS after it; weight=0 beside them leaves both out. The template is Tulu's and OLMo's
+    (paper, section 4.3; Open Instruct): EOS in place of a BOS; then for each message `<|role|>`, a
+    newline, the stripped content, EOS if it is an assistant's, and a newline; no newline after the
+    last EOS. reply=True ends with the header of the answer to be generated.
     """
     ids = [tokenizer.eos_token_id]
     trained = [False]  # the model learns to answer, not to write the user's part
@@ -588,12 +588,12 @@ def render_chat(messages, tokenizer, reply=False):
     # same ids as encoding the joined string: no token spans a newline next to stripped text.
     for i, message in enumerate(messages):
         is_assistant = message["role"] == "assistant"
-        is_last = i == len(messages) - 1
+        is_trained = is_assistant and message.get("weight", 1) > 0
         add(tokenizer.encode(f"<|{message['role']}|>\n"))
-        add(tokenizer.encode(message["content"].strip()), train=is_assistant)
+        add(tokenizer.encode(message["content"].strip()), train=is_trained)
         if is_assistant:
-            add([tokenizer.eos_token_id], train=True)  # trained: the model must learn to stop
-        if not is_assistant or reply or not is_last:  # no newline after the chat's last EOS
+            add([tokenizer.eos_token_id], train=is_trained)  # the model must learn to stop
+        if not is_assistant or reply or i < len(messages) - 1:  # none after the chat's last EOS
             add(tokenizer.encode("\n"))
     if reply:
         add(tokenizer.encode("<|assistant|>\n"))

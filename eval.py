@@ -64,7 +64,7 @@ class EvalConfig:
     sample_seed: int = setting(1, "Seed of the sample.")
 
     def __post_init__(self):
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise UserError(f"temperature={self.temperature} must be at least 0")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p={self.top_p} must be above 0 and at most 1")

@@ -415,12 +415,10 @@ class KVCache:
         return self.keys[:, :, :end], self.values[:, :, :end]
 
 
-def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, stop_ids=(), seed=0,
-             sync=lambda ids: ids):
+def generate(model, prompts, *arguments, **keywords):
     """The new ids of each list of ids in `prompts`; the arguments are generate_stream's."""
     new = [[] for _ in prompts]
-    for chosen in generate_stream(model, prompts, max_new_tokens, temperature, top_p, stop_ids,
-                                  seed, sync):
+    for chosen in generate_stream(model, prompts, *arguments, **keywords):
         for row, token in chosen.items():
             new[row].append(token)
     return new
@@ -428,13 +426,13 @@ def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, stop_id
 
 @torch.no_grad()
 def generate_stream(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, stop_ids=(),
-                    seed=0, sync=lambda ids: ids):
+                    seed=0, numbers=None, sync=lambda ids: ids):
     """Continue each list of ids in `prompts`; yields {row: its next id} of the rows that go on.
 
     temperature: 0 takes the likeliest id; else ids are drawn from softmax(logits / temperature).
     top_p: draw from the smallest set of ids whose probabilities reach this sum.
     stop_ids: a row ends after one of them (which is yielded), or where its context is full.
-    seed: row i draws from a stream of its own, (seed, i): its neighbours do not change its text.
+    seed: prompt i draws from a stream of its own, (seed, numbers[i]), by default (seed, i).
     sync(ids): makes all ranks take rank 0's ids; one process has nothing to do.
     The weights must not change until the stream ends or is closed.
     Raises ValueError for a prompt that is empty or fills the context.
@@ -444,31 +442,29 @@ def generate_stream(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, 
     check_sampling(config, prompts, temperature, top_p)
     B = len(prompts)
     T = max(map(len, prompts))
+    numbers = numbers or range(B)
     # The shortest prompt has the most room: it may grow until it has max_seq_len ids.
     room = config.max_seq_len - min(map(len, prompts))
     capacity = T + min(max_new_tokens, room)
     tokens, visible = pad_left(prompts, capacity, config.pad_token_id, device)
     cache = [KVCache(config, B, capacity, device, model.stream_dtype) for _ in model.blocks]
-    rows = range(B)
-    # torch's CPU generators: a GPU draws the same text as a laptop, as far as the logits agree
-    streams = [torch.Generator().manual_seed(seed * 1_000_003 + row) for row in rows]
-    last = torch.tensor([[row, -1] for row in rows], device=device)  # each row's newest token
-    running = set(rows)
+    last = torch.tensor([[row, -1] for row in range(B)], device=device)  # each row's newest token
+    running = set(range(B))
     for length in range(T, capacity):  # `length` columns are known; the next one is to be chosen
         # The first pass reads the prompts, each later one the newest id of each row.
         attn_mask = None
         if visible is not None:
-            first_query = length - tokens.shape[1]
-            attn_mask = padded_mask(visible[:, :length], first_query)
+            attn_mask = padded_mask(visible[:, :length], length - tokens.shape[1])
         logits = model(tokens, attn_mask=attn_mask, cache=cache, positions_wanted=last)  # (B, V)
         # The padding rows of the embedding are no ids: they are never chosen.
         logits = logits[:, :config.vocab_size].float().cpu()
-        chosen = sync(choose_next(logits, temperature, top_p, streams))
+        new_ids = length - T  # so many came before, whatever the padding
+        draws = [uniform(seed, number, new_ids) for number in numbers]
+        chosen = sync(choose_next(logits, temperature, top_p, draws))
         yield {row: chosen[row] for row in sorted(running)}
         # A finished row is still computed; its new ids are ignored.
-        new_ids = length - T + 1
         for row in sorted(running):
-            context_is_full = len(prompts[row]) + new_ids == config.max_seq_len
+            context_is_full = len(prompts[row]) + new_ids + 1 == config.max_seq_len
             if chosen[row] in stop_ids or context_is_full:
                 running.remove(row)
         if not running:
@@ -493,10 +489,9 @@ def pad_left(prompts, capacity, pad_token_id, device):
     Padding is on the left, so that the last column is every row's newest token. RoPE sees
     distances alone: rows that begin late compute what they would compute without padding.
     """
-    B = len(prompts)
     T = max(map(len, prompts))
-    tokens = torch.full((B, T), pad_token_id)
-    visible = torch.ones(B, capacity, dtype=torch.bool)
+    tokens = torch.full((len(prompts), T), pad_token_id)
+    visible = torch.ones(len(prompts), capacity, dtype=torch.bool)
     for row, prompt in enumerate(prompts):
         begin = T - len(prompt)
         tokens[row, begin:] = torch.tensor(prompt)
@@ -516,8 +511,14 @@ def padded_mask(visible, start):
     return (causal & visible[:, None, None, :]) | itself
 
 
-def choose_next(logits, temperature, top_p, streams):
-    """One id a row of float32 `logits` (B, V); row i draws from the generator streams[i]."""
+def uniform(seed, number, position):
+    """The draw, in [0, 1), at a position of stream (seed, number); a hash: no two streams meet."""
+    digest = hashlib.sha256(f"{seed} {number} {position}".encode()).digest()
+    return int.from_bytes(digest[:3], "big") / 2**24
+
+
+def choose_next(logits, temperature, top_p, draws):
+    """One id a row of float32 `logits` (B, V); draws: a number in [0, 1) for each row."""
     if temperature == 0:
         return logits.argmax(-1).tolist()
     # Shifted first, as a large logit over a small temperature overflows.
@@ -529,8 +530,7 @@ def choose_next(logits, temperature, top_p, streams):
     nucleus_mass = mass.gather(1, nucleus_size - 1)
     # Each id owns a slice of [0, nucleus_mass) as wide as its probability. A uniform random number
     # chooses the id whose slice it falls into.
-    draws = torch.stack([torch.rand(1, generator=stream) for stream in streams])
-    place = (mass <= draws * nucleus_mass).sum(-1, keepdim=True)
+    place = (mass <= torch.tensor(draws)[:, None] * nucleus_mass).sum(-1, keepdim=True)
     place = torch.minimum(place, nucleus_size - 1)  # a draw may round up to nucleus_mass
     return ids.gather(1, place).squeeze(1).tolist()
 

@@ -24,7 +24,7 @@ from corpus.funnel import print_table
 from corpus.storage import held_out_files
 from corpus.tokenizer import Tokenizer
 from corpus.trace import places_of_step
-from data import Batches, DataConfig, TokenShards, build_data
+from data import Batches, DataConfig, TokenShards
 from eval import EvalConfig, evaluate, sample_text
 from model import ModelConfig, OLMo, init_weights, next_token_loss
 from scaling.checkpoint import create_state
@@ -36,6 +36,7 @@ from scaling.ranks import (agree_on_machine, launched, on_all_ranks, on_rank0, r
                            setup_distributed, world_size)
 from scaling.run import Run, deadline_after
 from scaling.sharding import full_tensor, own_part, shard_model, sync_gradients
+from scaling.start import data_for_run
 from support.tasks import check_suites, open_suites
 
 # ---- Configuration -------------------------------------------------------------------------------
@@ -46,7 +47,7 @@ class TrainConfig:
 
     # the run
     run_dir: str = setting("runs/tiny", "Directory of the run, on a disk that all nodes see.")
-    resume: str = setting("", "Continue the run in this directory; its config is used.")
+    resume: str = setting("", "Continue this run, with its config; in another run_dir, a fork.")
     overwrite: bool = setting(False, "Delete the run that is in run_dir and begin at step 1.")
     accept_changes: bool = setting(False, "Continue although config or data differ; prints how.")
     start_from: str = setting(
@@ -131,9 +132,9 @@ def train(model_config, data_config, eval_config, config):
     settings = saved_settings(model_config, data_config, eval_config, config)
     dtype, compiled = agree_on_machine(config, settings, device)
 
-    # The data: text -> tokens -> the batch of any step. Rank 0 builds it, the others wait.
+    # The data: text -> tokens -> the batch of any step. Rank 0 calls build_data, the others wait.
     on_rank0(partial(check_suites, eval_config))  # a misspelt suite is an error now, not in hours
-    folder = on_rank0(partial(build_data, data_config), patience=timedelta(days=2))
+    folder = on_rank0(partial(data_for_run, config, data_config), patience=timedelta(days=2))
     print_table(folder)
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     check_vocabulary(model_config, tokenizer)
@@ -383,7 +384,6 @@ def sample_at_the_end(run, model, tokenizer, eval_config):
 
 
 # ---- The command ---------------------------------------------------------------------------------
-
 
 @on_all_ranks
 def main(argv):

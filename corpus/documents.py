@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from corpus.source_files import (JSON_SUFFIXES, Truncated, ages_of, input_files, read_lines,
-                                 read_parts)
+from corpus.source_files import (JSON_SUFFIXES, ONE_LIST, Truncated, ages_of, input_files,
+                                 read_lines, read_parts)
 from corpus.stdlib import stdlib_documents
-from support.files import UserError, decoded, json_type, parsed_json
+from support.text import UserError, decoded, json_type, parsed_json
 
 EOS = "<|endoftext|>"  # what many corpora have between the documents of a text file
 MANY_EOS = 10  # so many in one text file are no accident
@@ -83,14 +83,10 @@ def read_records(path, source, counts, allow_truncated=False, progress=False, se
 
 
 def parse(record):
-    """The JSON object in a Record, as a dict; for a text file, an object with its text."""
-    if not record.file.endswith(JSON_SUFFIXES):
-        return {"text": decoded(record.content, record.place)}
-    entry = parsed_json(record.content, record.place)
-    if not isinstance(entry, dict):
-        raise UserError(f"{record.place}: holds {json_type(entry)}, not a JSON object; correct or "
-                        "delete the line")
-    return entry
+    """The JSON value in a Record; for a text file, an object with its text."""
+    if record.file.endswith(JSON_SUFFIXES):
+        return parsed_json(record.content, record.place)
+    return {"text": decoded(record.content, record.place)}
 
 
 def as_document(record, source, counts, text_key="text"):
@@ -103,6 +99,9 @@ def as_document(record, source, counts, text_key="text"):
         return record.content
     entry = parse(record)
     place = record.place
+    if not isinstance(entry, dict):
+        raise UserError(f"{place}: holds {json_type(entry)}, not a JSON object; correct or delete "
+                        "the line" + f", or {ONE_LIST}" * isinstance(entry, list))
     text = entry.get(text_key if record.file.endswith(JSON_SUFFIXES) else "text")
     if not isinstance(text, str):
         raise UserError(f"{place}: {why_no_text(entry, text_key)}")

@@ -16,7 +16,8 @@ def data_of_run(run, config):
             return manifest.parent
     raise UserError(f"{config.data_dir}: does not hold the data that {run} was trained on; restore "
                     f"it, or, if its sources have not changed, build it again: python data.py "
-                    f"{run / 'config.json'} (eval.py also takes other text: --suite=PATH)")
+                    f"{run / 'config.json'} --tokenizer={run / 'tokenizer.json'} (eval.py also "
+                    "takes other text: --suite=PATH)")
 
 
 def manifests_behind(run, state):

@@ -6,11 +6,12 @@ import zlib
 from collections import Counter, deque
 from pathlib import Path
 
-from support.files import SIGNATURES, UserError, decoded, other_encoding
+from support.text import SIGNATURES, UserError, decoded, other_encoding
 
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".json.gz")  # an object a line
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")  # a document a file
 
+ONE_LIST = "convert a file that is one list: jq -c '.[]' OLD > NEW"
 MOST_BYTES = 2**30  # of one document: the rules and the tokenizer hold all of it in memory
 CHUNK_BYTES = 2**20  # of a text file that is cut at a separator: read at a time
 NAMED_ENDINGS = 5  # the commonest of the files that are not read; the others are counted together
@@ -160,11 +161,12 @@ def ages_of(files):
 
 # ---- Their content -------------------------------------------------------------------------------
 
-def check_kind(file, head):
-    """UserError for a file whose first bytes are those of an encoding or format that is not read.
+def check_kind(file, line):
+    """UserError for a file whose first line is that of an encoding or format that is not read.
 
     One for the whole file, where each line of it would be an error.
     """
+    head = line[:1000]
     if other_encoding(head):
         decoded(head, f"{file}:1")  # raises the error that names it
     if not file.name.endswith(JSON_SUFFIXES):
@@ -174,11 +176,13 @@ def check_kind(file, head):
             raise UserError(f"{file}: not lines of JSON but {name}; give it the right ending or "
                             f"convert it; {remedy_for([])}")
     # JSON over several lines, or a list of all the objects
-    begin = head.removeprefix(b"\xef\xbb\xbf").strip()
-    if begin == b"{" or begin.startswith(b"["):
-        way = "jq -c . OLD > NEW" if begin == b"{" else "jq -c '.[]' OLD > NEW"
-        raise UserError(f"{file}:1: one JSON value over the whole file, where each line must be "
-                        f"an object; convert it: {way}")
+    value = line.removeprefix(b"\xef\xbb\xbf").strip()
+    if value == b"{":
+        raise UserError(f"{file}:1: an object over several lines, where each must have a line of "
+                        "its own; convert the file: jq -c . OLD > NEW")
+    if value.startswith(b"[") and not value.endswith(b"]"):
+        raise UserError(f"{file}:1: a list over several lines, where each line must be an object; "
+                        + ONE_LIST)
 
 
 def read_lines(file, bar):
@@ -199,7 +203,7 @@ def read_lines(file, bar):
             for content in iter(lambda: lines.readline(MOST_BYTES), b""):
                 line += 1
                 if not is_checked and content.strip():
-                    check_kind(file, content[:1000])
+                    check_kind(file, content)
                     is_checked = True
                 if len(content) == MOST_BYTES:
                     raise UserError(f"{file}:{line}: one line of over {MOST_BYTES:,} bytes; write "

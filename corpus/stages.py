@@ -28,7 +28,7 @@ from corpus.rules import DEDUPLICATIONS
 from corpus.storage import hash_of
 from corpus.token_files import listed_token_files
 from corpus.tokenizer import tokenizer_file
-from support.files import UserError, file_sha256, fsync
+from support.files import UserError, file_sha256, fsync, fsync_all, link_or_copy
 from support.lock import Lock
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,7 +39,7 @@ STAGE_FILES = {
     "clean": ("data.py", "corpus/dedup.py", "corpus/documents.py", "corpus/funnel.py",
               "corpus/questions.py", "corpus/rules.py", "corpus/source_files.py",
               "corpus/sources.py", "corpus/stages.py", "corpus/stdlib.py", "corpus/storage.py",
-              "corpus/tokenizer.py", "support/files.py"),
+              "corpus/tokenizer.py", "support/text.py"),
     "tokens": ("data.py", "corpus/stages.py", "corpus/storage.py", "corpus/tokenizer.py"),
     "mix": ("data.py", "corpus/manifest.py", "corpus/storage.py"),
     "token files": ("corpus/storage.py", "corpus/token_files.py", "corpus/tokenizer.py"),
@@ -48,8 +48,6 @@ STAGE_FILES = {
 # A change there rebuilds nothing.
 NOT_BUILDING = ("DataConfig", "Batches", "TokenShards", "instance_order", "check_world_size",
                 "check_size", "render_chat", "main")
-# And what of support/files.py does: it reads text and JSON, and has much to do besides.
-READING = ("decoded", "other_encoding", "parsed_json", "object_of", "is_too_deep")
 
 
 class Stages:
@@ -180,8 +178,6 @@ def building_code(stage):
         if file == "data.py":
             tree.body = [node for node in tree.body
                          if getattr(node, "name", "") not in NOT_BUILDING]
-        if file == "support/files.py":
-            tree.body = [node for node in tree.body if getattr(node, "name", "") in READING]
         code.append(ast.unparse(tree))  # the code without its comments and layout
     return hash_of(code)
 
@@ -204,8 +200,7 @@ def written_aside(folder):
     try:
         aside.mkdir(parents=True)
         yield aside
-        for path in (*aside.rglob("*"), aside):
-            fsync(path)  # first the contents, then the name: a power cut leaves no empty files
+        fsync_all(aside)  # first the contents, then the name: a power cut leaves no empty files
         aside.rename(folder)  # one step for the file system: there or not there
         fsync(folder.parent)
     finally:
@@ -219,10 +214,7 @@ def link_files(stage, folder):
             continue
         target = folder / file.relative_to(stage)
         target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(file, target)  # a second name for the same bytes
-        except OSError:
-            shutil.copy(file, target)
+        link_or_copy(file, target)
 
 
 # ---- Worker processes -----------------------------------------------------------------------

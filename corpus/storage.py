@@ -10,7 +10,7 @@ import numpy as np
 
 from corpus.documents import size_of
 from corpus.funnel import why_nothing_is_left
-from support.files import UserError, file_sha256, write_json
+from support.files import UserError, file_sha256, read_json, to_json, write_json
 from support.lock import Lock
 
 BLOCK_BYTES = 2**16  # JSON lines compressed together: what is read to get at one document
@@ -38,7 +38,7 @@ def store_documents(folder, split, source, funnel):
             funnel.counts[kind + "documents"] += 1
             funnel.counts[kind + "bytes"] += size_of(document["text"])
             if held_out:
-                held_out_file.write(json.dumps(document) + "\n")
+                held_out_file.write(to_json(document) + "\n")
             else:
                 writer.add(document)
     writer.close()
@@ -48,7 +48,7 @@ def store_documents(folder, split, source, funnel):
     with open(folder / "dropped" / f"{source.name}.jsonl", "w") as dropped_file:
         for rule, examples in funnel.examples.items():
             for example in examples:
-                dropped_file.write(json.dumps({"rule": rule, **example}) + "\n")
+                dropped_file.write(to_json({"rule": rule, **example}) + "\n")
     write_json(folder / f"{source.name}.funnel.json", funnel.as_json())
 
 
@@ -204,3 +204,8 @@ def mapped_order(path, make, n):
 def hash_of(settings):
     """SHA-256, in hex, of a value that JSON can hold."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def tokenizer_digest(path):
+    """SHA-256 of what a tokenizer.json says, however the file is laid out."""
+    return hash_of(read_json(path))

@@ -10,7 +10,8 @@ import numpy as np
 
 from corpus.storage import DOCUMENT_INDEX, hash_of, hash_of_id, token_dtype, vocabulary_of
 from corpus.tokenizer import Tokenizer, tokenizer_file
-from support.files import UserError, read_text, write_json
+from support.files import UserError, write_json
+from support.text import read_text
 
 SAMPLE_BYTES = 2**20  # at each end of a file: what is checked and hashed, as a file may have 4 GB
 

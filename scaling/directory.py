@@ -1,33 +1,33 @@
-"""The run directory: one process group at a time writes it; a run in it is new or continues.
+"""The run directory: whose it is, who holds it, what describes the run in it.
 
     config.json  tokenizer.json  manifest.json      what the run is made of
     metrics.jsonl  eval.jsonl  report.html          what was measured
     step000500/                                     checkpoints (scaling/checkpoint.py)
+    fork.json                                       the run and step that this one is a fork of
     .lock                                           held by the process that trains there
 """
 
 import os
+import re
 import shutil
 import socket
 from pathlib import Path
 
-from configs import flat
-from scaling.checkpoint import Unreadable, newest_step, step_directories, step_of, verify_step
+from configs import ROOT, flat
+from corpus.storage import tokenizer_digest
+from scaling.checkpoint import run_of, step_directories
 from scaling.ranks import gather, rank
-from support.files import UserError, log_rows, read_json, write_json
+from support.files import UserError, fsync, here, log_rows, read_json, write_json
 from support.lock import Lock
 
 # Keys that say what to do this time, not what the run is. They are not saved.
 NOT_SAVED = {"resume", "overwrite", "accept_changes", "stop_after_minutes", "tensorboard", "verify"}
 
-# Keys that may change when a run continues: they do not change what is learned from a batch. The
-# keys of EvalConfig and all *_every_steps and keep_* are free as well.
-MAY_CHANGE = {"run_dir", "max_steps", "device", "dtype", "compile", "micro_batch_size", "workers",
-              "shard", "activation_checkpointing", "reduce_every_micro_batch", "not_finite",
-              "save_every_minutes", "watts", "pue", "kg_co2_per_kwh"}
-
 MEASURED = ("eval.jsonl", "report.html")  # what eval.py writes about a run
-NEW_STATE = {"step": 0, "tokens": 0, "seconds": 0.0, "kwh": 0.0}
+# All names in its directory that a run writes, replaces or deletes.
+NAMES = re.compile(r"(config|tokenizer|manifest|fork)\.json|manifest-\w+\.json|metrics\.jsonl|"
+                   r"eval\.jsonl|report\.html|reference-\w+\.json|tensorboard|"
+                   r"(damaged-|unread-)?step\d+|step\d+\.tmp")
 
 # After a node dies, a network disk may hold its lock for a minute or two; torchrun's restart waits.
 RESTART_PATIENCE_S = 150
@@ -57,35 +57,45 @@ def check_shared(run, lock_text):
                         "on a disk that all nodes share")
 
 
-# ---- New, or continued ---------------------------------------------------------------------------
+# ---- Whose it is ---------------------------------------------------------------------------------
 
-def find_start(config, settings, fingerprint, free_keys):
-    """On rank 0: returns (step directory to load or None, state after it) for the run of `config`.
+def check_directory(run, overwrite=False):
+    """UserError for a run_dir that is no place for a run: empty, somebody else's, or all work.
 
-    That is the newest undamaged step of the run. For a new run it is the step that start_from
-    names, or nothing. settings: every key of the run; fingerprint: what identifies its data;
-    free_keys: keys that may change besides MAY_CHANGE. Raises UserError that names each key, or
-    part of the data, that differs from the saved run.
+    A run replaces and deletes files by their names; those that are there must be a run's.
     """
-    run = Path(config.run_dir)
-    if config.overwrite:
-        overwrite(run, config.start_from)
-    for leftover in run.glob("step*.tmp"):  # a crash cut it off while it was written
-        shutil.rmtree(leftover)
-    if not step_directories(run):
-        for name in MEASURED:  # they belong to a run that was here before
-            (run / name).unlink(missing_ok=True)
-        return start_new(config, fingerprint)
-    try:
-        step, saved = newest_step(run, config.verify == "sha256")
-    except Unreadable:
-        raise
-    except UserError as error:
-        raise UserError(f"{error}; --overwrite starts the run again from step 1") from None
-    check_settings(run, saved, settings, config, free_keys)
-    check_data(run, saved, fingerprint, config)
-    set_aside(run, step)
-    return step, continued_state(saved, fingerprint)
+    if not run.parts:
+        raise UserError("run_dir is empty; name a directory for the run, such as runs/tiny")
+    found = names_of_run(run)
+    if found and not is_run(run):
+        raise UserError(f"run_dir={run}{here(run)}: holds {', '.join(found[:5])}, and no run of "
+                        "ours; a run would replace them; choose another --run_dir")
+    places = (Path.cwd(), ROOT, Path.home().resolve())
+    holds_work = any(place.is_relative_to(run.resolve()) for place in places)
+    if holds_work and (overwrite or not found):
+        raise UserError(f"run_dir={run}: is or holds the working directory, the code or your home; "
+                        "name a directory for the run alone, such as runs/tiny")
+
+
+def is_run(run):
+    """True if a run of ours is there: its config.json says so or, where that is lost, its steps."""
+    if (run / "config.json").is_file():
+        return "run_dir" in read_json(run / "config.json")
+    return any((step / "state.json").is_file() for step in step_directories(run))
+
+
+def names_of_run(run):
+    """The names in a directory that a run writes, replaces or deletes."""
+    if not run.is_dir():
+        return []
+    return sorted(path.name for path in run.iterdir() if NAMES.fullmatch(path.name))
+
+
+def forked_from(config):
+    """What the run of `config` is a fork of: --resume=OLD --run_dir=NEW; None if of nothing."""
+    if not config.resume or Path(config.resume).resolve() == Path(config.run_dir).resolve():
+        return None
+    return Path(config.resume)
 
 
 def overwrite(run, start_from):
@@ -101,77 +111,12 @@ def overwrite(run, start_from):
 
 def clear(run):
     """Delete what a run writes, and nothing else that may lie in its directory."""
-    folders = [*step_directories(run)]
-    for pattern in ("step*.tmp", "damaged-step*", "unread-step*", "tensorboard"):
-        folders += run.glob(pattern)
-    for folder in folders:
-        shutil.rmtree(folder)
-    for file in run.glob("reference-*.json"):
-        file.unlink()
-    for name in ("config.json", "tokenizer.json", "manifest.json", "metrics.jsonl", *MEASURED):
-        (run / name).unlink(missing_ok=True)
-
-
-def start_new(config, fingerprint):
-    """Returns (step directory or None, state) of a run that has no step yet."""
-    if not config.start_from:
-        return None, dict(NEW_STATE)
-    start = Path(config.start_from)
-    saved = verify_step(start, config.verify == "sha256")
-    check_data(start, saved, fingerprint, config)
-    return start, {**NEW_STATE, "step": saved["step"], "tokens": saved["tokens"]}
-
-
-def continued_state(saved, fingerprint):
-    """The state of a run that goes on from `saved`."""
-    state = {key: saved.get(key, new) for key, new in NEW_STATE.items()}
-    earlier_data = list(saved.get("earlier_data", []))
-    before = saved["data"]["data_sha256"]
-    if before != fingerprint["data_sha256"]:
-        earlier_data.append(before)  # for eval.py: what the run was trained on until here
-    return {**state, "earlier_data": earlier_data, "config": saved["config"]}
-
-
-def check_settings(place, saved, settings, config, free_keys):
-    """UserError for settings that differ from a saved run's; a printed line with accept_changes."""
-    before = saved["config"]
-    changes = [f"{key}: {before[key]} there, {value} now" for key, value in settings.items()
-               if key in before and before[key] != value and not may_change(key, free_keys)]
-    accept(changes, config, f"{place}: continues with changes: ", f"{place}: holds another run",
-           "choose another --run_dir, or use --overwrite or --accept_changes")
-
-
-def may_change(key, free_keys):
-    """True if a run may continue with another value of this key."""
-    by_pattern = key.endswith("_every_steps") or key.startswith("keep_")
-    return by_pattern or key in MAY_CHANGE or key in free_keys
-
-
-def check_data(place, saved, fingerprint, config):
-    """UserError for data that differs from a saved run's; a printed line with accept_changes."""
-    changes = [f"{key}: {saved['data'].get(key)} there, {value} now"
-               for key, value in fingerprint.items() if saved["data"].get(key) != value]
-    accept(changes, config, f"{place}: continues with changed data: ",
-           f"{place}: its data has changed",
-           "restore the data, or use --overwrite or --accept_changes")
-
-
-def accept(changes, config, accepted, refused, remedy):
-    """Print the changes with --accept_changes; else UserError if there are any."""
-    if changes and config.accept_changes:
-        print(accepted + "; ".join(changes))
-    elif changes:
-        raise UserError(f"{refused} ({'; '.join(changes)}); {remedy}")
-
-
-def set_aside(run, step):
-    """Rename the steps after `step`, which were passed over: the run will save them again."""
-    for path in step_directories(run):
-        if step_of(path) > step_of(step):
-            aside = run / f"unread-{path.name}"
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
-            print(f"{path}: kept as {aside.name}, because the run takes these steps again")
+    for name in names_of_run(run):
+        path = run / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def lacks_evaluation(run, step):
@@ -190,12 +135,32 @@ def describe(run, settings, folder, **facts):
     """On rank 0: write config.json, tokenizer.json and manifest.json into the run directory.
 
     folder: holds the data's tokenizer and manifest, or is a Hugging Face directory without a
-    manifest. facts: what else manifest.json is to say.
+    manifest. facts: what else manifest.json is to say. Older steps need the tokenizer and the
+    manifest of their time: the one is never replaced by another, the other gets another name.
     """
     write_json(run / "config.json", settings)
-    shutil.copyfile(folder / "tokenizer.json", run / "tokenizer.json")
-    if (folder / "manifest.json").is_file():
-        write_json(run / "manifest.json", {**read_json(folder / "manifest.json"), **facts})
+    keep_tokenizer(folder / "tokenizer.json", run / "tokenizer.json")
+    if not (folder / "manifest.json").is_file():
+        return
+    manifest = {**read_json(folder / "manifest.json"), **facts}
+    file = run / "manifest.json"
+    before = read_json(file)["sha256"] if file.is_file() else manifest["sha256"]
+    if before != manifest["sha256"]:
+        file.replace(run / f"manifest-{before[:12]}.json")
+    write_json(file, manifest)
+
+
+def keep_tokenizer(new, kept):
+    """Copy the file `new` to `kept`; UserError if another tokenizer is there."""
+    if kept.is_file():
+        if tokenizer_digest(kept) != tokenizer_digest(new):
+            raise UserError(f"{kept}: is another tokenizer than {new}, and what was trained here "
+                            "needs it; choose another --run_dir")
+        return
+    aside = kept.with_name("tokenizer.json.tmp")
+    shutil.copyfile(new, aside)
+    fsync(aside)  # first the content, then the name
+    aside.rename(kept)
 
 
 def saved_settings(*configs):
@@ -204,15 +169,42 @@ def saved_settings(*configs):
 
 
 def resumed_argv(argv, file, is_tuned):
-    """argv with the config of the run that --resume names; UserError if `file` did not make it."""
-    for word in reversed(argv):  # the last one counts, as for every option
-        if word.startswith("--resume="):
-            run = Path(word.removeprefix("--resume="))
-            saved = run / "config.json"
-            if not saved.is_file():
-                raise UserError(f"--resume={run}: no run there; python {file} CONFIG starts one")
-            if ("method" in read_json(saved)) != is_tuned:
-                other = "train.py" if is_tuned else "adapt.py"
-                raise UserError(f"--resume={run}: {other} made this run; use python {other} {word}")
-            return [str(saved), f"--run_dir={run}", *argv]
-    return argv
+    """argv with the config of the run that --resume names; UserError if `file` did not make it.
+
+    With --resume=OLD --run_dir=NEW, a fork, it is NEW's config once NEW has a step.
+    """
+    resume = last_value(argv, "--resume=")
+    if resume is None:
+        return argv
+    home = run_of(resume)
+    saved = home / "config.json"
+    if not saved.is_file() or not is_run(home):
+        raise UserError(f"--resume={resume}{here(home)}: no run there; python {file} CONFIG starts "
+                        "one")
+    if ("method" in read_json(saved)) != is_tuned:
+        other = "train.py" if is_tuned else "adapt.py"
+        raise UserError(f"--resume={resume}: {other} made this run; use python {other} "
+                        f"--resume={resume}")
+    run_dir = last_value(argv, "--run_dir=")
+    is_fork = run_dir is not None and Path(run_dir).resolve() != Path(resume).resolve()
+    if is_fork and step_directories(run_dir):
+        check_is_fork(Path(run_dir), home)
+        saved = Path(run_dir) / "config.json"
+    elif not is_fork and home != Path(resume):
+        raise UserError(f"--resume={resume}: is a step; --resume={home} continues the run from its "
+                        f"newest one, --resume={resume} --run_dir=NEW begins a fork")
+    return [str(saved), f"--run_dir={home}", *argv]
+
+
+def last_value(argv, option):
+    """The value of an option that starts with `option`; the last one counts. None without it."""
+    values = [word.removeprefix(option) for word in argv if word.startswith(option)]
+    return values[-1] if values else None
+
+
+def check_is_fork(run, home):
+    """UserError unless the run, which has steps, began as a fork of the run `home`."""
+    origin = read_json(run / "fork.json")["of"] if (run / "fork.json").is_file() else "no run"
+    if origin != str(home.resolve()):
+        raise UserError(f"run_dir={run}: holds a run that is a fork of {origin}, not of {home}; "
+                        f"choose another --run_dir, or continue it: --resume={run}")

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from scaling import directory
+from scaling import directory, start
 from scaling.checkpoint import drop_old_checkpoints, load_checkpoint, save_checkpoint
 from scaling.log import Log, Window, perplexity, say_evaluation
 from scaling.machine import PowerMeter, carbon_kg, energy_line, flops_per_token, peak_memory
@@ -72,9 +72,10 @@ class Run:
         """
         run = cls(config, settings, model_config, device, deadline)
         check_agreement(fingerprint)
+        on_rank0(partial(directory.check_directory, run.path, config.overwrite))
         lock_text = on_rank0(run.take_lock)
         directory.check_shared(run.path, lock_text)
-        find_start = partial(directory.find_start, config, settings, fingerprint, free_keys)
+        find_start = partial(start.find_start, config, settings, fingerprint, free_keys)
         run.checkpoint, run.state = on_rank0(find_start, patience=READ_PATIENCE)
         run.config_before = run.state.get("config")  # None for a new run
         run.state.update(config=settings, data=fingerprint, torch=torch.__version__)

@@ -1,13 +1,12 @@
-"""Chats and preferences: read from files, checked row by row.
+"""Chats, preferences and prompts: each row is checked.
 
 # The chat format lies in three files: these are its checks. data.py's render_chat makes ids of it;
 # CHAT_TEMPLATE in support/weights.py is the same in Jinja, for an exported model.
 """
 
-from collections import Counter
-
-from corpus.documents import parse, read_records, without_surrogates
-from corpus.questions import stdlib_chats, stdlib_preferences
+from support.fields import (NO_MARGIN, NO_OPTIONS, NO_PLACE, OF_MESSAGE, check_scores, check_text,
+                            check_texts, is_given, is_untrained, refuse_fields, refuse_weights,
+                            require, with_system)
 from support.files import UserError
 
 ROLES = ("system", "user", "assistant")
@@ -16,128 +15,96 @@ ROLES = ("system", "user", "assistant")
 NEXT = {None: ("system", "user"), "system": ("user",), "user": ("assistant",),
         "assistant": ("user",)}
 
-NAMED_FAULTS = 5  # a message names so many faulty rows, and counts the others
-
-
-def require(condition, fault):
-    if not condition:
-        raise UserError(fault)
-
-
-# ---- A set ---------------------------------------------------------------------------------------
-
-def read_examples(config, key, encode, eval_share):
-    """The examples of the set that `key` names, in its order; [] if it names none.
-
-    key: "train_data" or "eval_data". encode(row, place=, counts=) makes an example of a row, or
-    None. Prints how many rows were cut or dropped.
-    """
-    path = getattr(config, key)
-    if not path:
-        return []
-    counts = Counter()  # {what was done to rows: how many}; nothing is dropped in silence
-    examples = []
-    for place, row in read_set(path, config, key == "eval_data", eval_share, counts):
-        example = encode(row, place=place, counts=counts)
-        if example is not None:
-            examples.append(example)
-    if not examples:
-        raise UserError(f"{key}={path}: none of its rows can be used ({dict(counts)}); name "
-                        "another file")
-    kind = "chats" if config.method == "sft" else "pairs"
-    print_set(key, path, kind, sequences_of(examples), len(examples), counts)
-    return examples
-
-
-def sequences_of(examples):
-    """The Examples of a set; for Pairs all the chosen ones, and then all the rejected ones."""
-    if examples and hasattr(examples[0], "chosen"):
-        chosen = [pair.chosen for pair in examples]
-        rejected = [pair.rejected for pair in examples]
-        return chosen + rejected
-    return list(examples)
-
-
-def print_set(key, path, kind, sequences, examples, counts):
-    """A line on a set that was read: its size, what of it is trained, what was cut or dropped."""
-    tokens = sum(len(sequence.ids) for sequence in sequences)
-    trained = sum(int(sequence.trained.sum()) for sequence in sequences)
-    line = (f"{key}={path}: {examples:,} {kind} of {tokens:,} tokens, {trained / tokens:.0%} of "
-            "them in answers")
-    for what, count in counts.items():
-        if count:
-            line += f"; {count:,} {what}"
-    print(line)
-
-
-def read_set(path, config, held_out, eval_share, counts):
-    """[(place, row)] of a set: messages for SFT, {prompt, chosen, rejected} for DPO.
-
-    UserError names the faulty rows; with config.faulty "skip" they are dropped and counted.
-    """
-    if config.method == "sft":
-        check = checked_chat
-        embedded = stdlib_chats
-    else:
-        check = checked_preference
-        embedded = stdlib_preferences
-    rows = []
-    if path == "stdlib":
-        for name, row in embedded(held_out, eval_share):
-            place = f"stdlib:{name}"
-            rows.append((place, check(row, place)))
-        return rows
-    faults = []
-    for record in read_records(path, "", counts):
-        place = record.place  # file:line
-        try:
-            row = check(parse(record), place)
-        except UserError as fault:  # go on: the user wants to know all of them
-            faults.append(str(fault))
-        else:
-            rows.append((place, row))
-    if faults and config.faulty == "stop":
-        raise UserError(said_of(faults, len(faults) + len(rows)))
-    if faults:
-        counts["faulty rows skipped"] += len(faults)
-        print(f"skipped {len(faults):,} rows; the first: {faults[0]}")
-    return rows
-
-
-def said_of(faults, rows):
-    """The message for faulty rows: the first of them, their number, the remedy."""
-    message = "; ".join(faults[:NAMED_FAULTS])
-    if len(faults) > NAMED_FAULTS:
-        message += f"\n  and {len(faults) - NAMED_FAULTS:,} more"
-    return (f"{message}; mend {len(faults):,} of {rows:,} rows, or drop them with --faulty=skip")
+# what to do about a row of another form, by a key that it has
+OTHER_CHATS = {
+    "conversations": 'rename it to messages, "from" to role (human is user, gpt is assistant) and '
+                     '"value" to content',
+    "conversation": "rename it to messages",
+    "chosen": "these are preferences: --method=dpo",
+    "instruction": "make two messages of instruction and output, the user's and the assistant's",
+    "completion": "make two messages of prompt and completion, the user's and the assistant's",
+    "question": "make two messages of question and answer, the user's and the assistant's",
+    "prompt": "make two messages of prompt and answer, the user's and the assistant's",
+    "text": "it is a text; a chat is an object a line, in a .jsonl file"}
+OTHER_PREFERENCES = {
+    "messages": "these are chats: --method=sft",
+    "completions": "give each pair of completions a row of its own"}
+OTHER_PROMPTS = {
+    "question": "rename it to prompt",
+    "turns": "give each first turn a row of its own, as its prompt",
+    "conversations": OTHER_CHATS["conversations"],
+    "body": "move its messages out of it",
+    "text": "it is a text; a prompt is an object a line, in a .jsonl file"}
 
 
 # ---- Chats ---------------------------------------------------------------------------------------
 
 def checked_chat(row, place):
-    """The messages of a chat in Tulu's format; the last is an assistant's."""
-    require(isinstance(row, dict) and "messages" in row,
-            f"{place}: messages is missing; a chat is an object with a list of them")
-    return checked_messages(row["messages"], f"{place}: messages", "assistant")
+    """The messages of a chat in Tulu's format; the last is an assistant's.
+
+    A message that shall not be trained has a weight of 0.
+    """
+    check_form(row, ("messages",), place, "a chat is an object with a list of them", OTHER_CHATS)
+    refuse_fields(row, f"{place}: ", NO_PLACE)
+    refuse_weights(row, f"{place}: ")
+    messages = checked_messages(row["messages"], f"{place}: messages", "assistant")
+    messages = with_system(row, messages, place)
+    check_texts(row, messages, place)
+    check_prompt(row.get("prompt"), messages, place)
+    trained = [message for message in messages if is_trained(message)]
+    require(trained, f"{place}: messages: none is trained, as each weight is 0; remove the row")
+    return messages
 
 
-def checked_messages(messages, place, last):
+def is_trained(message):
+    return message["role"] == "assistant" and "weight" not in message
+
+
+def check_form(row, keys, place, form, remedies):
+    """UserError, with what is there instead and a remedy, if a row has not all of these keys."""
+    missing = f"{' or '.join(keys)} is missing; {form}"
+    if not isinstance(row, dict):
+        found = f"a list of {len(row)}" if isinstance(row, list) else type(row).__name__
+        raise UserError(f"{place}: {missing}, and this line holds {found}; correct or delete it")
+    if all(key in row for key in keys):
+        return
+    found = ", ".join(row)[:80] or "none"
+    remedy = "name another file, or add it"
+    for key in reversed(remedies):
+        remedy = remedies[key] if key in row else remedy
+    raise UserError(f"{place}: {missing}, and the row's keys are: {found}; {remedy}")
+
+
+def checked_messages(messages, place, last, before=None):
     """[{role, content}]: perhaps a system message, then user and assistant in turn.
 
     place: file:line and key, for the message of a UserError. last: whose message must end them.
+    before: the role of the message before them.
     """
     require(isinstance(messages, list), f"{place}: {type(messages).__name__}, not a list; give a "
             "list of {role, content}")
     require(messages, f"{place}: an empty list; give at least one message")
     checked = []
-    before = None  # the role of the last message
     for number, message in enumerate(messages):
+        if number == 0 and before is None and is_empty_system(message):
+            continue
         message = checked_message(message, f"{place}[{number}]", before)
         before = message["role"]
         checked.append(message)
-    require(before == last, f"{place}[{len(checked) - 1}].role: {before}, where the "
+    require(checked, f"{place}: nothing but an empty system message; remove the row")
+    require(before == last, f"{place}[{len(messages) - 1}].role: {before}, where the "
             f"last message must be the {last}'s")
     return checked
+
+
+def is_empty_system(message):
+    """Whether a message is the system's and says nothing: it is left out.
+
+    # DIFFERS FROM OLMo: its scripts/prepare_tulu_data.py and Open Instruct keep the role's header,
+    # "<|system|>" and two line breaks. Nobody gives that header to a model that is asked something.
+    """
+    is_system = isinstance(message, dict) and message.get("role") == "system"
+    return is_system and "content" in message and not is_given(message["content"])
 
 
 def checked_message(message, place, before):
@@ -145,76 +112,172 @@ def checked_message(message, place, before):
     require(isinstance(message, dict), f"{place}: {type(message).__name__}, not an object with a "
             "role and content")
     role = message.get("role")
-    content = message.get("content")
     # 1. each by itself
-    require(role in ROLES, f"{place}.role: {repr(role)[:20]} is not one of {', '.join(ROLES)}; "
-            "rename it")
-    require(isinstance(content, str), f"{place}.content: {type(content).__name__}, not a text; "
-            "give one")
-    require(content.strip(), f"{place}.content: an empty text; give one, or remove the turn")
-    # JSON can hold half of a surrogate pair; UTF-8, and so the tokenizer, cannot
-    require(content == without_surrogates(content),
-            f"{place}.content: half a character (a lone surrogate); remove it")
+    if role not in ROLES:
+        raise UserError(f"{place}.role: {repr(role)[:20]} is not one of {', '.join(ROLES)}; "
+                        f"{role_remedy(message)}")
+    check_text(message.get("content"), f"{place}.content")
+    refuse_fields(message, f"{place}.", OF_MESSAGE)
     # 2. the role after the one before it
     due = " or ".join(NEXT[before])
     require(role in NEXT[before], f"{place}.role: {role}, where {due} must come; users and "
             "assistants take turns")
-    return {"role": role, "content": content}
+    checked = {"role": role, "content": message["content"]}
+    if is_untrained(message, place) and role == "assistant":
+        checked["weight"] = 0  # render_chat reads it
+    return checked
+
+
+def role_remedy(message):
+    """What to do about a message whose role is none of ROLES."""
+    role = message.get("role")
+    if role is None and "from" in message:
+        return 'rename "from" to role (human is user, gpt is assistant) and "value" to content'
+    if role in ("tool", "function", "ipython", "observation", "tool_call", "tool_response"):
+        return "the chat format of OLMo has no tools; remove the row"
+    return "rename it"
 
 
 # ---- Preferences ---------------------------------------------------------------------------------
 
 def checked_preference(row, place):
-    """{prompt: messages, chosen: text, rejected: text} of a row in UltraFeedback's format.
+    """{prompt: messages, chosen: text, rejected: text} of a row of UltraFeedback's or TRL's form.
 
-    chosen and rejected are lists of messages, the prompt included, or texts with a `prompt`.
+    chosen and rejected are two texts beside a `prompt`, two lists of messages with the prompt at
+    their head, or two such answers beside the prompt as a list.
     """
-    require(isinstance(row, dict) and {"chosen", "rejected"} <= row.keys(),
-            f"{place}: chosen or rejected is missing; a preference has both")
+    check_form(row, ("chosen", "rejected"), place, "a preference has both", OTHER_PREFERENCES)
+    refuse_fields(row, f"{place}: ", NO_PLACE, NO_MARGIN)
+    refuse_weights(row, f"{place}: ")
     kind = type(row["chosen"]).__name__
     other = type(row["rejected"]).__name__
     require(kind == other, f"{place}: chosen is {kind} and rejected {other}; both must be lists "
             "of messages, or both texts")
-    if kind == "str":
-        chosen, rejected = checked_texts(row, place)
-    else:
-        chosen = checked_messages(row["chosen"], f"{place}: chosen", "assistant")
-        rejected = checked_messages(row["rejected"], f"{place}: rejected", "assistant")
-        check_prompt(row.get("prompt"), chosen, place)
+    prompt = row.get("prompt")
+    if isinstance(prompt, list):
+        prompt = checked_messages(prompt, f"{place}: prompt", "user")
+    chosen = checked_side(row, "chosen", prompt, place)
+    rejected = checked_side(row, "rejected", prompt, place)
     # DPO compares two answers to one prompt: any other difference would be scored with them
     require(stripped(chosen[:-1]) == stripped(rejected[:-1]),
             f"{place}: chosen and rejected answer different prompts; only their last messages may "
             "differ")
     require(stripped(chosen) != stripped(rejected),
             f"{place}: chosen and rejected are the same; change or remove the row")
-    return {"prompt": chosen[:-1], "chosen": chosen[-1]["content"],
+    check_scores(row, place)
+    messages = with_system(row, chosen[:-1], place)
+    check_texts(row, messages, place)
+    return {"prompt": messages, "chosen": chosen[-1]["content"],
             "rejected": rejected[-1]["content"]}
 
 
-def checked_texts(row, place):
-    """Returns (chosen, rejected) as lists of messages, of a row whose answers are texts."""
-    prompt = row.get("prompt")
-    require(prompt is not None, f"{place}: prompt is missing; chosen and rejected are texts, which "
-            "need one")
-    if not isinstance(prompt, list):  # a text: one question
-        prompt = [{"role": "user", "content": prompt}]
-    prompt = checked_messages(prompt, f"{place}: prompt", "user")
-    sides = []
-    for side in ("chosen", "rejected"):
-        answer = {"role": "assistant", "content": row[side]}
-        sides.append(checked_messages([*prompt, answer], f"{place}: {side}", "assistant"))
-    return sides
+def checked_side(row, side, prompt, place):
+    """The messages of a preference's side, with the prompt; a prompt that is a list is checked."""
+    answer = row[side]
+    place_of_side = f"{place}: {side}"
+    if isinstance(answer, str):
+        require(prompt is not None, f"{place}: prompt is missing; chosen and rejected are texts, "
+                "which need one; the row's keys are: " + ", ".join(row)[:80])
+        check_text(answer, place_of_side)
+        return [*question_of(prompt, place), {"role": "assistant", "content": answer}]
+    if prompt is not None and begins_with_an_answer(answer):  # TRL's form
+        answers = checked_messages(answer, place_of_side, "assistant", before="user")
+        messages = [*question_of(prompt, place), *answers]
+    else:
+        messages = checked_messages(answer, place_of_side, "assistant")
+        check_prompt(prompt, messages, place)
+    require(is_trained(messages[-1]), f"{place_of_side}[{len(answer) - 1}].weight: 0, and only the "
+            "last answer is compared; remove the row")
+    return messages
 
 
-def check_prompt(prompt, chosen, place):
-    """UserError if a prompt, which UltraFeedback repeats, is not the one in `chosen`."""
+def begins_with_an_answer(messages):
+    first = messages[0] if isinstance(messages, list) and messages else None
+    return isinstance(first, dict) and first.get("role") == "assistant"
+
+
+def question_of(prompt, place):
+    """The messages of a prompt: a text is one question of the user's, a list is checked already."""
+    if isinstance(prompt, list):
+        return prompt
+    check_text(prompt, f"{place}: prompt")
+    return [{"role": "user", "content": prompt}]
+
+
+def check_prompt(prompt, messages, place):
+    """UserError if a prompt beside messages, as in UltraFeedback, is not how they begin."""
     if prompt is None:
         return
-    first = next(message for message in chosen if message["role"] == "user")
-    require(isinstance(prompt, str) and prompt.strip() == first["content"].strip(),
-            f"{place}: prompt is not the first user's message in chosen; remove one of the two")
+    if isinstance(prompt, list):
+        prompt = checked_messages(prompt, f"{place}: prompt", "user")
+        same = stripped(messages[:len(prompt)]) == stripped(prompt)
+    else:
+        # the user's first message; No Robots repeats the system's
+        first = messages[:first_question(messages) + 1]
+        contents = [message["content"].strip() for message in first]
+        same = isinstance(prompt, str) and prompt.strip() in contents
+    require(same, f"{place}: prompt is not the first message beside it; remove one of the two")
+
+
+def first_question(messages):
+    """The index of the user's first message."""
+    return [message["role"] for message in messages].index("user")
 
 
 def stripped(messages):
     """What a model sees of messages: their roles, and their contents without outer spaces."""
     return [(message["role"], message["content"].strip()) for message in messages]
+
+
+# ---- Prompts -------------------------------------------------------------------------------------
+
+PROMPTS = ("messages", "prompt", "instruction")
+
+
+def checked_request(row, place):
+    """The messages that a row of a prompt file asks to be answered; the last is the user's."""
+    if not isinstance(row, dict) or not set(PROMPTS) & row.keys():
+        check_form(row, PROMPTS, place, "a prompt is an object with one of them", OTHER_PROMPTS)
+    refuse_fields(row, f"{place}: ", NO_PLACE, NO_OPTIONS)
+    if "messages" in row:
+        messages = asked_in(row, place)
+    elif "prompt" in row:
+        messages = row["prompt"]
+        if isinstance(messages, list):
+            messages = checked_messages(messages, f"{place}: prompt", "user")
+        messages = question_of(messages, place)
+    else:
+        messages = [{"role": "user", "content": instruction_of(row, place)}]
+    messages = with_system(row, messages, place)
+    check_texts(row, messages, place)
+    return messages
+
+
+def asked_in(row, place):
+    """The request in a row's messages.
+
+    Messages that end with an answer, beside their prompt, are a row of training data: the request
+    is the prompt, and the model answers it itself.
+    """
+    messages, prompt = row["messages"], row.get("prompt")
+    has_answer = isinstance(messages, list) and messages and begins_with_an_answer(messages[-1:])
+    last = "assistant" if prompt is not None and has_answer else "user"
+    messages = checked_messages(messages, f"{place}: messages", last)
+    check_prompt(prompt, messages, place)
+    if last == "user":
+        return messages
+    if isinstance(prompt, list):
+        return checked_messages(prompt, f"{place}: prompt", "user")
+    return messages[:first_question(messages) + 1]
+
+
+def instruction_of(row, place):
+    """An Alpaca row's instruction and input, joined as Open Instruct joins them without templates.
+
+    Source: encode_instruction_example in its instruction_encode_templates.py.
+    """
+    check_text(row["instruction"], f"{place}: instruction")
+    if not is_given(row.get("input")):
+        return row["instruction"]
+    check_text(row["input"], f"{place}: input")
+    return f"{row['instruction'].strip()}\n\n{row['input'].strip()}"

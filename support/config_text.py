@@ -6,7 +6,7 @@ file or in a dict.
 
 import ast
 
-from support.files import UserError, read_text
+from support.text import UserError, read_text
 
 FORM = "a config file holds only lines of the form `key = value`, and the value must be a literal"
 

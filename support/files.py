@@ -1,19 +1,18 @@
-"""Text, JSON, digests, writes that survive a crash, and one-line messages for a user's mistake."""
+"""JSON, digests, writes that survive a crash, and one-line messages for a user's mistake."""
 
 import errno
 import hashlib
 import json
+import math
 import os
 import re
+import shutil
 import signal
 import sys
-from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-
-class UserError(ValueError):
-    """A mistake that the user can mend; the message names the value, its place and the remedy."""
+from support.text import UserError, json_type, parsed_json, read_bytes
 
 
 def file_sha256(path):
@@ -30,151 +29,86 @@ def read_json(path):
     return value
 
 
-# ---- Text and JSON from a user -------------------------------------------------------------------
-# Every text that a user gives is read by `decoded`, and every JSON by `parsed_json`. json.loads on
-# bytes would guess the encoding, line by line, and read UTF-16 as other letters without an error.
-
-# The first bytes of what is not UTF-8. The mark of UTF-32 begins with that of UTF-16.
-SIGNATURES = {
-    b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32",
-    b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16",
-    b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\0": "xz", b"BZh": "bzip2",
-    b"PK\x03\x04": "a zip archive", b"PAR1": "Parquet", b"ARROW1": "Arrow", b"%PDF": "PDF"}
-
-MOST_LEVELS = 200  # of lists and objects in each other: code that walks through them is recursive
-
-
-def read_bytes(path):
-    """A file's content; UserError if it cannot be read."""
+def to_json(value, indent=None):
+    """A value as JSON text. JSON has no NaN and no Infinity: null stands in for them."""
     try:
-        return Path(path).read_bytes()
-    except PermissionError:  # the file may be good: nobody is to take it for a damaged one
-        raise
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        return json.dumps(value, indent=indent, allow_nan=False)
+    except ValueError:
+        return json.dumps(without_nan(value), indent=indent, allow_nan=False)
 
 
-def read_text(path):
-    """The text in a UTF-8 file."""
-    return decoded(read_bytes(path), f"{path}:1")
-
-
-def decoded(content, place):
-    """The text of bytes in UTF-8, without a byte-order mark; place: file:line of the first byte.
-
-    Raises UserError with the line and what the bytes seem to be.
-    """
-    found = other_encoding(content[:1000])
-    try:
-        if not found:
-            return content.decode("utf-8-sig")
-        begin = 0
-    except UnicodeDecodeError as error:
-        found = encoding_at(content, error)
-        begin = error.start
-    file, _, line = place.rpartition(":")
-    line = int(line) + content.count(b"\n", 0, begin)
-    remedy = "convert the file to UTF-8"
-    if found.startswith("UTF"):
-        remedy += f", such as by: iconv -f {found[:6]} -t UTF-8 OLD > NEW"
-    raise UserError(f"{file}:{line}: not UTF-8 but {found}; {remedy}")
-
-
-def other_encoding(head):
-    """The name of the UTF-16 or UTF-32 that a text begins with; None if it seems to be UTF-8."""
-    for mark, name in SIGNATURES.items():
-        if name.startswith("UTF") and head.startswith(mark):
-            return name
-    # without a mark: in UTF-16 every other byte of a Western text is 0, and only every other one
-    fewer, more = sorted((head[0::2].count(0), head[1::2].count(0)))
-    if more > max(1, len(head) / 6) and fewer < more / 4:
-        return "UTF-16 without a byte-order mark"
-    return None
-
-
-def encoding_at(content, error):
-    """What bytes seem to be that a UnicodeDecodeError has shown not to be UTF-8."""
-    for mark, name in SIGNATURES.items():
-        if content.startswith(mark):
-            return name
-    byte = content[error.start:error.start + 1]
-    return (f"another encoding (byte {byte[0]:#04x} at byte {error.start}; in Windows-1252 it is "
-            f"{byte.decode('cp1252', 'replace')})")
-
-
-def parsed_json(content, place, remedy="correct or delete the line"):
-    """The value of JSON in UTF-8 bytes; place: file:line of the first byte.
-
-    Raises UserError for what json.loads would let pass: a key that an object holds twice, of which
-    it would drop one, and lists in lists without end.
-    """
-    text = decoded(content, place).rstrip("\r\n")
-    file, _, line = place.rpartition(":")
-    brackets = text.count("[") + text.count("{")
-    try:
-        value = json.loads(text, object_pairs_hook=object_of)
-        if brackets > MOST_LEVELS and is_too_deep(value):
-            raise RecursionError
-    except RecursionError:
-        raise UserError(f"{place}: lists or objects in each other, over {MOST_LEVELS} levels; "
-                        f"{remedy}") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}:{int(line) + error.lineno - 1}: not JSON ({error.msg}, "
-                        f"character {error.colno}); {remedy}") from None
-    except ValueError as error:  # a key that is there twice, a number of 5,000 digits
-        raise UserError(f"{place}: not JSON that can be read ({error}); {remedy}") from None
+def without_nan(value):
+    if isinstance(value, dict):
+        return {key: without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     return value
 
-
-def object_of(pairs):
-    """A JSON object as a dict; ValueError for a key that it holds twice."""
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        keys = Counter(key for key, _ in pairs)
-        raise ValueError(f"the key {keys.most_common(1)[0][0]!r} is there twice")
-    return value
-
-
-def is_too_deep(value):
-    """Whether lists and objects lie in each other over more than MOST_LEVELS levels."""
-    level = [value]
-    for _ in range(MOST_LEVELS + 1):
-        inner = []
-        for each in level:
-            if isinstance(each, dict):
-                inner += each.values()
-            elif isinstance(each, list):
-                inner += each
-        if not inner:
-            return False
-        level = inner
-    return True
-
-
-def json_type(value):
-    """What JSON calls the type of a value, for messages."""
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false",
-             type(None): "null"}
-    return names.get(type(value), "a number")
-
-
-# ---- Writing -----------------------------------------------------------------------------------
 
 def write_json(path, value):
     """Write a JSON file so that a crash leaves the old file or the new one, never a part."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    temporary.write_text(to_json(value, indent=1) + "\n")
     fsync(temporary)  # first the content, then the name
     temporary.replace(path)
 
 
+def write_rows(path, rows):
+    """Write JSON lines in the same way."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(to_json(row) + "\n" for row in rows))
+    fsync(temporary)
+    temporary.replace(path)
+
+
 def fsync(path):
-    """Wait until a file's content, or the list of a directory's files, is on the disk."""
+    """Wait until a file's content, or the list of a directory's files, is on the disk.
+
+    Some network disks cannot do it for a directory. Nothing is wrong with what was written there,
+    so the work goes on.
+    """
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if not (error.errno in CANNOT_SYNC and os.path.isdir(path)):
+            raise
     finally:
         os.close(handle)
+
+
+CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM)
+
+
+def fsync_all(folder):
+    """The same for a folder and everything in it."""
+    for path in (*folder.rglob("*"), folder):
+        fsync(path)
+
+
+def link_or_copy(file, target):
+    """Give a file a second name for the same bytes, or copy it where the disk has no such links."""
+    try:
+        os.link(file, target)
+    except OSError:
+        shutil.copyfile(file, target)
+        fsync(target)
+
+
+def here(path):
+    """Where a relative path was looked for, to stand behind it in a message; "" for others."""
+    return "" if Path(path).is_absolute() else f" (in {Path.cwd()})"
+
+
+def disk_remedy(error):
+    """What a user can do about a write that failed; error: an OSError, or its message."""
+    text = str(error)
+    full = ("No space left", "quota exceeded", "File too large")
+    if any(words in text for words in full):
+        return "free some space, then run the same command again"
+    return "see that the disk is there and may be written, then run the same command again"
 
 
 # ---- A command -----------------------------------------------------------------------------------
@@ -298,15 +232,29 @@ class Output:
 # ---- A log ---------------------------------------------------------------------------------------
 
 def log_rows(run, name="metrics.jsonl"):
-    """Yields the rows (dicts) of a run's log. A line that a crash cut short is skipped."""
+    """Yields the rows (dicts) of a run's log, each with its kind (text) and step (int).
+
+    A line that is no such row is skipped, such as one that a crash cut short.
+    """
+    rows, _ = read_log(run, name)
+    yield from rows
+
+
+def read_log(run, name):
+    """Returns (rows, skipped): the rows of a run's log, and how many of its lines are none."""
     log = Path(run) / name
+    rows = []
+    skipped = 0
     if not log.is_file():
-        return
-    for line in log.read_text(errors="replace").splitlines():
+        return rows, skipped
+    for line in log.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             row = json.loads(line)
-            is_complete = row["kind"] and row["step"] >= 0
-        except (ValueError, KeyError, TypeError):
-            continue
-        if is_complete:
-            yield row
+            is_row = isinstance(row["kind"], str) and type(row["step"]) is int and row["step"] >= 0
+        except (ValueError, KeyError, TypeError, RecursionError):
+            is_row = False
+        if is_row:
+            rows.append(row)
+        elif line.strip():
+            skipped += 1
+    return rows, skipped

@@ -12,9 +12,9 @@ from tqdm import tqdm
 from model import sequence_log_probs
 from scaling.ranks import rank, reduce_sum
 from scaling.sharding import evaluating
-from support.chats import sequences_of
+from support.rows import sequences_of
 from support.scoring import length_batches, own_batches
-from support.talk import answer_prompts
+from support.answers import answer_prompts
 
 
 def evaluate_held_out(model, tokenizer, eval_set, reference, adapt_config, eval_config, dpo_loss):

@@ -5,7 +5,7 @@ import itertools
 import torch
 
 from model import ModelConfig
-from support.files import UserError, read_text
+from support.text import UserError, read_text
 
 # The texts that OLMo 1.0 has. None where the key may be missing, as official OLMo's default for it
 # is the same; where it is not, the file must say it.

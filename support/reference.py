@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 
 from scaling.ranks import on_rank0
-from support.chats import sequences_of
+from support.rows import sequences_of
 from support.files import UserError, read_json, write_json
 from support.held_out import completion_log_probs
 from support.models import fill_weights

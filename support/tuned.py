@@ -8,15 +8,15 @@ from pathlib import Path
 
 from configs import setting
 from corpus.lineage import data_of_run
-from corpus.storage import held_out_files
+from corpus.storage import held_out_files, tokenizer_digest
 from data import DataConfig
 from scaling.directory import resumed_argv
 from scaling.machine import choose_micro_batch
 from scaling.ranks import world_size
-from support.chats import sequences_of
 from support.config_text import read_assignments
 from support.files import UserError
 from support.records import domains_table, tasks_table
+from support.rows import sequences_of
 from support.talk import harmless
 
 
@@ -67,7 +67,7 @@ def refuse_derived(argv, derived):
 # ---- The base ------------------------------------------------------------------------------------
 
 def check_not_base(run, base):
-    """UserError if run_dir is the run that is tuned, which --overwrite would delete."""
+    """UserError for a run_dir that is no place for a run, such as the run that is tuned."""
     if run.resolve() in (base.home.resolve(), base.weights.resolve()):
         raise UserError(f"run_dir={run}: it is the run that is tuned; choose another --run_dir")
 
@@ -88,6 +88,7 @@ def fingerprint_of(base, train_set, eval_set, batch_size):
         digest.update(example.trained.tobytes())
     return {
         "base_sha256": base.digest,  # the weights that are tuned
+        "tokenizer_sha256": tokenizer_digest(base.home / "tokenizer.json"),
         "data_sha256": digest.hexdigest(),  # what is trained on and evaluated, in this order
         "instances": len(train_set),
         "seq_len": base.model_config.max_seq_len,

@@ -1,5 +1,6 @@
 """What tests share: a tiny corpus, config and run; ways to start commands, and to read a run."""
 
+import contextlib
 import gzip
 import hashlib
 import itertools
@@ -315,8 +316,11 @@ def is_running(process):
 
 def children_of(pid):
     """The ids of a process's children. torchrun's ranks each lead a session of their own."""
-    return [int(child) for task in Path(f"/proc/{pid}/task").iterdir()
-            for child in (task / "children").read_text().split()]
+    children = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended
+            children += map(int, (task / "children").read_text().split())
+    return children
 
 
 def forked(log, main, *words, env=None, before=lambda: None):
@@ -397,6 +401,19 @@ def write_jsonl(path, records):
     text = "".join(json.dumps(record) + "\n" for record in records).encode()
     path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
     return str(path)
+
+
+def write_lines(path, lines):
+    """A JSONL file of values, or of texts as they are; returns its path."""
+    texts = [line if isinstance(line, (str, bytes)) else json.dumps(line) for line in lines]
+    path.write_bytes(b"".join((t.encode() if isinstance(t, str) else t) + b"\n" for t in texts))
+    return path
+
+
+def say(*turns):
+    """Messages of "role: text" strings, the role by its first letter."""
+    roles = {"s": "system", "u": "user", "a": "assistant"}
+    return [{"role": roles[turn[0]], "content": turn[3:]} for turn in turns]
 
 
 def manifest_of(folder):

@@ -22,8 +22,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import (ROOT, end_of, official_order, refusal, rows, same_weights, saved_steps,
-                      steps, torchrun)
+from conftest import (ROOT, end_of, official_order, refusal, rows, same_weights, saved_steps, say,
+                      steps, torchrun, write_lines)
 
 import adapt
 import data
@@ -33,12 +33,12 @@ from corpus.questions import leaked_docstrings, stdlib_chats, stdlib_preferences
 from corpus.stdlib import stdlib_documents
 from corpus.tokenizer import Tokenizer, tokenizer_file
 from scaling.sharding import apply_fsdp, build_mesh
-from support.chats import checked_chat, checked_preference, read_set, sequences_of
-from support.files import UserError
+from support.chats import checked_chat, checked_preference
 from support.held_out import completion_log_probs, log_probs_of_batch
 from support.models import open_base
 from support.packing import best_fit
 from support.reference import answer_log_probs, read_reference
+from support.rows import sequences_of
 from support.talk import harmless
 from support.weights import load_model, name_table, save_hf
 
@@ -52,12 +52,6 @@ METHODS = ["sft", "dpo"]
 
 
 # ---- Helpers -------------------------------------------------------------------------------------
-
-def say(*turns):
-    """Messages of "role: text" strings, the role by its first letter."""
-    roles = {"s": "system", "u": "user", "a": "assistant"}
-    return [{"role": roles[turn[0]], "content": turn[3:]} for turn in turns]
-
 
 def an_example(dice, prompt=None, answer=None, again=False):
     """Random ids, a prompt and then an answer that is trained; again: a turn of both before."""
@@ -154,13 +148,6 @@ def hf_of(model, tmp_path, transformers):
         return {name: torch.cat([hf.get_parameter(part).grad for part in parts])
                 for name, _, parts, _ in name_table(model.config)}
     return hf, found
-
-
-def write_lines(path, lines):
-    """A JSONL file of values, or of texts as they are; returns its path."""
-    texts = [line if isinstance(line, (str, bytes)) else json.dumps(line) for line in lines]
-    path.write_bytes(b"".join((t.encode() if isinstance(t, str) else t) + b"\n" for t in texts))
-    return path
 
 
 @pytest.fixture(scope="session")
@@ -613,73 +600,6 @@ def test_the_learning_rate_falls_as_transformers_linear_schedule(examples, batch
     assert train.lr_at_step(config.max_steps + 1, config) == 0
 
 
-# ---- Reading -------------------------------------------------------------------------------------
-
-A_CHAT, ANSWER = say("u: q", "a: a"), say("a: b")[0]
-CHATS = [  # (a line of a file of chats, the key that the error names): one for each check
-    ("[1", ""), (b'"\xff"', ""), ("[]", "holds a list"), ("{}", "messages"),
-    ({"messages": "hi"}, "messages"), ({"messages": []}, "messages: an empty"),
-    ({"messages": ["hi"]}, "messages[0]"),
-    ({"messages": [{"role": "human", "content": "q"}]}, "messages[0].role: 'human'"),
-    ({"messages": [{"role": "user", "content": ["q"]}]}, "messages[0].content: list"),
-    ({"messages": say("u: q", "a:  \n\u00a0 ")}, "messages[1].content"),
-    ({"messages": say("u: \ud83d q", "a: a")}, "messages[0].content"),  # a lone surrogate
-    ({"messages": say("u: q", "u: q", "a: a")}, "messages[1].role: user"),
-    ({"messages": say("a: a")}, "messages[0].role: assistant"),
-    ({"messages": say("u: q", "a: a", "s: s")}, "messages[2].role: system"),
-    ({"messages": say("s: s", "a: a")}, "messages[1].role: assistant"),
-    ({"messages": say("u: q")}, "messages[0].role: user")]
-PREFERENCES = [
-    ("3", "holds a number"), ({"chosen": "a", "prompt": "q"}, "chosen or rejected"),
-    ({"chosen": "a", "rejected": "b"}, "prompt is missing"),
-    ({"prompt": 3, "chosen": "a", "rejected": "b"}, "prompt[0].content: int"),
-    ({"prompt": 7, "chosen": A_CHAT, "rejected": [A_CHAT[0], ANSWER]}, "prompt"),
-    ({"prompt": "p", "chosen": A_CHAT, "rejected": [A_CHAT[0], ANSWER]}, "prompt"),
-    ({"prompt": "q", "chosen": "a", "rejected": " "}, "rejected[1].content"),
-    ({"prompt": "q", "chosen": "a ", "rejected": "a"}, "chosen and rejected are the same"),
-    ({"chosen": A_CHAT, "rejected": "b"}, "chosen is list and rejected str"),
-    ({"chosen": 1, "rejected": 2}, "chosen: int"),
-    ({"chosen": A_CHAT, "rejected": say("u: p", "a: b")}, "chosen and rejected answer different"),
-    ({"chosen": A_CHAT, "rejected": [ANSWER]}, "rejected[0].role: assistant")]
-SOUND = {"sft": {"messages": say("s: s", "u: q", "a: a"), "id": 3},
-         "dpo": {"prompt": "q", "chosen": A_CHAT, "rejected": [A_CHAT[0], ANSWER], "score": 1}}
-
-
-@pytest.mark.parametrize("method, line, key", [("sft", *case) for case in CHATS]
-                         + [("dpo", *case) for case in PREFERENCES])
-def test_a_faulty_row_is_named_with_its_place_and_the_remedy(tmp_path, method, line, key):
-    """Or dropped and counted, on request; the sound rows around it are kept."""
-    file = write_lines(tmp_path / "rows.jsonl", [SOUND[method], line, "", SOUND[method], line])
-    message = refusal(read_set, str(file), adapt.AdaptConfig(method=method), False, 0.1, Counter())
-    for words in (f"{file}:2: {key}", f"{file}:5: {key}", "2 of 4 rows", "--faulty=skip"):
-        assert words in message
-    skipping, counts = adapt.AdaptConfig(method=method, faulty="skip"), Counter()
-    found = read_set(str(file), skipping, False, 0.1, counts)
-    assert [place for place, _ in found] == [f"{file}:1", f"{file}:4"]
-    assert counts["faulty rows skipped"] == 2
-
-
-def test_many_faults_are_five_and_a_number(tmp_path):
-    file = write_lines(tmp_path / "rows.jsonl", [{}] * 9 + [SOUND["sft"]])
-    with pytest.raises(UserError, match="and 4 more; mend 9 of 10 rows") as fault:
-        read_set(str(file), adapt.AdaptConfig(), False, 0.1, Counter())
-    assert str(fault.value).count(f"{file}:") == 5
-
-
-def test_all_forms_of_a_preference_are_one():
-    """Two lists with or without a prompt, two texts beside a text or beside messages."""
-    rejected = [A_CHAT[0], ANSWER]
-    forms = [{"chosen": A_CHAT, "rejected": rejected},
-             {"prompt": " q", "chosen": A_CHAT, "rejected": rejected},
-             {"prompt": "q", "chosen": "a", "rejected": "b"},
-             {"prompt": A_CHAT[:1], "chosen": "a", "rejected": "b", "score_chosen": 3}]
-    wanted = {"prompt": A_CHAT[:1], "chosen": "a", "rejected": "b"}
-    assert [checked_preference(form, "") for form in forms] == [wanted] * 4
-    longer = [*A_CHAT, *say("u: r")]
-    row = {"chosen": [*longer, ANSWER], "rejected": [*longer, *say("a: c")], "prompt": "q"}
-    assert checked_preference(row, "") == {"prompt": longer, "chosen": "b", "rejected": "c"}
-
-
 # ---- Runs ----------------------------------------------------------------------------------------
 
 WORDS = ["alpha", "beta", "gamma", "delta", "eps", "zeta", "eta", "theta"]
@@ -764,8 +684,8 @@ def test_a_run_holds_what_a_run_of_pretraining_holds(method, undisturbed, base, 
     model, tokenizer = load_model(run), Tokenizer.load(run / "tokenizer.json")
     last = rows(run, "eval")[-1]
     assert len(last["samples"]) == 3 and all("<|assistant|>" in text for text in last["samples"])
-    config = adapt.AdaptConfig(method=method, train_data="", eval_data=str(sets[method][1]))
-    _, examples = adapt.read_sets(config, open_base(str(base), "size"), tokenizer)
+    config = adapt.AdaptConfig(method=method, train_data=str(sets[method][1]))
+    examples, _ = adapt.read_sets(config, open_base(str(base), "size"), tokenizer)
     if method == "sft":
         for row, of in ((rows(run, "eval")[0], load_model(base)), (last, model)):
             by_hand = sft_by_hand(of, examples).item()
@@ -892,7 +812,8 @@ def test_changed_data_and_another_base_are_refused(method, tmp_path, undisturbed
 def test_what_cannot_be_tuned_is_one_line(tmp_path, undisturbed, tuning, base, call, refused):
     run, text = tmp_path / "run", tmp_path / "chat.txt"
     text.write_text("hello")
-    faulty = write_lines(tmp_path / "faulty.jsonl", [SOUND["sft"], {"messages": []}])
+    faulty = write_lines(tmp_path / "faulty.jsonl", [{"messages": say("u: q", "a: a")},
+                                                     {"messages": []}])
     file = tuning(run, "sft")
     for words, wanted in (
             ([file, f"--train_data={faulty}"], [f"{faulty}:2: messages", "--faulty=skip"]),
@@ -1092,12 +1013,15 @@ def test_generate_goes_on_where_it_was_torn(learnt, tmp_path, call, refused):
 
 def test_generate_names_the_prompt_that_cannot_be_answered(learnt, tmp_path, call, refused):
     run, prompts, out = learnt["sft"][0], tmp_path / "prompts.jsonl", tmp_path / "new.jsonl"
-    for line, key in (("{}", "needs a key prompt"), ("3", "holds a number"),
-                      ({"prompt": ""}, "prompt[0].content"),
-                      ({"messages": A_CHAT}, "messages[1].role"), ({"prompt": "q;" * 99}, "")):
+    for line, key in (("{}", "messages or prompt"), ("[]", "messages or prompt"),
+                      ({"prompt": ""}, "prompt: an empty"), ({"prompt": "q", "top_p": 0}, "top_p"),
+                      ({"prompt": "q", "input": "x"}, "input"),
+                      ({"messages": say("u: q", "a: a")}, "messages[1].role")):
         write_lines(prompts, [line])
         refused(call(adapt, "generate", run, prompts, out), f"{prompts}:1: {key}")
         assert not out.exists()
+    prompts.write_text("")
+    refused(call(adapt, "generate", run, prompts, out), f"{prompts}: holds no rows")
     refused(call(adapt, "generate", run, prompts, tmp_path / "no" / "new.jsonl"), tmp_path / "no")
     refused(call(adapt, "generate", run, prompts), "generate RUN PROMPTS.jsonl OUT.jsonl")
 
@@ -1117,6 +1041,70 @@ def test_answers_are_gone_on_with_if_weights_and_options_are_the_same(learnt, tm
     shutil.rmtree(run)
     shutil.copytree(learnt["dpo"][0], run)
     refused(call(adapt, *words), out)
+
+
+def answers_in(file):
+    return [json.loads(line) for line in file.open()]
+
+
+def test_a_sampled_row_depends_on_its_number_and_the_seed_alone(base, tmp_path, call, monkeypatch):
+    """Not on the batch, on what was there already, or on its neighbours; and no row of a seed is a
+    row of another. A file that an older sampler began is not continued."""
+    prompts = write_lines(tmp_path / "prompts.jsonl", [{"prompt": "q", "id": i} for i in range(11)])
+    words = ["--temperature=1", "--max_new_tokens=12"]
+
+    def generate(name, *more):
+        out = tmp_path / f"{name}.jsonl"
+        result = call(adapt, "generate", base, prompts, out, *words, *more)
+        assert result.returncode == 0, result.stderr
+        return [row["output"] for row in answers_in(out)]
+    wanted = generate("8")
+    assert len(set(wanted)) > 9
+    for batch in (1, 3, 64):
+        assert generate(batch, f"--answer_batch={batch}") == wanted
+    lines = (tmp_path / "8.jsonl").read_text().splitlines()
+    write_lines(tmp_path / "5.jsonl", lines[:5])
+    assert generate("5", "--answer_batch=4") == wanted
+    for seed in (0, 2, 9, 11):
+        assert not set(generate(f"seed{seed}", f"--sample_seed={seed}")) & set(wanted)
+    older = [{key: value for key, value in json.loads(line).items() if key != "sampler"}
+             for line in lines]
+    write_lines(tmp_path / "old.jsonl", older[:5])
+    result = call(adapt, "generate", base, prompts, tmp_path / "old.jsonl", *words)
+    assert result.returncode == 1 and "another OUT" in result.stderr
+
+
+def test_a_row_is_known_again_whatever_its_json_holds(base, tmp_path, call, refused):
+    lines = ['{"prompt": "q", "x": NaN, "y": [1e400, -0.0, {"b": 1, "a": NaN}]}',
+             '{"x": 1e5, "prompt": "q", "id": 12345678901234567890123, "u": "\\ud83d\u00e9"}',
+             '{"prompt": "q", "error": "e", "ended": 3, "output": {"a": [null, true]}, "f": 0.1}',
+             '{"prompt": "q", "f": true}']
+    prompts, out = write_lines(tmp_path / "prompts.jsonl", lines), tmp_path / "out.jsonl"
+    words = ["generate", base, prompts, out, "--max_new_tokens=1"]
+    for count in (0, 4):
+        assert f"4 answers, {count} of them were there" in call(adapt, *words).stdout
+    written = out.read_text()
+    write_lines(prompts, [*lines[:3], '{"prompt": "q", "f": 1}'])  # 1 is not true
+    refused(call(adapt, *words), out, "another OUT")
+    write_lines(prompts, [line.replace('"b": 1, "a": NaN', '"a": NaN, "b": 1') for line in lines])
+    assert "4 of them were there" in call(adapt, *words).stdout and out.read_text() == written
+
+
+def test_a_prompt_that_is_too_long_stops_only_itself(base, tmp_path, call):
+    """Its row says so, the summary counts it, and the exit code is 1; also when it is there."""
+    lines = [{"prompt": "q" if i != 1 else "z q" * 90, "id": i} for i in range(4)]
+    prompts, out = write_lines(tmp_path / "prompts.jsonl", lines), tmp_path / "out.jsonl"
+    words = ["generate", base, prompts, out, "--max_new_tokens=2", "--answer_batch=2"]
+    for count in (0, 3):
+        result = call(adapt, *words)
+        assert result.returncode == 1 and f"3 answers, {count} of them were" in result.stdout
+        assert f"1 prompts leave no room for an answer, the first {prompts}:2" in result.stdout
+        found = answers_in(out)
+        assert [row["id"] for row in found] == [0, 1, 2, 3]
+        assert [row.get("error", "")[-3:] for row in found] == ["", "128", "", ""]
+        assert found[1]["output"] == "" and not found[1]["ended"] and found[2]["output"]
+    write_lines(prompts, lines[1:2])
+    assert call(adapt, *words[:3], tmp_path / "one.jsonl").returncode == 1
 
 
 @pytest.fixture
@@ -1150,7 +1138,8 @@ def test_a_chat_keeps_its_history_and_obeys_its_commands(base, talk, monkeypatch
     """The prompts that the model gets, and at which temperature; the model's part is played."""
     asked, tokenizer = [], Tokenizer.load(base / "tokenizer.json")
 
-    def speak(model, tokenizer, prompt, options):
+    def speak(model, tokenizer, prompt, options, number):
+        assert number >= len(asked)  # each answer has a stream of its own
         asked.append((tokenizer.decode(prompt), options.temperature))
         print("ok")
         return "ok"
@@ -1180,6 +1169,35 @@ def test_a_chat_keeps_its_history_and_obeys_its_commands(base, talk, monkeypatch
         one_more = len(tokenizer.encode(user("turn 0") + more, specials=True))
         assert size <= room and (text.count("<|user|>") == i + 1 or size + one_more > room)
     assert asked[-1][0].count("<|user|>") < 6
+
+
+def test_ctrl_c_ends_the_answer_and_not_the_chat(base, talk, monkeypatch):
+    """What was said so far stays in the chat; an answer that had not begun does not."""
+    asked, stop_at = [], 3
+
+    def stopped(model, prompts, *arguments):
+        asked.append(Tokenizer.load(base / "tokenizer.json").decode(prompts[0]))
+        for number, chosen in enumerate(m.generate_stream(model, prompts, *arguments)):
+            if number == stop_at:
+                raise KeyboardInterrupt
+            yield chosen
+    monkeypatch.setattr("support.talk.generate_stream", stopped)
+    shown = talk(base, "one", "two")
+    assert shown.count(" (stopped)\n> ") == 2
+    said = shown.split("> ")[1].removesuffix(" (stopped)\n").strip()
+    assert asked[1].startswith(f"{asked[0]}{said}<|endoftext|>\n<|user|>\ntwo")
+    asked, stop_at = [], 0
+    assert talk(base, "one", "two").count("(no answer") == 2 and "one" not in asked[1]
+
+
+def test_the_arrow_keys_work_in_a_chat(base, talk, monkeypatch):
+    """input() edits lines once readline is imported; a Python without it talks too."""
+    pytest.importorskip("readline")
+    monkeypatch.delitem(sys.modules, "readline")
+    talk(base, "/quit")
+    assert "readline" in sys.modules
+    monkeypatch.setitem(sys.modules, "readline", None)
+    assert "/help" in talk(base, "/quit")
 
 
 # ---- The embedded sets ---------------------------------------------------------------------------

@@ -487,7 +487,7 @@ def test_what_is_built_serves_until_what_it_is_made_of_changes(tmp_path, monkeyp
     ("corpus/storage.py", "x = 1", ["clean", "mix", "token files", "tokens"]),
     ("data.py", "x = 1", ["clean", "mix", "tokens"]), ("data.py", "# a comment", []),
     ("data.py", "class Batches:\n    pass", []), ("support/files.py", "x = 1", []),
-    ("support/files.py", "def decoded():\n    pass", ["clean"])])
+    ("support/text.py", "x = 1", ["clean"])])
 def test_stages_are_keyed_by_the_code_that_builds_them(tmp_path, monkeypatch, file, edit, stages):
     before = {stage: building_code(stage) for stage in STAGE_FILES}
     for part in ("corpus", "support"):
@@ -753,7 +753,7 @@ def test_mistake_gives_one_line_and_writes_nothing(call, refused, tmp_path, word
     *(("eval_share", share) for share in (-0.1, 1.01, float("nan"))),
     *((key, -1) for key in ("seed", "workers", "mix_tokens", "bloom_items")),
     *(("bloom_fp_rate", rate) for rate in (0.0, 1.0)),
-    *(("max_repeats", most) for most in (0.0, float("nan"))),
+    *(("max_repeats", most) for most in (0.0, float("nan"), float("inf"))),
     *(("language_scorer", name) for name in ("none", "os:system")),
     ("content_scorer", "stand-in"), ("sources", {})])
 def test_setting_that_makes_no_sense_is_refused(key, value):

@@ -178,12 +178,27 @@ def test_sampled_rows_depend_on_seed_and_row_only():
     assert m.generate(model, PROMPTS, 20, **settings | dict(seed=4)) != batch
     first, second = m.generate(model, [PROMPTS[0]] * 2, 20, **settings)
     assert first != second  # each row has its own stream
+    for row, prompt in enumerate(PROMPTS):  # the number of a row is not its place in a batch
+        assert m.generate(model, [prompt], 20, **settings, numbers=[row]) == [batch[row]]
+
+
+def test_no_two_streams_of_the_sampler_meet():
+    """Seeds and rows that a sum, a product or 32 bits would confuse; draws are uniform."""
+    numbers = [0, 1, 2, 8, 9, 1_000_003, 2**32, 2**32 + 1]
+    keys = [(seed, row) for seed in [*numbers, -1] for row in numbers]
+    streams = [tuple(m.uniform(*key, number) for number in range(40)) for key in keys]
+    draws = np.array(streams)
+    assert len(set(draws.ravel().tolist())) > 0.999 * draws.size  # 24 bits: a few meet by chance
+    assert draws.min() >= 0 and draws.max() < 1
+    counts = np.histogram(draws, bins=16, range=(0, 1))[0]
+    expected = draws.size / 16
+    assert ((counts - expected) ** 2 / expected).sum() < 37.7  # chi-square, 15: once in 1,000
 
 
 def draw(logits, count, temperature, top_p):
     """How often each id came in `count` draws."""
-    stream = torch.Generator().manual_seed(0)
-    ids = m.choose_next(logits.expand(count, -1), temperature, top_p, [stream] * count)
+    draws = [m.uniform(0, 0, number) for number in range(count)]
+    ids = m.choose_next(logits.expand(count, -1), temperature, top_p, draws)
     return np.bincount(ids, minlength=len(logits))
 
 

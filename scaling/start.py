@@ -1,0 +1,293 @@
+"""What a run goes on from: its own newest step, another run's, or nothing; and with which data.
+
+    python train.py CONFIG                          a new run, or run_dir's newest step
+    python train.py --resume=RUN                    RUN's newest step
+    python train.py --resume=OLD --run_dir=NEW      a fork: NEW's newest step, at first OLD's
+    python train.py CONFIG --start_from=RUN/step... an anneal: that step, with a schedule of its own
+
+The weights have learned what each id of their tokenizer means. So whatever goes on from weights
+keeps their tokenizer, also where `bpe:N` would train another one on the text as it is now.
+"""
+
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from configs import load_config
+from corpus.lineage import data_of_run
+from corpus.stages import Stages
+from corpus.storage import tokenizer_digest
+from corpus.tokenizer import tokenizer_file
+from data import DataConfig, build_data
+from scaling.checkpoint import (Unreadable, newest_step, run_of, step_directories, step_of,
+                                verify_step)
+from scaling.directory import MEASURED, check_directory, forked_from, overwrite
+from support.files import (UserError, fsync, here, link_or_copy, log_rows, read_json, write_json,
+                           write_rows)
+
+# Keys that may change when a run continues: they do not change what is learned from a batch. The
+# keys of EvalConfig and all *_every_steps and keep_* are free as well. Where the data lies is free:
+# its content is compared.
+MAY_CHANGE = {"run_dir", "data_dir", "max_steps", "device", "dtype", "compile", "micro_batch_size",
+              "workers", "shard", "activation_checkpointing", "reduce_every_micro_batch",
+              "not_finite", "save_every_minutes", "watts", "pue", "kg_co2_per_kwh"}
+
+NEW_STATE = {"step": 0, "tokens": 0, "seconds": 0.0, "kwh": 0.0}
+
+
+# ---- The data ------------------------------------------------------------------------------------
+
+def data_for_run(config, data_config):
+    """On rank 0: build_data, with the tokenizer of what the run goes on from; returns the folder.
+
+    Raises UserError, before anything is built, for a run_dir or a start_from that cannot be used.
+    """
+    check_directory(Path(config.run_dir), config.overwrite)
+    home = home_of(config)
+    if home is None:
+        return build_data(data_config)
+    folder = data_without_sources(home, data_config, config.accept_changes)
+    return folder or build_data(with_tokenizer_of(home, data_config))
+
+
+def home_of(config):
+    """The run that holds the weights from which the run of `config` goes on; None for a new one."""
+    run = Path(config.run_dir)
+    if step_directories(run) and not config.overwrite:
+        return run
+    if forked_from(config):
+        return run_of(forked_from(config))
+    if not config.start_from:
+        return None
+    start = Path(config.start_from)
+    check_start_from(start, config.max_steps)
+    return run_of(start)
+
+
+def check_start_from(start, max_steps):
+    """UserError unless `start` is a step directory before max_steps."""
+    if not (start / "state.json").is_file():
+        steps = step_directories(start)
+        example = steps[-1] if steps else "RUN/step000500"
+        raise UserError(f"start_from={start}{here(start)}: not a step of a run; name one, such as "
+                        f"{example}")
+    step = read_json(start / "state.json").get("step", 0)
+    if step >= max_steps:
+        raise UserError(f"max_steps={max_steps}: start_from={start} is after step {step} already; "
+                        "max_steps counts from the first step of the run before; raise it")
+
+
+def data_without_sources(home, data_config, accept_changes):
+    """The built data of `home` if the text that it was made of is no longer here; else None.
+
+    That text may also be another Python's: the embedded sources are its library. With
+    accept_changes this Python's is taken.
+    """
+    [before] = load_config([str(home / "config.json")], DataConfig)
+    same_place = dict(data_dir=before.data_dir, workers=before.workers)
+    if data_config.token_files or replace(data_config, **same_place) != before:
+        return None
+    paths = [source.path for source in data_config.parse_sources()]
+    gone = [path for path in (*paths, *data_config.decontaminate.values())
+            if path != "stdlib" and not Path(path).exists()]
+    try:
+        folder = data_of_run(home, data_config)
+    except UserError:  # build_data names what is missing
+        return None
+    if "stdlib" in paths and not accept_changes:
+        inputs = read_json(folder / "manifest.json")["settings"].get("clean", {})
+        gone += [f"the library of Python {source['inputs'].split()[0]}"
+                 for source in inputs.values()
+                 if isinstance(source["inputs"], str) and source["inputs"] != sys.version][:1]
+    if not gone:
+        return None
+    print(f"data: {', '.join(gone)}: not here; {folder}, which was built from it, is used")
+    return folder
+
+
+def with_tokenizer_of(home, data_config):
+    """`data_config` with the tokenizer of the run `home` in place of one that would be trained.
+
+    UserError if the config names the file of another one.
+    """
+    file = home / "tokenizer.json"
+    name = data_config.tokenizer
+    if not file.is_file():  # check_tokenizer decides, by the digest in the step's state.json
+        return data_config
+    kept = tokenizer_digest(file)
+    if name.startswith("bpe:"):
+        stages = Stages(data_config)  # was it trained on this very text? then nothing is built
+        same = stages.are_done() and tokenizer_digest(stages.folder / "tokenizer.json") == kept
+    else:
+        same = name_is_file(name) and tokenizer_digest(tokenizer_file(name)) == kept
+        if name_is_file(name) and not same:
+            raise UserError(f"tokenizer={name}: not that of {home}, whose weights have learned "
+                            f"other ids; leave it out, as {file} is used, or begin a new run")
+    if same:
+        return data_config
+    print(f"tokenizer: {file} is kept, whatever tokenizer={name} would give now")
+    return replace(data_config, tokenizer=str(file))
+
+
+def name_is_file(name):
+    """True if the tokenizer that a config names is here."""
+    try:
+        return tokenizer_file(name).is_file()
+    except UserError:
+        return False
+
+
+# ---- The state -----------------------------------------------------------------------------------
+
+def find_start(config, settings, fingerprint, free_keys):
+    """On rank 0: returns (step directory to load or None, state after it) for the run of `config`.
+
+    That is the newest undamaged step of the run; for a new fork, a copy of the other run's; for
+    another new run the step that start_from names, or nothing. settings: every key of the run;
+    fingerprint: what identifies its data; free_keys: keys that may change besides MAY_CHANGE.
+    Raises UserError that names each key, or part of the data, that differs from the saved run.
+    """
+    run = Path(config.run_dir)
+    if config.overwrite:
+        overwrite(run, config.start_from)
+    for leftover in run.glob("step*.tmp"):  # a crash cut it off while it was written
+        shutil.rmtree(leftover)
+    is_begun = bool(step_directories(run))
+    if not is_begun:
+        for name in (*MEASURED, "tokenizer.json"):  # of a run that was here and saved no step
+            (run / name).unlink(missing_ok=True)
+    home = run if is_begun else forked_from(config)
+    if home is None:
+        return start_new(config, fingerprint)
+    try:
+        step, saved = step_to_resume(home, config.verify == "sha256")
+    except Unreadable:
+        raise
+    except UserError as error:
+        remedy = "; --overwrite starts the run again from step 1" if is_begun else ""
+        raise UserError(f"{error}{remedy}") from None
+    check_settings(home, saved, settings, config, free_keys)
+    check_data(home, saved, fingerprint, config)
+    if is_begun:
+        set_aside(run, step)
+    else:
+        step = begin_fork(run, run_of(home), step)
+    return step, continued_state(saved, fingerprint)
+
+
+def step_to_resume(home, digests):
+    """Returns (path, state) of a run's newest good step, or of the step that `home` is."""
+    if (home / "state.json").is_file():
+        return home, verify_step(home, digests)
+    return newest_step(home, digests)
+
+
+def begin_fork(run, home, step):
+    """Give the new run `run` a copy of a step of the run `home`, and of what belongs to it.
+
+    The log and eval.jsonl are copied up to that step, so that curves and tables begin where the
+    training began. Nothing is written in `home`. The step comes last: until it is there, the
+    fork has not begun, and the same command begins it again. Returns the copy of the step.
+    """
+    last = step_of(step)
+    for pattern in ("config.json", "tokenizer.json", "manifest*.json", "reference-*.json"):
+        for file in home.glob(pattern):
+            shutil.copyfile(file, run / file.name)
+    for name in ("metrics.jsonl", "eval.jsonl"):
+        kept = [row for row in log_rows(home, name) if row["step"] <= last and row["kind"] != "end"]
+        if kept:
+            write_rows(run / name, kept)
+    write_json(run / "fork.json", {"of": str(home.resolve()), "step": last})
+    aside = run / f"{step.name}.tmp"
+    aside.mkdir()
+    for file in step.iterdir():
+        link_or_copy(file, aside / file.name)
+    fsync(aside)
+    begun = aside.rename(run / step.name)
+    fsync(run)
+    print(f"{run}: a fork of {home}, from its step {last} on; {home} stays as it is")
+    return begun
+
+
+def start_new(config, fingerprint):
+    """Returns (step directory or None, state) of a run that has no step yet."""
+    if not config.start_from:
+        return None, dict(NEW_STATE)
+    start = Path(config.start_from)
+    check_start_from(start, config.max_steps)
+    saved = verify_step(start, config.verify == "sha256")
+    check_data(start, saved, fingerprint, config)
+    return start, {**NEW_STATE, "step": saved["step"], "tokens": saved["tokens"]}
+
+
+def continued_state(saved, fingerprint):
+    """The state of a run that goes on from `saved`."""
+    state = {key: saved.get(key, new) for key, new in NEW_STATE.items()}
+    earlier_data = list(saved.get("earlier_data", []))
+    before = saved["data"]["data_sha256"]
+    if before != fingerprint["data_sha256"]:
+        earlier_data.append(before)  # for eval.py: what the run was trained on until here
+    return {**state, "earlier_data": earlier_data, "config": saved["config"]}
+
+
+def check_settings(place, saved, settings, config, free_keys):
+    """UserError for settings that differ from a saved run's; a printed line with accept_changes."""
+    before = saved["config"]
+    changes = [f"{key}: {before[key]} there, {value} now" for key, value in settings.items()
+               if key in before and before[key] != value and not may_change(key, free_keys)]
+    accept(changes, config, f"{place}: continues with changes: ", f"{place}: holds another run",
+           "choose another --run_dir, or use --overwrite or --accept_changes")
+
+
+def may_change(key, free_keys):
+    """True if a run may continue with another value of this key."""
+    by_pattern = key.endswith("_every_steps") or key.startswith("keep_")
+    return by_pattern or key in MAY_CHANGE or key in free_keys
+
+
+def check_data(place, saved, fingerprint, config):
+    """UserError for data that differs from a saved run's; a printed line with accept_changes."""
+    check_tokenizer(run_of(place) / "tokenizer.json", saved["data"], fingerprint)
+    changes = [f"{key}: {saved['data'].get(key)} there, {value} now"
+               for key, value in fingerprint.items()
+               if key != "tokenizer_sha256" and saved["data"].get(key) != value]
+    accept(changes, config, f"{place}: continues with changed data: ",
+           f"{place}: its data has changed",
+           "restore the data, or use --overwrite or --accept_changes")
+
+
+def check_tokenizer(file, before, now):
+    """UserError if the data has another tokenizer than the weights; it is accepted in no case.
+
+    file: the run's tokenizer.json; before, now: fingerprints. Older runs did not save the digest:
+    their file stands for it.
+    """
+    known = before.get("tokenizer_sha256")
+    if not known and file.is_file():
+        known = tokenizer_digest(file)
+    if not known and before["data_sha256"] != now["data_sha256"]:
+        raise UserError(f"{file}: missing, so nobody knows which ids the weights have learned; "
+                        "restore it")
+    if known and known != now["tokenizer_sha256"]:
+        raise UserError(f"tokenizer_sha256: {known} there, {now['tokenizer_sha256']} now: the "
+                        f"weights have learned another tokenizer; restore {file}, or begin a new "
+                        "run in another --run_dir")
+
+
+def accept(changes, config, accepted, refused, remedy):
+    """Print the changes with --accept_changes; else UserError if there are any."""
+    if changes and config.accept_changes:
+        print(accepted + "; ".join(changes))
+    elif changes:
+        raise UserError(f"{refused} ({'; '.join(changes)}); {remedy}")
+
+
+def set_aside(run, step):
+    """Rename the steps after `step`, which were passed over: the run will save them again."""
+    for path in step_directories(run):
+        if step_of(path) > step_of(step):
+            aside = run / f"unread-{path.name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            print(f"{path}: kept as {aside.name}, because the run takes these steps again")

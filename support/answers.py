@@ -1,0 +1,168 @@
+"""Answers of a tuned model: to held-out prompts in training, and to a file of prompts."""
+
+import json
+import os
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+
+from tqdm import tqdm
+
+from corpus.documents import Record, parse
+from data import render_chat
+from model import generate
+from scaling.ranks import from_rank0
+from scaling.sharding import evaluating
+from support.chats import checked_request
+from support.cpu import packed_weights
+from support.fields import require
+from support.models import open_base
+from support.rows import Faults, checked_rows
+from support.talk import ANSWER_BATCH, open_assistant, paths_and_options
+
+# the keys that `generate` adds to a row, beside how it was drawn
+OF_AN_ANSWER = ("output", "ended", "error")
+
+# How a sampled text was drawn. A file of another sampler is not continued: it would mix the two.
+SAMPLER = "sha256(seed, row, token)"
+
+
+# ---- Held-out prompts ----------------------------------------------------------------------------
+
+def answer_prompts(model, tokenizer, prompts, max_new_tokens):
+    """Returns (texts, ended): prompts with their greedy answers, and the share of them that end.
+
+    prompts: lists of ids, which begin with EOS. All ranks answer together, with rank 0's tokens.
+    """
+    answers = []
+    with evaluating(model), packed_weights(model):
+        for begin in range(0, len(prompts), ANSWER_BATCH):
+            answers += generate(model, prompts[begin:begin + ANSWER_BATCH], max_new_tokens,
+                                stop_ids=(tokenizer.eos_token_id,), sync=from_rank0)
+    texts = []
+    ended = 0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        texts.append(tokenizer.decode([*prompt[1:], *answer]))  # without the EOS it begins with
+        ended += answer[-1] == tokenizer.eos_token_id
+    return texts, ended / len(prompts)
+
+
+# ---- A file of prompts ---------------------------------------------------------------------------
+
+def generate_answers(argv):
+    """Write a row for each row of a prompt file: that row, with `output`, and whether it ended.
+
+    A row that OUT already has, made by the same weights and options, is not made again. A prompt
+    that leaves no room for an answer has an `error` instead; the exit code is then 1.
+    """
+    paths, options = paths_and_options(argv)
+    require(len(paths) == 3 and paths[2].endswith(".jsonl"),
+            f"generate {' '.join(paths)}: the form is generate RUN PROMPTS.jsonl OUT.jsonl")
+    run = Path(paths[0]).as_posix()
+    out = Path(paths[2])
+    require(out.resolve().parent.is_dir(), f"{out}: there is no such directory; make it")
+    drawn = {"generator": run, "weights": open_base(run, "size").digest, **asdict(options)}
+    del drawn["answer_batch"]  # a file may be continued with another one
+    places, rows, requests = read_prompts(paths[1], drawn)
+    if options.temperature:
+        drawn["sampler"] = SAMPLER
+    done = rows_done(out, rows, drawn)
+    model, tokenizer = open_assistant(run)
+    prompts = [render_chat(messages, tokenizer, reply=True)[0] for messages in requests]
+
+    with open(out, "a", encoding="utf-8") as file, packed_weights(model):
+        for begin in tqdm(range(done, len(rows), options.answer_batch), unit="batch"):
+            end = begin + options.answer_batch
+            found = answers_of(model, tokenizer, prompts[begin:end], options, begin)
+            for row, answer in zip(rows[begin:end], found, strict=True):
+                row = {key: value for key, value in row.items() if key not in OF_AN_ANSWER}
+                file.write(json.dumps({**row, **answer, **drawn}) + "\n")
+            file.flush()
+    fits = [len(prompt) < model.config.max_seq_len for prompt in prompts]
+    too_long = len(rows) - sum(fits)
+    print(f"wrote {out}: {sum(fits):,} answers, {sum(fits[:done]):,} of them were there already")
+    if too_long:
+        print(f"{too_long:,} prompts leave no room for an answer, the first {places[fits.index(0)]}"
+              ": their rows have an error and no output; shorten them")
+    return 1 if too_long else 0
+
+
+def read_prompts(path, drawn):
+    """Returns (places, rows, requests) of a prompt file; a request is a list of messages.
+
+    UserError sums up the rows that are no prompt, and those that ask to be drawn differently.
+    """
+    def check(row, place):
+        messages = checked_request(row, place)
+        for key in ("temperature", "top_p", "max_new_tokens", "sample_seed"):
+            require(row.get(key) in (None, drawn[key]), f"{place}: {key}: {row.get(key)}, and the "
+                    f"answers are drawn with {drawn[key]}; give --{key}, or remove the field")
+        return messages
+
+    faults, counts = Faults(), Counter()
+    found = list(checked_rows(path, check, counts, faults))
+    faults.stop()
+    for what, count in counts.items():
+        if count:
+            print(f"{path}: {count:,} {what}")
+    return zip(*found, strict=True)
+
+
+def answers_of(model, tokenizer, prompts, options, first_row):
+    """What is added to the rows of some prompts: {output, ended}, or an {error}.
+
+    first_row: the number of the first prompt in its file. A row's text depends on its number and
+    the seed, and not on its batch, as far as rounding in another batch leaves the logits alike.
+    """
+    max_seq_len = model.config.max_seq_len
+    eos = tokenizer.eos_token_id
+    fitting = [number for number, prompt in enumerate(prompts) if len(prompt) < max_seq_len]
+    found = [{"output": "", "ended": False, "error": f"{len(prompt):,} tokens, and the model sees "
+              f"{max_seq_len:,}"} for prompt in prompts]
+    if not fitting:
+        return found
+    answers = generate(model, [prompts[number] for number in fitting], options.max_new_tokens,
+                       options.temperature, options.top_p, (eos,), options.sample_seed,
+                       [first_row + number for number in fitting])
+    for number, answer in zip(fitting, answers, strict=True):
+        ended = answer[-1] == eos
+        text = tokenizer.decode(answer[:-1] if ended else answer)
+        found[number] = {"output": text, "ended": ended}
+    return found
+
+
+def rows_done(out, rows, drawn):
+    """How many of `rows` the file `out` already answers; a last line that a crash tore is cut off.
+
+    UserError, and nothing is changed, for a file that holds anything else.
+    """
+    if not out.is_file():
+        return 0
+    content = out.read_bytes()
+    size = content.rfind(b"\n") + 1  # of the complete lines
+    torn = content[size:]
+    answered = []
+    for number, line in enumerate(content[:size].splitlines(), 1):
+        answered.append(parse(Record(out.name, number, f"{out}:{number}", line)))
+    ours = len(answered) <= len(rows) and (not torn or torn.startswith(b"{"))
+    for answer, row in zip(answered, rows, strict=False):
+        ours = ours and answers_row(answer, row, drawn)
+    require(ours, f"{out}: holds other rows than answers of {drawn['generator']}, with its present "
+            "weights, to these prompts with these options; choose another OUT")
+    if torn:
+        os.truncate(out, size)
+    return len(answered)
+
+
+def answers_row(answer, row, drawn):
+    """Whether a line of OUT is an answer to `row`, drawn like that.
+
+    The prompt's own OF_AN_ANSWER do not count: the answer has replaced them.
+    """
+    return isinstance(answer, dict) and canonical(answer) == canonical({**row, **drawn})
+
+
+def canonical(row):
+    """The JSON of a row without its answer: equal rows have equal texts, also with NaN in them."""
+    kept = {key: value for key, value in row.items() if key not in OF_AN_ANSWER}
+    return json.dumps(kept, sort_keys=True)

@@ -1,0 +1,161 @@
+"""Sets of chats, preferences and prompts: their files are read, and their faults are summed up."""
+
+import re
+from collections import Counter
+
+from corpus.documents import parse, read_records
+from corpus.questions import stdlib_chats, stdlib_preferences
+from support.chats import checked_chat, checked_preference, is_empty_system
+from support.files import UserError
+
+EXAMPLES = 10  # a message shows so many faulty rows
+REASONS = 20  # and so many reasons
+ON_ONE_LINE = 5  # so few faults need no table
+
+
+# ---- A set ---------------------------------------------------------------------------------------
+
+def read_examples(config, key, encode, eval_share):
+    """The examples of the set that `key` names, in its order; [] if no eval_data is named.
+
+    key: "train_data" or "eval_data". encode(row, place=, counts=) makes an example of a row, or
+    None. Prints how many rows were cut or dropped.
+    """
+    path = getattr(config, key)
+    if not path and key == "eval_data":
+        return []
+    if not path:
+        raise UserError("train_data: name the rows to train on, --train_data=FILE.jsonl, or "
+                        "--train_data=stdlib for the embedded set")
+    counts = Counter()  # {what was done to rows: how many}; nothing is dropped in silence
+    examples = []
+    for place, row in read_set(path, config, key == "eval_data", eval_share, counts):
+        example = encode(row, place=place, counts=counts)
+        if example is not None:
+            examples.append(example)
+    if not examples:
+        raise UserError(f"{key}={path}: none of its rows can be used ({dict(counts)}); name "
+                        "another file")
+    kind = "chats" if config.method == "sft" else "pairs"
+    print_set(key, path, kind, sequences_of(examples), len(examples), counts)
+    return examples
+
+
+def sequences_of(examples):
+    """The Examples of a set; for Pairs all the chosen ones, and then all the rejected ones."""
+    if examples and hasattr(examples[0], "chosen"):
+        chosen = [pair.chosen for pair in examples]
+        rejected = [pair.rejected for pair in examples]
+        return chosen + rejected
+    return list(examples)
+
+
+def print_set(key, path, kind, sequences, examples, counts):
+    """A line on a set that was read: its size, what of it is trained, what was cut or dropped."""
+    tokens = sum(len(sequence.ids) for sequence in sequences)
+    trained = sum(int(sequence.trained.sum()) for sequence in sequences)
+    line = (f"{key}={path}: {examples:,} {kind} of {tokens:,} tokens, {trained / tokens:.0%} of "
+            "them in answers")
+    for what, count in counts.items():
+        if count:
+            line += f"; {count:,} {what}"
+    print(line)
+
+
+def read_set(path, config, held_out, eval_share, counts):
+    """[(place, row)] of a set: messages for SFT, {prompt, chosen, rejected} for DPO.
+
+    UserError sums up the faulty rows; with config.faulty "skip" they are dropped and counted.
+    """
+    if config.method == "sft":
+        check = checked_chat
+        embedded = stdlib_chats
+    else:
+        check = checked_preference
+        embedded = stdlib_preferences
+    if path == "stdlib":
+        rows = [(f"stdlib:{name}", row) for name, row in embedded(held_out, eval_share)]
+        return [(place, check(row, place)) for place, row in rows]
+    faults = Faults()
+    rows = [(place, checked) for place, _, checked in checked_rows(path, check, counts, faults)]
+    if config.faulty == "stop":
+        faults.stop(", or drop them with --faulty=skip")
+    elif faults.rows:
+        counts["faulty rows skipped"] += faults.rows
+        print(f"{path}: skipped {faults.rows:,} faulty rows of {faults.rows + len(rows):,}:\n"
+              f"{faults.table()}")
+    return rows
+
+
+# ---- Rows ----------------------------------------------------------------------------------------
+
+def checked_rows(path, check, counts, faults):
+    """Yield (place, row, check(row, place)) of a file or folder of JSONL; place is file:line.
+
+    A row with a fault goes to `faults`, and the others go on: the user wants to know all faults.
+    UserError if there is no row at all.
+    """
+    is_empty = True
+    for record in read_records(path, "", counts):
+        is_empty = False
+        try:
+            row = parse(record)
+            checked = check(row, record.place)
+        except UserError as fault:
+            faults.add(record.place, str(fault))
+            continue
+        counts["empty system messages left out"] += leaves_system_out(row)
+        faults.sound += 1
+        yield record.place, row, checked
+    if is_empty:
+        others = {what: count for what, count in counts.items() if count}
+        raise UserError(f"{path}: holds no rows {others or ''}; name a file of one JSON object a "
+                        "line")
+
+
+def leaves_system_out(row):
+    """Whether an empty message of the system's is left out of a row."""
+    lists = [row.get(key) for key in ("messages", "prompt", "chosen")]
+    return any(isinstance(each, list) and is_empty_system(each[0]) for each in lists if each)
+
+
+class Faults:
+    """The faulty rows of a set, counted by reason."""
+
+    def __init__(self):
+        self.sound = 0  # rows without a fault
+        self.rows = 0
+        self.examples = []  # the first messages, with their places
+        self.reasons = Counter()
+        self.first = {}  # {reason: the first place}
+
+    def add(self, place, fault):
+        self.rows += 1
+        if len(self.examples) < EXAMPLES:
+            self.examples.append(fault)
+        # numbers differ from row to row; without them equal faults are counted together
+        reason = re.sub(r"[0-9][0-9,]*", "N", fault.removeprefix(f"{place}: "))
+        self.reasons[reason] += 1
+        self.first.setdefault(reason, place)
+
+    def table(self):
+        """A line for each reason: how many rows, what is wrong, and the first of them."""
+        lines = []
+        for reason, count in self.reasons.most_common(REASONS):
+            lines.append(f"  {count:,} rows, the first {self.first[reason]}: {reason}")
+        if len(self.reasons) > REASONS:
+            count = self.rows - sum(n for _, n in self.reasons.most_common(REASONS))
+            lines.append(f"  {count:,} rows for {len(self.reasons) - REASONS:,} other reasons")
+        return "\n".join(lines)
+
+    def stop(self, or_else=""):
+        """UserError if there are faulty rows."""
+        if not self.rows:
+            return
+        remedy = f"mend {self.rows:,} of {self.rows + self.sound:,} rows{or_else}"
+        if self.rows <= ON_ONE_LINE:
+            raise UserError(f"{'; '.join(self.examples)}; {remedy}")
+        examples = "\n  ".join(self.examples)
+        print(f"the first {len(self.examples)} of {self.rows:,} faulty rows:\n  {examples}\n"
+              f"all by reason:\n{self.table()}")
+        raise UserError(f"{self.examples[0]}; {remedy}; the others are listed above")

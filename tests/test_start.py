@@ -1,0 +1,262 @@
+"""Where a run goes on from: its tokenizer and data, forks, and directories that are no run."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import TINY, columns, contents_of, flip, rows, saved_steps, seal, steps
+
+import train
+from corpus.stdlib import stdlib_document
+from corpus.tokenizer import train_bpe
+from eval import EvalConfig, evaluate_perplexity
+from support.files import UserError
+from support.models import open_model
+
+pytestmark = [pytest.mark.usefixtures("one_thread"),
+              pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
+
+
+def content_and_times(folder):
+    """{file: (bytes, time of the last change)} of everything in a folder."""
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*")
+            if path.is_file()}
+
+
+# ---- A run's tokenizer is part of its data -------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory, sources):
+    """A folder with a run of 60 steps on bpe:512; all paths in its config are relative."""
+    root = tmp_path_factory.mktemp("learned")
+    for name, path in sources.items():
+        shutil.copytree(path, root / name)
+    settings = TINY | dict(sources={"web": "web", "code": "code"}, data_dir="data", run_dir="run",
+                           max_steps=60, lr=1e-2, min_lr=5e-3, eval_every_steps=0,
+                           save_every_steps=30)
+    (root / "run.py").write_text("".join(f"{key} = {value!r}\n"
+                                         for key, value in settings.items()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        train.main(["run.py"])
+    return root
+
+
+def add_text(folder):
+    """The sources' code again, five times, as documents of the web: bpe:512 learns other tokens."""
+    lines = (folder / "code/part.jsonl").read_text().replace('"id": "code', '"id": "more')
+    (folder / "web/more.jsonl").write_text(5 * lines)
+
+
+@pytest.fixture
+def grown(learned, tmp_path, monkeypatch):
+    """A copy of the folder, with more text; it is the working directory."""
+    folder = shutil.copytree(learned, tmp_path / "grown")
+    monkeypatch.chdir(folder)
+    add_text(folder)
+    return folder
+
+
+def nats(step, file):
+    """The nats of the text in a file under a step's weights and its run's tokenizer."""
+    model, tokenizer, _ = open_model(step, EvalConfig())
+    return evaluate_perplexity(model, tokenizer, [{"text": Path(file).read_text()}], 2048)["nats"]
+
+
+def set_state(step, change):
+    """Change the state of a step directory in place, as another version would have saved it."""
+    state = json.loads((step / "state.json").read_text())
+    change(state)
+    seal(step, state)
+
+
+def forget_digests(run):
+    """Make a run one of those that did not save the digest of their tokenizer."""
+    for step in run.glob("step??????"):
+        set_state(step, lambda state: state["data"].pop("tokenizer_sha256"))
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+@pytest.mark.parametrize("option", ["--resume=run", "--start_from=run/step000060",
+                                    "--resume=run --run_dir=fork"])
+def test_what_goes_on_from_a_run_keeps_its_tokenizer(grown, call, refused, option, is_old):
+    """bpe:512 would learn other tokens from the text as it is now: the loss rose to 5.6.
+
+    The changed data is named, and accepted on request. What older steps need is as it was.
+    """
+    if is_old:
+        forget_digests(Path("run"))
+    before, old_step = contents_of(Path("run")), nats("run/step000060", "code/part.jsonl")
+    new = Path("run" if option == "--resume=run" else "fork" if "fork" in option else "anneal")
+    words = [*option.split(), "--max_steps=66"]
+    if new.name == "anneal":
+        words += ["run.py", "--run_dir=anneal"]
+    line = refused(call(train, *words), "data_sha256", "--accept_changes")
+    assert "tokenizer" not in line
+    result = call(train, *words, "--accept_changes")
+    assert result.returncode == 0, result.stderr
+    assert "tokenizer: run/tokenizer.json is kept" in result.stdout
+    losses = [row["loss"] for row in rows(new)]
+    assert steps(new)[-1] == 66 and losses[-6] < rows(Path("run"))[59]["loss"] + 0.2
+    assert (new / "tokenizer.json").read_bytes() == before["tokenizer.json"]
+    assert nats("run/step000060", "code/part.jsonl") == old_step
+    again = call(train, *words)
+    assert again.returncode == 0 and again.stdout.splitlines()[-1].startswith(f"{new}: finished")
+    if new.name != "run":
+        assert contents_of(Path("run")) == before
+    else:  # the manifest of the steps before has another name
+        sha256 = json.loads(before["manifest.json"])["sha256"]
+        assert Path(f"run/manifest-{sha256[:12]}.json").read_bytes() == before["manifest.json"]
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_another_tokenizer_is_never_accepted(grown, call, refused, is_old):
+    """Not a file that is named, nor a file that was put in place of the run's; in both it is named.
+
+    A file with the same tokenizer, laid out differently, is no other one.
+    """
+    if is_old:
+        forget_digests(Path("run"))
+    text = Path("code/part.jsonl").read_text()
+    train_bpe([text], 300).save("other.json")
+    spec = json.loads(Path("run/tokenizer.json").read_text())
+    Path("same.json").write_text(json.dumps(spec, indent=2))
+    words = ["--resume=run", "--max_steps=62", "--accept_changes"]
+    for option in ("--resume=run", "--start_from=run/step000060 --run_dir=anneal run.py"):
+        line = refused(call(train, *words[1:], *option.split(), "--tokenizer=other.json"),
+                       "tokenizer=other.json", "run/tokenizer.json")
+        assert "accept" not in line
+    result = call(train, *words, "--tokenizer=bpe:300")
+    assert result.returncode == 0 and "tokenizer: run/tokenizer.json is kept" in result.stdout
+    assert call(train, *words, "--tokenizer=same.json", "--max_steps=63").returncode == 0
+    train_bpe([text], 512).save("run/tokenizer.json")
+    refused(call(train, *words, "--max_steps=64"), "run/tokenizer.json")
+
+
+def test_a_lost_tokenizer_comes_back_with_the_same_data_alone(learned, tmp_path, monkeypatch, call,
+                                                              refused):
+    folder = shutil.copytree(learned, tmp_path / "here")
+    monkeypatch.chdir(folder)
+    tokenizer = Path("run/tokenizer.json")
+    content = tokenizer.read_bytes()
+    tokenizer.unlink()
+    assert call(train, "--resume=run", "--max_steps=61").returncode == 0
+    assert tokenizer.read_bytes() == content
+    tokenizer.unlink()
+    add_text(folder)
+    for forget in (lambda run: None, forget_digests):
+        forget(Path("run"))
+        refused(call(train, "--resume=run", "--max_steps=62", "--accept_changes"),
+                "run/tokenizer.json")
+        assert not tokenizer.exists()
+
+
+def test_another_python_changes_the_embedded_text_and_not_the_tokenizer(
+        tmp_path, monkeypatch, call, refused, tiny_config):
+    """With the built data a run goes on as it was; without it, or on request, with the new text."""
+    def library(length):
+        return [stdlib_document("reference", str(i), f"{i} words of this library " * length, str(i),
+                                "lib.py:1") for i in range(60)]
+    monkeypatch.setattr("corpus.documents.stdlib_documents", lambda source: library(9))
+    run, data_dir = tmp_path / "run", tmp_path / "data"
+    file = tiny_config(run, sources={"reference": "stdlib"}, data_dir=str(data_dir), max_steps=2,
+                       tokenizer="bpe:300", vocab_size=300, eos_token_id=299, pad_token_id=298,
+                       batch_size=4, workers=1, eval_share=0.2)
+    assert call(train, file).returncode == 0
+    tokenizer = (run / "tokenizer.json").read_bytes()
+    monkeypatch.setattr("sys.version", "3.99.0 (of another day)")
+    monkeypatch.setattr("corpus.documents.stdlib_documents", lambda source: library(8))
+    result = call(train, file, "--max_steps=3")
+    assert result.returncode == 0 and "the library of Python 3.1" in result.stdout
+    assert len({row["data_sha256"] for row in [json.loads(
+        (run / f"step00000{n}/state.json").read_text())["data"] for n in (2, 3)]}) == 1
+    shutil.rmtree(data_dir)
+    words = [file, "--max_steps=4"]
+    assert "tokenizer" not in refused(call(train, *words), "data_sha256", "--accept_changes")
+    assert call(train, *words, "--accept_changes").returncode == 0
+    assert (run / "tokenizer.json").read_bytes() == tokenizer and steps(run) == [1, 2, 3, 4]
+
+
+def test_built_data_is_enough_to_go_on(learned, tmp_path, monkeypatch, call, refused):
+    """The raw files may be gone; other settings of the data need them."""
+    monkeypatch.chdir(shutil.copytree(learned, tmp_path / "here"))
+    shutil.rmtree("web")
+    result = call(train, "--resume=run", "--max_steps=61")
+    assert result.returncode == 0 and "data: web: not here; data/" in result.stdout
+    assert call(train, "run.py", "--max_steps=62").returncode == 0
+    assert call(train, "--resume=run", "--run_dir=fork", "--max_steps=63").returncode == 0
+    refused(call(train, "--resume=run", "--max_steps=63", "--eval_share=0.3", "--accept_changes"),
+            "web")
+    Path("data").rename("moved")
+    refused(call(train, "--resume=run", "--max_steps=63"), "web")
+    assert call(train, "--resume=run", "--max_steps=63", "--data_dir=moved").returncode == 0
+    assert steps(Path("run")) == list(range(1, 64))
+
+
+# ---- Forks ---------------------------------------------------------------------------------------
+
+def test_a_fork_goes_on_where_the_other_run_stood(copied, tmp_path, call, refused):
+    """The same steps as that run would take, bit for bit; that run's files are untouched.
+
+    The command is the same at the start and later; by then the other run may be gone.
+    """
+    fork, before = tmp_path / "fork", content_and_times(copied)
+    words = [f"--resume={copied}", f"--run_dir={fork}"]
+    result = call(train, *words, "--max_steps=24")
+    assert result.returncode == 0 and "continues after step 20" in result.stdout, result.stderr
+    assert steps(fork) == list(range(1, 25)) and saved_steps(fork) == [20, 24]
+    assert steps(fork, "eval") == [10, 20, 24] and steps(fork, "end") == [24]
+    assert columns(fork, "loss")[:20] == columns(copied, "loss")
+    assert json.loads((fork / "fork.json").read_text()) == {"of": str(copied), "step": 20}
+    assert json.loads((fork / "config.json").read_text())["run_dir"] == str(fork)
+    assert content_and_times(copied) == before
+    assert "finished, at step 24" in call(train, *words, "--max_steps=24").stdout
+    assert call(train, *words, "--max_steps=26").returncode == 0
+    assert saved_steps(fork) == [24, 25, 26] and content_and_times(copied) == before
+    assert call(train, f"--resume={copied}", "--max_steps=24").returncode == 0
+    assert columns(copied, "loss", "lr", "batch_hash") == columns(fork, "loss", "lr",
+                                                                  "batch_hash")[:24]
+    shutil.rmtree(copied)
+    assert call(train, f"--resume={fork}", "--max_steps=27").returncode == 0
+
+
+def test_a_fork_may_begin_at_an_older_step(copied, tmp_path, call, refused):
+    step, fork = copied / "step000010", tmp_path / "fork"
+    assert "RUN" not in refused(call(train, f"--resume={step}"), step, f"--resume={copied}")
+    words = [f"--resume={step}", f"--run_dir={fork}", "--lr=0.001", "--max_steps=12"]
+    refused(call(train, *words), "lr: 0.003 there, 0.001 now")
+    assert [file.name for file in fork.iterdir()] == [".lock"]
+    assert call(train, *words, "--accept_changes").returncode == 0
+    assert steps(fork) == list(range(1, 13)) and saved_steps(fork) == [10, 12]
+    assert steps(fork, "eval") == [10, 12]
+
+
+def test_a_fork_never_takes_the_place_of_another_run(copied, finished, tmp_path, call, refused):
+    other = shutil.copytree(finished, tmp_path / "other")
+    before = content_and_times(other)
+    refused(call(train, f"--resume={copied}", f"--run_dir={other}"), other, copied)
+    assert content_and_times(other) == before
+    fork = tmp_path / "fork"
+    assert call(train, f"--resume={copied}", f"--run_dir={fork}", "--max_steps=21").returncode == 0
+    refused(call(train, f"--resume={finished}", f"--run_dir={fork}"), fork, copied)
+    flip(copied / "step000020/__0_0.distcp")  # a file of its own, or the same one: either is found
+    result = call(train, f"--resume={copied}", f"--run_dir={tmp_path / 'next'}", "--max_steps=16")
+    assert result.returncode == 0 and "continues after step 15" in result.stdout
+    result = call(train, f"--resume={copied}", f"--run_dir={fork}", "--overwrite",
+                  "--max_steps=16")
+    assert result.returncode == 0 and saved_steps(fork) == [15, 16]
+    assert saved_steps(copied) == [10, 15, 20]
+
+
+def test_a_fork_that_was_killed_while_it_began_begins_again(copied, tmp_path, call, monkeypatch,
+                                                            refused):
+    fork = tmp_path / "fork"
+    words = [f"--resume={copied}", f"--run_dir={fork}", "--max_steps=21"]
+    for name in ("write_rows", "link_or_copy"):
+        with monkeypatch.context() as patch:
+            def die(*_):
+                raise UserError("killed")
+            patch.setattr(f"scaling.start.{name}", die)
+            refused(call(train, *words), "killed")
+    assert call(train, *words).returncode == 0 and steps(fork) == list(range(1, 22))
