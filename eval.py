@@ -64,7 +64,7 @@ class EvalConfig:
     sample_seed: int = setting(1, "Seed of the sample.")
 
     def __post_init__(self):
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise UserError(f"temperature={self.temperature} must be at least 0")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p={self.top_p} must be above 0 and at most 1")
@@ -404,19 +404,16 @@ def accuracies(sums, metric, n):
 
 # ---- Samples -------------------------------------------------------------------------------------
 
-def sample_text(model, tokenizer, config):
+def sample_text(model, tokenizer, config, number=0):
     """The prompt and the model's continuation of it, as text; all ranks return the same.
 
-    Raises UserError for a prompt that fills the context.
+    number: of the sample; each draws from a stream of its own. Raises UserError for a prompt that fills the context.
     """
     eos = tokenizer.eos_token_id
     ids = [eos, *tokenizer.encode(config.prompt)]  # as a document begins in training
-    try:
-        with evaluating(model), packed_weights(model):
-            [new] = generate(model, [ids], config.max_new_tokens, config.temperature, config.top_p,
-                             stop_ids=(eos,), seed=config.sample_seed, sync=from_rank0)
-    except ValueError as error:
-        raise UserError(f"prompt: {error}") from None
+    with evaluating(model), packed_weights(model):
+        [new] = generate(model, [ids], config.max_new_tokens, config.temperature, config.top_p,
+                         (eos,), config.sample_seed, [number], from_rank0)
     # The prompt is shown as the user wrote it, before the tokenizer's Unicode normalisation.
     return config.prompt + tokenizer.decode([i for i in new if i != eos])
 

@@ -1,6 +1,7 @@
 """The entries of the config's `sources`: a path, the rules it needs, its weight."""
 
 import difflib
+import math
 import re
 from typing import NamedTuple
 
@@ -94,7 +95,8 @@ def check_data_config(config):
          "write a file or folder for each set"),
         (0 <= config.eval_share <= 1, "eval_share", "write a share from 0 to 1"),
         (0 < config.bloom_fp_rate < 1, "bloom_fp_rate", "write a rate between 0 and 1"),
-        (config.max_repeats > 0, "max_repeats", "write a number above 0"),
+        (0 < config.max_repeats < math.inf, "max_repeats",
+         "write a number above 0, such as 1e9 for no limit"),
     ]
     for key in ("seed", "mix_tokens", "bloom_items", "workers"):
         checks.append((getattr(config, key) >= 0, key, "write 0 or more"))

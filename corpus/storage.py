@@ -8,7 +8,7 @@ import zlib
 import numpy as np
 
 from corpus.documents import size_of
-from support.files import UserError, file_sha256, read_json, write_json
+from support.files import UserError, file_sha256, read_json, to_json, write_json
 
 BLOCK_BYTES = 2**16  # JSON lines compressed together: what is read to get at one document
 FILE_BYTES = 2**30  # a file of clean documents is closed when it is larger (compressed)
@@ -35,7 +35,7 @@ def store_documents(folder, split, source, funnel):
             funnel.counts[kind + "documents"] += 1
             funnel.counts[kind + "bytes"] += size_of(document["text"])
             if held_out:
-                held_out_file.write(json.dumps(document) + "\n")
+                held_out_file.write(to_json(document) + "\n")
             else:
                 writer.add(document)
     writer.close()
@@ -49,7 +49,7 @@ def store_documents(folder, split, source, funnel):
     with open(folder / "dropped" / f"{source.name}.jsonl", "w") as dropped_file:
         for rule, examples in funnel.examples.items():
             for example in examples:
-                dropped_file.write(json.dumps({"rule": rule, **example}) + "\n")
+                dropped_file.write(to_json({"rule": rule, **example}) + "\n")
     write_json(folder / f"{source.name}.funnel.json", funnel.as_json())
 
 

@@ -211,7 +211,7 @@ class RunData:
         last one; 1 without a log."""
         ranks = 1
         for row in log_rows(self.run):
-            if "world_size" in row:
+            if type(row.get("world_size")) is int:
                 ranks = row["world_size"]
                 if row["step"] >= step:
                     break

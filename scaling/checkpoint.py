@@ -19,7 +19,8 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from torch.distributed.tensor import DTensor
 
 from scaling.ranks import gather, on_rank0, rank
-from support.files import UserError, file_sha256, fsync, read_json, write_json
+from support.files import (UserError, file_sha256, fsync, read_json, without_nan,
+                           write_json)
 
 # ---- Finding -------------------------------------------------------------------------------------
 
@@ -290,7 +291,7 @@ def finish_checkpoint(path, aside, state, everyone):
             files.update(written)
         not_listed = [file for file in aside.iterdir() if file.name not in files]  # .metadata
         files.update(describe_files(not_listed))
-        state = {**state, "files": dict(sorted(files.items()))}
+        state = without_nan({**state, "files": dict(sorted(files.items()))})
         write_json(aside / "state.json", {**state, "sha256": state_digest(state)})
         aside.rename(path)
         fsync(path.parent)  # the new name must be on the disk before an older step is deleted

@@ -40,10 +40,28 @@ def read_json(path):
     return value
 
 
+def to_json(value, indent=None):
+    """A value as JSON text. JSON has no NaN and no Infinity: null stands in for them."""
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False)
+    except ValueError:
+        return json.dumps(without_nan(value), indent=indent, allow_nan=False)
+
+
+def without_nan(value):
+    if isinstance(value, dict):
+        return {key: without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
 def write_json(path, value):
     """Write a JSON file so that a crash leaves the old file or the new one, never a part."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    temporary.write_text(to_json(value, indent=1) + "\n")
     fsync(temporary)  # first the content, then the name
     temporary.replace(path)
 
@@ -51,7 +69,7 @@ def write_json(path, value):
 def write_rows(path, rows):
     """Write JSON lines in the same way."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    temporary.write_text("".join(to_json(row) + "\n" for row in rows))
     fsync(temporary)
     temporary.replace(path)
 
@@ -203,7 +221,24 @@ def run_main(main):
         sys.stderr.flush()
     if stdout.error and not is_run and not code:  # a run is in its files, a table only here
         code = f"error: stdout cannot be written ({stdout.error})"
+    if getattr(main, "had_group", False):
+        leave(code)
     sys.exit(code)
+
+
+def leave(code):
+    """Exit as sys.exit does, but at once, for one rank of several.
+
+    # subtle: a thread of gloo may hold a tensor of the last collective for a moment longer. If it
+    # lets go of it while Python shuts down, torch aborts the process (pytorch/pytorch#179291): on a
+    # loaded machine, a rank that had finished ended with SIGABRT.
+    """
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)
 
 
 def exit_code(main):
@@ -287,15 +322,29 @@ class Output:
 # ---- A log ---------------------------------------------------------------------------------------
 
 def log_rows(run, name="metrics.jsonl"):
-    """Yields the rows (dicts) of a run's log. A line that a crash cut short is skipped."""
+    """Yields the rows (dicts) of a run's log, each with its kind (text) and step (int).
+
+    A line that is no such row is skipped, such as one that a crash cut short.
+    """
+    rows, _ = read_log(run, name)
+    yield from rows
+
+
+def read_log(run, name):
+    """Returns (rows, skipped): the rows of a run's log, and how many of its lines are none."""
     log = Path(run) / name
+    rows = []
+    skipped = 0
     if not log.is_file():
-        return
-    for line in log.read_text(errors="replace").splitlines():
+        return rows, skipped
+    for line in log.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             row = json.loads(line)
-            is_complete = row["kind"] and row["step"] >= 0
-        except (ValueError, KeyError, TypeError):
-            continue
-        if is_complete:
-            yield row
+            is_row = isinstance(row["kind"], str) and type(row["step"]) is int and row["step"] >= 0
+        except (ValueError, KeyError, TypeError, RecursionError):
+            is_row = False
+        if is_row:
+            rows.append(row)
+        elif line.strip():
+            skipped += 1
+    return rows, skipped

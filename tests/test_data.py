@@ -747,7 +747,7 @@ def test_mistake_gives_one_line_and_writes_nothing(call, refused, tmp_path, word
     *(("eval_share", share) for share in (-0.1, 1.01, float("nan"))),
     *((key, -1) for key in ("seed", "workers", "mix_tokens", "bloom_items")),
     *(("bloom_fp_rate", rate) for rate in (0.0, 1.0)),
-    *(("max_repeats", most) for most in (0.0, float("nan"))),
+    *(("max_repeats", most) for most in (0.0, float("nan"), float("inf"))),
     *(("language_scorer", name) for name in ("none", "os:system")),
     ("content_scorer", "stand-in"), ("sources", {})])
 def test_setting_that_makes_no_sense_is_refused(key, value):

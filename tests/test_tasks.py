@@ -29,8 +29,8 @@ from support.chat_questions import chat_questions
 from support.files import log_rows
 from support.records import (bits_per_byte, domains_table, evaluation_key, tasks_table,
                              verdict_on)
-from support.report import (Evaluations, Panel, drawing, last_results, read_evaluations,
-                            read_metrics, svg, task_panels)
+from support.measured import Evaluations, read_evaluations, read_metrics
+from support.report import Panel, drawing, last_results, svg, task_panels
 from support.tasks import (METRICS, PALOMA, PAPER_METRIC, Question, Suite, Task, mmlu,
                            open_suites, packaged_task, primary_metric, read_task)
 from support import scoring
