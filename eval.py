@@ -404,16 +404,16 @@ def accuracies(sums, metric, n):
 
 # ---- Samples -------------------------------------------------------------------------------------
 
-def sample_text(model, tokenizer, config, number=0):
+def sample_text(model, tokenizer, config):
     """The prompt and the model's continuation of it, as text; all ranks return the same.
 
-    number: of the sample; each draws from a stream of its own. Raises UserError for a prompt that fills the context.
+    Raises UserError for a prompt that fills the context.
     """
     eos = tokenizer.eos_token_id
     ids = [eos, *tokenizer.encode(config.prompt)]  # as a document begins in training
     with evaluating(model), packed_weights(model):
         [new] = generate(model, [ids], config.max_new_tokens, config.temperature, config.top_p,
-                         (eos,), config.sample_seed, [number], from_rank0)
+                         stop_ids=(eos,), seed=config.sample_seed, sync=from_rank0)
     # The prompt is shown as the user wrote it, before the tokenizer's Unicode normalisation.
     return config.prompt + tokenizer.decode([i for i in new if i != eos])
 

@@ -116,4 +116,4 @@ def print_samples(path, options, config, sample_text):
     for i, prompt in enumerate(prompts or [config.prompt]):
         if i > 0:
             print("-" * 40)
-        print(sample_text(model, tokenizer, replace(config, prompt=prompt), i))
+        print(sample_text(model, tokenizer, replace(config, prompt=prompt)))
