@@ -12,7 +12,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from corpus.stdlib import stdlib_documents
-from support.files import UserError
+from support.files import UserError, here
 
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".json.gz")  # an object a line
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")  # a document a file
@@ -76,9 +76,9 @@ def read_records(path, source, counts, allow_truncated=False, progress=False):
 def input_files(root, counts):
     """The readable files at `root`, sorted; `counts` receives how many others a folder has."""
     if not root.exists():
-        raise UserError(f"{root}: no such file or folder; put .jsonl, .jsonl.gz or .txt files "
-                        'there, or name others: --sources=\'{"name": "path"}\', for tuning '
-                        "--train_data and --eval_data")
+        raise UserError(f"{root}: no such file or folder{here(root)}; put .jsonl, .jsonl.gz or "
+                        '.txt files there, or name others: --sources=\'{"name": "path"}\', for '
+                        "tuning --train_data and --eval_data")
     if root.is_file():
         if root.name.endswith(JSON_SUFFIXES + TEXT_SUFFIXES):
             return [root]

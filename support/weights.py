@@ -12,7 +12,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from model import ModelConfig, OLMo
-from scaling.checkpoint import check_tensors, newest_step, read_step, verify_step
+from scaling.checkpoint import (check_model_keys, check_tensors, newest_step, read_step,
+                                verify_step)
 from support.files import UserError, read_json, write_json
 from support.hf_config import config_to_hf, hf_to_config
 from support.official import official_config, read_official
@@ -92,6 +93,7 @@ def read_model_config(path):
 
 def load_step(path, state, device):
     """The model of one step directory, whose verified state.json is `state`."""
+    check_model_keys(state, path)
     saved = state.get("config", {})
     known = ModelConfig.__dataclass_fields__
     # A key that is newer than the run takes its default.
