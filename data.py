@@ -571,8 +571,8 @@ def sample_documents(folder, shards, fraction):
 
 # ---- Chats (adapt.py, eval.py --chat, support/talk.py) -------------------------------------------
 
-# The chat format lies in three files: here; in Jinja, CHAT_TEMPLATE in support/weights.py; and what
-# a file of chats may hold, checked in support/chats.py.
+# The chat format lies in three files: here; in Jinja, CHAT_TEMPLATE in support/hf_tokenizer.py; and
+# what a file of chats may hold, checked in support/chats.py.
 def render_chat(messages, tokenizer, reply=False):
     """Returns (ids, trained): the token ids of a chat, and for each whether the loss counts it.
 

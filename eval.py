@@ -411,12 +411,9 @@ def sample_text(model, tokenizer, config):
     """
     eos = tokenizer.eos_token_id
     ids = [eos, *tokenizer.encode(config.prompt)]  # as a document begins in training
-    try:
-        with evaluating(model), packed_weights(model):
-            [new] = generate(model, [ids], config.max_new_tokens, config.temperature, config.top_p,
-                             stop_ids=(eos,), seed=config.sample_seed, sync=from_rank0)
-    except ValueError as error:
-        raise UserError(f"prompt: {error}") from None
+    with evaluating(model), packed_weights(model):
+        [new] = generate(model, [ids], config.max_new_tokens, config.temperature, config.top_p,
+                         stop_ids=(eos,), seed=config.sample_seed, sync=from_rank0)
     # The prompt is shown as the user wrote it, before the tokenizer's Unicode normalisation.
     return config.prompt + tokenizer.decode([i for i in new if i != eos])
 

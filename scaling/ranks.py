@@ -172,6 +172,8 @@ def on_all_ranks(main):
             if own_rank > 0:
                 time.sleep(ERROR_GRACE_S)
             raise
+        finally:
+            run.had_group = dist.is_initialized()  # for run_main
         if dist.is_initialized():
             dist.destroy_process_group()
         return code

@@ -1,7 +1,7 @@
 """Chats, preferences and prompts: each row is checked.
 
 # The chat format lies in three files: these are its checks. data.py's render_chat makes ids of it;
-# CHAT_TEMPLATE in support/weights.py is the same in Jinja, for an exported model.
+# CHAT_TEMPLATE in support/hf_tokenizer.py is the same in Jinja, for an exported model.
 """
 
 from support.fields import (NO_MARGIN, NO_OPTIONS, NO_PLACE, OF_MESSAGE, check_scores, check_text,

@@ -221,7 +221,24 @@ def run_main(main):
         sys.stderr.flush()
     if stdout.error and not is_run and not code:  # a run is in its files, a table only here
         code = f"error: stdout cannot be written ({stdout.error})"
+    if getattr(main, "had_group", False):
+        leave(code)
     sys.exit(code)
+
+
+def leave(code):
+    """Exit as sys.exit does, but at once, for one rank of several.
+
+    # subtle: a thread of gloo may hold a tensor of the last collective for a moment longer. If it
+    # lets go of it while Python shuts down, torch aborts the process (pytorch/pytorch#179291): on a
+    # loaded machine, a rank that had finished ended with SIGABRT.
+    """
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)
 
 
 def exit_code(main):

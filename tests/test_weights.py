@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from test_model import ONE_B, SEVEN_B
 
 import model as m
 import support.weights
+from corpus.tokenizer import Tokenizer, train_bpe
 from support.official import official_config
 from support.weights import load_model, save_hf
 
@@ -94,7 +96,7 @@ def test_misfitting_hf_tensors_are_named(tmp_path, tensors, fault):
     ("rope_parameters", {"rope_type": "linear"}),
     ("rope_parameters", {"partial_rotary_factor": 0.5}),
     ("intermediate_size", ...),  # missing
-    ("pad_token_id", None), ("eos_token_id", [49, 0])])
+    ("pad_token_id", 64), ("eos_token_id", ["49"])])
 def test_a_setting_that_olmo_1_does_not_have_is_refused(tmp_path, key, value):
     subkeys = value if key == "rope_parameters" else ()
     refused(hf_directory(tmp_path / "hf", **{key: value}), "config.json", key, *subkeys)
@@ -102,7 +104,8 @@ def test_a_setting_that_olmo_1_does_not_have_is_refused(tmp_path, key, value):
 
 @pytest.mark.parametrize("changes, ours", [
     (dict(rope_parameters=None, rope_theta=500.0), dict(rope_theta=500.0)),  # transformers < 5
-    (dict(rope_parameters=dict(rope_type="default", rope_theta=600.0)), dict(rope_theta=600.0)),
+    (dict(rope_parameters=dict(rope_type="default", rope_theta=600.0), rope_theta=...),
+     dict(rope_theta=600.0)),
     (dict(dtype="bfloat16", _name_or_path="x", transformers_version="4.40", initializer_range=0.5,
           use_cache=False, architectures=None, bos_token_id=3), dict()),  # these change no logit
     (dict(unpadded_vocab_size=...), dict(vocab_size=64))])  # which only save_hf writes
@@ -127,17 +130,25 @@ def test_a_path_without_a_model_says_what_may_be_there(tmp_path):
 
 # What cannot be exported: test_forks.py.
 
-def test_a_tokenizer_travels_with_the_model(transformers, tmp_path):
-    tokenizers = pytest.importorskip("tokenizers")
-    words = {f"w{i}": i for i in range(48)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens(["<|padding|>", "<|endoftext|>"])
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    save_hf(random_model(pad_token_id=48), tmp_path / "hf", tmp_path / "tokenizer.json")
+TEXTS = ["the quick brown fox jumps over the lazy dog again and again, and the dog sleeps " * 9]
+IDS = dict(vocab_size=300, embedding_size=320, eos_token_id=299, pad_token_id=298)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """tokenizer.json of 300 ids, with padding and EOS at the end."""
+    file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    train_bpe(TEXTS, 300).save(file)
+    return file
+
+
+def test_a_tokenizer_travels_with_the_model(transformers, tokenizer, tmp_path):
+    save_hf(random_model(**IDS), tmp_path / "hf", tokenizer)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
-    assert theirs("w3 w47 <|endoftext|>")["input_ids"] == [3, 47, 49]
-    assert (theirs.eos_token_id, theirs.pad_token_id) == (49, 48)
+    text = "the dog sleeps"
+    ours = Tokenizer.load(tokenizer)
+    assert theirs(f"{text}<|endoftext|>")["input_ids"] == [*ours.encode(text), 299]
+    assert (theirs.eos_token_id, theirs.pad_token_id) == (299, 298)
 
 
 @pytest.mark.parametrize("tokenizer", ["{damaged", '{"added_tokens": []}'])
@@ -326,18 +337,18 @@ def test_export_touches_no_directory_that_holds_something(tmp_path, call, monkey
     assert {file.name: file.read_bytes() for file in out.iterdir()} == content
 
 
-def test_export_takes_the_tokenizer_from_the_run(tmp_path, call):
+def test_export_takes_the_tokenizer_from_the_run(tmp_path, tokenizer, call):
     pytest.importorskip("safetensors")
-    step = write_step(tmp_path / "run/step1")
+    step = write_step(tmp_path / "run/step1", random_model(**IDS))
     (tmp_path / "run/config.json").write_text(json.dumps({"d_model": 32}))
+    shutil.copyfile(tokenizer, tmp_path / "tokenizer.json")  # which is not this run's
     assert "no tokenizer.json" in call(m, "export", step, tmp_path / "bare").stdout
-    tokens = [{"id": 1, "content": "<pad>"}, {"id": 49, "content": "<end>"}]
-    (tmp_path / "run/tokenizer.json").write_text(json.dumps({"added_tokens": tokens}))
+    shutil.copyfile(tokenizer, tmp_path / "run/tokenizer.json")
     for source in (step, tmp_path / "run"):
         out = tmp_path / f"hf-{source.name}"
         assert call(m, "export", source, out).returncode == 0
         special = json.loads((out / "special_tokens_map.json").read_text())
-        assert special == {"eos_token": "<end>", "pad_token": "<pad>"}
+        assert special == {"eos_token": "<|endoftext|>", "pad_token": "<|padding|>"}
         assert (out / "tokenizer.json").is_file()
 
 
