@@ -9,6 +9,7 @@ key, adds_to, names the file that a variant adds to, so that it is not used with
 import dataclasses
 import inspect
 import math
+import os
 import sys
 from functools import partial
 from itertools import zip_longest
@@ -86,7 +87,7 @@ def read_config_file(path, known, before=()):
 
     before: the config files to its left.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike path.is_file(), it takes names of any length
         raise no_config_file(path, known)
     if path.suffix == ".json":
         return read_saved_config(path, known)

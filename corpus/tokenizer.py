@@ -21,7 +21,7 @@ import numpy as np
 import regex
 import tiktoken
 
-from support.files import UserError, here
+from support.files import UserError, here, read_json
 
 
 EOS = "<|endoftext|>"
@@ -87,7 +87,7 @@ class Tokenizer:
     def load(cls, path):
         """The tokenizer in the file `path`. Raises UserError if it holds none of OLMo's kind."""
         try:
-            return cls(json.loads(Path(path).read_text(encoding="utf-8")), path)
+            return cls(read_json(path), path)
         except UserError:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:

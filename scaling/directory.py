@@ -17,7 +17,8 @@ from configs import ROOT, flat
 from corpus.storage import tokenizer_digest
 from scaling.checkpoint import run_of, step_directories
 from scaling.ranks import gather, rank
-from support.files import Lock, UserError, fsync, here, log_rows, read_json, write_json
+from support.files import UserError, fsync, here, log_rows, read_json, write_json
+from support.lock import Lock
 
 # Keys that say what to do this time, not what the run is. They are not saved.
 NOT_SAVED = {"resume", "overwrite", "accept_changes", "stop_after_minutes", "tensorboard", "verify"}

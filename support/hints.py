@@ -1,6 +1,7 @@
 """What a mistyped command line or config probably means: the nearest name, the right command."""
 
 import difflib
+import os
 import re
 import sys
 from pathlib import Path
@@ -34,7 +35,7 @@ def command():
 def command_of(key):
     """The command whose configuration has this key; None if none has."""
     for path in (*sorted(ROOT.glob("*.py")), ROOT / "scaling/plan.py"):
-        if re.search(rf"^    {re.escape(key)}: .*\bsetting\(", path.read_text(), re.M):
+        if re.search(rf"^    {re.escape(key)}: (.*\bsetting\(|Literal\[)", path.read_text(), re.M):
             return path.name if path.name in ("adapt.py", "eval.py") else "train.py"
     return None
 
@@ -50,10 +51,10 @@ def no_config_file(path, fields):
     if equals and key in fields:
         return UserError(f"{path}: no such config file; an option begins with two hyphens: "
                          f"--{key}={value}")
-    if (path / "config.json").is_file():
+    if os.path.isfile(path / "config.json"):
         return UserError(f"{path}: a directory, not a config file; {path}/config.json holds its "
                          f"settings, and train.py --resume={path} continues a run")
-    if path.is_dir():
+    if os.path.isdir(path):
         return UserError(f"{path}: a directory, not a config file; configs/ holds those that come "
                          "with nanOLMo")
     return UserError(f"{path}: no such config file{here(path)}; {nearest_path(path)}")
@@ -75,4 +76,4 @@ def check_base(path, base, before, place):
     """UserError unless the config file that `path` adds to, or a saved config, stands before it."""
     if not any(file.name == base or file.suffix == ".json" for file in before):
         raise UserError(f"{place}adds_to={base}: this file adds to that one; name both: "
-                        f"{path.parent / base} {path}")
+                        f"{path.parent / str(base)} {path}")

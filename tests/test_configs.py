@@ -155,7 +155,7 @@ def test_an_option_of_a_sibling_is_not_used_and_named(tmp_path, capsys):
 
 @pytest.mark.parametrize("key, owner", [
     ("method", "adapt.py"), ("metric", "eval.py"), ("max_steps", "train.py"),
-    ("gpus", "train.py"), ("d_model", "train.py")])
+    ("gpus", "train.py"), ("d_model", "train.py"), ("activation_checkpointing", "train.py")])
 def test_a_key_of_another_command_is_named_with_that_command(tmp_path, key, owner):
     file = write(tmp_path / "c.py", f"{key} = 3\n")
     for message in (refused(file), refused(f"--{key}=3")):
@@ -170,7 +170,7 @@ def test_a_key_of_another_command_is_named_with_that_command(tmp_path, key, owne
     (["–rate=1e-3"], "--rate=1e-3"), (["configs/tinny.py"], "configs/tiny.py?"),
     (["configs/tiny"], "configs/tiny.py?"), (["tiny_sfd.py"], "configs/tiny_sft.py?"),
     (["configs"], "configs/"), (["--steps=1e6"], "write 1000000"), (["--step", "3"], "steps?"),
-    (["-steps=3"], "--key=value"), (["zzzzzz.py"], "configs/")])
+    (["-steps=3"], "--key=value"), (["zzzzzz.py"], "configs/"), ([5000 * "z"], "configs/")])
 def test_a_slip_of_the_hand_is_told_the_right_form(monkeypatch, words, remedy):
     monkeypatch.chdir(configs.ROOT)
     assert remedy in refused(*words)
@@ -239,14 +239,27 @@ def test_a_variant_needs_the_file_that_it_adds_to(tmp_path):
 # ---- Files ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, content, place", [
-    ("c.py", None, ": "), ("c.json", None, ": "), (".", None, ": "), ("c.py", b"# caf\xe9", ": "),
+    ("c.py", None, ": "), ("c.json", None, ": "), (".", None, ": "), ("c.py", b"# caf\xe9", ":1: "),
     ("c.py", b"steps = 3\nrate = = 4\n", ":2: "), ("c.py", b"steps = 3\n  rate = 4\n", ":2: "),
     ("c.py", b"weights = {[1]: 2}", ":1: "), ("c.json", b"[1]", ": "),
-    ("c.json", b'{"steps": 3', ": "), ("c.json", b'{"steps": "3"}', ": steps=3: ")])
+    ("c.json", b'{"steps": 3', ":1: "), ("c.json", b'{"steps": "3"}', ": steps=3: "),
+    ("c.py", b"\n\0", ":"), ("c.py", b"x = " + b"-" * 100_000 + b"1", ":"),
+    ("c.py", "steps = 3".encode("utf-16"), ":1: not UTF-8 but UTF-16"),
+    ("c.json", '{"steps": 3}'.encode("utf-16-le"), ":1: not UTF-8 but UTF-16"),
+    ("c.json", b'{"steps": 3,\n "steps": 4}', ":1: "), ("c.json", b"[" * 100_000, ":1: ")])
 def test_an_unreadable_file_is_named(tmp_path, name, content, place):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     assert refused(tmp_path / name).startswith(f"{tmp_path / name}{place}")
+
+
+@pytest.mark.parametrize("name, content", [
+    ("c.py", b"\xef\xbb\xbfsteps = 5\r\n"), ("c.py", "# Ж\rsteps = 5\r".encode()),
+    ("c.json", b'\xef\xbb\xbf{"steps":\r\n5}')])
+def test_a_byte_order_mark_and_any_line_ends_are_read(tmp_path, name, content):
+    """As Windows' editors and PowerShell write them."""
+    (tmp_path / name).write_bytes(content)
+    assert toy(tmp_path / name).steps == 5
 
 
 CODE = ["import os", "from os import path", "steps = int('3')", "steps = 1 + 2", "steps = 2 ** 3",
