@@ -220,9 +220,12 @@ def test_a_byte_order_mark_is_read_and_another_encoding_refused(tmp_path):
     file = tmp_path / "c.py"
     file.write_bytes('steps = 3  # café\n'.encode("utf-8-sig"))
     assert toy(file) == ToyConfig(steps=3)
-    for encoding in ("utf-16", "latin-1"):
+    (tmp_path / "c.json").write_bytes('{"steps": 3}'.encode("utf-8-sig"))
+    assert toy(tmp_path / "c.json") == ToyConfig(steps=3)
+    for encoding in ("utf-16", "utf-16-le", "latin-1"):
         file.write_bytes('steps = 3  # café\n'.encode(encoding))
-        assert refused(file).startswith(f"{file}:")
+        message = refused(file)
+        assert message.startswith(f"{file}:1: ") and ("UTF-16" in message) == ("utf" in encoding)
 
 
 def test_a_variant_needs_the_file_that_it_adds_to(tmp_path):
