@@ -18,7 +18,7 @@ from support.cpu import packed_weights
 from support.fields import require
 from support.models import open_base
 from support.progress import watched
-from support.rows import Faults, checked_rows
+from support.rows import Faults, checked_rows, listed
 from support.talk import ANSWER_BATCH, open_assistant, paths_and_options
 
 # the keys that `generate` adds to a row, beside how it was drawn
@@ -103,9 +103,8 @@ def read_prompts(path, drawn):
     faults, counts = Faults(), Counter()
     found = list(checked_rows(path, check, counts, faults))
     faults.stop()
-    for what, count in counts.items():
-        if count:
-            print(f"{path}: {count:,} {what}")
+    if any(counts.values()):
+        print(f"{path}{listed(counts)}")
     return zip(*found, strict=True)
 
 

@@ -5,7 +5,7 @@ import itertools
 import torch
 
 from model import ModelConfig
-from support.files import UserError
+from support.text import UserError, read_text
 from support.vocabulary import count_of_ids
 
 # The texts that OLMo 1.0 has. None where the key may be missing, as official OLMo's default for it
@@ -90,11 +90,7 @@ def check_settings(settings, path):
 
 def read_model_block(path):
     """{key: text} of the flat `model:` block of a YAML file; a null has no key here."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    lines = [line.split(" #")[0].rstrip() for line in text.splitlines()]
+    lines = [line.split(" #")[0].rstrip() for line in read_text(path).splitlines()]
     lines = [line for line in lines if line.strip()]
     if "model:" not in lines:
         raise UserError(f"{path}: has no `model:` block")

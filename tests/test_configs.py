@@ -220,9 +220,12 @@ def test_a_byte_order_mark_is_read_and_another_encoding_refused(tmp_path):
     file = tmp_path / "c.py"
     file.write_bytes('steps = 3  # café\n'.encode("utf-8-sig"))
     assert toy(file) == ToyConfig(steps=3)
-    for encoding in ("utf-16", "latin-1"):
+    (tmp_path / "c.json").write_bytes('{"steps": 3}'.encode("utf-8-sig"))
+    assert toy(tmp_path / "c.json") == ToyConfig(steps=3)
+    for encoding in ("utf-16", "utf-16-le", "latin-1"):
         file.write_bytes('steps = 3  # café\n'.encode(encoding))
-        assert refused(file).startswith(f"{file}:")
+        message = refused(file)
+        assert message.startswith(f"{file}:1: ") and ("UTF-16" in message) == ("utf" in encoding)
 
 
 def test_a_variant_needs_the_file_that_it_adds_to(tmp_path):
@@ -239,14 +242,27 @@ def test_a_variant_needs_the_file_that_it_adds_to(tmp_path):
 # ---- Files ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, content, place", [
-    ("c.py", None, ": "), ("c.json", None, ": "), (".", None, ": "), ("c.py", b"# caf\xe9", ": "),
+    ("c.py", None, ": "), ("c.json", None, ": "), (".", None, ": "), ("c.py", b"# caf\xe9", ":1: "),
     ("c.py", b"steps = 3\nrate = = 4\n", ":2: "), ("c.py", b"steps = 3\n  rate = 4\n", ":2: "),
     ("c.py", b"weights = {[1]: 2}", ":1: "), ("c.json", b"[1]", ": "),
-    ("c.json", b'{"steps": 3', ": "), ("c.json", b'{"steps": "3"}', ": steps=3: ")])
+    ("c.json", b'{"steps": 3', ":1: "), ("c.json", b'{"steps": "3"}', ": steps=3: "),
+    ("c.py", b"\n\0", ":"), ("c.py", b"x = " + b"-" * 100_000 + b"1", ":"),
+    ("c.py", "steps = 3".encode("utf-16"), ":1: not UTF-8 but UTF-16"),
+    ("c.json", '{"steps": 3}'.encode("utf-16-le"), ":1: not UTF-8 but UTF-16"),
+    ("c.json", b'{"steps": 3,\n "steps": 4}', ":1: "), ("c.json", b"[" * 100_000, ":1: ")])
 def test_an_unreadable_file_is_named(tmp_path, name, content, place):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     assert refused(tmp_path / name).startswith(f"{tmp_path / name}{place}")
+
+
+@pytest.mark.parametrize("name, content", [
+    ("c.py", b"\xef\xbb\xbfsteps = 5\r\n"), ("c.py", "# Ж\rsteps = 5\r".encode()),
+    ("c.json", b'\xef\xbb\xbf{"steps":\r\n5}')])
+def test_a_byte_order_mark_and_any_line_ends_are_read(tmp_path, name, content):
+    """As Windows' editors and PowerShell write them."""
+    (tmp_path / name).write_bytes(content)
+    assert toy(tmp_path / name).steps == 5
 
 
 CODE = ["import os", "from os import path", "steps = int('3')", "steps = 1 + 2", "steps = 2 ** 3",
