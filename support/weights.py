@@ -15,7 +15,8 @@ from torch.overrides import TorchFunctionMode
 
 from corpus.tokenizer import Tokenizer
 from model import ModelConfig, OLMo
-from scaling.checkpoint import check_tensors, newest_step, read_step, run_of, verify_step
+from scaling.checkpoint import (check_model_keys, check_tensors, newest_step, read_step, run_of,
+                                verify_step)
 from support import finite
 from support.files import UserError, fsync, read_json, write_json
 from support.hf_config import config_to_hf, end_ids, is_hf, read_hf_config
@@ -106,6 +107,7 @@ def read_model_config(path):
 
 def load_step(path, state, device):
     """The model of one step directory, whose verified state.json is `state`."""
+    check_model_keys(state, path)
     saved = state.get("config", {})
     known = ModelConfig.__dataclass_fields__
     # A key that is newer than the run takes its default.
