@@ -15,7 +15,7 @@ def unknown_key(key, known, place):
     """The UserError for a key that no schema of this command has. place: begins its message."""
     if command_of(key):
         return unused_key(key, place)
-    near = difflib.get_close_matches(key, known, n=1)
+    near = difflib.get_close_matches(key.lower().replace("-", "_"), known, n=1)
     hint = f"did you mean {near[0]}?" if near else "--help lists the keys"
     return UserError(f"{place}{key}: unknown key; {hint}")
 
