@@ -21,7 +21,7 @@ import numpy as np
 import regex
 import tiktoken
 
-from support.files import UserError
+from support.files import UserError, here, read_json
 
 
 EOS = "<|endoftext|>"
@@ -87,7 +87,7 @@ class Tokenizer:
     def load(cls, path):
         """The tokenizer in the file `path`. Raises UserError if it holds none of OLMo's kind."""
         try:
-            return cls(json.loads(Path(path).read_text(encoding="utf-8")), path)
+            return cls(read_json(path), path)
         except UserError:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -375,7 +375,8 @@ def tokenizer_file(name):
         file = olmo_eval_path("tokenizers/allenai_gpt-neox-olmo-dolma-v1_5.json",
                               "tokenizer=olmo: its files")
     if not file.is_file():
-        raise UserError(f"tokenizer={name}: no such file; bpe:4096 trains one, olmo is OLMo's own")
+        raise UserError(f"tokenizer={name}: no such file{here(file)}; bpe:4096 trains one, "
+                        "olmo is OLMo's own")
     return file
 
 

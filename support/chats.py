@@ -25,6 +25,7 @@ OTHER_CHATS = {
     "completion": "make two messages of prompt and completion, the user's and the assistant's",
     "question": "make two messages of question and answer, the user's and the assistant's",
     "prompt": "make two messages of prompt and answer, the user's and the assistant's",
+    "role": "a line is one message here; put those of a chat into one object",
     "text": "it is a text; a chat is an object a line, in a .jsonl file"}
 OTHER_PREFERENCES = {
     "messages": "these are chats: --method=sft",

@@ -34,7 +34,8 @@ from scaling.ranks import agree_on_machine, batch_hash
 from scaling.run import Run
 from scaling.sharding import compile_model
 from scaling.signals import StopSignal
-from support.files import Lock, UserError
+from support.files import UserError
+from support.lock import Lock
 from support.weights import save_hf
 
 pytestmark = [pytest.mark.usefixtures("one_thread"),
