@@ -31,7 +31,6 @@ from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from configs import load_config, setting
-from corpus.tokenizer import Tokenizer
 from data import DataConfig, instance_order, render_chat
 from eval import EvalConfig, evaluate
 from model import ModelConfig, next_token_loss, sequence_log_probs
@@ -50,8 +49,9 @@ from support.tasks import open_suites
 from support.tuned import (ShowOptions, check_adapt_config, check_not_base, checked_argv,
                            choose_rows, fingerprint_of, held_out_of_base, print_results, print_run,
                            show_examples)
-from train import (SCHEMAS, TrainConfig, build_training, check_vocabulary, clip_at_step,
-                   cut_batch, lr_at_step, resume, train_step)
+from support.vocabulary import open_tokenizer
+from train import (SCHEMAS, TrainConfig, build_training, clip_at_step, cut_batch, lr_at_step,
+                   resume, train_step)
 
 
 # ---- Configuration -------------------------------------------------------------------------------
@@ -96,8 +96,7 @@ def adapt(adapt_config, eval_config, config):
     # The base: what pretraining left for SFT, what SFT left for DPO. Rank 0 checks its files.
     base = on_rank0(partial(open_base, config.start_from, config.verify), patience=READ_PATIENCE)
     check_not_base(Path(config.run_dir), base)
-    tokenizer = Tokenizer.load(base.home / "tokenizer.json")
-    check_vocabulary(base.model_config, tokenizer)
+    tokenizer = open_tokenizer(base.home / "tokenizer.json", base.model_config)
 
     # The examples, and the schedule that follows from their number
     train_set, eval_set = read_sets(adapt_config, base, tokenizer)  # chats, or pairs of answers
@@ -189,13 +188,13 @@ def encode_example(messages, tokenizer, max_seq_len, place, counts, answer_only=
 
     answer_only: train the last message alone, as the two sides of a preference differ in no other.
     """
-    # Only answers are trained: the model must learn to answer questions, not to ask them. An EOS
-    # is trained with each answer, or the model would never learn to stop.
+    # Only answers are trained, each with its EOS, so that the model learns to answer and to stop.
+    # DIFFERS FROM OLMo: Open Instruct with add_bos also trains the line break before each answer.
     ids, trained = render_chat(messages, tokenizer)
     before, _ = render_chat(messages[:-1], tokenizer, reply=True)
     prompt = len(before)  # the ids up to and with the header `<|assistant|>` of the last answer
     if answer_only:
-        trained[:prompt] = [False] * prompt
+        trained[:prompt] = [False] * prompt  # DIFFERS FROM OLMo: Open Instruct sums all answers
 
     # A chat that is too long is cut on the right, so that what remains keeps its context
     cut = len(ids) > max_seq_len
@@ -528,7 +527,7 @@ def show_train_data(argv):
     adapt_config, config, options = load_config(argv, AdaptConfig, TrainConfig, ShowOptions,
                                                 other=SCHEMAS)
     base = open_base(config.start_from, config.verify)
-    tokenizer = Tokenizer.load(base.home / "tokenizer.json")
+    tokenizer = open_tokenizer(base.home / "tokenizer.json", base.model_config)
     train_set, _ = read_sets(replace(adapt_config, eval_data=""), base, tokenizer)
     show_examples(train_set, options.examples, tokenizer)
 

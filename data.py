@@ -18,7 +18,7 @@ import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from support.files import Lock, UserError, read_json, run_main, write_json  # before torch
+from support.files import UserError, read_json, run_main, write_json  # before torch
 
 import numpy as np
 import torch
@@ -35,8 +35,8 @@ from corpus.questions import leaked_docstrings
 from corpus.rules import CONTENT_SCORERS, LANGUAGE_SCORERS, RULES, Drop, filter_documents
 from corpus.sources import check_data_config, parse_sources
 from corpus.stages import Stages, build_once, in_batches, link_files, ordered_map, written_aside
-from corpus.storage import (DOCUMENT_INDEX, ShardWriter, blocks_of, hash_of_id, read_block,
-                            shards_of, store_documents, token_dtype, tokenizer_digest,
+from corpus.storage import (DOCUMENT_INDEX, ShardWriter, blocks_of, hash_of_id, mapped_order,
+                            read_block, shards_of, store_documents, token_dtype, tokenizer_digest,
                             vocabulary_of)
 from corpus.token_files import write_token_list
 from corpus.tokenizer import Tokenizer, tokenizer_at, tokenizer_file
@@ -133,7 +133,7 @@ def build_data(config):
         for source in config.parse_sources():
             funnel = Funnel()  # counts what comes in and what each rule drops
             records = read_records(source.path, source.name, funnel.notes, config.allow_truncated,
-                                   progress=True)
+                                   progress=True, separator=source.separator)
             documents = decontaminate_and_filter(records, config, source, funnel)
             documents = deduplicate_source(documents, config, source, funnel)
             split = hold_out(documents, config, source, funnel)
@@ -189,7 +189,8 @@ class Batches:
     r + world_size, r + 2 world_size, ... of the slice. The last N mod G instances of the order
     are not used in that epoch.
 
-    Each epoch's order is computed once, written to `order_dir` and memory-mapped by all ranks.
+    Each epoch's order is computed once, written to `order_dir` and memory-mapped by all ranks. A
+    process that may only read `order_dir` holds the order in memory.
     Raises UserError for a corpus that is smaller than one batch.
     """
 
@@ -237,15 +238,7 @@ class Batches:
             return self.orders[epoch]
         n = len(self.shards)
         path = self.order_dir / f"order-n{n}-seed{self.seed}-epoch{epoch}.bin"
-        with Lock(self.order_dir / ".lock"):  # the first rank writes it, the others wait
-            is_there = path.is_file() and path.stat().st_size == 4 * n
-            if not is_there:
-                order = instance_order(n, self.seed, epoch)
-                # aside first: a file with its own name is complete
-                aside = path.with_name(path.name + ".tmp")
-                aside.write_bytes(order.tobytes())
-                aside.rename(path)
-        self.orders = {epoch: np.memmap(path, np.uint32, "r")}
+        self.orders = {epoch: mapped_order(path, lambda: instance_order(n, self.seed, epoch), n)}
         return self.orders[epoch]
 
     def fingerprint(self):
@@ -364,7 +357,7 @@ def filter_batch(records, config, source, sets):
     scorers = {"language": LANGUAGE_SCORERS[config.language_scorer],
                "content": CONTENT_SCORERS[config.content_scorer]}
     rules = [rule for rule in source.rules if rule in RULES]
-    documents = parse_documents(records, source.name, funnel)
+    documents = parse_documents(records, source, funnel)
     # decontamination is first: it must see the text that the rules may edit as it was written
     documents = decontaminate(documents, evaluation_paragraphs(sets), funnel)
     documents = filter_documents(documents, rules, funnel, scorers)
@@ -375,9 +368,10 @@ def parse_documents(records, source, funnel):
     """Yield the documents in `records`; a record that holds none is counted and named."""
     for record in records:
         try:
-            document = as_document(record, source, funnel.notes)
+            document = as_document(record, source.name, funnel.notes, source.text)
         except UserError as error:
-            funnel.bad_line(str(error))  # a few bad lines among billions do not stop a build
+            # a few bad lines among billions do not stop a build
+            funnel.bad_line(str(error), record.place)
             continue
         funnel.counts["documents in"] += 1
         funnel.counts["bytes in"] += size_of(document["text"])
@@ -561,8 +555,8 @@ def sample_documents(folder, shards, fraction):
 
 # ---- Chats (adapt.py, eval.py --chat, support/talk.py) -------------------------------------------
 
-# The chat format lies in three files: here; in Jinja, CHAT_TEMPLATE in support/weights.py; and what
-# a file of chats may hold, checked in support/chats.py.
+# The chat format lies in three files: here; in Jinja, CHAT_TEMPLATE in support/hf_tokenizer.py; and
+# what a file of chats may hold, checked in support/chats.py.
 def render_chat(messages, tokenizer, reply=False):
     """Returns (ids, trained): the token ids of a chat, and for each whether the loss counts it.
 

@@ -15,7 +15,6 @@ one letter:
 import hashlib
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from support.files import UserError, run_main  # before torch: Ctrl-C is quiet from here
 
 import torch
@@ -23,6 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from configs import setting
+from support.finite import check_logits
 
 LAYER_NORM_EPS = 1e-5  # added to the variance, which may be 0
 
@@ -435,7 +435,7 @@ def generate_stream(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, 
     seed: prompt i draws from a stream of its own, (seed, numbers[i]), by default (seed, i).
     sync(ids): makes all ranks take rank 0's ids; one process has nothing to do.
     The weights must not change until the stream ends or is closed.
-    Raises ValueError for a prompt that is empty or fills the context.
+    Raises UserError for a prompt that fills the context, and for logits that are not finite.
     """
     config = model.config
     device = model.wte.weight.device
@@ -459,6 +459,7 @@ def generate_stream(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, 
         # The padding rows of the embedding are no ids: they are never chosen.
         logits = logits[:, :config.vocab_size].float().cpu()
         new_ids = length - T  # so many came before, whatever the padding
+        check_logits(logits, new_ids)  # a NaN would be the likeliest
         draws = [uniform(seed, number, new_ids) for number in numbers]
         chosen = sync(choose_next(logits, temperature, top_p, draws))
         yield {row: chosen[row] for row in sorted(running)}
@@ -477,8 +478,7 @@ def check_sampling(config, prompts, temperature, top_p):
         raise ValueError("generate needs prompts of at least one id each, such as eos_token_id")
     longest = max(map(len, prompts))
     if longest >= config.max_seq_len:
-        raise ValueError(f"a prompt of {longest} ids leaves no room in "
-                         f"max_seq_len={config.max_seq_len}")
+        raise UserError(f"prompt: {longest} ids leave no room in max_seq_len={config.max_seq_len}")
     if temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(f"temperature={temperature} must be at least 0, top_p={top_p} in (0, 1]")
 
@@ -544,7 +544,7 @@ def main(argv):
     if argv[:1] != ["export"] or len(argv) != 3:
         raise UserError(f"{' '.join(argv) or 'no command'}: the form is export RUN OUT")
     from support.weights import export  # only here: nothing above needs a file format
-    export(Path(argv[1]), Path(argv[2]))
+    export(*argv[1:])
 
 
 if __name__ == "__main__":

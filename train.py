@@ -22,7 +22,6 @@ import torch
 from configs import load_config, setting
 from corpus.funnel import print_table
 from corpus.storage import held_out_files
-from corpus.tokenizer import Tokenizer
 from corpus.trace import places_of_step
 from data import Batches, DataConfig, TokenShards
 from eval import EvalConfig, evaluate, sample_text
@@ -38,6 +37,7 @@ from scaling.run import Run, deadline_after
 from scaling.sharding import full_tensor, own_part, shard_model, sync_gradients
 from scaling.start import data_for_run
 from support.tasks import check_suites, open_suites
+from support.vocabulary import open_tokenizer
 
 # ---- Configuration -------------------------------------------------------------------------------
 
@@ -136,8 +136,7 @@ def train(model_config, data_config, eval_config, config):
     on_rank0(partial(check_suites, eval_config))  # a misspelt suite is an error now, not in hours
     folder = on_rank0(partial(data_for_run, config, data_config), patience=timedelta(days=2))
     print_table(folder)
-    tokenizer = Tokenizer.load(folder / "tokenizer.json")
-    check_vocabulary(model_config, tokenizer)
+    tokenizer = open_tokenizer(folder / "tokenizer.json", model_config)
     shards = TokenShards(folder, model_config.max_seq_len)
     batches = Batches(shards, config.batch_size, data_config.seed, folder)
     batches(1, rank(), world_size())  # an indivisible batch size is an error now
@@ -153,7 +152,7 @@ def train(model_config, data_config, eval_config, config):
         resume(run, model, optimizer)
     else:
         init_weights(model, data_config.seed, own_part)
-    run.describe(folder, order=run.state["data"])
+    run.describe(folder, order=run.state["data"], before=run.state.get("data_changes", []))
     micro_batch_size = choose_micro_batch(config, model_config.max_seq_len, world_size())
     print_run(run, model, batches, micro_batch_size)
 
@@ -183,21 +182,6 @@ def train(model_config, data_config, eval_config, config):
 
 
 # ---- What training starts from -------------------------------------------------------------------
-
-def check_vocabulary(config, tokenizer):
-    """UserError if the ids in the model's config are not the tokenizer's.
-
-    Nothing else would notice: with a wrong EOS the model trains, and never learns where texts end.
-    """
-    expected = {"vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos_token_id,
-                "pad_token_id": tokenizer.pad_token_id}
-    wrong = [f"--{key}={value}" for key, value in expected.items() if getattr(config, key) != value]
-    if wrong and config.embedding_size < tokenizer.vocab_size:
-        wrong.append(f"--embedding_size={tokenizer.vocab_size}")
-    if wrong:
-        raise UserError(f"the model's ids are not the tokenizer's; set {' '.join(wrong)}, or "
-                        "correct config.json of the Hugging Face directory that is tuned")
-
 
 def build_training(model_config, config, device, dtype, compiled):
     """Returns (an OLMo with empty weights, sharded and compiled as configured; its optimiser)."""
@@ -317,9 +301,9 @@ def train_step(model, optimizer, micro_batches, loss_fn, lr, max_norm):
     Raises FloatingPointError on every rank, before the weights change, if the loss or the
     gradient is not finite.
     """
-    # 1) The count of targets is known before the forward. Each part is divided by the count of all
-    #    of them, so every token weighs the same. (A mean of the micro-batches' means would give
-    #    the tokens of short answers a larger weight; many trainers had this bug.)
+    # 1) All parts are divided by the count of targets in the step, so every token weighs the same.
+    # DIFFERS FROM OLMo: in Open Instruct's mean of means, tokens of short answers weigh more.
+    # DIFFERS FROM OLMo: its 1.0 models had this loss; since v0.4.0 it divides by T, not by T - 1.
     count = global_count(micro_batches)
 
     # 2) Forward and backward, one micro-batch at a time. Gradients add up in parameter.grad.

@@ -21,7 +21,7 @@ lr = 5e-7  # paper; yaml:11
 min_lr = 0.0  # yaml:13: linear, to 0
 warmup_share = 0.1  # paper; yaml:14
 weight_decay = 0.0  # paper; yaml:15
-grad_clip = 0.0  # paper: no clipping; the script's DeepSpeed clips at 1.0 (docs/differences.md)
+grad_clip = 0.0  # paper: no clipping; see olmo_7b_sft.py
 beta2 = 0.999  # code:633: PyTorch's default
 eps = 1e-8  # code:633: PyTorch's default
 

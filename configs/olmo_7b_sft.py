@@ -19,7 +19,8 @@ lr = 2e-6  # paper; yaml:11
 min_lr = 0.0  # yaml:12: linear, to 0
 warmup_share = 0.03  # paper; yaml:13
 weight_decay = 0.0  # paper; yaml:14
-grad_clip = 0.0  # paper: no clipping; the script's DeepSpeed clips at 1.0 (docs/differences.md)
+# DIFFERS FROM OLMo: Open Instruct's script clips at 1.0, as accelerate reads DeepSpeed's "auto" so
+grad_clip = 0.0  # paper: no clipping
 beta2 = 0.999  # code:656: PyTorch's default
 eps = 1e-8  # code:656: PyTorch's default
 

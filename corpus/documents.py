@@ -1,21 +1,20 @@
 """Documents: JSONL, gzip and text files in, one checked dict a document out."""
 
-import gzip
 import hashlib
-import json
 import sys
-import zlib
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
 
+from corpus.source_files import (JSON_SUFFIXES, ONE_LIST, Truncated, ages_of, input_files,
+                                 read_lines, read_parts)
 from corpus.stdlib import stdlib_documents
-from support.files import UserError
+from support.text import UserError, decoded, json_type, parsed_json
 
-JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".json.gz")  # an object a line
-TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")  # a document a file
+EOS = "<|endoftext|>"  # what many corpora have between the documents of a text file
+MANY_EOS = 10  # so many in one text file are no accident
 
 
 def read_documents(path, source, counts=None):
@@ -39,11 +38,11 @@ class Record(NamedTuple):
     content: bytes | dict  # a line of JSON, a text file, or an embedded document (finished)
 
 
-def read_records(path, source, counts, allow_truncated=False, progress=False):
+def read_records(path, source, counts, allow_truncated=False, progress=False, separator=""):
     """Yield the Records of a source.
 
     allow_truncated: read a .gz file that is cut off as far as it goes, warn and count it.
-    progress: show a bar of the bytes read.
+    progress: show a bar of the bytes read. separator: cuts a text file into documents.
     """
     if path == "stdlib":
         for document in stdlib_documents(source):
@@ -51,116 +50,97 @@ def read_records(path, source, counts, allow_truncated=False, progress=False):
         return
     root = Path(path)
     files = input_files(root, counts)
-    total = sum(file.stat().st_size for file in files)
+    if separator and all(file.name.endswith(JSON_SUFFIXES) for file in files):
+        raise UserError(f"{root}: separator={separator!r} cuts text files, and none is there; "
+                        "leave it out")
+    ages = ages_of(files)
+    total = sum(size for _, size, _ in ages)
     with tqdm(desc=f"cleaning {source}", total=total, unit="B", unit_scale=True, leave=False,
               disable=not progress) as bar:
-        for file in files:
+        for file, age in zip(files, ages, strict=True):
             # relative, so that ids and provenance do not depend on where the source is
             name = file.relative_to(root).as_posix() if root.is_dir() else file.name
-            if not name.endswith(JSON_SUFFIXES):
-                yield Record(name, 1, str(file), file.read_bytes())
-                bar.update(file.stat().st_size)
-                continue
-            # JSON: a document a line
             try:
-                for line, content in read_lines(file, bar):
-                    if content.strip():
+                if name.endswith(JSON_SUFFIXES):
+                    parts = read_lines(file, bar)
+                else:
+                    parts = read_parts(file, separator, bar)
+                for line, content in parts:
+                    if content.strip() or not name.endswith(JSON_SUFFIXES):
                         yield Record(name, line, f"{file}:{line}", content)
-            except UserError as error:
+                # what was read must be what the built data is named by
+                if ages_of([file]) != [age]:
+                    raise UserError(f"{file}: changed while it was read; run the same command "
+                                    "again when nothing writes to it")
+            except OSError as error:
+                raise UserError(f"{file}: cannot be read ({error.strerror}); restore it or its "
+                                "rights, or take it out") from None
+            except Truncated as error:
                 if not allow_truncated:
                     raise
                 counts["files cut off"] += 1
                 warn(str(error))
 
 
-def input_files(root, counts):
-    """The readable files at `root`, sorted; `counts` receives how many others a folder has."""
-    if not root.exists():
-        raise UserError(f"{root}: no such file or folder; put .jsonl, .jsonl.gz or .txt files "
-                        'there, or name others: --sources=\'{"name": "path"}\', for tuning '
-                        "--train_data and --eval_data")
-    if root.is_file():
-        if root.name.endswith(JSON_SUFFIXES + TEXT_SUFFIXES):
-            return [root]
-        raise UserError(f"{root}: cannot read this kind of file; name one that ends in "
-                        f"{', '.join(JSON_SUFFIXES)} (an object a line) or "
-                        f"{', '.join(TEXT_SUFFIXES)} (a document a file)")
-    files = sorted(file for file in root.rglob("*") if file.is_file())
-    readable = [file for file in files if file.name.endswith(JSON_SUFFIXES + TEXT_SUFFIXES)]
-    if (root / "documents").is_dir():  # Dolma's layout: the taggers' results are in attributes/
-        readable = [file for file in readable if root / "attributes" not in file.parents]
-    counts["files of another kind skipped"] += len(files) - len(readable)
-    return readable
-
-
-def read_lines(file, bar):
-    """Yield (line number, bytes) of a plain or gzipped file; `bar` moves with the bytes read.
-
-    Raises UserError where a .gz file is damaged or ends early: Dolma's reader stops there without
-    an error, and the rest of the file is lost.
-    """
-    line = 0
-    done = 0
-    with open(file, "rb") as raw:
-        try:
-            # subtle: gzip takes 0 bytes for an empty file, but they are a download that failed
-            if file.suffix == ".gz" and not file.stat().st_size:
-                raise EOFError("0 bytes")
-            lines = gzip.open(raw) if file.suffix == ".gz" else raw
-            for line, content in enumerate(lines, 1):
-                yield line, content
-                bar.update(raw.tell() - done)  # compressed bytes: the bar's total counts them
-                done = raw.tell()
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise UserError(f"{file}: corrupt or cut off after line {line} ({error}); fetch it "
-                            "again, or read what is there: --allow_truncated=true") from None
-
-
 def parse(record):
     """The JSON value in a Record; for a text file, an object with its text."""
-    try:
-        if record.file.endswith(JSON_SUFFIXES):
-            return json.loads(record.content)
-        return {"text": record.content.decode("utf-8")}
-    except UnicodeDecodeError as error:
-        raise UserError(f"{record.place}: not UTF-8 ({error.reason} at byte {error.start}); "
-                        "convert the file to UTF-8") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{record.place}: not JSON ({error}); correct or delete the line") from None
+    if record.file.endswith(JSON_SUFFIXES):
+        return parsed_json(record.content, record.place)
+    return {"text": decoded(record.content, record.place)}
 
 
-def as_document(record, source, counts):
+def as_document(record, source, counts, text_key="text"):
     """The document in a Record: the fields that Dolma's format keeps, checked.
 
-    Raises UserError with file:line and the remedy for a field of the wrong type.
+    text_key: where its text is; a text file has none. Raises UserError with file:line and the
+    remedy for a field that is missing or of the wrong type.
     """
     if isinstance(record.content, dict):  # an embedded document is finished already
         return record.content
     entry = parse(record)
     place = record.place
     if not isinstance(entry, dict):
-        raise UserError(f"{place}: holds {type(entry).__name__}, not a JSON object with a text; "
-                        "correct or delete the line")
-    text = entry.get("text")
+        raise UserError(f"{place}: holds {json_type(entry)}, not a JSON object; correct or delete "
+                        "the line" + f", or {ONE_LIST}" * isinstance(entry, list))
+    text = entry.get(text_key if record.file.endswith(JSON_SUFFIXES) else "text")
     if not isinstance(text, str):
-        raise UserError(f"{place}: text is {type(text).__name__}, not a string; "
-                        "correct or delete the line")
+        raise UserError(f"{place}: {why_no_text(entry, text_key)}")
     # where it was read, as in Dolma: trace leads back to this line
     provenance = f"{record.file}:{record.line}"
     name = entry.get("id", provenance)
     metadata = entry.get("metadata") or {}  # null means none
-    if not isinstance(name, (str, int)):
-        raise UserError(f"{place}: id is {type(name).__name__}, not a string; correct the line")
+    # subtle: True is an int in Python, and no id
+    if isinstance(name, bool) or not isinstance(name, (str, int)):
+        raise UserError(f"{place}: id is {json_type(name)}, not a string; correct the line")
     if not isinstance(metadata, dict):
-        raise UserError(f"{place}: metadata is {type(metadata).__name__}, not an object; "
+        raise UserError(f"{place}: metadata is {json_type(metadata)}, not an object; "
                         "correct the line")
     metadata = {**metadata, "provenance": provenance}
     metadata.pop("edited_by", None)  # written by an earlier build
     repaired = without_surrogates(text)
     counts["texts with lone surrogates repaired"] += repaired != text
+    counts["texts with NUL characters, which are kept"] += "\0" in text
+    if not record.file.endswith(JSON_SUFFIXES) and text.count(EOS) >= MANY_EOS:
+        counts[f"text files that are one document each, though they hold {EOS} many times: "
+               f"separator=\"{EOS}\" of the source cuts them into documents"] += 1
     dates = {key: entry[key] for key in ("added", "created") if key in entry}
     return {"id": without_surrogates(str(name)), "text": repaired, "source": source, **dates,
             "metadata": metadata}
+
+
+def why_no_text(entry, text_key):
+    """What is wrong with a JSON object that holds no text, and what may be meant by it."""
+    if text_key in entry:
+        return (f"{text_key} is {json_type(entry[text_key])}, not a string; correct or delete the "
+                "line")
+    keys = ", ".join(list(entry)[:10]) or "none at all"
+    message = f"no key {text_key}; its keys are {keys}"
+    if entry.keys() & {"messages", "prompt", "chosen", "instruction"}:
+        return f"{message}: chats and prompts are read by adapt.py, not as documents"
+    if "request" in entry:
+        return f"{message}: a task is read by eval.py --suite=PATH, not as documents"
+    return (f"{message}; name the one that holds the text: --sources='{{\"NAME\": {{\"path\": "
+            "PATH, \"text\": KEY}}'")
 
 
 def without_surrogates(text):

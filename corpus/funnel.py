@@ -28,7 +28,8 @@ class Funnel:
         self.notes = Counter()  # what was repaired or skipped
         self.rules = defaultdict(Counter)  # rule -> dropped, edited, bytes
         self.examples = defaultdict(list)
-        self.bad_lines = []  # messages
+        self.bad_lines = []  # messages, of the first EXAMPLES
+        self.bad_reasons = Counter()  # of all of them
 
     def drop(self, rule, document, verdict):
         """Count a document that a rule dropped."""
@@ -56,10 +57,13 @@ class Funnel:
                 "outcome": outcome, "why": why, "marks": marks[:EXAMPLES],
                 "text": document["text"][:EXAMPLE_CHARS]})
 
-    def bad_line(self, message):
-        """Count a line of input that is no document."""
+    def bad_line(self, message, place):
+        """Count a line of input that is no document; `message` begins with its place."""
         self.counts["bad lines"] += 1
-        self.bad_lines.append(message)
+        reason = re.split(r"[;(]", message.removeprefix(f"{place}: "))[0].strip()
+        self.bad_reasons[reason] += 1
+        if len(self.bad_lines) < EXAMPLES:
+            self.bad_lines.append(message)
 
     def add(self, other):
         """Add the funnel of the documents that come next; warn of its bad lines."""
@@ -72,14 +76,18 @@ class Funnel:
         for rule, examples in other.examples.items():
             room = EXAMPLES - len(self.examples[rule])
             self.examples[rule] += examples[:room]
-        for message in other.bad_lines:
+        self.bad_reasons.update(other.bad_reasons)
+        for message in other.bad_lines[:EXAMPLES - len(self.bad_lines)]:
             warn(f"left out: {message}")
-        self.bad_lines = (self.bad_lines + other.bad_lines)[:1000]  # the count has all of them
+            self.bad_lines.append(message)
+            if len(self.bad_lines) == EXAMPLES:
+                warn("further bad lines of this source are only counted")
 
     def as_json(self):
         notes = {note: n for note, n in sorted(self.notes.items()) if n}
         by_rule = {rule: dict(counts) for rule, counts in self.rules.items()}
-        return {**self.counts, "notes": notes, "by_rule": by_rule, "bad_lines": self.bad_lines}
+        return {**self.counts, "notes": notes, "by_rule": by_rule, "bad_lines": self.bad_lines,
+                "bad_reasons": dict(self.bad_reasons.most_common(EXAMPLES))}
 
 
 # ---- The table -----------------------------------------------------------------------------------
@@ -160,8 +168,43 @@ def remarks(manifest):
             yield f"{name}: decontaminated against {against}"
         for note, n in source["notes"].items():
             yield f"{name}: {n:,} {note}"
+        for reason, n in source.get("bad_reasons", {}).items():
+            yield f"{name}: {n:,} bad lines: {reason}"
         for message in source["bad_lines"][:3]:
             yield f"{name}: left out: {message}"
+        if source["documents"] and not source.get("held-out documents"):
+            yield from nothing_held_out(name, source, manifest)
+
+
+def nothing_held_out(name, source, manifest):
+    """Yield a remark on a source that was to have held-out text and has none."""
+    settings = manifest["settings"].get("clean", {}).get(name, {})
+    share = settings.get("eval_share", 0)
+    if share:
+        yield (f"{name}: nothing is held out: eval_share={share:g} chose none of "
+               f"{source['documents']:,} documents, so that no domain of it is evaluated; raise "
+               "eval_share, or cut the text into more documents, such as with separator")
+
+
+def why_nothing_is_left(source, funnel):
+    """What became of the documents of a source that has none to train on, and the remedy."""
+    counts = funnel.counts
+    where = f"sources: {source.name}: {source.path}"
+    if funnel.bad_lines and not counts["documents in"]:
+        reasons = ", ".join(f"{n:,}: {why}" for why, n in funnel.bad_reasons.most_common(3))
+        return (f"{where}: none of its {counts['bad lines']:,} lines is a document ({reasons}); "
+                f"the first: {funnel.bad_lines[0]}")
+    if not counts["documents in"]:
+        return f"{where}: holds no document: it is empty, or all its lines are; add text"
+    if counts["held-out documents"] == counts["documents in"]:
+        return (f"{where}: all of its {counts['held-out documents']:,} documents are held out, "
+                "chosen by the hashes of their ids; add documents, cut the text into more of "
+                "them with separator, or hold nothing out: --eval_share=0")
+    dropped = ", ".join(f"{rule} {rule_counts['dropped']:,}"
+                        for rule, rule_counts in funnel.rules.items() if rule_counts["dropped"])
+    return (f"{where}: no text to train on is left of {counts['documents in']:,} documents and "
+            f"{counts['bad lines']:,} bad lines; dropped by: {dropped or 'no rule'}; held out: "
+            f"{counts['held-out documents']:,}; add text, or take out rules")
 
 
 # ---- Examples ------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from corpus.documents import input_files
+from corpus.source_files import input_files
 from support.files import file_sha256
 
 

@@ -3,7 +3,7 @@
 from collections import Counter
 from pathlib import Path
 
-from corpus.documents import input_files
+from corpus.source_files import input_files
 from corpus.storage import hash_of, shards_of, vocabulary_of
 from corpus.tokenizer import Tokenizer
 from support.files import file_sha256, read_json, write_json

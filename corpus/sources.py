@@ -1,6 +1,7 @@
 """The entries of the config's `sources`: a path, the rules it needs, its weight."""
 
 import difflib
+import math
 import re
 from typing import NamedTuple
 
@@ -25,19 +26,22 @@ class Source(NamedTuple):
     path: str
     rules: tuple = ()  # names, in the order in which they run; no rule sets
     weight: float = 1.0
+    text: str = "text"  # the key of the text in a file of JSON
+    separator: str = ""  # cuts a text file into documents
 
 
 def parse_source(name, entry):
-    """The Source of an entry of `sources`: a path, or a dict of path, rules and weight."""
+    """The Source of an entry of `sources`: a path, or a dict of the fields of a Source."""
     if isinstance(entry, str):
         entry = {"path": entry}
     place = f"sources: {name}"
     # the name becomes part of file names, which must stay in the folder of the build
     if not re.fullmatch(r"[\w.-]+", name):
         raise UserError(f"sources: {name!r} cannot name files; use letters, digits, . _ -")
+    keys = Source._fields[1:]
     for key in entry:
-        if key not in ("path", "rules", "weight"):
-            raise UserError(f"{place}: unknown key {key!r}; there are path, rules and weight")
+        if key not in keys:
+            raise UserError(f"{place}: unknown key {key!r}; there are {', '.join(keys)}")
     path = entry.get("path")
     rules = entry.get("rules", "")
     weight = entry.get("weight", 1.0)
@@ -45,10 +49,15 @@ def parse_source(name, entry):
         raise UserError(f"{place}: path {path!r}; write a path as a string")
     if not isinstance(rules, str):
         raise UserError(f"{place}: rules {rules!r}; write the names in one string")
+    text = entry.get("text", "text")
+    separator = entry.get("separator", "")
+    for key, value in (("text", text), ("separator", separator)):
+        if not isinstance(value, str):
+            raise UserError(f"{place}: {key} {value!r}; write a string")
     # subtle: True is an int in Python, and no weight
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < 1e6:
         raise UserError(f"{place}: weight {weight!r}; write a number above 0, below 1e6")
-    return Source(name, path, expand_rules(rules, name), float(weight))
+    return Source(name, path, expand_rules(rules, name), float(weight), text, separator)
 
 
 def expand_rules(words, source):
@@ -94,10 +103,14 @@ def check_data_config(config):
          "write a file or folder for each set"),
         (0 <= config.eval_share <= 1, "eval_share", "write a share from 0 to 1"),
         (0 < config.bloom_fp_rate < 1, "bloom_fp_rate", "write a rate between 0 and 1"),
-        (config.max_repeats > 0, "max_repeats", "write a number above 0"),
+        (0 < config.max_repeats < math.inf, "max_repeats",
+         "write a number above 0, such as 1e9 for no limit"),
     ]
     for key in ("seed", "mix_tokens", "bloom_items", "workers"):
         checks.append((getattr(config, key) >= 0, key, "write 0 or more"))
+    # each worker is a process, and a Bloom filter takes 29 bits an item
+    checks.append((config.workers <= 1000, "workers", "write 0 to 1000, or 0 for one a core"))
+    checks.append((config.bloom_items < 1e12, "bloom_items", "write a number below 1e12"))
     for is_fine, key, remedy in checks:
         if not is_fine:
             raise UserError(f"{key}={getattr(config, key)}: {remedy}")

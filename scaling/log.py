@@ -1,6 +1,5 @@
 """The log: RUN/metrics.jsonl, TensorBoard, and a line in the terminal now and then."""
 
-import json
 import math
 from dataclasses import dataclass
 
@@ -8,7 +7,7 @@ from tqdm import tqdm
 
 from scaling.machine import peak_flops
 from scaling.ranks import rank, world_size
-from support.files import UserError, disk_remedy, log_rows, write_rows
+from support.files import UserError, disk_remedy, read_log, to_json, write_rows
 from support.records import domains_table, tasks_table
 
 
@@ -25,7 +24,10 @@ class Log:
         if rank() > 0:
             return
         path = run / "metrics.jsonl"
-        kept = [row for row in log_rows(run) if row["step"] <= step and row["kind"] != "end"]
+        rows, torn = read_log(run, path.name)
+        kept = [row for row in rows if row["step"] <= step and row["kind"] != "end"]
+        if torn:
+            print(f"{path}: {torn} lines are no complete rows, as a crash leaves them; dropped")
         write_rows(path, kept)
         self.file = open(path, "a")
         if tensorboard:
@@ -38,7 +40,7 @@ class Log:
         row = {"kind": kind, "step": state["step"], "tokens": state["tokens"],
                "seconds": state["seconds"], **row}
         try:
-            self.file.write(json.dumps(row) + "\n")
+            self.file.write(to_json(row) + "\n")
             self.file.flush()
         except OSError as error:
             raise UserError(f"{self.file.name}: could not be written ({error}); "

@@ -1,7 +1,7 @@
 """Chats, preferences and prompts: each row is checked.
 
 # The chat format lies in three files: these are its checks. data.py's render_chat makes ids of it;
-# CHAT_TEMPLATE in support/weights.py is the same in Jinja, for an exported model.
+# CHAT_TEMPLATE in support/hf_tokenizer.py is the same in Jinja, for an exported model.
 """
 
 from support.fields import (NO_MARGIN, NO_OPTIONS, NO_PLACE, OF_MESSAGE, check_scores, check_text,
@@ -25,6 +25,7 @@ OTHER_CHATS = {
     "completion": "make two messages of prompt and completion, the user's and the assistant's",
     "question": "make two messages of question and answer, the user's and the assistant's",
     "prompt": "make two messages of prompt and answer, the user's and the assistant's",
+    "role": "a line is one message here; put those of a chat into one object",
     "text": "it is a text; a chat is an object a line, in a .jsonl file"}
 OTHER_PREFERENCES = {
     "messages": "these are chats: --method=sft",

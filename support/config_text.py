@@ -6,7 +6,7 @@ file or in a dict.
 
 import ast
 
-from support.files import UserError
+from support.text import UserError, read_text
 
 FORM = "a config file holds only lines of the form `key = value`, and the value must be a literal"
 
@@ -33,14 +33,6 @@ def read_assignments(path):
             raise UserError(f"{place}{key} is set twice; delete this line or line {lines[key]}")
         lines[key] = statement.lineno
         yield statement.lineno, key, value
-
-
-def read_text(path):
-    """The text in a UTF-8 file, without a byte-order mark."""
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error}); convert it") from None
 
 
 def parsed(text, path):

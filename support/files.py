@@ -1,7 +1,6 @@
-"""JSON, digests, locks, writes that survive a crash, and one-line messages for a user's mistake."""
+"""JSON, digests, writes that survive a crash, and one-line messages for a user's mistake."""
 
 import errno
-import fcntl
 import hashlib
 import json
 import math
@@ -9,16 +8,11 @@ import os
 import re
 import shutil
 import signal
-import socket
 import sys
-import time
-import uuid
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-
-class UserError(ValueError):
-    """A mistake that the user can mend; the message names the value, its place and the remedy."""
+from support.text import UserError, json_type, parsed_json, read_bytes
 
 
 def file_sha256(path):
@@ -29,21 +23,34 @@ def file_sha256(path):
 
 def read_json(path):
     """Returns the JSON object in a file as a dict; UserError if the file holds anything else."""
-    try:
-        value = json.loads(path.read_text())
-    except PermissionError:  # the file may be good: nobody is to take it for a damaged one
-        raise
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
+    value = parsed_json(read_bytes(path), f"{path}:1", "restore the file")
     if not isinstance(value, dict):
-        raise UserError(f"{path}: holds {type(value).__name__}, not a JSON object")
+        raise UserError(f"{path}: holds {json_type(value)}, not a JSON object")
+    return value
+
+
+def to_json(value, indent=None):
+    """A value as JSON text. JSON has no NaN and no Infinity: null stands in for them."""
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False)
+    except ValueError:
+        return json.dumps(without_nan(value), indent=indent, allow_nan=False)
+
+
+def without_nan(value):
+    if isinstance(value, dict):
+        return {key: without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     return value
 
 
 def write_json(path, value):
     """Write a JSON file so that a crash leaves the old file or the new one, never a part."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    temporary.write_text(to_json(value, indent=1) + "\n")
     fsync(temporary)  # first the content, then the name
     temporary.replace(path)
 
@@ -51,7 +58,7 @@ def write_json(path, value):
 def write_rows(path, rows):
     """Write JSON lines in the same way."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    temporary.write_text("".join(to_json(row) + "\n" for row in rows))
     fsync(temporary)
     temporary.replace(path)
 
@@ -104,68 +111,6 @@ def disk_remedy(error):
     return "see that the disk is there and may be written, then run the same command again"
 
 
-class Lock:
-    """A lock file that one process holds at a time.
-
-    `with Lock(path):` holds it for a block; `lock = Lock(path)` until lock.release() or until the
-    process ends, however it ends: a killed process leaves no lock behind.
-
-    patience: seconds to wait for another process; after them UserError names that process.
-    on_wait(holder): called once when this process has to wait; holder is the other one's `text`.
-    text: what this process wrote into the file. It is unique, so that a rank on another node can
-    read the file and tell whether it sees the same directory.
-
-    A disk without locks (some network file systems) is reported, and the work goes on.
-    """
-
-    def __init__(self, path, patience=math.inf, on_wait=None):
-        self.text = f"process {os.getpid()} on {socket.gethostname()}, {uuid.uuid4().hex}"
-        # subtle: closing any handle on this file unlocks it, so a holder must not open it again
-        self.file = open(path, "a+")  # "a+": the holder's text must survive that others open it
-        try:
-            self.wait(patience, on_wait)
-        except OSError:
-            print(f"{path}: its disk has no locks; make sure that only one process works there")
-        except BaseException:
-            self.file.close()
-            raise
-        self.file.truncate(0)
-        self.file.write(self.text)
-        self.file.flush()
-        os.fsync(self.file.fileno())
-
-    def wait(self, patience, on_wait):
-        """Try to lock the file until it works; UserError when `patience` seconds have passed."""
-        deadline = time.monotonic() + patience
-        while True:
-            try:
-                # subtle: lockf takes a POSIX lock, which forked workers do not inherit; a worker
-                # that outlives its parent would keep a flock
-                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                self.file.seek(0)
-                holder = self.file.read() or "it left no name"
-            if time.monotonic() >= deadline:
-                folder = Path(self.file.name).parent
-                raise UserError(f"{folder}: another process works there ({holder}); wait until it "
-                                "ends, or choose another directory")
-            if on_wait:
-                on_wait(holder)
-                on_wait = None
-            time.sleep(0.1)
-
-    def release(self):
-        """Let the next process have the lock."""
-        self.file.close()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.release()
-
-
 # ---- A command -----------------------------------------------------------------------------------
 
 def quiet_while_importing():
@@ -182,9 +127,12 @@ def quiet_while_importing():
 quiet_since_import = quiet_while_importing()
 
 # What to do first when memory runs out; docs/scale.md has the rest.
-LESS_MEMORY = {"train": "halve --micro_batch_size, or --activation_checkpointing=whole_layer",
-               "adapt": "halve --micro_batch_size (chat, generate: --answer_batch)",
-               "eval": "halve --eval_batch_tokens", "data": "use fewer --workers"}
+LESS_MEMORY = {
+    "train": "try --activation_checkpointing=one_in_two, then half the --micro_batch_size; in an "
+             "evaluation, half the --eval_batch_tokens",
+    "adapt": "try --activation_checkpointing=one_in_two, then half the --micro_batch_size; for "
+             "generate, half the --answer_batch",
+    "eval": "try half the --eval_batch_tokens", "data": "try fewer --workers"}
 
 
 def run_main(main):
@@ -203,7 +151,24 @@ def run_main(main):
         sys.stderr.flush()
     if stdout.error and not is_run and not code:  # a run is in its files, a table only here
         code = f"error: stdout cannot be written ({stdout.error})"
+    if getattr(main, "had_group", False):
+        leave(code)
     sys.exit(code)
+
+
+def leave(code):
+    """Exit as sys.exit does, but at once, for one rank of several.
+
+    # subtle: a thread of gloo may hold a tensor of the last collective for a moment longer. If it
+    # lets go of it while Python shuts down, torch aborts the process (pytorch/pytorch#179291): on a
+    # loaded machine, a rank that had finished ended with SIGABRT.
+    """
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)
 
 
 def exit_code(main):
@@ -229,7 +194,7 @@ def about_machine(error):
     number = getattr(error, "errno", None)
     is_memory = isinstance(error, MemoryError) or "OutOfMemory" in name or number == errno.ENOMEM
     if is_memory or "can't allocate memory" in text:
-        remedy = LESS_MEMORY.get(Path(sys.argv[0]).stem, "use a smaller batch")
+        remedy = LESS_MEMORY.get(Path(sys.argv[0]).stem, "try a smaller batch")
         amount = re.search(r"llocate (\d[\w.]* ?\w+)", text)
         return f"out of memory{f' (asked for {amount[1]})' if amount else ''}; {remedy}"
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -287,15 +252,29 @@ class Output:
 # ---- A log ---------------------------------------------------------------------------------------
 
 def log_rows(run, name="metrics.jsonl"):
-    """Yields the rows (dicts) of a run's log. A line that a crash cut short is skipped."""
+    """Yields the rows (dicts) of a run's log, each with its kind (text) and step (int).
+
+    A line that is no such row is skipped, such as one that a crash cut short.
+    """
+    rows, _ = read_log(run, name)
+    yield from rows
+
+
+def read_log(run, name):
+    """Returns (rows, skipped): the rows of a run's log, and how many of its lines are none."""
     log = Path(run) / name
+    rows = []
+    skipped = 0
     if not log.is_file():
-        return
-    for line in log.read_text(errors="replace").splitlines():
+        return rows, skipped
+    for line in log.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             row = json.loads(line)
-            is_complete = row["kind"] and row["step"] >= 0
-        except (ValueError, KeyError, TypeError):
-            continue
-        if is_complete:
-            yield row
+            is_row = isinstance(row["kind"], str) and type(row["step"]) is int and row["step"] >= 0
+        except (ValueError, KeyError, TypeError, RecursionError):
+            is_row = False
+        if is_row:
+            rows.append(row)
+        elif line.strip():
+            skipped += 1
+    return rows, skipped

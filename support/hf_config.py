@@ -1,60 +1,184 @@
 """config.json of a Hugging Face directory of an OLMo 1.0, read and written."""
 
+import math
+
 from model import ModelConfig
-from support.files import UserError
+from support.files import UserError, read_json
+from support.vocabulary import count_of_ids
 
 SIZES = {"hidden_size": "d_model", "num_hidden_layers": "n_layers",
-            "num_attention_heads": "n_heads", "intermediate_size": "mlp_hidden_size",
-            "max_position_embeddings": "max_seq_len", "vocab_size": "embedding_size",
-            "eos_token_id": "eos_token_id", "pad_token_id": "pad_token_id"}
+         "num_attention_heads": "n_heads", "intermediate_size": "mlp_hidden_size",
+         "max_position_embeddings": "max_seq_len", "vocab_size": "embedding_size"}
 
 # What OLMo 1.0 fixes.
 FIXED = {"model_type": "olmo", "hidden_act": "silu", "attention_bias": False,
-            "attention_dropout": 0.0, "clip_qkv": None}
+         "attention_dropout": 0.0, "clip_qkv": None}
+
+# The same, under keys that Hugging Face's OLMo does not need and some writers add.
+ALSO_FIXED = {"mlp_bias": False, "is_decoder": False, "add_cross_attention": False,
+              "tie_encoder_decoder": False, "pruned_heads": {}, "partial_rotary_factor": 1.0}
 
 # Our fields that config_to_hf writes: each has a key in HF's config.json.
-FIELDS = {*SIZES.values(), "vocab_size", "rope_theta", "weight_tying"}
+FIELDS = {*SIZES.values(), "eos_token_id", "pad_token_id", "vocab_size", "rope_theta",
+          "weight_tying"}
+
+# What special_ids and hf_rope_theta read, and what only save_hf writes.
+OTHERS = {"eos_token_id", "pad_token_id", "rope_theta", "rope_parameters", "rope_scaling",
+          "tie_word_embeddings", "unpadded_vocab_size"}
 
 # Keys that change no logit: they say who wrote the file, how to start, store or sample.
 HARMLESS = {
-    "_attn_implementation_autoset", "_name_or_path", "architectures", "bos_token_id",
-    "chunk_size_feed_forward", "dtype", "id2label", "initializer_range", "is_encoder_decoder",
-    "label2id", "max_length", "output_attentions", "output_hidden_states", "problem_type",
-    "return_dict", "tokenizer_class", "torch_dtype", "transformers_version", "use_cache"}
+    "_attn_implementation_autoset", "_name_or_path", "architectures", "attn_implementation",
+    "bos_token_id", "chunk_size_feed_forward", "do_sample", "dtype", "finetuning_task", "id2label",
+    "initializer_range", "is_encoder_decoder", "label2id", "max_length", "output_attentions",
+    "output_hidden_states", "prefix", "problem_type", "return_dict", "sep_token_id",
+    "task_specific_params", "temperature", "tokenizer_class", "top_k", "top_p", "torch_dtype",
+    "torchscript", "transformers_version", "use_bfloat16", "use_cache"}
 
 
-def hf_to_config(hf, place):
-    """Our configuration from HF's; UserError for a setting that OLMo 1.0 does not have."""
-    heads = hf.get("num_attention_heads")
-    fixed = {**FIXED, "num_key_value_heads": heads, "rope_scaling": None}
-    for key, value in fixed.items():
-        if hf.get(key, value) != value:
-            raise UserError(f"{place}: {key}={hf[key]} is not OLMo 1.0, which has {key}={value}")
-    known = {*SIZES, *fixed, *HARMLESS, "tie_word_embeddings", "unpadded_vocab_size",
-             "rope_theta", "rope_parameters"}
-    for key in hf:
-        if key not in known:
-            raise UserError(f"{place}: {key}={hf[key]}: Hugging Face's OLMo has no such setting; "
-                            "delete the key if it changes nothing")
+# ---- Reading -------------------------------------------------------------------------------------
+
+def is_hf(path):
+    """True for a directory whose config.json is Hugging Face's."""
+    file = path / "config.json"
+    return file.is_file() and "model_type" in read_json(file)
+
+
+def read_hf_config(path, tokenizer=None):
+    """Our configuration of the Hugging Face directory `path`, whose Tokenizer is `tokenizer`.
+
+    UserError for a setting that OLMo 1.0 does not have.
+    """
+    place = path / "config.json"
+    hf = read_json(place)
+    check_settings(hf, place)
+    sizes = {ours: hf[theirs] for theirs, ours in SIZES.items()}
+    sizes["vocab_size"] = count_of_ids(unpadded_size(hf, place), hf["vocab_size"], tokenizer)
+    eos, pad = special_ids(hf, path, tokenizer)
+    try:
+        return ModelConfig(**sizes, eos_token_id=eos, pad_token_id=pad,
+                           weight_tying=hf.get("tie_word_embeddings") or False,
+                           rope_theta=hf_rope_theta(hf, place))
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
+
+
+def check_settings(hf, place):
+    """UserError for a setting that is unknown, of another type, or not OLMo 1.0's."""
+    if hf["model_type"] == "hf_olmo" or "d_model" in hf:
+        raise UserError(f"{place}: this is the older format hf_olmo; take the repository of the "
+                        "same name that ends in -hf, such as allenai/OLMo-1B-hf")
+    if hf.get("quantization_config"):
+        raise UserError(f"{place}: quantization_config: quantised weights are not read; take those "
+                        "from before the quantisation")
     for key in SIZES:
         if type(hf.get(key)) is not int:
             raise UserError(f"{place}: {key} is {hf.get(key)}, but must be a whole number")
-    sizes = {ours: hf[theirs] for theirs, ours in SIZES.items()}
-    sizes["vocab_size"] = hf.get("unpadded_vocab_size", sizes["embedding_size"])
-    return ModelConfig(**sizes, weight_tying=hf.get("tie_word_embeddings", False),
-                       rope_theta=hf_rope_theta(hf, place))
+    if hf.get("tie_word_embeddings") not in (True, False, None):
+        raise UserError(f"{place}: tie_word_embeddings={hf['tie_word_embeddings']} must be true "
+                        "or false")
+    heads = hf["num_attention_heads"]
+    fixed = {**FIXED, **ALSO_FIXED, "num_key_value_heads": heads,
+             "head_dim": hf["hidden_size"] // max(1, heads),
+             "layer_types": ["full_attention"] * len(hf.get("layer_types") or "")}
+    for key, value in hf.items():
+        if key in fixed and value not in (fixed[key], None):
+            raise UserError(f"{place}: {key}={value} is not OLMo 1.0, which has "
+                            f"{key}={fixed[key]}")
+        is_known = key in fixed.keys() | SIZES.keys() | OTHERS | HARMLESS
+        if not is_known and value is not None:
+            raise UserError(f"{place}: {key}={value}: Hugging Face's OLMo has no such setting; "
+                            "delete the key if it changes nothing")
+
+
+def unpadded_size(hf, place):
+    """What save_hf wrote; None in other files, whose vocab_size counts the padding rows too."""
+    unpadded = hf.get("unpadded_vocab_size")
+    if unpadded is not None:
+        check_id(unpadded, hf["vocab_size"] + 1, f"{place}: unpadded_vocab_size")
+    return unpadded
+
+
+def special_ids(hf, path, tokenizer):
+    """Returns (eos_token_id, pad_token_id) of a Hugging Face directory.
+
+    Both may be missing, and the end of a text may be a list: the tokenizer then chooses.
+    """
+    ends = end_ids(hf, path)
+    pad = hf.get("pad_token_id")
+    if pad is not None:
+        check_id(pad, hf["vocab_size"], f"{path / 'config.json'}: pad_token_id")
+    if tokenizer and (not ends or tokenizer.eos_token_id in ends):
+        eos = tokenizer.eos_token_id
+    elif ends:
+        eos = ends[0]
+    else:
+        raise UserError(f"{path / 'config.json'}: eos_token_id is missing; set it to the id of "
+                        "<|endoftext|>")
+    if pad is None or pad in ends:  # many pad with EOS; no result depends on the id of padding
+        pad = tokenizer.pad_token_id if tokenizer else eos
+    return eos, pad
+
+
+def end_ids(hf, path):
+    """The ids that end a text, by config.json and then generation_config.json."""
+    rows = hf["vocab_size"]
+    ends = listed_ids(hf, rows, path / "config.json")
+    place = path / "generation_config.json"  # where transformers looks first
+    if not place.is_file():
+        return ends
+    generation_ends = listed_ids(read_json(place), rows, place)
+    if ends and generation_ends and not set(ends) & set(generation_ends):
+        raise UserError(f"{place}: eos_token_id is {generation_ends}, and {ends} in config.json; "
+                        "correct the wrong one")
+    return list(dict.fromkeys(ends + generation_ends))
+
+
+def listed_ids(settings, rows, place):
+    """eos_token_id as a list: the file may have an id, a list of them, or none."""
+    ends = settings.get("eos_token_id")
+    if ends is None:
+        return []
+    ends = ends if isinstance(ends, list) else [ends]
+    for end in ends:
+        check_id(end, rows, f"{place}: eos_token_id")
+    return ends
+
+
+def check_id(value, limit, place):
+    if type(value) is not int or not 0 <= value < limit:
+        raise UserError(f"{place}={value} must be a whole number from 0 to {limit - 1}")
 
 
 def hf_rope_theta(hf, place):
     """The base of plain RoPE; transformers 5 keeps it in rope_parameters, older ones do not."""
-    rope = hf.get("rope_parameters") or {}
-    for key, value in rope.items():
-        plain = key == "rope_theta" or (key, value) == ("rope_type", "default")
-        if not plain:
-            raise UserError(f"{place}: rope_parameters: {key}={value} is not OLMo 1.0's plain "
-                            "rotation")
-    return float(rope.get("rope_theta", hf.get("rope_theta", 10000.0)))
+    found = {}
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = hf.get(key) or {}
+        if not isinstance(rope, dict):
+            raise UserError(f"{place}: {key}={rope} must be an object, or null")
+        for name, value in rope.items():
+            if name == "rope_theta":
+                found[f"{key}: rope_theta"] = value
+            elif (name, value) not in PLAIN_ROPE:
+                raise UserError(f"{place}: {key}: {name}={value} is not OLMo 1.0's plain rotation")
+    if hf.get("rope_theta") is not None:
+        found["rope_theta"] = hf["rope_theta"]
+    for key, value in found.items():
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise UserError(f"{place}: {key}={value} must be a number above 0")
+    if len(set(found.values())) > 1:
+        listed = " and ".join(f"{key}={value}" for key, value in found.items())
+        raise UserError(f"{place}: {listed}: versions of transformers differ in which they use; "
+                        "keep one")
+    return float(next(iter(found.values()), 10000.0))
 
+
+PLAIN_ROPE = [("rope_type", "default"), ("type", "default"), ("partial_rotary_factor", 1.0),
+              ("rope_type", None), ("type", None), ("partial_rotary_factor", None)]
+
+
+# ---- Writing -------------------------------------------------------------------------------------
 
 def config_to_hf(config):
     """Hugging Face's config.json; UserError for a field of ours that it cannot say."""
@@ -67,6 +191,7 @@ def config_to_hf(config):
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
     return {
         **sizes, **FIXED, "architectures": ["OlmoForCausalLM"],
+        "eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id,
         "num_key_value_heads": config.n_heads, "tie_word_embeddings": config.weight_tying,
         "unpadded_vocab_size": config.vocab_size,  # ours; HF's own knows only the padded one
         "rope_theta": config.rope_theta, "rope_parameters": rope,

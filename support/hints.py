@@ -1,11 +1,12 @@
 """What a mistyped command line or config probably means: the nearest name, the right command."""
 
 import difflib
+import os
 import re
 import sys
 from pathlib import Path
 
-from support.files import UserError
+from support.files import UserError, here
 
 ROOT = Path(__file__).resolve().parent.parent  # the repository
 
@@ -14,7 +15,7 @@ def unknown_key(key, known, place):
     """The UserError for a key that no schema of this command has. place: begins its message."""
     if command_of(key):
         return unused_key(key, place)
-    near = difflib.get_close_matches(key, known, n=1)
+    near = difflib.get_close_matches(key.lower().replace("-", "_"), known, n=1)
     hint = f"did you mean {near[0]}?" if near else "--help lists the keys"
     return UserError(f"{place}{key}: unknown key; {hint}")
 
@@ -34,7 +35,7 @@ def command():
 def command_of(key):
     """The command whose configuration has this key; None if none has."""
     for path in (*sorted(ROOT.glob("*.py")), ROOT / "scaling/plan.py"):
-        if re.search(rf"^    {re.escape(key)}: .*\bsetting\(", path.read_text(), re.M):
+        if re.search(rf"^    {re.escape(key)}: (.*\bsetting\(|Literal\[)", path.read_text(), re.M):
             return path.name if path.name in ("adapt.py", "eval.py") else "train.py"
     return None
 
@@ -50,13 +51,13 @@ def no_config_file(path, fields):
     if equals and key in fields:
         return UserError(f"{path}: no such config file; an option begins with two hyphens: "
                          f"--{key}={value}")
-    if (path / "config.json").is_file():
+    if os.path.isfile(path / "config.json"):
         return UserError(f"{path}: a directory, not a config file; {path}/config.json holds its "
                          f"settings, and train.py --resume={path} continues a run")
-    if path.is_dir():
+    if os.path.isdir(path):
         return UserError(f"{path}: a directory, not a config file; configs/ holds those that come "
                          "with nanOLMo")
-    return UserError(f"{path}: no such config file; {nearest_path(path)}")
+    return UserError(f"{path}: no such config file{here(path)}; {nearest_path(path)}")
 
 
 def nearest_path(path):
@@ -66,8 +67,8 @@ def nearest_path(path):
         beside |= {file.name: file for file in folder.glob("[!_.]*")}
     for name in difflib.get_close_matches(path.name, beside, n=1):
         found = beside[name]
-        here = Path.cwd()
-        return f"did you mean {found.relative_to(here) if found.is_relative_to(here) else found}?"
+        cwd = Path.cwd()
+        return f"did you mean {found.relative_to(cwd) if found.is_relative_to(cwd) else found}?"
     return "configs/ holds those that come with nanOLMo"
 
 
@@ -75,4 +76,4 @@ def check_base(path, base, before, place):
     """UserError unless the config file that `path` adds to, or a saved config, stands before it."""
     if not any(file.name == base or file.suffix == ".json" for file in before):
         raise UserError(f"{place}adds_to={base}: this file adds to that one; name both: "
-                        f"{path.parent / base} {path}")
+                        f"{path.parent / str(base)} {path}")

@@ -1,21 +1,23 @@
 """Any model by its path: a run, one of its steps, or a directory from elsewhere."""
 
 import hashlib
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from configs import load_config
-from corpus.tokenizer import Tokenizer
 from data import DataConfig
 from model import ModelConfig
 from scaling.checkpoint import newest_step, read_step, run_of, step_directories, verify_step
+from scaling.directory import is_run
 from scaling.machine import choose_device
 from scaling.sharding import own_part
 from support.files import UserError, file_sha256
-from support.weights import load_model, load_step, read_model_config
+from support.vocabulary import open_tokenizer
+from support.weights import (check_weights, load_model, load_step, read_model_config,
+                             step_config)
 
 
 def open_model(path, config):
@@ -23,16 +25,19 @@ def open_model(path, config):
 
     config.eval_dtype sets the dtype of the residual stream. Without a step the state is {}.
     """
-    path = Path(path)
-    device = choose_device()
-    tokenizer = Tokenizer.load(run_of(path) / "tokenizer.json")
-    step, state = find_step(path)
-    model = load_step(step, state, device) if state else load_model(path, device)
+    model, tokenizer, state = open_with_tokenizer(path)
     if config.eval_dtype == "bfloat16":
         model.compute_dtype = torch.bfloat16
-    if tokenizer.vocab_size > model.config.embedding_size:
-        raise UserError(f"{path}: the tokenizer has {tokenizer.vocab_size:,} ids and the model has "
-                        f"{model.config.embedding_size:,}; they do not belong together")
+    return model, tokenizer, state
+
+
+def open_with_tokenizer(path):
+    """(model, tokenizer, state.json) of any model; UserError unless the two belong together."""
+    path = Path(path)
+    device = choose_device()
+    step, state = find_step(path)
+    model = load_step(step, state, device) if state else load_model(path, device)
+    tokenizer = open_tokenizer(run_of(path) / "tokenizer.json", model.config)
     return model, tokenizer, state
 
 
@@ -45,6 +50,8 @@ def find_step(path, digests=True):
         return path, verify_step(path, digests)
     if step_directories(path):
         return newest_step(path, digests)
+    if (path / "config.json").is_file() and is_run(path):
+        raise UserError(f"{path}: a run that has saved no step; finish it first: --resume={path}")
     return path, {}
 
 
@@ -69,15 +76,14 @@ def open_base(start_from, verify):
     home = run_of(start_from)
     weights, state = find_step(Path(start_from), verify == "sha256")
     if state:
-        model_config, data_config = load_config([str(home / "config.json")], ModelConfig,
-                                                DataConfig)
+        [data_config] = load_config([str(home / "config.json")], DataConfig)
+        model_config = step_config(state, weights)
         return Base(weights, home, state["sha256"], model_config, asdict(data_config))
     patterns = ("*.safetensors", "model.pt", "config.*")
     files = sorted(file for pattern in patterns for file in weights.glob(pattern))
     digest = hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
-    # Hugging Face's vocabulary counts the padding too; the tokenizer knows better.
-    vocab_size = Tokenizer.load(home / "tokenizer.json").vocab_size
-    model_config = replace(read_model_config(weights), vocab_size=vocab_size)
+    model_config = read_model_config(weights)
+    check_weights(weights, model_config)
     return Base(weights, home, digest, model_config, {})
 
 

@@ -5,7 +5,8 @@ import itertools
 import torch
 
 from model import ModelConfig
-from support.files import UserError
+from support.text import UserError, read_text
+from support.vocabulary import count_of_ids
 
 # The texts that OLMo 1.0 has. None where the key may be missing, as official OLMo's default for it
 # is the same; where it is not, the file must say it.
@@ -14,8 +15,8 @@ FIXED = {
     "rope_full_precision": ("true", None), "alibi": ("false", None), "include_bias": ("false",),
     "layer_norm_type": ("default", None), "layer_norm_with_affine": ("false",),
     "layer_norm_eps": ("1.0e-05", "1e-05", "1e-5", None), "attention_layer_norm": ("false", None),
-    "norm_after": ("false", None), "multi_query_attention": ("false", None), "clip_qkv": (None,),
-    "scale_logits": ("false", None)}
+    "embedding_layer_norm": ("false", None), "norm_after": ("false", None),
+    "multi_query_attention": ("false", None), "clip_qkv": (None,), "scale_logits": ("false", None)}
 
 SIZES = {"d_model", "n_heads", "n_layers", "mlp_ratio", "mlp_hidden_size", "max_sequence_length",
          "vocab_size", "embedding_size", "weight_tying", "rope_theta", "eos_token_id",
@@ -37,11 +38,18 @@ def read_official(path):
         found = None
     if not isinstance(found, dict) or not all(map(torch.is_tensor, found.values())):
         raise UserError(f"{path / 'model.pt'}: damaged, or holds more than named tensors")
+    for name, tensor in found.items():
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise UserError(f"{path / 'model.pt'}: {name} is {tensor.dtype}; quantised weights are "
+                            "not read")
     return found
 
 
-def official_config(path):
-    """Our configuration from the `model:` block of an official config.yaml."""
+def official_config(path, tokenizer=None):
+    """Our configuration from the `model:` block of an official config.yaml.
+
+    tokenizer: the Tokenizer beside it; it may have more ids, as somebody added tokens.
+    """
     if not path.is_file():
         raise UserError(f"{path}: missing; an official checkpoint needs it beside model.pt")
     settings = read_model_block(path)
@@ -49,6 +57,7 @@ def official_config(path):
     try:
         d_model = int(settings["d_model"])
         vocab_size = int(settings["vocab_size"])
+        rows = int(settings.get("embedding_size") or vocab_size)
         fused = int(settings.get("mlp_hidden_size") or int(settings["mlp_ratio"]) * d_model)
         return ModelConfig(
             d_model=d_model,
@@ -56,13 +65,16 @@ def official_config(path):
             n_heads=int(settings["n_heads"]),
             mlp_hidden_size=fused // 2,  # theirs counts the values and the gates
             max_seq_len=int(settings["max_sequence_length"]),
-            vocab_size=vocab_size,
-            embedding_size=int(settings.get("embedding_size") or vocab_size),
+            # equal to the rows, it may count the padding, as Hugging Face does
+            vocab_size=count_of_ids(vocab_size if vocab_size != rows else None, rows, tokenizer),
+            embedding_size=rows,
             rope_theta=float(settings.get("rope_theta") or 10000),
             weight_tying=settings.get("weight_tying") != "false",  # tied by default
             # the frozen yaml says 50279; the one in use then said 0, the converter rewrites it
             eos_token_id=int(settings["eos_token_id"]) or vocab_size - 1,
             pad_token_id=int(settings["pad_token_id"]))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     except (KeyError, ValueError) as error:
         raise UserError(f"{path}: the model block lacks or garbles {error}") from None
 
@@ -82,11 +94,18 @@ def check_settings(settings, path):
 
 def read_model_block(path):
     """{key: text} of the flat `model:` block of a YAML file; a null has no key here."""
-    lines = [line.split(" #")[0].rstrip() for line in path.read_text().splitlines()]
+    lines = [line.split(" #")[0].rstrip() for line in read_text(path).splitlines()]
     lines = [line for line in lines if line.strip()]
     if "model:" not in lines:
         raise UserError(f"{path}: has no `model:` block")
     block = itertools.takewhile(lambda line: line.startswith(" "),
                                 lines[lines.index("model:") + 1:])
-    pairs = [line.strip().partition(":") for line in block]
-    return {key: value.strip() for key, _, value in pairs if value.strip() not in ("", "null")}
+    settings = {}
+    for line in block:
+        key, _, value = line.strip().partition(":")
+        value = value.strip().strip("'\"")
+        if value.lower() in ("true", "false"):  # YAML knows True and TRUE too
+            value = value.lower()
+        if value.lower() not in ("", "null", "~"):
+            settings[key] = value
+    return settings

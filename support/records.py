@@ -1,28 +1,34 @@
 """What an evaluation leaves behind: tables, rows of eval.jsonl, the verdict on contamination."""
 
-import json
 import math
 
 from corpus.dedup import searchable_lines
 from corpus.lineage import manifests_behind
-from support.files import UserError, log_rows, read_json
+from support.files import UserError, log_rows, read_json, to_json
 from support.tasks import METRICS
 
 
 # ---- Bits per byte -------------------------------------------------------------------------------
 
+SUMS = ("documents", "tokens", "bytes", "nats")  # of a domain
+
+
 def bits_per_byte(sums):
     """Total bits / total raw bytes, never a mean over documents; nan where there are no bytes."""
-    if not sums["bytes"]:
+    nats = number(sums.get("nats"))
+    size = number(sums.get("bytes"))
+    if nats is None or not size:
         return math.nan
-    return sums["nats"] / math.log(2) / sums["bytes"]
+    return nats / math.log(2) / size
 
 
 def pooled(results):
-    """The sums of several domains, added up."""
-    total = {"documents": 0, "tokens": 0, "bytes": 0, "nats": 0}
+    """The sums of several domains, added up; {} if a number of one of them is missing."""
+    total = dict.fromkeys(SUMS, 0)
     for sums in results:
-        for key in total:
+        for key in SUMS:
+            if number(sums.get(key)) is None:
+                return {}
             total[key] += sums[key]
     return total
 
@@ -31,7 +37,7 @@ def summed_up(results):
     """(pooled sums, mean bits per byte) of {domain or domain/part: sums}; None for fewer than two.
 
     Paloma reports both: the first weighs bytes equally, the second domains. If a domain has parts,
-    only those are counted.
+    only those are counted. The mean leaves out a domain whose documents are all empty.
     """
     leaves = []
     for name, sums in results.items():
@@ -40,39 +46,68 @@ def summed_up(results):
             leaves.append(sums)
     if len(leaves) < 2:
         return None
-    mean = sum(map(bits_per_byte, leaves)) / len(leaves)
-    return pooled(leaves), mean
+    bits = [bits_per_byte(sums) for sums in leaves if sums.get("bytes") != 0]
+    return pooled(leaves), sum(bits) / max(1, len(bits))
 
 
 # ---- Tables --------------------------------------------------------------------------------------
+#
+# A report shows rows of other versions, or written by a person, too: a number that a row lacks is
+# "-" in its table.
+
+def number(value):
+    """The value if it is a number of a size that a measurement can have, else None."""
+    is_number = type(value) in (int, float) and abs(value) < 1e18
+    return value if is_number else None
+
+
+def cell(value, form, scale=1):
+    """A number as text, times `scale`; "-" for anything else."""
+    return "-" if number(value) is None else format(scale * value, form)
+
+
+def aligned(rows, left):
+    """Lines of rows of cells; columns are two spaces apart, and those of numbers `left` flush left.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        line = ""
+        for i, text in enumerate(row):
+            line += text.ljust(widths[i] + 2) if i in left else text.rjust(widths[i]) + "  "
+        lines.append(line.rstrip())
+    return lines
+
 
 def domains_table(results):
     """A table of {domain or domain/part: sums}, with their pooled sums and mean below, as text."""
     if not results:
         return "there is no held-out text"
-    longest = max(len(name) for name in results)
-    wide = max(14, longest + 1)
-    head = f"{'documents':>10}{'tokens':>12}{'KB':>10}{'nats/token':>12}{'bits/byte':>11}"
-    lines = [f"{'domain':<{wide}}{head}"]
+    rows = [["domain", "documents", "tokens", "KB", "nats/token", "bits/byte"]]
     for name, sums in results.items():
-        lines.append(domain_line(name, sums, wide))
+        rows.append(domain_row(name, sums))
     both = summed_up(results)
     if both:
         pooled_sums, mean = both
-        lines.append(domain_line("(pooled)", pooled_sums, wide))
-        lines.append(f"{'(macro)':<{wide}}{mean:>55.4f}")
+        rows.append(domain_row("(pooled)", pooled_sums))
+        rows.append(["(macro)", "", "", "", "", cell(mean, ".4f")])
+    lines = aligned(rows, left=[0])
+    for name, sums in results.items():
+        if sums.get("bytes") == 0:
+            lines.append(f"{name}: its documents are all empty; (macro) leaves it out")
     return "\n".join(lines)
 
 
-def domain_line(name, sums, wide):
-    kilobytes = sums["bytes"] / 1e3
-    nats_per_token = sums["nats"] / max(1, sums["tokens"])
-    return (f"{name:<{wide}}"
-            f"{sums['documents']:>10,}"
-            f"{sums['tokens']:>12,}"
-            f"{kilobytes:>10,.1f}"
-            f"{nats_per_token:>12.4f}"
-            f"{bits_per_byte(sums):>11.4f}")
+def domain_row(name, sums):
+    nats_per_token = None
+    if number(sums.get("nats")) is not None and number(sums.get("tokens")):
+        nats_per_token = sums["nats"] / sums["tokens"]
+    return [name,
+            cell(sums.get("documents"), ","),
+            cell(sums.get("tokens"), ","),
+            cell(sums.get("bytes"), ",.1f", 1e-3),
+            cell(nats_per_token, ".4f"),
+            cell(bits_per_byte(sums), ".4f")]
 
 
 def tasks_table(results):
@@ -80,63 +115,59 @@ def tasks_table(results):
 
     Accuracies are in percent; their average is over the tasks, as in the paper's table 3.
     """
-    wide = 2 + max(map(len, results), default=0)
     ranked = {name: row for name, row in results.items() if "accuracy" in row}
     unranked = {name: row for name, row in results.items() if "accuracy" not in row}
     lines = []
     if ranked:
-        head = f"{'questions':>9}{'accuracy':>10}{'+-':>6}{'chance':>8}{'centred':>9}  {'by':<13}"
-        for metric in METRICS:
-            head += f"{metric.removeprefix('acc_'):>10}"
-        lines.append(f"{'task':<{wide}}{head}{'bits/byte':>11}")
-    for name, row in ranked.items():
-        lines.append(task_line(name, row, wide))
-    if len(ranked) > 1:
-        lines.append(average_line(ranked.values(), wide))
+        rows = [["task", "questions", "accuracy", "+-", "chance", "centred", "by",
+                 *[metric.removeprefix("acc_") for metric in METRICS], "bits/byte"]]
+        rows += [task_row(name, row) for name, row in ranked.items()]
+        if len(ranked) > 1:
+            rows.append(average_row(ranked.values(), len(rows[0])))
+        lines += aligned(rows, left=[0, 6])
     if unranked:
-        lines.append(f"{'set':<{wide}}{'answers':>9}{'bits/byte':>11}{'greedy %':>10}")
-    for name, row in unranked.items():
-        lines.append(f"{name:<{wide}}"
-                     f"{row['questions']:>9,}"
-                     f"{row['bits_per_byte']:>11.4f}"
-                     f"{100 * row['greedy']:>10.1f}")
+        rows = [["set", "answers", "bits/byte", "greedy %"]]
+        for name, row in unranked.items():
+            rows.append([name,
+                         cell(row.get("questions"), ","),
+                         cell(row.get("bits_per_byte"), ".4f"),
+                         cell(row.get("greedy"), ".1f", 100)])
+        lines += aligned(rows, left=[0])
     # Nothing is dropped silently: what does not fit into the context is counted.
-    for name, row in results.items():
-        if row["cut"]:
-            lines.append(f"{name}: {row['cut']:,} of {row['requests']:,} requests exceed the "
-                         "model's context and lost their beginning")
-    for name, row in results.items():
-        if row.get("shortened"):
-            lines.append(f"{name}: {row['shortened']:,} of {row['questions']:,} questions exceed "
-                         "the model's context and lost their last examples")
-    for name, row in results.items():
-        if row["too_long"]:
-            lines.append(f"{name}: {row['too_long']:,} of {row['questions']:,} right answers "
-                         "exceed the context by themselves; bits/byte leaves them out")
+    for key, of, said in LEFT_OUT:
+        for name, row in results.items():
+            if number(row.get(key)):
+                lines.append(f"{name}: {row[key]:,} of {cell(row.get(of), ',')} {said}")
     return "\n".join(lines)
 
 
-def task_line(name, row, wide):
-    columns = ""
-    for metric in METRICS:
-        cell = f"{100 * row[metric]:.1f}" if metric in row else "-"
-        columns += f"{cell:>10}"  # "-": a metric needs unconditional requests
-    return (f"{name:<{wide}}"
-            f"{row['questions']:>9,}"
-            f"{100 * row['accuracy']:>10.1f}"
-            f"{100 * row['stderr']:>6.1f}"
-            f"{100 * row['chance']:>8.1f}"
-            f"{100 * row['centred']:>9.1f}  "
-            f"{row['metric']:<13}"  # which of the next columns the accuracy is
-            f"{columns}"
-            f"{row['bits_per_byte']:>11.4f}")
+LEFT_OUT = (  # key of a result, what it counts, what is said of it
+    ("cut", "requests", "requests exceed the model's context and lost their beginning"),
+    ("shortened", "questions", "questions exceed the model's context and lost their last examples"),
+    ("too_long", "questions", "right answers exceed the context by themselves; bits/byte leaves "
+                              "them out"))
 
 
-def average_line(rows, wide):
-    line = f"{'average':<{wide}}"
-    for key, width in (("accuracy", 19), ("chance", 14), ("centred", 9)):  # under their columns
-        mean = sum(row[key] for row in rows) / len(rows)
-        line += f"{100 * mean:>{width}.1f}"
+def task_row(name, row):
+    metric = row.get("metric")
+    return [name,
+            cell(row.get("questions"), ","),
+            cell(row.get("accuracy"), ".1f", 100),
+            cell(row.get("stderr"), ".1f", 100),
+            cell(row.get("chance"), ".1f", 100),
+            cell(row.get("centred"), ".1f", 100),
+            metric if isinstance(metric, str) else "-",  # which of the next columns it is
+            *[cell(row.get(metric), ".1f", 100) for metric in METRICS],
+            cell(row.get("bits_per_byte"), ".4f")]
+
+
+def average_row(rows, columns):
+    """The mean over the tasks; "-" if one of them lacks the number."""
+    line = ["average"] + [""] * (columns - 1)
+    for column, key in ((2, "accuracy"), (4, "chance"), (5, "centred")):
+        values = [number(row.get(key)) for row in rows]
+        mean = None if None in values else sum(values) / len(values)
+        line[column] = cell(mean, ".1f", 100)
     return line
 
 
@@ -179,7 +210,7 @@ def record(run, kind, state, **row):
     """Append a row to RUN/eval.jsonl; in one write, as several evaluations may run at once."""
     row = {"kind": kind, "step": state["step"], "tokens": state["tokens"],
            "weights": state["sha256"], **row}
-    line = json.dumps(row) + "\n"
+    line = to_json(row) + "\n"
     with open(run / "eval.jsonl", "ab+") as file:
         file.seek(max(0, file.tell() - 1))
         last = file.read()

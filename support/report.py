@@ -2,16 +2,17 @@
 
 import html
 import io
-import json
 import math
+import os
 from pathlib import Path
 from typing import NamedTuple
 
 from configs import load_config
 from corpus.funnel import funnel_rows
 from model import ModelConfig, count_parameters
-from support.files import UserError, log_rows, read_json
-from support.records import bits_per_byte, domains_table, tasks_table
+from support.files import read_json, to_json
+from support.measured import dict_at, read_evaluations, read_metrics
+from support.records import bits_per_byte, cell, domains_table, number, tasks_table
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;color:#1b1f24;background:#fff;max-width:1120px;
 margin:2rem auto;padding:0 1.2rem}h1{font-size:1.7rem;margin:0}h2{font-size:1.2rem;margin:2.2rem 0
@@ -25,62 +26,6 @@ padding:.7rem .9rem;font-size:.82rem;line-height:1.4;white-space:pre-wrap;overfl
 margin:.3rem 0 1rem}.note{color:#57606a}.scroll{overflow-x:auto;white-space:pre}"""
 
 
-# ---- What was measured ---------------------------------------------------------------------------
-
-def read_metrics(run):
-    """{kind: rows} of a run's metrics.jsonl."""
-    path = Path(run) / "metrics.jsonl"
-    if not path.is_file():
-        raise UserError(f"{path}: missing; name a run directory that train.py wrote")
-    rows = {"train": [], "eval": [], "end": []}
-    for row in log_rows(run):
-        rows.setdefault(row["kind"], []).append(row)
-    return rows
-
-
-class Evaluations(NamedTuple):
-    """What was measured of a run, during training and after it, by the tokens trained on."""
-
-    sums: dict  # {domain: {tokens: sums}}
-    tasks: dict  # {task: {tokens: result}}
-    samples: list  # (step, text), the oldest first
-    said: dict  # {suite: whether the training data was decontaminated}
-
-
-def read_evaluations(run, rows):
-    """The Evaluations in a run's logs; `rows` are those of read_metrics.
-
-    A task may have been evaluated with different limits, and a domain grown: the results with the
-    most questions or bytes count, and of each step the latest.
-    """
-    sums = {}
-    tasks = {}
-    samples = {}  # as an ordered set
-    said = {}
-    for row in [*rows["eval"], *log_rows(run, "eval.jsonl")]:
-        try:
-            for name, result in row.get("sums", {}).items():
-                sums.setdefault((name, result["bytes"]), {})[row["tokens"]] = result
-            for name, result in row.get("tasks", {}).items():
-                tasks.setdefault((name, result["questions"]), {})[row["tokens"]] = result
-            texts = [row["text"]] if row["kind"] == "sample" else row.get("samples", [])
-            for text in texts:
-                samples[row["step"], text] = None
-            if "said" in row:
-                said[row["of"]["suite"]] = row["said"]
-        except (KeyError, TypeError, AttributeError):
-            continue  # somebody else wrote this row
-    return Evaluations(largest_only(sums), largest_only(tasks), sorted(samples), said)
-
-
-def largest_only(found):
-    """{name: results} of {(name, size): results}: those of each name's largest size."""
-    sizes = {}
-    for name, size in found:
-        sizes[name] = max(size, sizes.get(name, size))
-    return {name: found[name, size] for name, size in sizes.items()}
-
-
 # ---- The page ------------------------------------------------------------------------------------
 
 def report(paths):
@@ -88,7 +33,7 @@ def report(paths):
     runs = {str(path): read_metrics(path) for path in paths}
     found = {name: read_evaluations(name, rows) for name, rows in runs.items()}
     configs = {name: read_json(Path(name) / "config.json") for name in runs}
-    names = [Path(name).name for name in runs]
+    names = [Path(name).resolve().name for name in runs]
     title = html.escape(" and ".join(names))
     parts = [f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title>"
              "<meta name=viewport content='width=device-width'>"
@@ -103,7 +48,8 @@ def report(paths):
               "<p class=note>Bits per byte over the tokens trained on; lower is better.</p>",
               grid(pyplot, domain_panels(found)),
               last_results(found, "sums", domains_table),
-              *verdicts(found)]
+              *verdicts(found),
+              *left_out(found)]
     if any(evaluations.tasks for evaluations in found.values()):
         parts += ["<h2>Tasks</h2>", "<p class=note>Accuracy in percent; dashed is chance.</p>",
                   grid(pyplot, task_panels(found)),
@@ -114,9 +60,11 @@ def report(paths):
     parts.append("<h2>All settings</h2>" + all_settings(configs))
     suffix = ""
     if len(runs) > 1:
-        suffix = "".join(f"_{name}" for name in names)[:200]  # a file's name is at most 255 bytes
+        suffix = "".join(f"_{name}" for name in names)
+        suffix = os.fsdecode(os.fsencode(suffix)[:200])  # a file's name is at most 255 bytes
     out = Path(paths[0]) / f"report{suffix}.html"
-    out.write_text("\n".join(parts) + "\n", encoding="utf-8")
+    # "replace": a name may be no text, such as a folder's that is not UTF-8
+    out.write_text("\n".join(parts) + "\n", encoding="utf-8", errors="replace")
     return out
 
 
@@ -139,17 +87,15 @@ def summary(runs, configs):
         last = rows["train"][-1] if rows["train"] else {}
         end = rows["end"][-1] if rows["end"] else {}
         [model_config] = load_config([str(Path(name) / "config.json")], ModelConfig)
-        kwh = end.get("kwh", last.get("kwh", 0))
-        kg_co2 = end.get("kg_co2")
         lines.append([
             name,
             f"{count_parameters(model_config) / 1e6:,.1f} M",
-            f"{last.get('step', 0):,} of {configs[name]['max_steps']:,}",
+            f"{last.get('step', 0):,} of {cell(configs[name].get('max_steps'), ',')}",
             f"{last.get('tokens', 0) / 1e6:,.2f} M",
-            f"{last.get('loss', math.nan):.3f}",
-            f"{last.get('seconds', 0) / 60:,.1f}",
-            f"{kwh:.3g}",
-            "-" if kg_co2 is None else f"{kg_co2:.3g}"])
+            cell(last.get("loss"), ".3f"),
+            cell(last.get("seconds"), ",.1f", 1 / 60),
+            cell(end.get("kwh", last.get("kwh")), ".3g"),
+            cell(end.get("kg_co2"), ".3g")])
     return table(["run", "parameters", "steps", "tokens", "training loss", "minutes", "kWh",
                   "kg CO2eq"], lines)
 
@@ -180,6 +126,16 @@ def verdicts(found):
     return lines
 
 
+def left_out(found):
+    """A line, also printed, for what a run's logs hold and the page does not show."""
+    lines = []
+    for run, evaluations in found.items():
+        for said in evaluations.left_out:
+            print(f"{run}: {said}")
+            lines.append(f"<p class=note>{html.escape(f'{run}: {said}')}</p>")
+    return lines
+
+
 def settings_part(configs):
     """A table of the settings that all runs have and that differ between them."""
     every = list(configs.values())
@@ -206,10 +162,15 @@ def samples_and_data(name, evaluations, several):
 
 def funnel_part(run):
     """What each curation rule kept and dropped of each source."""
+    if not (run / "manifest.json").is_file():
+        return "<p class=note>The run has no manifest.json: its data is not known.</p>"
     manifest = read_json(run / "manifest.json")
-    if not manifest["sources"]:
-        return f"<p>{len(manifest['shards'])} ready token files</p>"
-    (_, sources), *rows = funnel_rows(manifest["sources"])
+    try:
+        if not manifest["sources"]:
+            return f"<p>{len(manifest['shards'])} ready token files</p>"
+        (_, sources), *rows = funnel_rows(manifest["sources"])
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return "<p class=note>manifest.json is not in the form of this version.</p>"
     return table(["", *sources], [[label, *cells] for label, cells in rows])
 
 
@@ -217,7 +178,7 @@ def all_settings(configs):
     parts = []
     for name, config in configs.items():
         parts.append(f"<details><summary>{html.escape(name)}</summary><pre>"
-                     f"{html.escape(json.dumps(config, indent=1))}</pre></details>")
+                     f"{html.escape(to_json(config, indent=1))}</pre></details>")
     return "".join(parts)
 
 
@@ -253,8 +214,8 @@ def training_panels(runs):
             tokens = []
             values = []
             for row in rows[kind]:
-                measured = row if kind == "train" else row.get("tuned", {})
-                if key in measured:
+                measured = row if kind == "train" else dict_at(row, "tuned")
+                if number(measured.get(key)) is not None:
                     tokens.append(row["tokens"])
                     values.append(measured[key])
             if tokens:
@@ -272,16 +233,29 @@ def domain_panels(found):
 def task_panels(found):
     """Accuracy with chance and standard errors; bits per byte for a set without choices."""
     for task in names_in(found, "tasks"):
-        def percent(key, task=task):
-            return lines_of(found, "tasks", task, lambda result: 100 * result.get(key, 0))
-        first_line = next(iter(percent("chance").values()))
-        chance = first_line[1][0]
-        if chance:
-            errors = {run: values for run, (_, values) in percent("stderr").items()}
-            yield Panel(task, percent("accuracy"), chance, errors, "o")
+        accuracy = lines_of(found, "tasks", task, lambda result: percent(result, "accuracy"))
+        if accuracy:
+            errors = lines_of(found, "tasks", task, error_of)
+            errors = {run: values for run, (_, values) in errors.items()}
+            chance = lines_of(found, "tasks", task, lambda result: percent(result, "chance"))
+            level = next((values[0] for _, values in chance.values()), None)
+            yield Panel(task, accuracy, level, errors, "o")
         else:
-            bits = lines_of(found, "tasks", task, lambda result: result.get("bits_per_byte", 0))
+            bits = lines_of(found, "tasks", task, lambda result: result.get("bits_per_byte"))
             yield Panel(f"{task}, bits per byte", bits, marker="o")
+
+
+def percent(result, key):
+    """100 x a share of a task's result; None if the result lacks it."""
+    value = number(result.get(key))
+    return None if value is None else 100 * value
+
+
+def error_of(result):
+    """The standard error of an accuracy in percent, 0 if it is not known; None without accuracy."""
+    if percent(result, "accuracy") is None:
+        return None
+    return abs(percent(result, "stderr") or 0)
 
 
 def names_in(found, kind):
@@ -293,13 +267,17 @@ def names_in(found, kind):
 
 
 def lines_of(found, kind, name, value):
-    """{run: (tokens, values)} of a domain or a task; `value(result)` is what is drawn."""
+    """{run: (tokens, values)} of a domain or a task; `value(result)` is drawn if it is a number."""
     lines = {}
     for run, evaluations in found.items():
-        points = getattr(evaluations, kind).get(name)
-        if points:
-            tokens = sorted(points)
-            lines[run] = (tokens, [value(points[count]) for count in tokens])
+        tokens = []
+        values = []
+        for count, result in sorted(getattr(evaluations, kind).get(name, {}).items()):
+            if number(value(result)) is not None:
+                tokens.append(count)
+                values.append(value(result))
+        if tokens:
+            lines[run] = (tokens, values)
     return lines
 
 

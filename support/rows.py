@@ -34,7 +34,7 @@ def read_examples(config, key, encode, eval_share):
         if example is not None:
             examples.append(example)
     if not examples:
-        raise UserError(f"{key}={path}: none of its rows can be used ({dict(counts)}); name "
+        raise UserError(f"{key}={path}: none of its rows can be used{listed(counts)}; name "
                         "another file")
     kind = "chats" if config.method == "sft" else "pairs"
     print_set(key, path, kind, sequences_of(examples), len(examples), counts)
@@ -54,12 +54,13 @@ def print_set(key, path, kind, sequences, examples, counts):
     """A line on a set that was read: its size, what of it is trained, what was cut or dropped."""
     tokens = sum(len(sequence.ids) for sequence in sequences)
     trained = sum(int(sequence.trained.sum()) for sequence in sequences)
-    line = (f"{key}={path}: {examples:,} {kind} of {tokens:,} tokens, {trained / tokens:.0%} of "
-            "them in answers")
-    for what, count in counts.items():
-        if count:
-            line += f"; {count:,} {what}"
-    print(line)
+    print(f"{key}={path}: {examples:,} {kind} of {tokens:,} tokens, {trained / tokens:.0%} of "
+          f"them in answers{listed(counts)}")
+
+
+def listed(counts):
+    """What was done to rows and files, and how often: `; 3 dropped, as ...; 1 cut, ...`."""
+    return "".join(f"; {count:,} {what}" for what, count in counts.items() if count)
 
 
 def read_set(path, config, held_out, eval_share, counts):
@@ -78,6 +79,9 @@ def read_set(path, config, held_out, eval_share, counts):
         return [(place, check(row, place)) for place, row in rows]
     faults = Faults()
     rows = [(place, checked) for place, _, checked in checked_rows(path, check, counts, faults)]
+    if config.method == "sft":
+        counts["answers of weight 0, not trained"] += sum(
+            "weight" in message for _, messages in rows for message in messages)
     if config.faulty == "stop":
         faults.stop(", or drop them with --faulty=skip")
     elif faults.rows:
@@ -108,8 +112,7 @@ def checked_rows(path, check, counts, faults):
         faults.sound += 1
         yield record.place, row, checked
     if is_empty:
-        others = {what: count for what, count in counts.items() if count}
-        raise UserError(f"{path}: holds no rows {others or ''}; name a file of one JSON object a "
+        raise UserError(f"{path}: holds no rows{listed(counts)}; name a file of one JSON object a "
                         "line")
 
 

@@ -7,15 +7,14 @@ from dataclasses import dataclass, replace
 
 from configs import load_config, setting
 from corpus.documents import without_surrogates
-from corpus.tokenizer import Tokenizer
 from data import render_chat
 from model import generate_stream
 from scaling.checkpoint import run_of
-from scaling.machine import choose_device
 from support.cpu import packed_weights
 from support.fields import require
 from support.files import UserError
-from support.weights import load_model
+from support.hf_tokenizer import warn_of_other_template
+from support.models import open_with_tokenizer
 
 ANSWER_BATCH = 8  # prompts answered together: a 7B's keys and values then take up to 8.6 GB
 
@@ -164,9 +163,9 @@ def speak(model, tokenizer, prompt, options, number):
 
 def open_assistant(path):
     """Returns (model, tokenizer) of a run, a step or a Hugging Face directory."""
-    home = run_of(path)
-    model = load_model(path, choose_device())
-    return model, Tokenizer.load(home / "tokenizer.json")
+    model, tokenizer, _ = open_with_tokenizer(path)
+    warn_of_other_template(run_of(path))
+    return model, tokenizer
 
 
 def paths_and_options(argv):

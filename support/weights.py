@@ -4,6 +4,8 @@ One rule: what is read or written computes what its files say. A tensor or a set
 side does not know stops with its name, and an export is compared with transformers' own model.
 """
 
+import importlib.util
+import os
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -11,11 +13,18 @@ from typing import NamedTuple
 import torch
 from torch.overrides import TorchFunctionMode
 
+from corpus.tokenizer import Tokenizer
 from model import ModelConfig, OLMo
-from scaling.checkpoint import check_tensors, newest_step, read_step, verify_step
-from support.files import UserError, read_json, write_json
-from support.hf_config import config_to_hf, hf_to_config
+from scaling.checkpoint import (check_model_keys, check_tensors, newest_step, read_step, run_of,
+                                verify_step)
+from support import finite
+from support.files import UserError, fsync, read_json, write_json
+from support.hf_config import config_to_hf, end_ids, is_hf, read_hf_config
+from support.hf_tokenizer import (CHAT_TEMPLATE, chat_template_of, check_tokenizer_config,
+                                  write_tokenizer)
+from support.hf_weights import import_safetensors, read_safetensors, read_shapes
 from support.official import official_config, read_official
+from support.vocabulary import check_vocabulary
 
 # ---- Names ---------------------------------------------------------------------------------------
 
@@ -65,41 +74,53 @@ def load_model(path, device="cpu"):
     UserError that names what is missing, unexpected or misshapen. No file's content is run.
     """
     path = Path(path)
+    is_run = (path / "config.json").is_file() and not is_hf(path)
     if (path / "state.json").is_file():
         return load_step(path, verify_step(path), device)
     if (path / "model.pt").is_file():
         return load_official(path, device)
-    if is_hf(path):
-        return load_hf(path, device)
-    if (path / "config.json").is_file():
+    if is_run:
         step, state = newest_step(path)
         return load_step(step, state, device)
-    raise UserError(f"{path}: no model here; name a run directory, a step directory, a Hugging "
-                    "Face directory or an official OLMo directory (model.pt, config.yaml)")
-
-
-def is_hf(path):
-    file = path / "config.json"
-    return file.is_file() and "model_type" in read_json(file)
+    return load_hf(path, device)
 
 
 def read_model_config(path):
-    """The configuration of a Hugging Face directory, or of an official OLMo checkpoint."""
+    """The configuration of a Hugging Face directory, or of an official OLMo checkpoint.
+
+    The tokenizer.json beside it, if there is one, must be the model's.
+    """
+    file = path / "tokenizer.json"
+    tokenizer = Tokenizer.load(file) if file.is_file() else None
     if (path / "model.pt").is_file():
-        return official_config(path / "config.yaml")
-    return hf_to_config(read_json(path / "config.json"), path / "config.json")
+        config = official_config(path / "config.yaml", tokenizer)
+    elif is_hf(path):
+        config = read_hf_config(path, tokenizer)
+    else:
+        raise UserError(f"{path}: no model here; name a run directory, a step directory, a Hugging "
+                        "Face directory or an official OLMo directory (model.pt, config.yaml)")
+    if tokenizer:
+        check_tokenizer_config(path)
+        check_vocabulary(config, tokenizer, file)
+    return config
 
 
 def load_step(path, state, device):
     """The model of one step directory, whose verified state.json is `state`."""
+    model = empty_model(step_config(state, path))
+    model.to_empty(device="cpu")
+    read_step(path, {f"model.{name}": p.detach() for name, p in model.named_parameters()})
+    finite.check_weights(dict(model.named_parameters()), path)
+    return model.to(device)
+
+
+def step_config(state, path):
+    """The network's configuration at a step; the run's config.json may have changed since."""
+    check_model_keys(state, path)
     saved = state.get("config", {})
     known = ModelConfig.__dataclass_fields__
     # A key that is newer than the run takes its default.
-    config = ModelConfig(**{key: value for key, value in saved.items() if key in known})
-    model = empty_model(config)
-    model.to_empty(device="cpu")
-    read_step(path, {f"model.{name}": p.detach() for name, p in model.named_parameters()})
-    return model.to(device)
+    return ModelConfig(**{key: value for key, value in saved.items() if key in known})
 
 
 def empty_model(config):
@@ -128,16 +149,41 @@ def assemble(config, tensors, place, device):
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     check_tensors(wanted, found, place)
+    finite.check_weights(tensors, place)
     tensors = {name: tensor.to(device, torch.float32) for name, tensor in tensors.items()}
     model.load_state_dict(tensors, assign=True)
     return model
 
 
+def check_weights(path, config):
+    """UserError if the weights of a directory from elsewhere do not fit `config`; loads none."""
+    is_official = (path / "model.pt").is_file()
+    found = official_shapes(path) if is_official else read_shapes(path)
+    # before the table of their names is made: a damaged file may ask for 10^12 blocks
+    if config.n_layers > len(found):
+        raise UserError(f"{path}: its configuration has {config.n_layers:,} blocks, and its files "
+                        f"have {len(found)} tensors")
+    wanted = {}
+    for names in name_table(config):
+        if is_official:
+            wanted[names.official] = (len(names.parts) * names.shape[0], *names.shape[1:])
+        else:
+            wanted.update(dict.fromkeys(names.parts, names.shape))
+    if config.weight_tying and not is_official:
+        found.pop("lm_head.weight", None)  # some writers repeat a tied head
+    check_tensors(wanted, found, path)
+
+
+def official_shapes(path):
+    return {name: tuple(tensor.shape) for name, tensor in read_official(path).items()}
+
+
 def load_official(path, device):
     """The model of an official OLMo unsharded checkpoint."""
-    config = official_config(path / "config.yaml")
-    ours = {names.official: names.ours for names in name_table(config)}
-    tensors = {ours.get(name, name): tensor for name, tensor in read_official(path).items()}
+    config = read_model_config(path)
+    check_weights(path, config)
+    official = read_official(path)
+    tensors = {names.ours: official[names.official] for names in name_table(config)}
     return assemble(config, tensors, path, device)
 
 
@@ -146,43 +192,18 @@ def load_official(path, device):
 def load_hf(path, device):
     """The model of a Hugging Face directory of an OLMo 1.0."""
     config = read_model_config(path)
-    table = name_table(config)
+    check_weights(path, config)
     found = read_safetensors(path)
-    # Some writers repeat a tied head.
     tied_head = found.pop("lm_head.weight", None) if config.weight_tying else None
-    wanted = {part: names.shape for names in table for part in names.parts}
-    check_tensors(wanted, {name: tuple(tensor.shape) for name, tensor in found.items()}, path)
     if tied_head is not None and not torch.equal(tied_head, found["model.embed_tokens.weight"]):
         raise UserError(f"{path}: lm_head.weight differs from the embedding that it is tied to")
-    tensors = {names.ours: torch.cat([found[part] for part in names.parts]) for names in table}
+    tensors = {names.ours: torch.cat([found[part] for part in names.parts])
+               for names in name_table(config)}
+    other_ends = set(end_ids(read_json(path / "config.json"), path)) - {config.eos_token_id}
+    if other_ends:
+        print(f"{path}: eos_token_id lists {sorted(other_ends)} too; here a text ends at "
+              f"{config.eos_token_id} alone")
     return assemble(config, tensors, path, device)
-
-
-def read_safetensors(path):
-    """{name: tensor} of model.safetensors, or of the files that its index lists."""
-    load_file = import_safetensors().load_file
-    index = path / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.is_file():
-        names = sorted(set(read_json(index)["weight_map"].values()))
-    tensors = {}
-    for file in (path / name for name in names):
-        if not file.is_file():
-            raise UserError(f"{file}: missing; the directory must hold its safetensors files")
-        try:
-            tensors.update(load_file(file))
-        except Exception as error:
-            raise UserError(f"{file}: damaged or not safetensors ({error})") from None
-    return tensors
-
-
-def import_safetensors():
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise UserError("Hugging Face weights need the package safetensors: "
-                        "pip install safetensors") from None
-    return safetensors.torch
 
 
 # ---- Hugging Face: writing -----------------------------------------------------------------------
@@ -192,48 +213,61 @@ def export(path, out):
 
     The tokenizer.json of the run goes with it, and after adapt.py the template of chats.
     """
+    out = Path(out)
     refuse_existing(out)  # before the long part
     model = load_model(path)
-    tokenizer, tuned = None, False
-    for folder in (path.parent, path):
-        if (folder / "tokenizer.json").is_file():
-            tokenizer = folder / "tokenizer.json"
-            config = folder / "config.json"
-            tuned = config.is_file() and "method" in read_json(config)  # a key of adapt.py's runs
-    save_hf(model, out, tokenizer, tuned)
+    home = run_of(path)
+    tokenizer = home / "tokenizer.json"
+    template = None
+    if is_hf(home):
+        template = chat_template_of(home)
+    elif (home / "config.json").is_file() and "method" in read_json(home / "config.json"):
+        template = CHAT_TEMPLATE  # adapt.py made the run: "method" is a key of its config
+    note = ""
+    if not tokenizer.is_file():
+        tokenizer = None
+        note = "; no tokenizer.json was found beside the model"
+    was_compared = save_hf(model, out, tokenizer, template)
+    if not was_compared:
+        note += "; its logits were not compared, as transformers is not installed"
     count = sum(parameter.numel() for parameter in model.parameters())
-    note = "" if tokenizer else "; no tokenizer.json was found beside the model"
     print(f"wrote {out}: {count:,} parameters{note}")
 
 
-def save_hf(model, out, tokenizer=None, tuned=False):
+def save_hf(model, out, tokenizer=None, chat_template=None):
     """Write `model`, and the tokenizer.json at `tokenizer`, as a Hugging Face directory at `out`.
 
-    AutoModelForCausalLM and AutoTokenizer load it; if `tuned`, with the template of chats. `out`
+    AutoModelForCausalLM and AutoTokenizer load it, with the chat_template if there is one. `out`
     must not exist or be empty. It is written under another name first, so that it is complete or
-    absent. Raises UserError, and writes nothing, for a model that Hugging Face's OLMo cannot be.
+    absent. Returns False if transformers was not there to compare its logits. Raises UserError, and
+    writes nothing, for a model that Hugging Face's OLMo cannot be.
     """
     out = Path(out).resolve()
     refuse_existing(out)
     config = config_to_hf(model.config)
     tensors = hf_tensors(model, out)
-    save_file = import_safetensors().save_file
-    aside = out.with_name(out.name + ".tmp")
+    safetensors = import_safetensors()
+    aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        save_file(tensors, aside / "model.safetensors", metadata={"format": "pt"})
+        file = aside / "model.safetensors"
+        safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
         write_json(aside / "config.json", config)
         ends = {key: config[key] for key in ("eos_token_id", "pad_token_id")}
         write_json(aside / "generation_config.json", ends)
         if tokenizer is not None:
-            copy_tokenizer(Path(tokenizer), aside, model.config, tuned)
-        compare_with_transformers(model, aside, out)
+            write_tokenizer(Path(tokenizer), aside, model.config, chat_template)
+        was_compared = compare_with_transformers(model, aside, out)
+        # a power cut must not leave a directory whose files are empty
+        for file in (*aside.iterdir(), aside):
+            fsync(file)
         aside.replace(out)  # an empty directory gives way
-    except OSError as error:
+        fsync(out.parent)
+    except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{out}: could not be written ({error})") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+    return was_compared
 
 
 def refuse_existing(out):
@@ -262,19 +296,14 @@ LOGITS_MAY_DIFFER = 1e-4  # of the largest; rounding makes 1e-6 to 1e-5 in float
 
 @torch.no_grad()
 def compare_with_transformers(model, directory, out):
-    """UserError if transformers, where installed, computes other logits from `directory`.
+    """UserError if transformers computes other logits from `directory`; False if it is not there.
 
     A changed forward without a parameter of its own (QK-norm, a norm behind the attention) writes
     the same tensors as OLMo 1.0: only the logits show it.
     """
-    try:
-        import transformers
-        load = transformers.OlmoForCausalLM.from_pretrained
-    except (ImportError, AttributeError):  # not installed, or older than OLMo
-        return
-    transformers.logging.disable_progress_bar()
-    # Float32, as config.json says. transformers 5 maps the file: a 7B needs no 28 GB more.
-    hf = load(directory, attn_implementation="eager")
+    hf = load_in_transformers(directory)
+    if hf is None:
+        return False
     config = model.config
     stream = torch.Generator().manual_seed(0)
     tokens = torch.randint(config.vocab_size, (2, min(64, config.max_seq_len)), generator=stream)
@@ -291,29 +320,25 @@ def compare_with_transformers(model, directory, out):
         raise UserError(f"{out}: not written: transformers' OLMo computes other logits from these "
                         f"weights (by {difference:.2g} of the largest); a network whose forward "
                         "differs from OLMo 1.0's cannot be exported")
+    return True
 
 
-# data.py's render_chat in Jinja, for transformers' apply_chat_template. What a file of chats may
-# hold is checked in support/chats.py.
-CHAT_TEMPLATE = (
-    "{{ eos_token }}{% for message in messages %}"
-    "{{ '<|' + message['role'] + '|>\n' + message['content'].strip() }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
-    "{% if message['role'] != 'assistant' or not loop.last or add_generation_prompt %}{{ '\n' }}"
-    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}")
+def load_in_transformers(directory):
+    """transformers' model of a directory; None if transformers is not installed.
 
-
-def copy_tokenizer(file, out, config, tuned):
-    """Copy tokenizer.json and name its special tokens the way that AutoTokenizer reads them."""
-    added = {token["id"]: token["content"] for token in read_json(file).get("added_tokens", ())}
-    if not {config.eos_token_id, config.pad_token_id} <= added.keys():
-        raise UserError(f"{file}: has no added tokens with the model's ids of EOS "
-                        f"({config.eos_token_id}) and padding ({config.pad_token_id})")
-    shutil.copyfile(file, out / "tokenizer.json")
-    special = {"eos_token": added[config.eos_token_id], "pad_token": added[config.pad_token_id]}
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast",
-                "model_max_length": config.max_seq_len, "clean_up_tokenization_spaces": False}
-    if tuned:
-        settings["chat_template"] = CHAT_TEMPLATE
-    write_json(out / "special_tokens_map.json", special)
-    write_json(out / "tokenizer_config.json", settings | special)
+    UserError if it is installed and broken, as many a pair of versions is.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        return None
+    try:
+        import transformers
+        if not hasattr(transformers, "OlmoForCausalLM"):  # older than OLMo
+            return None
+        transformers.logging.disable_progress_bar()
+        # Float32, as config.json says. transformers 5 maps the file: a 7B needs no 28 GB more.
+        return transformers.OlmoForCausalLM.from_pretrained(directory, attn_implementation="eager")
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError("transformers, with which an export is compared, is installed and does not "
+                        f"work ({lines[-1]}); repair it, or uninstall it to export without the "
+                        "comparison") from None

@@ -1,5 +1,6 @@
 """What tests share: a tiny corpus, config and run; ways to start commands, and to read a run."""
 
+import contextlib
 import gzip
 import hashlib
 import itertools
@@ -10,7 +11,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -299,7 +299,10 @@ def seal(path, state):
 
 # ---- Processes -----------------------------------------------------------------------------------
 
-def wait_until(condition, process=None, seconds=120):
+PATIENCE_S = 600  # a test that waits longer hangs; a loaded machine may need minutes for seconds
+
+
+def wait_until(condition, process=None, seconds=PATIENCE_S):
     """Wait until `condition()` holds; until then the process must not end."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -315,8 +318,11 @@ def is_running(process):
 
 def children_of(pid):
     """The ids of a process's children. torchrun's ranks each lead a session of their own."""
-    return [int(child) for task in Path(f"/proc/{pid}/task").iterdir()
-            for child in (task / "children").read_text().split()]
+    children = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended
+            children += map(int, (task / "children").read_text().split())
+    return children
 
 
 def forked(log, main, *words, env=None, before=lambda: None):
@@ -342,17 +348,19 @@ def forked_ranks(world_size, log, main, *words, before=lambda: None, per_node=No
 
     per_node: how many ranks say that they share a node. Returns (exit codes, what was printed).
     """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    # As under torchrun, the launcher holds the store: a port that is only found free may be taken
+    # by somebody else before rank 0 opens it.
+    from torch.distributed import TCPStore
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     per_node = per_node or world_size
     ranks = []
     for rank in range(world_size):
         env = dict(RANK=rank, LOCAL_RANK=rank % per_node, WORLD_SIZE=world_size,
-                   LOCAL_WORLD_SIZE=per_node, MASTER_ADDR="localhost", MASTER_PORT=port)
+                   LOCAL_WORLD_SIZE=per_node, MASTER_ADDR="localhost", MASTER_PORT=store.port,
+                   TORCHELASTIC_USE_AGENT_STORE=True)
         env = {key: str(value) for key, value in env.items()}
         ranks.append(forked(log, main, *words, env=env, before=before))
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE_S
     while any(rank.is_alive() for rank in ranks):
         if any(rank.exitcode for rank in ranks) or time.monotonic() > deadline:
             for rank in ranks:
@@ -370,9 +378,9 @@ def torchrun(ranks, *words, options=(), file=ROOT / "train.py"):
 
 
 def end_of(process):
-    """(exit code, stdout, stderr) of a launcher that must end within two minutes."""
+    """(exit code, stdout, stderr) of a launcher that must end by itself."""
     try:
-        stdout, stderr = process.communicate(timeout=120)
+        stdout, stderr = process.communicate(timeout=PATIENCE_S)
     except subprocess.TimeoutExpired:
         for pid in (*children_of(process.pid), process.pid):
             os.kill(pid, signal.SIGKILL)

@@ -95,6 +95,7 @@ def test_many_faults_are_ten_examples_and_counts_by_reason(tmp_path, capsys):
     (checked_chat, {"instruction": "q", "input": "", "output": "a"}, ["instruction and output"]),
     (checked_chat, {"prompt": "q", "completion": "a"}, ["prompt and completion"]),
     (checked_chat, {"prompt": "q", "chosen": "a", "rejected": "b"}, ["--method=dpo"]),
+    (checked_chat, A_CHAT[0], ["messages is missing", "one message"]),
     (checked_chat, {"text": "a document"}, ["messages is missing", "are: text"]),
     (checked_chat, {"messages": [{"role": "tool", "content": "4"}]}, ["'tool'", "no tools"]),
     (checked_chat, {"messages": say("s: ")}, ["messages: nothing but"]),

@@ -222,7 +222,7 @@ def planted(tmp_path_factory):
         bad(prose(dice).replace(".\n", " \u2026\n"), "gopher_ellipsis")], "f")
     (home / "forum.jsonl").write_bytes(b"\n".join(lines))
     rows = {"web": plant_web(dice, home / "web", paragraphs), "code": (code, []),
-            "books": (books, [f"{home}/books/latin.txt: "]), "forum": (forum, [])}
+            "books": (books, [f"{home}/books/latin.txt:1: "]), "forum": (forum, [])}
     settings = dict(decontaminate={"paloma": f"{home}/paloma.jsonl"}, sources={
         "web": {"path": f"{home}/web", "rules": "web c4"},
         "code": {"path": f"{home}/code.json.gz", "rules": "code"},
@@ -271,7 +271,7 @@ def test_a_build_keeps_exactly_what_was_clean_and_counts_what_was_planted(plante
     assert found.get("bad lines", 0) == len(places) == len(found["bad_lines"])
     for message, place in zip(found["bad_lines"], places, strict=True):
         assert message.startswith(place) and printed.count(message) == 1
-    assert found["notes"] == ({"files of another kind skipped": 1, "files cut off": 1}
+    assert found["notes"] == ({"files not read: .pdf": 1, "files cut off": 1}
                               if source == "web" else {})
 
 

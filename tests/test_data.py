@@ -33,7 +33,8 @@ from corpus.stages import STAGE_FILES, building_code, ordered_map
 from corpus.storage import (DocumentWriter, ShardWriter, token_dtype)
 from corpus.tokenizer import EOS, PAD, PII_MARKERS, SPACE_RUNS, Tokenizer
 from data import Batches, DataConfig, TokenShards, build_data, write_shards
-from support.files import Lock, UserError, file_sha256
+from support.files import UserError, file_sha256
+from support.lock import Lock
 
 ROOT = Path(data.__file__).resolve().parent
 SOURCES = ("reference", "docstrings", "code")
@@ -100,12 +101,14 @@ def test_folder_is_read_sorted_and_deep_without_other_kinds_and_dolmas_attribute
     write_jsonl(tmp_path / "attributes" / "0.jsonl", [{"text": "fourth"}])
     places = [("a.jsonl:1", "first"), ("attributes/0.jsonl:1", "fourth"),
               ("b/deep/x.txt:1", "deuxième\r\nligne\n"), ("c.txt:1", "third")]
-    for skipped in (1, 2):
+    attributes = {}
+    for _ in range(2):
         counts = Counter()
         assert list(read_documents(tmp_path, "web", counts)) == [
             {"id": name, "text": text, "source": "web", "metadata": {"provenance": name}}
             for name, text in places]
-        assert +counts == {"files of another kind skipped": skipped}
+        assert +counts == {"files not read: .png": 1} | attributes
+        attributes = {"files not read: Dolma's attributes": 1}
         (tmp_path / "documents").mkdir(exist_ok=True)  # now it is Dolma's layout
         places = [place for place in places if place[1] != "fourth"]
 
@@ -118,9 +121,10 @@ def test_source_that_cannot_be_read_is_refused_by_name(tmp_path):
 
 
 @pytest.mark.parametrize("line, key", [
-    (b'{"text": "cut', ""), (b"plain words", ""), (b'["text"]', "list"), (b"3", "int"),
-    (b'{"text": 5}', "text is int"), (b'{"text": null}', "text"), (b'{"id": "no text"}', "text"),
-    (b'{"text": "x", "id": [1]}', "id is list"), (b'{"text": "x", "metadata": "m"}', "metadata"),
+    (b'{"text": "cut', ""), (b"plain words", ""), (b'["text"]', "list"), (b"3", "number"),
+    (b'{"text": 5}', "text is a number"), (b'{"text": null}', "text is null"),
+    (b'{"id": "no", "body": "x"}', "keys are id, body"), (b'{"text": "x", "id": [1]}', "id is a"),
+    (b'{"text": "x", "metadata": "m"}', "metadata"),
     (b'{"text": "\\ud800', ""), (b'{"text": "caf\xe9"}', "UTF-8"), (b"[" * 100_000, "")],
     ids=["cut", "words", "list", "number", "int text", "null text", "no text", "list id",
          "metadata", "cut escape", "not UTF-8", "deep nesting"])
@@ -482,10 +486,12 @@ def test_what_is_built_serves_until_what_it_is_made_of_changes(tmp_path, monkeyp
     ("corpus/token_files.py", "x = 1", ["token files"]), ("model.py", "x = 1", []),
     ("corpus/storage.py", "x = 1", ["clean", "mix", "token files", "tokens"]),
     ("data.py", "x = 1", ["clean", "mix", "tokens"]), ("data.py", "# a comment", []),
-    ("data.py", "class Batches:\n    pass", [])])
+    ("data.py", "class Batches:\n    pass", []), ("support/files.py", "x = 1", []),
+    ("support/text.py", "x = 1", ["clean"])])
 def test_stages_are_keyed_by_the_code_that_builds_them(tmp_path, monkeypatch, file, edit, stages):
     before = {stage: building_code(stage) for stage in STAGE_FILES}
-    shutil.copytree(ROOT / "corpus", tmp_path / "corpus")
+    for part in ("corpus", "support"):
+        shutil.copytree(ROOT / part, tmp_path / part)
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
     with open(tmp_path / file, "a") as code:
@@ -699,7 +705,7 @@ def test_fingerprint_follows_the_data_its_order_and_its_cut(tmp_path):
 
 HOLD = """
 import sys
-from support.files import Lock
+from support.lock import Lock
 lock = Lock(sys.argv[1])
 print(lock.text, flush=True)
 sys.stdin.read()
@@ -729,7 +735,7 @@ def test_one_process_at_a_time_holds_a_lock_and_a_kill_frees_it(tmp_path):
 def test_a_disk_without_locks_is_said_and_the_work_goes_on(tmp_path, monkeypatch, capsys):
     def no_locks(*arguments):
         raise OSError(errno.ENOLCK, "No locks available")
-    monkeypatch.setattr("support.files.fcntl.lockf", no_locks)
+    monkeypatch.setattr("support.lock.fcntl.lockf", no_locks)
     with Lock(tmp_path / ".lock") as lock:
         assert lock.text and str(tmp_path / ".lock") in capsys.readouterr().out
 
@@ -747,7 +753,7 @@ def test_mistake_gives_one_line_and_writes_nothing(call, refused, tmp_path, word
     *(("eval_share", share) for share in (-0.1, 1.01, float("nan"))),
     *((key, -1) for key in ("seed", "workers", "mix_tokens", "bloom_items")),
     *(("bloom_fp_rate", rate) for rate in (0.0, 1.0)),
-    *(("max_repeats", most) for most in (0.0, float("nan"))),
+    *(("max_repeats", most) for most in (0.0, float("nan"), float("inf"))),
     *(("language_scorer", name) for name in ("none", "os:system")),
     ("content_scorer", "stand-in"), ("sources", {})])
 def test_setting_that_makes_no_sense_is_refused(key, value):

@@ -2,6 +2,7 @@
 recomputation, faults, the log's figures, and the plan against torch's memory trackers."""
 
 import math
+import multiprocessing.util
 import os
 import re
 import signal
@@ -179,6 +180,15 @@ def test_ranks_whose_launcher_was_killed_save_and_leave(tmp_path, fifty):
     assert saved_steps(run) == steps(run)[-1:]
 
 
+def test_ranks_that_have_finished_leave_without_pythons_clearing_up(tmp_path, fifty):
+    """A thread of gloo may still hold a tensor: torch would abort the process with SIGABRT."""
+    marker = tmp_path / "cleared"
+    codes, printed = forked_ranks(
+        2, tmp_path / "log", train.main, fifty[1], "--max_steps=1", f"--run_dir={tmp_path / 'run'}",
+        before=lambda: multiprocessing.util.Finalize(None, marker.touch, exitpriority=1))
+    assert codes == [0, 0] and not marker.exists(), printed
+
+
 def on_rank_1(change):
     return lambda: change() if os.environ["RANK"] == "1" else None
 
@@ -274,6 +284,18 @@ def test_rank_0_says_for_whom_it_waits(capsys, monkeypatch):
     monkeypatch.setattr("scaling.ranks.WAIT_IN_SILENCE_S", 0)
     line = refusal(answer_all_ranks, dist.HashStore(), "attempt", 3, patience_s=0.05)
     assert "[1, 2]" in line and "[1, 2]" in capsys.readouterr().err
+
+
+def no_compiler():
+    import scaling.machine
+    scaling.machine.can_compile = lambda: os.environ["RANK"] == "0"
+
+
+def test_no_rank_compiles_where_one_cannot(tmp_path, fifty):
+    codes, printed = forked_ranks(2, tmp_path / "log", train.main, fifty[1], "--max_steps=1",
+                                  f"--run_dir={tmp_path / 'run'}", "--compile=auto",
+                                  before=no_compiler)
+    assert codes == [0, 0] and "not compiled (no C++ compiler" in printed, printed
 
 
 # ---- A step that goes wrong ----------------------------------------------------------------------
@@ -396,9 +418,10 @@ def test_energy_is_the_papers_arithmetic():
 def test_stated_watts_count_by_the_clock(tmp_path, tiny_config, call):
     run = tmp_path / "run"
     words = [tiny_config(run, watts=3.6e6, max_steps=30), "--eval_every_steps=0"]
+    began = time.monotonic()
     assert "energy: " in call(train, *words).stdout
     for row in rows(run):  # 3.6 MW are a kWh a second
-        assert row["kwh"] == pytest.approx(row["seconds"], abs=0.2)
+        assert row["seconds"] - 0.001 < row["kwh"] < time.monotonic() - began
     [end] = rows(run, "end")
     assert end["kg_co2"] == pytest.approx(end["kwh"] * 1.1 * 0.610)
     call(train, f"--resume={run}", "--max_steps=40")  # it goes on from there
@@ -409,11 +432,10 @@ def test_a_meter_adds_up_its_power(monkeypatch):
     """At 3.6 MW a second is a kWh; the meter of the GPU is preferred to the stated watts."""
     monkeypatch.setattr(torch.cuda, "power_draw", lambda device: 3.6e9)
     monkeypatch.setattr(time, "sleep", lambda s, sleep=time.sleep: sleep(0.01))
-    meter = PowerMeter(torch.device("cuda"), watts=1.0)
     began = time.monotonic()
-    while time.monotonic() < began + 0.5:
-        pass
-    assert meter.metered and meter.kwh() == pytest.approx(time.monotonic() - began, abs=0.1)
+    meter = PowerMeter(torch.device("cuda"), watts=1.0)
+    wait_until(lambda: meter.kwh() > 0.5)
+    assert meter.metered and meter.kwh() < time.monotonic() - began
 
 
 def test_tensorboard_gets_the_same_numbers(tmp_path, tiny_config, call, refused, monkeypatch):

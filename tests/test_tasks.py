@@ -30,8 +30,8 @@ from support.chat_questions import chat_questions
 from support.files import log_rows
 from support.records import (bits_per_byte, domains_table, evaluation_key, tasks_table,
                              verdict_on)
-from support.report import (Evaluations, Panel, drawing, last_results, read_evaluations,
-                            read_metrics, svg, task_panels)
+from support.measured import Evaluations, read_evaluations, read_metrics
+from support.report import Panel, drawing, last_results, svg, task_panels
 from support.tasks import (METRICS, PALOMA, PAPER_METRIC, Question, Suite, Task, mmlu,
                            open_suites, packaged_task, primary_metric, read_task)
 from support import scoring
@@ -712,7 +712,6 @@ def test_only_what_all_data_was_searched_for_is_called_decontaminated(planted, t
     copied = shutil.copy(suite, tmp_path / "copied.jsonl")
     other = write_jsonl(tmp_path / "both" / "other.jsonl", [{"text": PLANTED + " or not"}])
     shutil.copy(suite, tmp_path / "both")
-    (tmp_path / "empty").mkdir()
     loop = shutil.copytree(clean, tmp_path / "loop")
     state = json.loads((loop / "step000040" / "state.json").read_text())
     state["config"]["start_from"] = str(loop / "step000040")
@@ -722,7 +721,6 @@ def test_only_what_all_data_was_searched_for_is_called_decontaminated(planted, t
             (verdict(clean, copied), True, "1 of 1"),
             (verdict(clean, other), False, "source web"),
             (verdict(clean, tmp_path / "both"), False, "source web"),
-            (verdict(clean, tmp_path / "empty"), False, "no file"),
             (verdict(clean, Path(suite).with_name("short.jsonl")), False, "13 words"),
             (verdict(clean, suite, start_from=clean, step=50), True, ""),
             (verdict(clean, suite, start_from=plain, step=50), False, "source"),

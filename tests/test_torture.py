@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import (ROOT, check_same_run, children_of, columns, rows, saved_steps, step_count,
-                      steps, wait_until)
+from conftest import (PATIENCE_S, ROOT, check_same_run, children_of, columns, rows, saved_steps,
+                      step_count, steps, wait_until)
 
 from scaling.checkpoint import verify_step
 from scaling.machine import can_compile
@@ -50,7 +50,7 @@ def kill_one(launcher, dice):
     """SIGKILL one rank: torchrun must see it, end the others and itself, with an error."""
     ranks = children_of(launcher.pid)
     os.kill(dice.choice(ranks), signal.SIGKILL)
-    assert launcher.wait(timeout=60) > 0
+    assert launcher.wait(timeout=PATIENCE_S) > 0
     assert not any(map(alive, ranks))
 
 
@@ -77,7 +77,7 @@ def launch():
 def finish(launch):
     """Trains to the end."""
     def run(log, *words, **options):
-        code = launch(log, *words, **options).wait(timeout=300)
+        code = launch(log, *words, **options).wait(timeout=PATIENCE_S)
         assert code == 0, Path(log).read_text()[-3000:]
     return run
 
@@ -243,7 +243,7 @@ def start_node(launch, node, file):
                   prefix=["ip", "netns", "exec", node.name], GLOO_SOCKET_IFNAME=node.interface)
 
 
-def supervise(launch, nodes, launchers, file, restarts=6, seconds=120):
+def supervise(launch, nodes, launchers, file, restarts=6, seconds=PATIENCE_S):
     """What systemd or Slurm does: start again what ended with an error, until both are done."""
     deadline = time.monotonic() + seconds
     while any(launcher.poll() != 0 for launcher in launchers):
@@ -269,7 +269,7 @@ def test_a_node_that_dies_and_comes_back_changes_nothing(tmp_path, tiny_config, 
     saved = checkpoints(run)
     nodes[dying].kill()
     assert launchers[dying].wait() == -signal.SIGKILL
-    assert launchers[1 - dying].wait(timeout=60) > 0
+    assert launchers[1 - dying].wait(timeout=PATIENCE_S) > 0
     assert nodes[1 - dying].pids() == []
     assert max(check_checkpoints(run, saved)) < 120
     supervise(launch, nodes, launchers, file)

@@ -34,7 +34,8 @@ from scaling.ranks import agree_on_machine, batch_hash
 from scaling.run import Run
 from scaling.sharding import compile_model
 from scaling.signals import StopSignal
-from support.files import Lock, UserError
+from support.files import UserError
+from support.lock import Lock
 from support.weights import save_hf
 
 pytestmark = [pytest.mark.usefixtures("one_thread"),
@@ -427,7 +428,7 @@ def test_a_run_stopped_by_signals_goes_on_as_if_it_had_not(tmp_path, tiny_config
         process, least = forked(log, train.main, *words), last + dice.randint(5, 20)
         wait_until(lambda: step_count(run) >= least, process)  # noqa: B023
         os.kill(process.pid, number)
-        process.join(60)
+        wait_until(lambda: not is_running(process))  # noqa: B023
         assert process.exitcode == 128 + number and "Traceback" not in log.read_text()
         last = saved_steps(run)[-1]
         assert f"stopped after step {last}" in log.read_text() and least <= last < 120
@@ -771,7 +772,7 @@ def test_a_second_process_in_a_run_is_refused(copied, tmp_path, call, refused):
     def hold(argv):
         with Lock(copied / ".lock"):
             (tmp_path / "held").touch()
-            time.sleep(60)
+            time.sleep(3600)
     process = forked(tmp_path / "log", hold)
     wait_until((tmp_path / "held").exists, process)
     refused(call(train, f"--resume={copied}", "--max_steps=21"), copied, process.pid)

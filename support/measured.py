@@ -1,0 +1,129 @@
+"""What the logs of a run hold, read for its report.
+
+A row may be of an older version, torn by a crash, or written by a person. What cannot be shown is
+left out, and counted.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from support.files import UserError, read_log, to_json
+
+
+class Evaluations(NamedTuple):
+    """What was measured of a run, during training and after it, by the tokens trained on."""
+
+    sums: dict  # {domain: {tokens: sums}}
+    tasks: dict  # {task: {tokens: result}}
+    samples: list  # (step, text), the oldest first
+    said: dict  # {suite: whether the training data was decontaminated}
+    left_out: tuple = ()  # sentences about what is not shown
+
+
+def read_metrics(run):
+    """{kind: rows} of a run's metrics.jsonl; each row has its tokens, its place in a picture."""
+    path = Path(run) / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(f"{path}: missing; name a run directory that train.py wrote")
+    rows = {"train": [], "eval": [], "end": []}
+    for row in placed_rows(run, path.name)[0]:
+        rows.setdefault(row["kind"], []).append(row)
+    return rows
+
+
+def placed_rows(run, name):
+    """(rows, sentences): the rows of a log that say their tokens, and how many lines do not."""
+    rows, skipped = read_log(run, name)
+    placed = [row for row in rows if is_count(row.get("tokens"))]
+    skipped += len(rows) - len(placed)
+    if not skipped:
+        return placed, []
+    return placed, [f"{name}: {skipped:,} lines are no complete rows, and are left out"]
+
+
+def read_evaluations(run, rows):
+    """The Evaluations in a run's logs; `rows` are those of read_metrics.
+
+    A task may have been evaluated with different limits, and a domain grown: the results with the
+    most questions or bytes count. Results of another metric, dtype or prompt cannot be compared:
+    the largest group of comparable ones counts. Of each step the latest result counts.
+    """
+    _, left_out = placed_rows(run, "metrics.jsonl")
+    later, skipped = placed_rows(run, "eval.jsonl")
+    left_out += skipped
+    measured = {"sums": {}, "tasks": {}}  # {(name, size): {conditions: {tokens: result}}}
+    samples = {}  # as an ordered set
+    said = {}
+    faulty = 0
+    for row in [*rows["eval"], *later]:
+        for kind, size in (("sums", "bytes"), ("tasks", "questions")):
+            for name, result in dict_at(row, kind).items():
+                if not isinstance(result, dict) or not is_count(result.get(size)):
+                    faulty += 1
+                    continue
+                groups = measured[kind].setdefault((name, result[size]), {})
+                groups.setdefault(conditions(row, result), {})[row["tokens"]] = result
+        for text in texts_in(row):
+            samples[row["step"], text] = None
+        suite = dict_at(row, "of").get("suite")
+        if isinstance(suite, str) and isinstance(row.get("said"), str):
+            said[suite] = row["said"]
+    if faulty:
+        left_out.append(f"{faulty:,} results lack their size, and are left out")
+    sums = comparable(measured["sums"], left_out)
+    tasks = comparable(measured["tasks"], left_out)
+    return Evaluations(sums, tasks, sorted(samples), said, tuple(left_out))
+
+
+def is_count(value):
+    """Whether a value is a number of tokens, bytes or questions that can be drawn."""
+    return type(value) is int and 0 <= value < 1e18
+
+
+def dict_at(row, key):
+    """row[key] if that is a dict, else {}."""
+    value = row.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def texts_in(row):
+    """The samples of a row, which is one of eval.jsonl or of training."""
+    texts = [row.get("text")] if row["kind"] == "sample" else row.get("samples")
+    if not isinstance(texts, list):
+        return []
+    return [text for text in texts if isinstance(text, str)]
+
+
+def conditions(row, result):
+    """What a result was measured by, as text: results can be compared if theirs are equal."""
+    keys = row.get("of")  # a row of training has a list of them, one for each suite
+    keys = [key for key in (keys if isinstance(keys, list) else [keys]) if isinstance(key, dict)]
+    found = []
+    if isinstance(result.get("metric"), str):
+        found.append(result["metric"])
+    for name in ("dtype", "chat"):
+        values = [key[name] for key in keys if name in key]
+        if values and values[0]:
+            value = values[0]
+            found.append(f"{name} {value if isinstance(value, str) else to_json(value)}")
+    return ", ".join(found)
+
+
+def comparable(measured, left_out):
+    """{name: results} of {(name, size): groups}: of each name's largest size the largest group, or
+    the latest of equal ones; left_out receives a sentence about the others.
+    """
+    sizes = {}
+    for name, size in measured:
+        sizes[name] = max(size, sizes.get(name, size))
+    found = {}
+    for name, size in sizes.items():
+        groups = measured[name, size]
+        latest_first = reversed(groups)
+        shown = max(latest_first, key=lambda group: len(groups[group]))
+        found[name] = groups[shown]
+        for other in groups:
+            if other != shown:
+                left_out.append(f"{name}: shown are the results by {shown}; those by {other} are "
+                                "left out")
+    return found

@@ -1,0 +1,137 @@
+"""Text and JSON from a user: UTF-8 alone, and a UserError for anything else.
+
+Every text that a user gives is read by `decoded`, and every JSON by `parsed_json`. json.loads on
+bytes would guess the encoding line by line, and read UTF-16 as other letters without an error.
+"""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend; the message names the value, its place and the remedy."""
+
+
+# The first bytes of what is not UTF-8. The mark of UTF-32 begins with that of UTF-16.
+SIGNATURES = {
+    b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32",
+    b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16",
+    b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\0": "xz", b"BZh": "bzip2",
+    b"PK\x03\x04": "a zip archive", b"PAR1": "Parquet", b"ARROW1": "Arrow", b"%PDF": "PDF"}
+
+MOST_LEVELS = 200  # of lists and objects in each other: code that walks through them is recursive
+
+
+def read_bytes(path):
+    """A file's content; UserError if it cannot be read."""
+    try:
+        return Path(path).read_bytes()
+    except PermissionError:  # the file may be good: nobody is to take it for a damaged one
+        raise
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def read_text(path):
+    """The text in a UTF-8 file."""
+    return decoded(read_bytes(path), f"{path}:1")
+
+
+def decoded(content, place):
+    """The text of bytes in UTF-8, without a byte-order mark; place: file:line of the first byte.
+
+    Raises UserError with the line and what the bytes seem to be.
+    """
+    found = other_encoding(content[:1000])
+    try:
+        if not found:
+            return content.decode("utf-8-sig")
+        begin = 0
+    except UnicodeDecodeError as error:
+        found = encoding_at(content, error)
+        begin = error.start
+    file, _, line = place.rpartition(":")
+    line = int(line) + content.count(b"\n", 0, begin)
+    remedy = "convert the file to UTF-8"
+    if found.startswith("UTF"):
+        remedy += f", such as by: iconv -f {found[:6]} -t UTF-8 OLD > NEW"
+    raise UserError(f"{file}:{line}: not UTF-8 but {found}; {remedy}")
+
+
+def other_encoding(head):
+    """The name of the UTF-16 or UTF-32 that a text begins with; None if it seems to be UTF-8."""
+    for mark, name in SIGNATURES.items():
+        if name.startswith("UTF") and head.startswith(mark):
+            return name
+    # without a mark: in UTF-16 every other byte of a Western text is 0, and only every other one
+    fewer, more = sorted((head[0::2].count(0), head[1::2].count(0)))
+    if more > max(1, len(head) / 6) and fewer < more / 4:
+        return "UTF-16 without a byte-order mark"
+    return None
+
+
+def encoding_at(content, error):
+    """What bytes seem to be that a UnicodeDecodeError has shown not to be UTF-8."""
+    for mark, name in SIGNATURES.items():
+        if content.startswith(mark):
+            return name
+    byte = content[error.start:error.start + 1]
+    return (f"another encoding (byte {byte[0]:#04x} at byte {error.start}; in Windows-1252 it is "
+            f"{byte.decode('cp1252', 'replace')})")
+
+
+def parsed_json(content, place, remedy="correct or delete the line"):
+    """The value of JSON in UTF-8 bytes; place: file:line of the first byte.
+
+    Raises UserError for what json.loads would let pass: a key that an object holds twice, of which
+    it would drop one, and lists in lists without end.
+    """
+    text = decoded(content, place).rstrip("\r\n")
+    file, _, line = place.rpartition(":")
+    brackets = text.count("[") + text.count("{")
+    try:
+        value = json.loads(text, object_pairs_hook=object_of)
+        if brackets > MOST_LEVELS and is_too_deep(value):
+            raise RecursionError
+    except RecursionError:
+        raise UserError(f"{place}: lists or objects in each other, over {MOST_LEVELS} levels; "
+                        f"{remedy}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}:{int(line) + error.lineno - 1}: not JSON ({error.msg}, "
+                        f"character {error.colno}); {remedy}") from None
+    except ValueError as error:  # a key that is there twice, a number of 5,000 digits
+        raise UserError(f"{place}: not JSON that can be read ({error}); {remedy}") from None
+    return value
+
+
+def object_of(pairs):
+    """A JSON object as a dict; ValueError for a key that it holds twice."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = Counter(key for key, _ in pairs)
+        raise ValueError(f"the key {keys.most_common(1)[0][0]!r} is there twice")
+    return value
+
+
+def is_too_deep(value):
+    """Whether lists and objects lie in each other over more than MOST_LEVELS levels."""
+    level = [value]
+    for _ in range(MOST_LEVELS + 1):
+        inner = []
+        for each in level:
+            if isinstance(each, dict):
+                inner += each.values()
+            elif isinstance(each, list):
+                inner += each
+        if not inner:
+            return False
+        level = inner
+    return True
+
+
+def json_type(value):
+    """What JSON calls the type of a value, for messages."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false",
+             type(None): "null"}
+    return names.get(type(value), "a number")

