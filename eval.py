@@ -32,6 +32,7 @@ from support.chat_questions import chat_questions
 from support.cpu import packed_weights
 from support.evaluations import (check_paths, evaluate_every_checkpoint, evaluate_path,
                                  print_samples, split_words)
+from support.progress import titled, watched
 from support.records import bits_per_byte, dtype_name, evaluation_key, pooled
 from support.report import report
 from support.scoring import length_batches, own_batches, padded, score_requests
@@ -97,14 +98,14 @@ def evaluate(model, tokenizer, suites, config):
     with evaluating(model):  # no gradients; nothing is compiled, as the shapes of batches vary
         for suite in suites:
             # 1. How well does the model predict text? (paper 4.2)
-            for name, path in suite.domains.items():
+            for name, path in titled(suite.domains.items()):
                 domains = documents_at(path, name, config.subdomain)
                 results = evaluate_domains(model, tokenizer, domains, config.eval_batch_tokens)
                 if config.subdomain:  # the domain is the sum of its parts
                     sums[name] = pooled(results.values())
                 sums.update(results)
             # 2. Does it find the right answer likelier than the wrong ones? (paper 4.1)
-            for task in suite.tasks:
+            for task in titled(suite.tasks):
                 found = evaluate_task(model, tokenizer, task, config.eval_batch_tokens, config.chat)
                 name = f"{task.name} (chat)" if config.chat else task.name
                 tasks[name] = task_result(found, task.metric)
@@ -237,7 +238,8 @@ def evaluate_task(model, tokenizer, task, batch_tokens=2048, chat=False):
         questions, shortened = chat_questions(task, tokenizer, max_seq_len)
     groups = [question.choices for question in questions]
     groups += [question.unconditional for question in questions]  # the same n, maybe empty
-    encoded = [encode_group(group, tokenizer, max_seq_len) for group in groups]
+    encoded = [encode_group(group, tokenizer, max_seq_len)
+               for group in watched(groups, "question")]
 
     # 2. Each request gets a score: `score_request` below, computed for all of them together.
     scores = score_requests(model, encoded, batch_tokens)  # (N, 2)

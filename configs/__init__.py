@@ -83,10 +83,7 @@ def fields_of(schemas):
 # ---- Config files --------------------------------------------------------------------------------
 
 def read_config_file(path, known, before=()):
-    """Returns {key: value} of what a config file or a config.json sets.
-
-    before: the config files to its left.
-    """
+    """Returns {key: value} of what a config file sets; before: the config files to its left."""
     if not os.path.isfile(path):  # unlike path.is_file(), it takes names of any length
         raise no_config_file(path, known)
     if path.suffix == ".json":
@@ -106,8 +103,10 @@ def read_config_file(path, known, before=()):
 def read_saved_config(path, known):
     """The same for a run's config.json. It may be of another version: unknown keys are ignored."""
     saved = read_json(path)
-    if "model_type" in saved:
-        raise UserError(f"{path}: describes a Hugging Face model, not a run; name a config file")
+    if "model_type" in saved or not saved.keys() & known.keys():
+        raise UserError(f"{path}: not the settings of a run; name a config file or RUN/config.json")
+    if "run_dir" in known and "method" in saved.keys() - known.keys():
+        raise unused_key("method", f"{path}: ")  # a tuning is no run of train.py
     return {key: checked(known[key], value, f"{path}: ")
             for key, value in saved.items() if key in known}
 

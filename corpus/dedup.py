@@ -10,7 +10,7 @@ from pathlib import Path
 from corpus.documents import as_document, parse, read_records, warn
 from corpus.inputs import input_digests
 from corpus.rules import DEDUPLICATIONS, WORD, Drop, keep_parts
-from support.files import UserError
+from support.files import UserError, here
 
 
 # ---- Deduplication -------------------------------------------------------------------------------
@@ -196,8 +196,8 @@ def evaluation_sets(config, source):
     """((name, path, digests of its files), ...) of the sets that a source must not hold."""
     for name, path in config.decontaminate.items():
         if not Path(path).exists():
-            raise UserError(f"decontaminate: {name}: {path}: no such file or folder; put it there "
-                            "or leave it out")
+            raise UserError(f"decontaminate: {name}: {path}: no such file or folder"
+                            f"{here(path)}; put it there or leave it out")
     if "code_extension" in source.rules:  # code is exempt (Dolma, Paloma)
         return ()
     return tuple((name, path, tuple(input_digests(path, config.data_dir)))

@@ -10,7 +10,7 @@ import numpy as np
 
 from corpus.storage import DOCUMENT_INDEX, hash_of, hash_of_id, token_dtype, vocabulary_of
 from corpus.tokenizer import Tokenizer, tokenizer_file
-from support.files import UserError, write_json
+from support.files import UserError, here, write_json
 from support.text import read_text
 
 SAMPLE_BYTES = 2**20  # at each end of a file: what is checked and hashed, as a file may have 4 GB
@@ -20,8 +20,8 @@ def listed_token_files(list_file):
     """The paths in a list of token files, one a line, relative to the list's own folder."""
     list_file = Path(list_file)
     if not list_file.is_file():
-        raise UserError(f"token_files={list_file}: no such list of token files; the documentation "
-                        "of real Dolma says how to get one")
+        raise UserError(f"token_files={list_file}: no such list of token files"
+                        f"{here(list_file)}; the documentation of real Dolma says how to get one")
     paths = []  # in the list's order, which decides where each instance is
     for line in read_text(list_file).splitlines():
         line = line.strip()

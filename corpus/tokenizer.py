@@ -21,7 +21,7 @@ import numpy as np
 import regex
 import tiktoken
 
-from support.files import UserError, read_json
+from support.files import UserError, here, read_json
 
 
 EOS = "<|endoftext|>"
@@ -375,7 +375,8 @@ def tokenizer_file(name):
         file = olmo_eval_path("tokenizers/allenai_gpt-neox-olmo-dolma-v1_5.json",
                               "tokenizer=olmo: its files")
     if not file.is_file():
-        raise UserError(f"tokenizer={name}: no such file; bpe:4096 trains one, olmo is OLMo's own")
+        raise UserError(f"tokenizer={name}: no such file{here(file)}; bpe:4096 trains one, "
+                        "olmo is OLMo's own")
     return file
 
 

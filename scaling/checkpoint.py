@@ -5,6 +5,7 @@ plain records alone; a tensor's file holds nothing else.
 """
 
 import errno
+import dataclasses
 import hashlib
 import json
 import pickle
@@ -18,9 +19,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from torch.distributed.tensor import DTensor
 
+from model import ModelConfig
 from scaling.ranks import gather, on_rank0, rank
-from support.files import (UserError, file_sha256, fsync, read_json, without_nan,
-                           write_json)
+from support.files import (UserError, disk_remedy, file_sha256, fsync, here, read_json,
+                           without_nan, write_json)
 
 # ---- Finding -------------------------------------------------------------------------------------
 
@@ -28,8 +30,9 @@ def run_of(path):
     """The directory that holds config.json and tokenizer.json: `path`, or its parent for a step."""
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"{path}: no such directory; python train.py configs/tiny.py makes "
-                        "runs/tiny, and then python adapt.py configs/tiny_sft.py runs/tiny_sft")
+        raise UserError(f"{path}: no such directory{here(path)}; python train.py configs/tiny.py "
+                        "makes runs/tiny, and then python adapt.py configs/tiny_sft.py makes "
+                        "runs/tiny_sft")
     return path.parent if (path / "state.json").is_file() else path
 
 
@@ -102,6 +105,20 @@ def read_sha256(file):
         if error.errno != errno.EIO:
             raise
         raise UserError(f"{file}: damaged, the disk cannot read it ({error})") from None
+
+
+def check_model_keys(state, path):
+    """UserError for a setting of the network that this code does not have, as it would ignore it.
+
+    The code that wrote the step may be another version, or a fork, whose network computes something
+    else from the same tensors. (Steps of older code do not list the network's keys.)
+    """
+    known = {field.name for field in dataclasses.fields(ModelConfig)}
+    unknown = [key for key in state.get("model_keys", ()) if key not in known]
+    if unknown:
+        given = ", ".join(f"{key}={state['config'].get(key)}" for key in unknown)
+        raise UserError(f"{path}: config: {given}: this code's network has no such setting; use "
+                        "the code that trained it")
 
 
 def state_digest(state):
@@ -297,9 +314,9 @@ def finish_checkpoint(path, aside, state, everyone):
         fsync(path.parent)  # the new name must be on the disk before an older step is deleted
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise UserError(f"{path}: the checkpoint could not be written ({error}); free some space, "
-                        "then run the same command again: it continues from the checkpoint before "
-                        "it") from None
+        raise UserError(f"{path}: the checkpoint could not be written ({error}); "
+                        f"{disk_remedy(error)}: it continues from the checkpoint before it"
+                        ) from None
 
 
 def describe_files(files):

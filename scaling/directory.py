@@ -59,12 +59,13 @@ def check_shared(run, lock_text):
 
 # ---- Whose it is ---------------------------------------------------------------------------------
 
-def check_directory(run, overwrite=False):
+def check_directory(run_dir, overwrite=False):
     """UserError for a run_dir that is no place for a run: empty, somebody else's, or all work.
 
     A run replaces and deletes files by their names; those that are there must be a run's.
     """
-    if not run.parts:
+    run = Path(run_dir)
+    if run_dir == "":
         raise UserError("run_dir is empty; name a directory for the run, such as runs/tiny")
     found = names_of_run(run)
     if found and not is_run(run):

@@ -53,6 +53,7 @@ class Run:
         self.window = Window()
         self.results = None
         self.ended_by = 0
+        self.bar = None
 
     @property
     def step(self):
@@ -72,13 +73,14 @@ class Run:
         """
         run = cls(config, settings, model_config, device, deadline)
         check_agreement(fingerprint)
-        on_rank0(partial(directory.check_directory, run.path, config.overwrite))
+        on_rank0(partial(directory.check_directory, config.run_dir, config.overwrite))
         lock_text = on_rank0(run.take_lock)
         directory.check_shared(run.path, lock_text)
         find_start = partial(start.find_start, config, settings, fingerprint, free_keys)
         run.checkpoint, run.state = on_rank0(find_start, patience=READ_PATIENCE)
         run.config_before = run.state.get("config")  # None for a new run
-        run.state.update(config=settings, data=fingerprint, torch=torch.__version__)
+        run.state.update(config=settings, data=fingerprint, torch=torch.__version__,
+                         model_keys=list(vars(model_config)))
         has_no_row = partial(directory.lacks_evaluation, run.path, run.step)
         run.lacks_evaluation = on_rank0(has_no_row)
         return run
@@ -90,10 +92,9 @@ class Run:
 
     def is_finished(self):
         """True, and printed, if neither a step nor an evaluation is left to do."""
-        last = self.config.max_steps
-        is_finished = self.step > last or (self.step == last and not self.lacks_evaluation)
+        is_finished = self.step == self.config.max_steps and not self.lacks_evaluation
         if is_finished:
-            print(f"{self.path}: finished, at step {self.step} of {last}")
+            print(f"{self.path}: finished, at step {self.step} of {self.config.max_steps}")
         return is_finished
 
     def load(self, model, optimizer):
@@ -233,7 +234,11 @@ class Run:
         self.last_save = time.monotonic()
 
     def evaluation_is_due(self, step):
-        return self.is_due(step, self.config.eval_every_steps)
+        """True before an evaluation; the bar, which may stand at 100 %, then says "evaluating"."""
+        is_due = self.is_due(step, self.config.eval_every_steps)
+        if is_due and self.bar is not None:
+            self.bar.set_postfix_str("evaluating")
+        return is_due
 
     def evaluation_was_missed(self):
         """True if the run was stopped after it saved its last step and before it evaluated it."""
@@ -242,6 +247,8 @@ class Run:
     def log_evaluation(self, results):
         """Write a row of kind "eval" about the last step, and print its headline numbers."""
         self.results = results
+        if self.bar is not None:
+            self.bar.set_postfix_str("")
         self.metrics_log.write("eval", self.state, **results)
         say_evaluation(self.step, results)
 

@@ -20,8 +20,8 @@ from corpus.stages import Stages
 from corpus.storage import tokenizer_digest
 from corpus.tokenizer import tokenizer_file
 from data import DataConfig, build_data
-from scaling.checkpoint import (Unreadable, newest_step, run_of, step_directories, step_of,
-                                verify_step)
+from scaling.checkpoint import (Unreadable, check_model_keys, newest_step, run_of,
+                                step_directories, step_of, verify_step)
 from scaling.directory import MEASURED, check_directory, forked_from, overwrite
 from support.files import (UserError, fsync, here, link_or_copy, log_rows, read_json, write_json,
                            write_rows)
@@ -43,7 +43,7 @@ def data_for_run(config, data_config):
 
     Raises UserError, before anything is built, for a run_dir or a start_from that cannot be used.
     """
-    check_directory(Path(config.run_dir), config.overwrite)
+    check_directory(config.run_dir, config.overwrite)
     home = home_of(config)
     if home is None:
         return build_data(data_config)
@@ -167,6 +167,7 @@ def find_start(config, settings, fingerprint, free_keys):
     except UserError as error:
         remedy = "; --overwrite starts the run again from step 1" if is_begun else ""
         raise UserError(f"{error}{remedy}") from None
+    check_max_steps(config.max_steps, home, saved["step"])
     check_settings(home, saved, settings, config, free_keys)
     check_data(home, saved, fingerprint, config)
     if is_begun:
@@ -181,6 +182,15 @@ def step_to_resume(home, digests):
     if (home / "state.json").is_file():
         return home, verify_step(home, digests)
     return newest_step(home, digests)
+
+
+def check_max_steps(max_steps, home, step):
+    """UserError for a last step that lies behind the run."""
+    if max_steps < step:
+        older = [path for path in step_directories(run_of(home)) if step_of(path) < max_steps]
+        earlier = f", or begin a fork at {older[-1]}: --resume={older[-1]}" if older else ""
+        raise UserError(f"max_steps={max_steps}: {home} is at step {step} already; raise it (in "
+                        f"adapt.py: --epochs){earlier}" + " --run_dir=NEW" * bool(earlier))
 
 
 def begin_fork(run, home, step):
@@ -217,6 +227,7 @@ def start_new(config, fingerprint):
     start = Path(config.start_from)
     check_start_from(start, config.max_steps)
     saved = verify_step(start, config.verify == "sha256")
+    check_model_keys(saved, start)
     check_data(start, saved, fingerprint, config)
     return start, {**NEW_STATE, "step": saved["step"], "tokens": saved["tokens"]}
 
@@ -234,6 +245,11 @@ def continued_state(saved, fingerprint):
 def check_settings(place, saved, settings, config, free_keys):
     """UserError for settings that differ from a saved run's; a printed line with accept_changes."""
     before = saved["config"]
+    check_model_keys(saved, place)
+    unknown = [f"{key}={before[key]}" for key in before if key not in settings]
+    if unknown:
+        print(f"warning: {place}: settings that this code does not know, and does not use: "
+              f"{', '.join(unknown)}")
     changes = [f"{key}: {before[key]} there, {value} now" for key, value in settings.items()
                if key in before and before[key] != value and not may_change(key, free_keys)]
     accept(changes, config, f"{place}: continues with changes: ", f"{place}: holds another run",

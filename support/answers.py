@@ -17,6 +17,7 @@ from support.chats import checked_request
 from support.cpu import packed_weights
 from support.fields import require
 from support.models import open_base
+from support.progress import watched
 from support.rows import Faults, checked_rows, listed
 from support.talk import ANSWER_BATCH, open_assistant, paths_and_options
 
@@ -36,7 +37,7 @@ def answer_prompts(model, tokenizer, prompts, max_new_tokens):
     """
     answers = []
     with evaluating(model), packed_weights(model):
-        for begin in range(0, len(prompts), ANSWER_BATCH):
+        for begin in watched(range(0, len(prompts), ANSWER_BATCH), "batch of answers"):
             answers += generate(model, prompts[begin:begin + ANSWER_BATCH], max_new_tokens,
                                 stop_ids=(tokenizer.eos_token_id,), sync=from_rank0)
     texts = []

@@ -7,10 +7,9 @@ import math
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 from model import sequence_log_probs
-from scaling.ranks import rank, reduce_sum
+from scaling.ranks import reduce_sum
 from scaling.sharding import evaluating
 from support.rows import sequences_of
 from support.scoring import length_batches, own_batches
@@ -85,10 +84,8 @@ def completion_log_probs(model, sequences, batch_tokens):
     found = torch.zeros(len(sequences), 2, dtype=torch.float64)
     numbers = range(len(sequences))
     batches = length_batches(numbers, batch_tokens, lambda i: len(sequences[i].ids))
-    own = own_batches(batches)
-    disable = True if rank() > 0 else None  # None: silent too where there is no terminal
     with evaluating(model):
-        for numbers, counts in tqdm(own, unit="batch", leave=False, disable=disable):
+        for numbers, counts in own_batches(batches):
             examples = [sequences[i] for i in numbers]
             log_probs = log_probs_of_batch(model, examples)
             if counts:

@@ -6,7 +6,7 @@ import re
 import sys
 from pathlib import Path
 
-from support.files import UserError
+from support.files import UserError, here
 
 ROOT = Path(__file__).resolve().parent.parent  # the repository
 
@@ -15,7 +15,7 @@ def unknown_key(key, known, place):
     """The UserError for a key that no schema of this command has. place: begins its message."""
     if command_of(key):
         return unused_key(key, place)
-    near = difflib.get_close_matches(key, known, n=1)
+    near = difflib.get_close_matches(key.lower().replace("-", "_"), known, n=1)
     hint = f"did you mean {near[0]}?" if near else "--help lists the keys"
     return UserError(f"{place}{key}: unknown key; {hint}")
 
@@ -57,7 +57,7 @@ def no_config_file(path, fields):
     if os.path.isdir(path):
         return UserError(f"{path}: a directory, not a config file; configs/ holds those that come "
                          "with nanOLMo")
-    return UserError(f"{path}: no such config file; {nearest_path(path)}")
+    return UserError(f"{path}: no such config file{here(path)}; {nearest_path(path)}")
 
 
 def nearest_path(path):
@@ -67,8 +67,8 @@ def nearest_path(path):
         beside |= {file.name: file for file in folder.glob("[!_.]*")}
     for name in difflib.get_close_matches(path.name, beside, n=1):
         found = beside[name]
-        here = Path.cwd()
-        return f"did you mean {found.relative_to(here) if found.is_relative_to(here) else found}?"
+        cwd = Path.cwd()
+        return f"did you mean {found.relative_to(cwd) if found.is_relative_to(cwd) else found}?"
     return "configs/ holds those that come with nanOLMo"
 
 

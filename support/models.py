@@ -10,7 +10,9 @@ import torch
 from configs import load_config
 from data import DataConfig
 from model import ModelConfig
-from scaling.checkpoint import newest_step, read_step, run_of, step_directories, verify_step
+from scaling.checkpoint import (check_model_keys, newest_step, read_step, run_of, step_directories,
+                                verify_step)
+from scaling.directory import is_run
 from scaling.machine import choose_device
 from scaling.sharding import own_part
 from support.files import UserError, file_sha256
@@ -48,6 +50,8 @@ def find_step(path, digests=True):
         return path, verify_step(path, digests)
     if step_directories(path):
         return newest_step(path, digests)
+    if (path / "config.json").is_file() and is_run(path):
+        raise UserError(f"{path}: a run that has saved no step; finish it first: --resume={path}")
     return path, {}
 
 
@@ -72,6 +76,7 @@ def open_base(start_from, verify):
     home = run_of(start_from)
     weights, state = find_step(Path(start_from), verify == "sha256")
     if state:
+        check_model_keys(state, weights)
         model_config, data_config = load_config([str(home / "config.json")], ModelConfig,
                                                 DataConfig)
         return Base(weights, home, state["sha256"], model_config, asdict(data_config))

@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from model import at_least_float32
 from scaling.ranks import rank, reduce_sum, world_size
+from support.progress import watched
 
 
 # ---- Batches -------------------------------------------------------------------------------------
@@ -35,7 +35,7 @@ def length_batches(rows, batch_tokens, length):
 
 
 def own_batches(batches):
-    """[(batch, counts), ...]: this rank's share, batches rank, rank + world_size, ...
+    """Yields (batch, counts): this rank's share, batches rank, rank + world_size, ...
 
     All ranks get the same number of batches, because a sharded forward needs every rank. A rank
     that is one short repeats the last batch with counts=False: its results are thrown away.
@@ -47,7 +47,7 @@ def own_batches(batches):
             own.append((batches[index], True))
         else:
             own.append((batches[-1], False))
-    return own
+    yield from watched(own, "batch")
 
 
 def padded(lists, value):
@@ -118,9 +118,7 @@ def score_requests(model, groups, batch_tokens=2048):
 
     scores = torch.zeros(len(first_equal), 2, dtype=torch.float64)
     batches = length_batches(rows, batch_tokens, Row.length)
-    batches = own_batches(batches)
-    silent = rank() > 0 or None  # None: a bar, but on a terminal only
-    for batch, counts in tqdm(batches, leave=False, unit="batch", disable=silent):
+    for batch, counts in own_batches(batches):
         indices, found = score_rows(model, batch)
         if counts:
             scores.index_add_(0, indices, found)  # a request's score is the sum over its ids

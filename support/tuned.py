@@ -10,7 +10,7 @@ from configs import setting
 from corpus.lineage import data_of_run
 from corpus.storage import held_out_files, tokenizer_digest
 from data import DataConfig
-from scaling.directory import resumed_argv
+from scaling.directory import check_directory, resumed_argv
 from scaling.machine import choose_micro_batch
 from scaling.ranks import world_size
 from support.config_text import read_assignments
@@ -68,6 +68,7 @@ def refuse_derived(argv, derived):
 
 def check_not_base(run, base):
     """UserError for a run_dir that is no place for a run, such as the run that is tuned."""
+    check_directory(run)
     if run.resolve() in (base.home.resolve(), base.weights.resolve()):
         raise UserError(f"run_dir={run}: it is the run that is tuned; choose another --run_dir")
 

@@ -809,6 +809,45 @@ def test_changed_data_and_another_base_are_refused(method, tmp_path, undisturbed
     assert numbers_of(run) == reference
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_fork_of_a_tuning_goes_on_where_it_stood(method, tuned_copy, undisturbed, tmp_path, call):
+    """With its reference: nothing is computed again. The other run's files are untouched."""
+    run, fork = tuned_copy(method, 4), tmp_path / "fork"
+    before = content_of(run)
+    words = [f"--resume={run}", f"--run_dir={fork}"]
+    result = call(adapt, *words, "--epochs=3")
+    assert result.returncode == 0 and "continues after step 4" in result.stdout, result.stderr
+    assert numbers_of(fork) == numbers_of(undisturbed[method]) and content_of(run) == before
+    assert "finished, at step 9" in call(adapt, *words).stdout
+    assert {file.name for file in fork.glob("reference-*")} == {
+        file.name for file in run.glob("reference-*")}
+
+
+def test_a_tuning_keeps_the_tokenizer_of_its_base(tuned_copy, base, tmp_path, tuning, call,
+                                                  refused):
+    """Another one in the base's directory is not accepted; nor is a base without weights."""
+    other = shutil.copytree(base, tmp_path / "base")
+    run = tmp_path / "run"
+    words = [tuning(run, "sft", start_from=str(other), epochs=1.0)]
+    assert call(adapt, *words).returncode == 0
+    tokenizer = (run / "tokenizer.json").read_bytes()
+    assert tokenizer == (base / "tokenizer.json").read_bytes()
+    spec = json.loads(tokenizer)
+    spec["model"]["vocab"]["a"], spec["model"]["vocab"]["b"] = (
+        spec["model"]["vocab"]["b"], spec["model"]["vocab"]["a"])
+    (other / "tokenizer.json").write_text(json.dumps(spec))
+    words.append("--epochs=2")
+    line = refused(call(adapt, *words, "--accept_changes"), "tokenizer_sha256", run)
+    assert "accept" not in line
+    assert (run / "tokenizer.json").read_bytes() == tokenizer
+    shutil.copy(base / "tokenizer.json", other)
+    assert call(adapt, words[0]).returncode == 0
+    for step in run.glob("step*"):
+        shutil.rmtree(step)
+    refused(call(adapt, tuning(tmp_path / "next", "sft", start_from=str(run))), run, "no step",
+            f"--resume={run}")
+
+
 def test_what_cannot_be_tuned_is_one_line(tmp_path, undisturbed, tuning, base, call, refused):
     run, text = tmp_path / "run", tmp_path / "chat.txt"
     text.write_text("hello")

@@ -13,6 +13,7 @@ from configs import load_config, setting
 from corpus.trace import FindOptions, TraceOptions
 from model import ModelConfig
 from support.files import UserError
+from train import SCHEMAS
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,8 @@ def test_a_key_of_another_command_is_named_with_that_command(tmp_path, key, owne
     (["–rate=1e-3"], "--rate=1e-3"), (["configs/tinny.py"], "configs/tiny.py?"),
     (["configs/tiny"], "configs/tiny.py?"), (["tiny_sfd.py"], "configs/tiny_sft.py?"),
     (["configs"], "configs/"), (["--steps=1e6"], "write 1000000"), (["--step", "3"], "steps?"),
-    (["-steps=3"], "--key=value"), (["zzzzzz.py"], "configs/"), ([5000 * "z"], "configs/")])
+    (["-steps=3"], "--key=value"), (["--STEPS=3"], "steps?"), (["--Rate=3"], "rate?"),
+    (["zzzzzz.py"], "configs/"), ([5000 * "z"], "configs/")])
 def test_a_slip_of_the_hand_is_told_the_right_form(monkeypatch, words, remedy):
     monkeypatch.chdir(configs.ROOT)
     assert remedy in refused(*words)
@@ -182,8 +184,21 @@ def test_a_run_is_no_config_file_and_its_settings_are_named(tmp_path):
     assert f"{tmp_path}/config.json" in message and f"--resume={tmp_path}" in message
     near = refused(tmp_path.with_name(tmp_path.name + "x"))
     assert near.endswith(f"did you mean {tmp_path}?")
-    write(tmp_path / "config.json", '{"model_type": "olmo", "rope_theta": 3.0}')
-    assert refused(tmp_path / "config.json").startswith(f"{tmp_path}/config.json: ")
+
+
+@pytest.mark.parametrize("text", [
+    '{"model_type": "olmo", "steps": 3}', '{"version": "1.0", "truncation": null}', "{}"])
+def test_a_json_file_that_is_no_runs_config_is_refused(tmp_path, text):
+    """Such as config.json and tokenizer.json of a Hugging Face directory."""
+    file = write(tmp_path / "config.json", text)
+    assert refused(file).startswith(f"{file}: ")
+
+
+def test_the_config_of_a_tuning_is_none_of_pretraining(tmp_path):
+    file = write(tmp_path / "config.json", '{"method": "sft", "run_dir": "runs/x", "d_model": 32}')
+    assert load_config([str(file)], ModelConfig) == (ModelConfig(d_model=32),)
+    with pytest.raises(UserError, match="python adapt.py"):
+        load_config([str(file)], *SCHEMAS)
 
 
 @pytest.mark.parametrize("text, place", [

@@ -13,6 +13,7 @@ import pytest
 import eval as evaluation
 import train
 from scaling.log import Log
+from support import progress
 from support import report as report_module
 from support.files import log_rows, read_log, to_json, write_json
 from support.measured import read_evaluations
@@ -217,3 +218,35 @@ def test_a_domain_of_empty_documents_is_said_and_left_out_of_the_mean():
     lines = domains_table({"a": whole, "b": empty}).splitlines()
     assert lines[2].split() == ["b", "2", "0", "0.0", "-", "-"]
     assert lines[4].split() == ["(macro)", "1.0000"] and lines[5].startswith("b: ")
+
+
+# ---- Progress ------------------------------------------------------------------------------------
+
+def evaluate_all(run, request_file, capsys):
+    """What an evaluation of the run's domains and a task prints on stderr."""
+    capsys.readouterr()
+    evaluation.main([str(run), f"--suite=domains,{request_file}"])
+    return capsys.readouterr().err
+
+
+def test_an_evaluation_says_how_far_it_is_where_there_is_no_terminal(
+        run, request_file, capsys, monkeypatch):
+    """Each SECONDS a line: of the questions and batches of each domain or task, and of its end."""
+    assert evaluate_all(run, request_file, capsys) == ""  # it took no ten seconds
+    monkeypatch.setattr(progress, "SECONDS", 0)
+    lines = evaluate_all(run, request_file, capsys).splitlines()
+    for name in ("web", "code"):
+        assert any(re.match(rf"{name}: batch \d+ of \d+, \d+ s$", line) for line in lines)
+    assert [line.split(", ")[:2] for line in lines if "measured" in line] == [
+        ["code: measured", "1 of 2"], ["web: measured", "2 of 2"], ["made_up: measured", "1 of 1"]]
+    assert any(line.startswith("made_up: question 40 of 80") for line in lines)
+    monkeypatch.setattr(progress, "rank", lambda: 1)
+    assert evaluate_all(run, request_file, capsys) == ""
+
+
+def test_an_evaluation_has_a_bar_on_a_terminal(run, request_file, capsys, monkeypatch):
+    """Named for what is measured, and without lines."""
+    monkeypatch.setattr(progress, "SECONDS", 0)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    shown = evaluate_all(run, request_file, capsys)
+    assert "\r" in shown and "web:" in shown and "made_up:" in shown and "measured" not in shown

@@ -1,17 +1,22 @@
 """Where a run goes on from: its tokenizer and data, forks, and directories that are no run."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
-from conftest import TINY, columns, contents_of, flip, rows, saved_steps, seal, steps
+from conftest import ROOT, TINY, columns, contents_of, flip, rows, saved_steps, seal, steps
 
+import adapt
+import eval as evaluation
+import model
 import train
 from corpus.stdlib import stdlib_document
 from corpus.tokenizer import train_bpe
 from eval import EvalConfig, evaluate_perplexity
-from support.files import UserError
+from support.files import UserError, disk_remedy, fsync
 from support.models import open_model
 
 pytestmark = [pytest.mark.usefixtures("one_thread"),
@@ -21,7 +26,7 @@ pytestmark = [pytest.mark.usefixtures("one_thread"),
 def content_and_times(folder):
     """{file: (bytes, time of the last change)} of everything in a folder."""
     return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*")
-            if path.is_file()}
+            if path.is_file() and path.name != ".lock"}
 
 
 # ---- A run's tokenizer is part of its data -------------------------------------------------------
@@ -60,8 +65,8 @@ def grown(learned, tmp_path, monkeypatch):
 
 def nats(step, file):
     """The nats of the text in a file under a step's weights and its run's tokenizer."""
-    model, tokenizer, _ = open_model(step, EvalConfig())
-    return evaluate_perplexity(model, tokenizer, [{"text": Path(file).read_text()}], 2048)["nats"]
+    net, tokenizer, _ = open_model(step, EvalConfig())
+    return evaluate_perplexity(net, tokenizer, [{"text": Path(file).read_text()}], 2048)["nats"]
 
 
 def set_state(step, change):
@@ -260,3 +265,128 @@ def test_a_fork_that_was_killed_while_it_began_begins_again(copied, tmp_path, ca
             patch.setattr(f"scaling.start.{name}", die)
             refused(call(train, *words), "killed")
     assert call(train, *words).returncode == 0 and steps(fork) == list(range(1, 22))
+
+
+# ---- Directories that are no run, and ends before the beginning ----------------------------------
+
+def test_a_run_never_takes_the_place_of_something_else(tmp_path, finished, tiny_config, call,
+                                                       refused, monkeypatch):
+    """Neither with --overwrite: a Hugging Face directory, somebody's checkpoints, a stray log."""
+    places = {"hf": {"config.json": '{"model_type": "olmo"}', "tokenizer.json": "{}"},
+              "mine": {"config.json": "my settings"}, "others": {"step1000/model.pt": "weights"},
+              "log": {"metrics.jsonl": "my log"}, "board": {"tensorboard/events": "curves"}}
+    file = tiny_config(tmp_path / "run", max_steps=1)
+    for name, files in places.items():
+        for path, content in files.items():
+            (tmp_path / name / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / path).write_text(content)
+        before = content_and_times(tmp_path / name)
+        for words in ([], ["--overwrite"]):
+            for start in ([file], [f"--resume={finished}"]):
+                refused(call(train, *start, f"--run_dir={tmp_path / name}", *words),
+                        tmp_path / name)
+        assert content_and_times(tmp_path / name) == before
+    monkeypatch.chdir(shutil.copytree(tmp_path / "hf", tmp_path / "work" / "hf").parent)
+    for run_dir in ("", ".", "..", "/", str(Path.home()), str(ROOT), str(ROOT.parent), "hf/.."):
+        for words in ([], ["--overwrite"]):
+            refused(call(train, file, f"--run_dir={run_dir}", *words), "run_dir")
+    assert sorted(path.name for path in Path(".").rglob("*")) == ["config.json", "hf",
+                                                                  "tokenizer.json"]
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/plan.txt").write_text("of the run")  # no name of ours: a run may lie beside
+    assert call(train, file, f"--run_dir={tmp_path / 'notes'}").returncode == 0
+    monkeypatch.chdir(tmp_path / "notes")
+    assert call(train, "--resume=.", "--max_steps=2").returncode == 0
+    refused(call(train, "--resume=.", "--overwrite"), "run_dir")
+
+
+def test_a_last_step_before_the_first_is_an_error(copied, tmp_path, tiny_config, call, refused):
+    before = content_and_times(copied)
+    line = refused(call(train, f"--resume={copied}", "--max_steps=12"), "max_steps=12", "step 20")
+    assert f"--resume={copied / 'step000010'} --run_dir=NEW" in line
+    for words in ([f"--resume={copied}", f"--run_dir={tmp_path / 'fork'}"],
+                  [tiny_config(tmp_path / "run"), f"--start_from={copied / 'step000015'}"]):
+        refused(call(train, *words, "--max_steps=9"), "max_steps=9")
+    refused(call(train, tiny_config(tmp_path / "run"), f"--start_from={copied / 'step000020'}"),
+            "max_steps=20")
+    assert content_and_times(copied) == before
+    assert not saved_steps(tmp_path / "run") and not saved_steps(tmp_path / "fork")
+
+
+def test_a_start_that_is_none_is_found_before_the_data_is_built(tmp_path, copied, tiny_config, call,
+                                                                refused, monkeypatch):
+    """A relative path is named with the directory where it was looked for."""
+    monkeypatch.chdir(tmp_path)
+    data_dir = tmp_path / "data"
+    file = tiny_config(tmp_path / "run", data_dir=str(data_dir))
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf/config.json").write_text('{"model_type": "olmo"}')
+    for start in ("nowhere", "nowhere/step000010", "hf"):
+        refused(call(train, file, f"--start_from={start}"), f"start_from={start}", tmp_path)
+    refused(call(train, file, f"--start_from={copied}"), f"{copied / 'step000020'}")
+    assert not data_dir.exists()
+    for words in ([file, "--resume=nowhere"], ["nowhere.py"], [file, "--tokenizer=none.json"],
+                  [file, "--sources={'web': 'nowhere'}"], [file, "--token_files=none.txt"],
+                  [file, "--decontaminate={'set': 'none'}"]):
+        refused(call(train, *words), tmp_path)
+
+
+# ---- The disk ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("number, kind, fails", [
+    (errno.EINVAL, "folder", False), (errno.EINVAL, "file", True), (errno.EIO, "folder", True),
+    (errno.ENOSPC, "folder", True)])
+def test_a_disk_that_cannot_sync_a_folder_is_no_full_one(tmp_path, monkeypatch, number, kind,
+                                                         fails):
+    def no_sync(handle):
+        raise OSError(number, os.strerror(number))
+    (tmp_path / "file").write_text("content")
+    path = tmp_path if kind == "folder" else tmp_path / "file"
+    monkeypatch.setattr("os.fsync", no_sync)
+    if not fails:
+        fsync(path)
+        return
+    with pytest.raises(OSError) as caught:
+        fsync(path)
+    assert ("free some space" in disk_remedy(caught.value)) == (number == errno.ENOSPC)
+
+
+def test_a_checkpoint_that_cannot_be_written_says_what_failed(copied, call, refused, monkeypatch):
+    def no_sync(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    monkeypatch.setattr("scaling.checkpoint.fsync", no_sync)
+    line = refused(call(train, f"--resume={copied}", "--max_steps=21"), "step000021",
+                   os.strerror(errno.EIO))
+    assert "space" not in line
+
+
+# ---- Runs of other code --------------------------------------------------------------------------
+
+def test_a_setting_of_another_network_is_refused_and_another_unknown_one_is_named(
+        copied, tmp_path, tiny_config, call, refused):
+    """A fork's key without a tensor of its own changes what is computed: at every door it is named.
+
+    Keys that are not the network's, such as one that was removed since then, are listed.
+    """
+    def another(state):
+        state["config"] |= {"old_key": 1}
+    for step in copied.glob("step??????"):
+        set_state(step, another)
+    result = call(train, f"--resume={copied}", "--max_steps=21")
+    assert result.returncode == 0 and "warning: " in result.stdout and "old_key=1" in result.stdout
+
+    def another_network(state):
+        state["config"] |= {"logit_scale": 0.5}
+        state["model_keys"] = [*state["model_keys"], "logit_scale"]
+    for step in copied.glob("step??????"):
+        set_state(step, another_network)
+    file = tiny_config(tmp_path / "run", method="sft")
+    for command, *words in (
+            [train, f"--resume={copied}", "--max_steps=22", "--accept_changes"],
+            [train, f"--resume={copied}", f"--run_dir={tmp_path / 'fork'}", "--max_steps=22"],
+            [train, tiny_config(tmp_path / "anneal", max_steps=22),
+             f"--start_from={copied / 'step000020'}"],
+            [evaluation, copied], [evaluation, "sample", copied / "step000020"],
+            [adapt, file, f"--start_from={copied}"], [model, "export", copied, tmp_path / "hf"]):
+        refused(call(command, *words), "logit_scale=0.5", copied)
+    assert not (tmp_path / "fork/config.json").exists()

@@ -1,0 +1,71 @@
+"""How far an evaluation has come: a bar on a terminal, a line now and then elsewhere.
+
+The bar and the lines are on stderr, so that the tables on stdout can be used by other programs.
+"""
+
+import sys
+import time
+from collections import Counter
+
+from tqdm import tqdm
+
+from scaling.ranks import rank
+
+SECONDS = 10  # between two lines
+
+
+class Progress:
+    """What is being measured, and when the last line about it was printed."""
+
+    def __init__(self):
+        self.title = ""
+        self.parts = Counter()  # {unit: lists watched}: a large domain is scored in several parts
+        self.began = self.last_line = time.monotonic()
+
+    def begin(self, title):
+        self.title = title
+        self.parts = Counter()
+        self.began = time.monotonic()
+
+    def line_is_due(self):
+        return rank() == 0 and time.monotonic() - self.last_line >= SECONDS
+
+    def say(self, text):
+        """Print a line about what is being measured, with the seconds since it began."""
+        self.last_line = time.monotonic()
+        title = f"{self.title}: " if self.title else ""
+        tqdm.write(f"{title}{text}, {self.last_line - self.began:.0f} s", file=sys.stderr)
+
+
+progress = Progress()
+
+
+def titled(items):
+    """Yields each of some domains or tasks, and says when one of them is done.
+
+    The first field of an item is its name. One that took no time has no line.
+    """
+    items = list(items)
+    progress.last_line = time.monotonic()
+    for i, item in enumerate(items, 1):
+        progress.begin(item[0])
+        yield item
+        has_lines = progress.last_line > progress.began
+        if not sys.stderr.isatty() and (has_lines or progress.line_is_due()):
+            progress.say(f"measured, {i} of {len(items)}")
+    progress.begin("")
+
+
+def watched(items, unit):
+    """Yields the items of a list, and shows how many are done."""
+    progress.parts[unit] += 1
+    if sys.stderr.isatty():
+        yield from tqdm(items, desc=progress.title or None, unit=unit, leave=False,
+                        disable=rank() > 0)
+        return
+    part = progress.parts[unit]
+    in_part = f" of part {part}" if part > 1 else ""
+    for i, item in enumerate(items, 1):
+        yield item
+        if progress.line_is_due():
+            progress.say(f"{unit} {i:,} of {len(items):,}{in_part}")
