@@ -107,16 +107,20 @@ def read_model_config(path):
 
 def load_step(path, state, device):
     """The model of one step directory, whose verified state.json is `state`."""
-    check_model_keys(state, path)
-    saved = state.get("config", {})
-    known = ModelConfig.__dataclass_fields__
-    # A key that is newer than the run takes its default.
-    config = ModelConfig(**{key: value for key, value in saved.items() if key in known})
-    model = empty_model(config)
+    model = empty_model(step_config(state, path))
     model.to_empty(device="cpu")
     read_step(path, {f"model.{name}": p.detach() for name, p in model.named_parameters()})
     finite.check_weights(dict(model.named_parameters()), path)
     return model.to(device)
+
+
+def step_config(state, path):
+    """The network's configuration at a step; the run's config.json may have changed since."""
+    check_model_keys(state, path)
+    saved = state.get("config", {})
+    known = ModelConfig.__dataclass_fields__
+    # A key that is newer than the run takes its default.
+    return ModelConfig(**{key: value for key, value in saved.items() if key in known})
 
 
 def empty_model(config):
