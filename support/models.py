@@ -41,6 +41,16 @@ def open_with_tokenizer(path):
     return model, tokenizer, state
 
 
+def check_description(path):
+    """UserError if the small files of a directory from elsewhere do not fit together.
+
+    It takes a moment; those of a run are checked when it is opened.
+    """
+    path = Path(path)
+    if not (path / "state.json").is_file() and not step_directories(path):
+        open_tokenizer(path / "tokenizer.json", read_model_config(path))
+
+
 def find_step(path, digests=True):
     """(step directory, its verified state.json) of a run or of a step; else (path, {}).
 
