@@ -10,8 +10,9 @@ import re
 import shutil
 import sys
 from dataclasses import replace
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -344,6 +345,81 @@ def test_acc_uncond_needs_the_unconditional_requests_of_every_question(model, to
     some = [task.questions[0], task.questions[1]._replace(unconditional=[])]
     sums = evaluation.evaluate_task(model, tokenizer, task._replace(questions=some))
     assert list(sums["correct"]) == list(METRICS[:3])
+
+
+def official_metric(model, tokenizer, task, kind, monkeypatch):
+    """{name: number} of a task by ai2-olmo-eval's own ICLMetric, one request at a time.
+
+    Only its base class, which sums over ranks, and its import of the files are stood in for.
+    """
+    class Metric:
+        def __init__(self, sync_on_compute):
+            self.reset()
+
+        def add_state(self, *name, **options):
+            pass
+
+    util = SimpleNamespace(all_gather_object=None)
+    monkeypatch.setitem(sys.modules, "torchmetrics", SimpleNamespace(Metric=Metric))
+    monkeypatch.setitem(sys.modules, "official_olmo_eval.util", util)
+    spec = spec_from_file_location("official_olmo_eval.metrics", olmo_eval_path("metrics.py", "it"))
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    metric = module.ICLMetric(kind)
+    metric.reset()
+
+    def logits(context, after):
+        ids = tokenizer.encode(context) + after
+        with torch.no_grad():
+            return len(ids) - len(after), model(torch.tensor([ids[:-1]]))
+    for number, question in enumerate(task.questions):
+        for i, (context, continuation) in enumerate(question.choices):
+            after = tokenizer.encode(continuation)
+            context_length, with_question = logits(context, after)
+            without_length, without = logits("Answer:", after)
+            metric.update({
+                "doc_id": [number], "cont_id": [i], "label_id": [question.label],
+                "continuation": torch.tensor([after]), "cont_len": [len(after)],
+                "ctx_len": [context_length], "dc_len": [without_length],
+                "cont_str_len": [len(continuation)],
+                "cont_str_len_no_leading_space": [len(continuation) - 1],
+                "cont_byte_len": [len(continuation.encode())],
+                "cont_byte_len_no_leading_space": [len(continuation[1:].encode())],
+            }, with_question, without)
+    return {name: number.item() for name, number in metric.compute().items()}
+
+
+@wheel
+def test_where_the_official_code_differs_and_where_not(model, tokenizer, task, monkeypatch):
+    """ai2-olmo-eval ranks by the raw and the per-character score as we do. Its bits per byte are a
+    mean over questions, ours all bits / all bytes; its pmi_dc divides what ours subtracts."""
+    fitting = [question for question in task.questions if all(
+        len(tokenizer.encode(context + answer)) <= T for context, answer in question.choices)]
+    assert len(fitting) > 10
+    some = task._replace(questions=fitting)
+    sums = evaluation.evaluate_task(model, tokenizer, some)
+    theirs = {kind: official_metric(model, tokenizer, some, kind, monkeypatch)
+              for kind in ("acc", "len_norm", "pmi_dc")}
+    n = len(fitting)
+    assert theirs["acc"]["acc_v2"] == pytest.approx(sums["correct"]["acc_raw"] / n)
+    assert theirs["len_norm"]["len_norm_v2"] == pytest.approx(sums["correct"]["acc_per_char"] / n)
+    # bits per byte: theirs is the mean of the questions', each of which is ours for it alone
+    each = [evaluation.task_result(evaluation.evaluate_task(
+        model, tokenizer, some._replace(questions=[question])), "acc_raw")["bits_per_byte"]
+        for question in fitting]
+    pooled = evaluation.task_result(sums, "acc_raw")["bits_per_byte"]
+    assert theirs["acc"]["bpb_v2"] == pytest.approx(sum(each) / n, rel=3e-6)
+    assert theirs["acc"]["bpb_v2"] != pytest.approx(pooled, rel=1e-5)
+    # pmi_dc: ours ranks first what the question makes likelier, theirs what it makes less likely
+    scores = {"difference": 0, "ratio": 0}
+    for question in fitting:
+        with_question, without = (torch.tensor([alone(model, tokenizer, *request)[0]
+                                                for request in requests])
+                                  for requests in (question.choices, question.unconditional))
+        scores["difference"] += (with_question - without).argmax().item() == question.label
+        scores["ratio"] += (with_question / without).argmax().item() == question.label
+    assert sums["correct"]["acc_uncond"] == scores["difference"] != scores["ratio"]
+    assert theirs["pmi_dc"]["pmi_dc_v2"] == pytest.approx(scores["ratio"] / n)
 
 
 def test_in_the_format_of_chats_the_answer_is_an_assistants(model, tokenizer, task):
