@@ -152,7 +152,7 @@ def train(model_config, data_config, eval_config, config):
         resume(run, model, optimizer)
     else:
         init_weights(model, data_config.seed, own_part)
-    run.describe(folder, order=run.state["data"])
+    run.describe(folder, order=run.state["data"], before=run.state.get("data_changes", []))
     micro_batch_size = choose_micro_batch(config, model_config.max_seq_len, world_size())
     print_run(run, model, batches, micro_batch_size)
 

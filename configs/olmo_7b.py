@@ -21,7 +21,7 @@ vocab_size = 50280  # run:33
 embedding_size = 50304  # run:34
 rope_theta = 10000.0  # olmo/model.py
 weight_tying = False  # run:16
-eos_token_id = 50279  # frozen:34; run:35 says 0, but its data ends documents with 50279
+eos_token_id = 50279  # frozen:34; run:35 says 0: a bug, says convert_olmo_to_hf_new.py
 pad_token_id = 1  # run:36
 
 # the data: Dolma as OLMo's own token files, in the order of the yaml (docs/data.md: Dolma)

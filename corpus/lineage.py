@@ -5,12 +5,13 @@ from pathlib import Path
 from support.files import UserError, read_json
 
 
-def data_of_run(run, config):
+def data_of_run(run, config, sha256=None):
     """The folder of built data that holds what a run was trained on; raw sources are not needed.
 
     Found by its content's hash: data that was built again by other code has another folder.
+    sha256: that hash, for data that the run has changed since.
     """
-    expected = read_json(run / "manifest.json")["sha256"]
+    expected = sha256 or read_json(run / "manifest.json")["sha256"]
     for manifest in sorted(Path(config.data_dir).glob("*/manifest.json")):
         if read_json(manifest)["sha256"] == expected:
             return manifest.parent
@@ -18,6 +19,22 @@ def data_of_run(run, config):
                     f"it, or, if its sources have not changed, build it again: python data.py "
                     f"{run / 'config.json'} --tokenizer={run / 'tokenizer.json'} (eval.py also "
                     "takes other text: --suite=PATH)")
+
+
+def order_at(run, step):
+    """Returns (order, first step): what a step's batch was drawn from, and since which step.
+
+    order: data_sha256, seq_len, batch_size and seed. --accept_changes may have changed them.
+    """
+    manifest = read_json(run / "manifest.json")
+    settings = read_json(run / "config.json")
+    first = 1
+    for before in manifest.get("before", []):
+        if step <= before["until_step"]:
+            return before, first
+        first = before["until_step"] + 1
+    return {"data_sha256": manifest["sha256"], "seq_len": settings["max_seq_len"],
+            "batch_size": settings["batch_size"], "seed": settings["seed"]}, first
 
 
 def manifests_behind(run, state):

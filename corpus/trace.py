@@ -10,6 +10,7 @@ log of what was read is needed, and it takes seconds in a million instances.
 import bisect
 import itertools
 import json
+import math
 import re
 import unicodedata
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from configs import load_config, setting
-from corpus.lineage import data_of_run
+from corpus.lineage import data_of_run, order_at
 from corpus.storage import DOCUMENT_INDEX, blocks_of, hash_of_id, held_out_files, read_block
 from corpus.token_files import read_sidecar
 from corpus.tokenizer import Tokenizer
@@ -60,9 +61,13 @@ class Span(NamedTuple):
 # ---- Looking things up ----------------------------------------------------------------------
 
 class RunData:
-    """The data of a run as it was trained on, for looking things up in it."""
+    """The data of a run as it was trained on, for looking things up in it.
 
-    def __init__(self, run):
+    A run may have changed its data (--accept_changes): then it is the data of `step`, by default
+    the newest. first_step: the first step that was taken on it.
+    """
+
+    def __init__(self, run, step=math.inf):
         self.run = Path(run)
         if not (self.run / "manifest.json").is_file():
             raise UserError(f"{run}: no run is there (no manifest.json); train.py makes one")
@@ -70,12 +75,11 @@ class RunData:
         if "method" in self.settings:
             raise UserError(f"{run}: was tuned by adapt.py; name the run that it started from")
         [config] = load_config([str(self.run / "config.json")], DataConfig)
-        seq_len = self.settings["max_seq_len"]
-        batch_size = self.settings["batch_size"]
-        self.folder = data_of_run(self.run, config)
+        order, self.first_step = order_at(self.run, step)
+        self.folder = data_of_run(self.run, config, order["data_sha256"])
         self.manifest = read_json(self.folder / "manifest.json")
-        self.shards = TokenShards(self.folder, seq_len)
-        self.batches = Batches(self.shards, batch_size, config.seed, self.folder)
+        self.shards = TokenShards(self.folder, order["seq_len"])
+        self.batches = Batches(self.shards, order["batch_size"], order["seed"], self.folder)
         self.tokenizer = Tokenizer.load(self.folder / "tokenizer.json")
         self.index = lru_cache(maxsize=8)(self.read_index)  # one shard's may have gigabytes
         self.block = lru_cache(self.read_block)
@@ -259,8 +263,8 @@ def main(argv):
 
 def print_trace(run, options):
     """Print the documents in a step, sequence by sequence."""
-    data = RunData(run)
     step = options.step
+    data = RunData(run, step)
     rank = options.rank
     world_size = options.world_size or data.ranks_at(step)
     # a step that the run has not reached is shown too: the order is known before
@@ -344,9 +348,12 @@ def print_texts(data, text, limit):
 def print_steps(data, found):
     """Print where each (document, instances) was seen in the run's steps so far."""
     done = data.steps_done()
+    first = data.first_step
+    if first > 1:
+        print(f"steps 1 to {first - 1} were taken on other data, and are not searched")
     for document, instances in found:
-        steps = data.steps_of(instances, done)
+        steps = [seen for seen in data.steps_of(instances, done) if seen[0] >= first]
         print(f"{document['id']}  ({document['source']}, {document['metadata']['provenance']})")
-        print(f"  in {len(steps)} sequences of steps 1 to {done}")
+        print(f"  in {len(steps)} sequences of steps {first} to {done}")
         for step, sequence, instance in steps:
             print(f"  step {step}, sequence {sequence}, instance {instance}")

@@ -1,10 +1,14 @@
 """The machine: device, dtype, compiler, memory, speed and energy."""
 
 import ctypes
+import getpass
+import os
+import re
 import resource
 import shutil
 import sys
 import sysconfig
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -51,21 +55,59 @@ def cpu_flags():
 
 
 def choose_compile(name, device):
-    """Returns (whether to compile, why): as `name` says, or with "auto" wherever it works."""
-    if name != "auto":
-        return name == "true", "as asked"
-    if device.type not in ("cpu", "cuda"):
+    """Returns (whether to compile, why): as `name` says, or with "auto" wherever it works.
+
+    Raises UserError where compile=true cannot work.
+    """
+    fault = cache_fault()
+    if name == "false":
+        return False, "as asked"
+    if name == "auto" and device.type not in ("cpu", "cuda"):
         return False, f"never tried on {device.type}"
     if not can_compile():
-        return False, "no C++ compiler or no Python headers"
-    return True, "the first start takes about half a minute"
+        fault = "no C++ compiler or no Python headers"
+    if fault and name == "true":
+        raise UserError(f"compile=true: {fault}; --compile=auto goes on without")
+    if fault:
+        return False, fault
+    return True, "the first start takes about half a minute" if name == "auto" else "as asked"
 
 
 def can_compile():
-    """True if torch.compile finds what it needs: a C++ compiler and Python's headers."""
-    compiler = shutil.which("g++") or shutil.which("clang++")
+    """True if torch.compile finds what it needs: a C++ compiler and Python's headers.
+
+    Whether they work is seen when it compiles (scaling/compiler.py).
+    """
+    usual = "clang++" if sys.platform == "darwin" else "g++"
+    compiler = shutil.which(os.environ.get("CXX") or usual)  # the one that torch takes
     headers = Path(sysconfig.get_path("include")) / "Python.h"
     return bool(compiler) and headers.is_file()
+
+
+def compiler_cache():
+    """The directory in which torch keeps what it has compiled."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, ModuleNotFoundError, OSError):  # a container's user may have no name
+        user = f"uid_{os.getuid()}"
+    usual = Path(tempfile.gettempdir(), "torchinductor_" + re.sub(r'[\\/:*?"<>|]', "_", user))
+    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or usual)
+
+
+def cache_fault():
+    """Why torch's cache cannot be written, or None."""
+    folder = compiler_cache()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(2**16))
+        return None
+    except OSError as error:
+        if not folder.is_dir():
+            # torch makes the directory even where it compiles nothing; this one is there already
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.sep
+        return (f"torch's cache cannot be written: {error}; TORCHINDUCTOR_CACHE_DIR can name "
+                "another place")
 
 
 def choose_micro_batch(config, seq_len, world_size=1):

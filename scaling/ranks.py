@@ -260,7 +260,10 @@ def agree_on_machine(config, settings, device):
     check_agreement({**settings, "code": code_version(), "torch": torch.__version__,
                      "ranks per node": ranks_per_node})
     dtype = choose_dtype(config.dtype, device)
-    compiled, why = choose_compile(config.compile, device)
+    choices = gather(choose_compile(config.compile, device))
+    if config.compile == "auto":  # one node without a compiler: no node compiles
+        choices = [min(choices)] * len(choices)
+    compiled, why = choices[rank()]
     check_agreement({"device": device.type, "dtype": str(dtype), "compile": compiled})
     dtype_why = "fastest on this chip" if config.dtype == "auto" else "as asked"
     ranks = f", {world_size()} ranks" if world_size() > 1 else ""

@@ -1,4 +1,4 @@
-"""Sharding (FSDP2), recomputation and compilation, put on a model from outside by one function.
+"""Sharding (FSDP2) and recomputation, put on a model from outside by one function.
 
 model.py knows nothing of them. What they need while training (a slice, a sum over ranks) is below.
 """
@@ -10,7 +10,6 @@ import warnings
 from contextlib import contextmanager, nullcontext
 
 import torch
-import torch._functorch.config as functorch_config
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -18,9 +17,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import (CheckpointPolicy, checkpoint,
                                     create_selective_checkpoint_contexts)
 
-from model import token_losses
+from scaling.compiler import compile_model
 from scaling.ranks import launched, world_size
-from support.cpu import PLAIN_AT_MOST, use_fast_attention
+from support.cpu import use_fast_attention
 from support.files import UserError
 
 
@@ -39,7 +38,7 @@ def shard_model(model, config, device, dtype, compiled):
         use_fast_attention(model)
     checkpoint_activations(model, config.activation_checkpointing)
     if compiled:
-        compile_model(model, device)
+        compile_model(model, device, is_asked=config.compile == "true")
     if dist.is_initialized():
         apply_fsdp(model, build_mesh(config.shard, device), dtype)
         model.reduce_every_micro_batch = config.reduce_every_micro_batch
@@ -81,24 +80,6 @@ def keep_large_projections(shapes, context, op, *args, **kwargs):
     if op == torch.ops.aten.mm.default and tuple(args[1].shape) in shapes:
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def compile_model(model, device):
-    """Compile each block, and the head with its loss.
-
-    # subtle: the embedding is not compiled. Its compiled gradient adds atomically, in any order,
-    # and a resumed run could not be bit-exact. For the same reason each length has a kernel of its
-    # own (dynamic=False): one for all lengths would depend on which lengths came before.
-    """
-    if device.type == "cpu":
-        # Recompute elementwise work inside the backward's kernels: 0.7 to 0.8 times the memory at
-        # the same speed (python -m tests.bench cpu). Not for long sequences, where SDPA would be
-        # recomputed too. This setting is global to the process.
-        short = model.config.max_seq_len <= PLAIN_AT_MOST
-        functorch_config.aggressive_recomputation = short
-    for block in model.blocks:
-        block.forward = torch.compile(block.forward, dynamic=False)
-    model.token_losses = torch.compile(token_losses, dynamic=False)
 
 
 def apply_fsdp(model, mesh, dtype):

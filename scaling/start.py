@@ -229,7 +229,8 @@ def start_new(config, fingerprint):
     saved = verify_step(start, config.verify == "sha256")
     check_model_keys(saved, start)
     check_data(start, saved, fingerprint, config)
-    return start, {**NEW_STATE, "step": saved["step"], "tokens": saved["tokens"]}
+    return start, {**NEW_STATE, "step": saved["step"], "tokens": saved["tokens"],
+                   "data_changes": data_changes(saved, fingerprint)}
 
 
 def continued_state(saved, fingerprint):
@@ -239,7 +240,21 @@ def continued_state(saved, fingerprint):
     before = saved["data"]["data_sha256"]
     if before != fingerprint["data_sha256"]:
         earlier_data.append(before)  # for eval.py: what the run was trained on until here
-    return {**state, "earlier_data": earlier_data, "config": saved["config"]}
+    return {**state, "earlier_data": earlier_data, "config": saved["config"],
+            "data_changes": data_changes(saved, fingerprint)}
+
+
+def data_changes(saved, fingerprint):
+    """For data.py trace: [{until_step, and the fingerprint until then}] of data that changed."""
+    changes = list(saved.get("data_changes", []))
+    if any(saved["data"].get(key) != fingerprint[key] for key in compared(fingerprint)):
+        changes.append({"until_step": saved["step"], **saved["data"]})
+    return changes
+
+
+def compared(fingerprint):
+    """The keys of a fingerprint that may change on request: all but the tokenizer's."""
+    return [key for key in fingerprint if key != "tokenizer_sha256"]
 
 
 def check_settings(place, saved, settings, config, free_keys):
@@ -265,9 +280,8 @@ def may_change(key, free_keys):
 def check_data(place, saved, fingerprint, config):
     """UserError for data that differs from a saved run's; a printed line with accept_changes."""
     check_tokenizer(run_of(place) / "tokenizer.json", saved["data"], fingerprint)
-    changes = [f"{key}: {saved['data'].get(key)} there, {value} now"
-               for key, value in fingerprint.items()
-               if key != "tokenizer_sha256" and saved["data"].get(key) != value]
+    changes = [f"{key}: {saved['data'].get(key)} there, {fingerprint[key]} now"
+               for key in compared(fingerprint) if saved["data"].get(key) != fingerprint[key]]
     accept(changes, config, f"{place}: continues with changed data: ",
            f"{place}: its data has changed",
            "restore the data, or use --overwrite or --accept_changes")

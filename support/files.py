@@ -127,9 +127,12 @@ def quiet_while_importing():
 quiet_since_import = quiet_while_importing()
 
 # What to do first when memory runs out; docs/scale.md has the rest.
-LESS_MEMORY = {"train": "halve --micro_batch_size, or --activation_checkpointing=whole_layer",
-               "adapt": "halve --micro_batch_size (chat, generate: --answer_batch)",
-               "eval": "halve --eval_batch_tokens", "data": "use fewer --workers"}
+LESS_MEMORY = {
+    "train": "try --activation_checkpointing=one_in_two, then half the --micro_batch_size; in an "
+             "evaluation, half the --eval_batch_tokens",
+    "adapt": "try --activation_checkpointing=one_in_two, then half the --micro_batch_size; for "
+             "generate, half the --answer_batch",
+    "eval": "try half the --eval_batch_tokens", "data": "try fewer --workers"}
 
 
 def run_main(main):
@@ -191,7 +194,7 @@ def about_machine(error):
     number = getattr(error, "errno", None)
     is_memory = isinstance(error, MemoryError) or "OutOfMemory" in name or number == errno.ENOMEM
     if is_memory or "can't allocate memory" in text:
-        remedy = LESS_MEMORY.get(Path(sys.argv[0]).stem, "use a smaller batch")
+        remedy = LESS_MEMORY.get(Path(sys.argv[0]).stem, "try a smaller batch")
         amount = re.search(r"llocate (\d[\w.]* ?\w+)", text)
         return f"out of memory{f' (asked for {amount[1]})' if amount else ''}; {remedy}"
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -10,14 +10,14 @@ import torch
 from configs import load_config
 from data import DataConfig
 from model import ModelConfig
-from scaling.checkpoint import (check_model_keys, newest_step, read_step, run_of, step_directories,
-                                verify_step)
+from scaling.checkpoint import newest_step, read_step, run_of, step_directories, verify_step
 from scaling.directory import is_run
 from scaling.machine import choose_device
 from scaling.sharding import own_part
 from support.files import UserError, file_sha256
 from support.vocabulary import open_tokenizer
-from support.weights import check_weights, load_model, load_step, read_model_config
+from support.weights import (check_weights, load_model, load_step, read_model_config,
+                             step_config)
 
 
 def open_model(path, config):
@@ -76,9 +76,8 @@ def open_base(start_from, verify):
     home = run_of(start_from)
     weights, state = find_step(Path(start_from), verify == "sha256")
     if state:
-        check_model_keys(state, weights)
-        model_config, data_config = load_config([str(home / "config.json")], ModelConfig,
-                                                DataConfig)
+        [data_config] = load_config([str(home / "config.json")], DataConfig)
+        model_config = step_config(state, weights)
         return Base(weights, home, state["sha256"], model_config, asdict(data_config))
     patterns = ("*.safetensors", "model.pt", "config.*")
     files = sorted(file for pattern in patterns for file in weights.glob(pattern))

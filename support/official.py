@@ -38,6 +38,10 @@ def read_official(path):
         found = None
     if not isinstance(found, dict) or not all(map(torch.is_tensor, found.values())):
         raise UserError(f"{path / 'model.pt'}: damaged, or holds more than named tensors")
+    for name, tensor in found.items():
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise UserError(f"{path / 'model.pt'}: {name} is {tensor.dtype}; quantised weights are "
+                            "not read")
     return found
 
 
@@ -62,7 +66,7 @@ def official_config(path, tokenizer=None):
             mlp_hidden_size=fused // 2,  # theirs counts the values and the gates
             max_seq_len=int(settings["max_sequence_length"]),
             # equal to the rows, it may count the padding, as Hugging Face does
-            vocab_size=count_of_ids(vocab_size if vocab_size < rows else None, rows, tokenizer),
+            vocab_size=count_of_ids(vocab_size if vocab_size != rows else None, rows, tokenizer),
             embedding_size=rows,
             rope_theta=float(settings.get("rope_theta") or 10000),
             weight_tying=settings.get("weight_tying") != "false",  # tied by default

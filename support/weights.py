@@ -107,16 +107,20 @@ def read_model_config(path):
 
 def load_step(path, state, device):
     """The model of one step directory, whose verified state.json is `state`."""
-    check_model_keys(state, path)
-    saved = state.get("config", {})
-    known = ModelConfig.__dataclass_fields__
-    # A key that is newer than the run takes its default.
-    config = ModelConfig(**{key: value for key, value in saved.items() if key in known})
-    model = empty_model(config)
+    model = empty_model(step_config(state, path))
     model.to_empty(device="cpu")
     read_step(path, {f"model.{name}": p.detach() for name, p in model.named_parameters()})
     finite.check_weights(dict(model.named_parameters()), path)
     return model.to(device)
+
+
+def step_config(state, path):
+    """The network's configuration at a step; the run's config.json may have changed since."""
+    check_model_keys(state, path)
+    saved = state.get("config", {})
+    known = ModelConfig.__dataclass_fields__
+    # A key that is newer than the run takes its default.
+    return ModelConfig(**{key: value for key, value in saved.items() if key in known})
 
 
 def empty_model(config):
@@ -153,28 +157,33 @@ def assemble(config, tensors, place, device):
 
 def check_weights(path, config):
     """UserError if the weights of a directory from elsewhere do not fit `config`; loads none."""
-    if (path / "model.pt").is_file():
-        found = {name: tuple(tensor.shape) for name, tensor in read_official(path).items()}
-    else:
-        found = read_shapes(path)
-    # before the table of their names is made: a damaged config.json may ask for 10^12 blocks
+    is_official = (path / "model.pt").is_file()
+    found = official_shapes(path) if is_official else read_shapes(path)
+    # before the table of their names is made: a damaged file may ask for 10^12 blocks
     if config.n_layers > len(found):
-        raise UserError(f"{path}: its configuration has {config.n_layers:,} blocks, and the files "
+        raise UserError(f"{path}: its configuration has {config.n_layers:,} blocks, and its files "
                         f"have {len(found)} tensors")
-    if (path / "model.pt").is_file():
-        return  # assemble compares the rest, as nothing is loaded twice
-    if config.weight_tying:
+    wanted = {}
+    for names in name_table(config):
+        if is_official:
+            wanted[names.official] = (len(names.parts) * names.shape[0], *names.shape[1:])
+        else:
+            wanted.update(dict.fromkeys(names.parts, names.shape))
+    if config.weight_tying and not is_official:
         found.pop("lm_head.weight", None)  # some writers repeat a tied head
-    wanted = {part: names.shape for names in name_table(config) for part in names.parts}
     check_tensors(wanted, found, path)
+
+
+def official_shapes(path):
+    return {name: tuple(tensor.shape) for name, tensor in read_official(path).items()}
 
 
 def load_official(path, device):
     """The model of an official OLMo unsharded checkpoint."""
     config = read_model_config(path)
     check_weights(path, config)
-    ours = {names.official: names.ours for names in name_table(config)}
-    tensors = {ours.get(name, name): tensor for name, tensor in read_official(path).items()}
+    official = read_official(path)
+    tensors = {names.ours: official[names.official] for names in name_table(config)}
     return assemble(config, tensors, path, device)
 
 

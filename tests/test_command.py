@@ -9,10 +9,11 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, rows, saved_steps
+from conftest import ROOT, forked, rows, saved_steps, wait_until
 
 import data
 import train
+from scaling.signals import StopSignal
 
 TOY = r"""
 import sys
@@ -104,6 +105,47 @@ def test_ctrl_c_while_torch_is_imported_is_quiet(tmp_path, module):
     assert process.communicate() == (b"", b"") and process.returncode == -signal.SIGINT
 
 
+CHILD = """
+import pathlib, time
+pathlib.Path("started").touch()
+while not pathlib.Path("go").exists():
+    time.sleep(0.005)
+pathlib.Path("finished").touch()
+"""
+
+
+@pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGTERM],
+                                     [signal.SIGINT, signal.SIGINT]])
+def test_a_signal_in_the_first_step_is_answered_and_not_heard_by_the_compiler(tmp_path, signals):
+    """A terminal sends Ctrl-C to the compiler too; killed, it would leave a broken library. Python
+    handles no signal while it waits for it: the answer must come all the same. A second signal
+    ends the run, and the compiler ends by itself."""
+    def first_step(argv):
+        os.setpgid(0, 0)
+        os.chdir(tmp_path)
+        with StopSignal() as stop:
+            subprocess.run([sys.executable, "-c", CHILD], check=True)
+            print("ends by", stop.reason())
+            second_acts = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        print("a second one acts:", second_acts)
+    log = tmp_path / "log"
+    process = forked(log, first_step)
+    wait_until((tmp_path / "started").exists, process)
+    os.killpg(process.pid, signals[0])
+    wait_until(lambda: "stops after this step" in log.read_text(), process)
+    for number in signals[1:]:
+        os.killpg(process.pid, number)
+        process.join()
+        assert process.exitcode == 128 + number
+    (tmp_path / "go").touch()
+    wait_until((tmp_path / "finished").exists)
+    if len(signals) == 1:
+        process.join()
+        assert process.exitcode == 0, log.read_text()
+        assert f"ends by {int(signals[0])}" in log.read_text()
+        assert "a second one acts: True" in log.read_text()
+
+
 def test_whoever_imports_our_files_keeps_ctrl_c():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -112,9 +154,9 @@ def test_whoever_imports_our_files_keeps_ctrl_c():
 
 @pytest.mark.parametrize("module, error, words", [
     (train, MemoryError("Unable to allocate 7.3 GiB for an array"),
-     ["7.3 GiB", "--micro_batch_size"]),
+     ["7.3 GiB", "--activation_checkpointing=one_in_two"]),
     (train, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"),
-     ["2.00 GiB", "--micro_batch_size"]),
+     ["2.00 GiB", "--activation_checkpointing=one_in_two"]),
     (data, OSError(12, "Cannot allocate memory"), ["--workers"])])
 def test_a_lack_of_memory_is_one_line_with_the_first_remedy(call, refused, monkeypatch, module,
                                                             error, words):
@@ -126,7 +168,7 @@ def test_a_lack_of_memory_is_one_line_with_the_first_remedy(call, refused, monke
 
 def test_torchs_lack_of_memory_on_a_cpu_is_known(call, refused, monkeypatch):
     monkeypatch.setattr(train, "main", lambda argv: torch.empty(2**50))
-    refused(call(train), "out of memory", f"{2**52}", "--micro_batch_size")
+    refused(call(train), "out of memory", f"{2**52}", "--activation_checkpointing=one_in_two")
 
 
 # ---- torchrun ------------------------------------------------------------------------------------

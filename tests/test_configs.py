@@ -154,6 +154,15 @@ def test_an_option_of_a_sibling_is_not_used_and_named(tmp_path, capsys):
     assert refused("--d_model=64", siblings=[ModelConfig]).startswith("--d_model: ")
 
 
+def test_data_py_takes_the_command_line_of_train_py(tmp_path, tiny_config, call):
+    import data
+    file = tiny_config(tmp_path / "run")
+    result = call(data, file, "--max_steps=3", "--gpus=2", "--d_model=32")
+    assert result.returncode == 0, result.stderr
+    assert "does not use --max_steps, --gpus, --d_model" in result.stdout
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("key, owner", [
     ("method", "adapt.py"), ("metric", "eval.py"), ("max_steps", "train.py"),
     ("gpus", "train.py"), ("d_model", "train.py"), ("activation_checkpointing", "train.py")])

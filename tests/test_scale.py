@@ -286,6 +286,18 @@ def test_rank_0_says_for_whom_it_waits(capsys, monkeypatch):
     assert "[1, 2]" in line and "[1, 2]" in capsys.readouterr().err
 
 
+def no_compiler():
+    import scaling.machine
+    scaling.machine.can_compile = lambda: os.environ["RANK"] == "0"
+
+
+def test_no_rank_compiles_where_one_cannot(tmp_path, fifty):
+    codes, printed = forked_ranks(2, tmp_path / "log", train.main, fifty[1], "--max_steps=1",
+                                  f"--run_dir={tmp_path / 'run'}", "--compile=auto",
+                                  before=no_compiler)
+    assert codes == [0, 0] and "not compiled (no C++ compiler" in printed, printed
+
+
 # ---- A step that goes wrong ----------------------------------------------------------------------
 
 def poisoned(at, factor):

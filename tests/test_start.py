@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from conftest import ROOT, TINY, columns, contents_of, flip, rows, saved_steps, seal, steps
 
 import adapt
+import data
 import eval as evaluation
 import model
 import train
@@ -17,7 +19,7 @@ from corpus.stdlib import stdlib_document
 from corpus.tokenizer import train_bpe
 from eval import EvalConfig, evaluate_perplexity
 from support.files import UserError, disk_remedy, fsync
-from support.models import open_model
+from support.models import open_base, open_model
 
 pytestmark = [pytest.mark.usefixtures("one_thread"),
               pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
@@ -113,6 +115,30 @@ def test_what_goes_on_from_a_run_keeps_its_tokenizer(grown, call, refused, optio
     else:  # the manifest of the steps before has another name
         sha256 = json.loads(before["manifest.json"])["sha256"]
         assert Path(f"run/manifest-{sha256[:12]}.json").read_bytes() == before["manifest.json"]
+
+
+def test_what_an_older_step_was_taken_on_is_still_known(grown, call, refused):
+    """trace shows that step's documents, find says what it does not search; and where the data is
+    lost, the command that is named builds it again, with the run's tokenizer."""
+    def traced(step):
+        result = call(data, "trace", "run", f"--step={step}")
+        return result.stdout if result.returncode == 0 else result.stderr
+    before = traced(30)
+    assert call(train, "--resume=run", "--max_steps=62", "--accept_changes").returncode == 0
+    assert traced(30) == before
+    assert "more" in traced(61) + traced(62) and "more" not in before
+    found = call(data, "find", "run", "--doc=web3").stdout
+    assert "steps 1 to 60 were taken on other data" in found and "of steps 61 to 62" in found
+    assert call(train, "--resume=run", "--max_steps=64", "--batch_size=4",
+                "--accept_changes").returncode == 0
+    assert traced(30) == before and traced(61) != traced(63)
+    results = call(evaluation, "run").stdout
+    shutil.rmtree("data")
+    line = refused(call(evaluation, "run"), "run/config.json --tokenizer=run/tokenizer.json")
+    command = re.search(r"python data.py (\S+ \S+)", line)[1].split()
+    assert call(data, *command).returncode == 0
+    assert call(evaluation, "run").stdout == results
+    assert "restore" in traced(30)  # that data cannot be built again
 
 
 @pytest.mark.parametrize("is_old", [False, True])
@@ -358,6 +384,16 @@ def test_a_checkpoint_that_cannot_be_written_says_what_failed(copied, call, refu
     line = refused(call(train, f"--resume={copied}", "--max_steps=21"), "step000021",
                    os.strerror(errno.EIO))
     assert "space" not in line
+
+
+def test_a_base_is_the_network_of_its_step(copied, call):
+    """rope_theta has no tensor: RUN/config.json has the newest one, and each step its own."""
+    words = [f"--resume={copied}", "--max_steps=21", "--rope_theta=500", "--accept_changes"]
+    assert call(train, *words).returncode == 0
+    thetas = [open_base(copied / step, "size").model_config.rope_theta
+              for step in ("step000020", "step000021")]
+    assert thetas == [10000.0, 500.0]
+    assert open_base(copied, "size").model_config.rope_theta == 500.0
 
 
 # ---- Runs of other code --------------------------------------------------------------------------

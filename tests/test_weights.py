@@ -14,6 +14,8 @@ from test_model import ONE_B, SEVEN_B
 import model as m
 import support.weights
 from corpus.tokenizer import Tokenizer, train_bpe
+from data import render_chat
+from support.hf_tokenizer import CHAT_TEMPLATE
 from support.official import official_config
 from support.weights import load_model, save_hf
 
@@ -113,6 +115,101 @@ def test_what_config_json_may_say(tmp_path, changes, ours):
     assert load_model(hf_directory(tmp_path / "hf", **changes)).config == small_config(**ours)
 
 
+@pytest.mark.parametrize("changes, ours", [
+    # transformers' own ways to say nothing at all
+    (dict(num_key_value_heads=None), {}), (dict(num_key_value_heads=...), {}),
+    (dict(rope_scaling=dict(rope_type="default")), {}),
+    (dict(rope_scaling=dict(type="default")), {}),
+    (dict(rope_scaling=None, rope_parameters=...), {}),
+    (dict(rope_parameters=dict(rope_theta=700.0, rope_type="default", partial_rotary_factor=1.0),
+          rope_theta=...), dict(rope_theta=700.0)),
+    (dict(attention_bias=None, clip_qkv=None, sliding_window=None, quantization_config=None), {}),
+    (dict(head_dim=16, layer_types=["full_attention"] * 2, mlp_bias=False, pruned_heads={}), {}),
+    (dict(tie_word_embeddings=None), {}),
+    # the ids: one, a list of them, or none
+    (dict(eos_token_id=[49]), {}), (dict(eos_token_id=[49, 3]), {}),
+    (dict(eos_token_id=None), {}),  # then generation_config.json has it
+    (dict(pad_token_id=None), dict(pad_token_id=49)),  # no tokenizer says better
+    (dict(pad_token_id=...), dict(pad_token_id=49)),
+    (dict(pad_token_id=49), dict(pad_token_id=49))])
+def test_valid_directories_are_read(tmp_path, changes, ours, capsys):
+    assert load_model(hf_directory(tmp_path / "hf", **changes)).config == small_config(**ours)
+    assert ("[3]" in capsys.readouterr().out) == (changes.get("eos_token_id") == [49, 3])
+
+
+@pytest.mark.parametrize("changes, fixed", [
+    (dict(eos_token_id=[3, 299]), {}), (dict(eos_token_id=None), {}), (dict(eos_token_id=...), {}),
+    (dict(pad_token_id=None), {}), (dict(pad_token_id=299), {})])
+def test_what_config_json_leaves_open_the_tokenizer_says(tmp_path, tokenizer, changes, fixed):
+    pytest.importorskip("safetensors")
+    save_hf(random_model(**IDS), tmp_path / "one", tokenizer)
+    config = json.loads((tmp_path / "one/config.json").read_text()) | changes
+    config = {key: value for key, value in config.items() if value is not ...}
+    (tmp_path / "one/config.json").write_text(json.dumps(config))
+    (tmp_path / "one/generation_config.json").unlink()
+    assert load_model(tmp_path / "one").config == small_config(**IDS)
+
+
+HF_OLMO = {"model_type": "hf_olmo", "d_model": 32, "n_heads": 2, "n_layers": 2, "vocab_size": 50}
+
+
+@pytest.mark.parametrize("config, words", [
+    (HF_OLMO, ["hf_olmo", "-hf"]), ({**HF_OLMO, "model_type": "olmo"}, ["hf_olmo", "-hf"]),
+    (dict(quantization_config={"load_in_4bit": True}), ["quantization_config"]),
+    (dict(head_dim=8), ["head_dim=8"]), (dict(layer_types=["sliding_attention"]), ["layer_types"]),
+    (dict(mlp_bias=True), ["mlp_bias"]), (dict(partial_rotary_factor=0.5), ["partial_rotary"]),
+    (dict(rope_parameters=["default"]), ["rope_parameters"]),
+    (dict(rope_scaling={"type": "linear", "factor": 2.0}), ["rope_scaling", "linear"]),
+    (dict(rope_theta="1e4", rope_parameters=...), ["rope_theta"]),
+    (dict(rope_theta=0, rope_parameters=...), ["rope_theta=0"]),
+    (dict(rope_theta=500.0), ["rope_theta=500.0", "10000.0"]),  # two that differ
+    (dict(tie_word_embeddings="false"), ["tie_word_embeddings"]),
+    (dict(unpadded_vocab_size=65), ["unpadded_vocab_size=65"]),
+    (dict(vocab_size=True), ["vocab_size"]),
+    (dict(eos_token_id=[49, -1]), ["eos_token_id=-1"]), (dict(pad_token_id="1"), ["pad_token_id"]),
+    (dict(eos_token_id=7), ["generation_config.json", "eos_token_id", "49", "7"]),
+    (dict(hidden_size=10**30), ["model.embed_tokens.weight"]),
+    (dict(num_hidden_layers=10**12), ["1,000,000,000,000"]),
+    (dict(vocab_size=10**15, unpadded_vocab_size=...), ["model.embed_tokens.weight"]),
+    (dict(num_attention_heads=0, num_key_value_heads=...), ["config.json", "n_heads=0"])])
+def test_what_changes_the_model_is_refused_by_name(tmp_path, config, words):
+    path = hf_directory(tmp_path / "hf", **config)
+    if "d_model" in config:
+        (path / "config.json").write_text(json.dumps(config))
+    refused(path, str(path), *words)
+
+
+@pytest.mark.parametrize("content, words", [
+    ("[1, 2]", ["list"]), ('{"model_type": "ol', ["JSON"]), ("", ["JSON"]),
+    (b"\xff\xfe{\x00", ["config.json"])])
+def test_a_damaged_config_json_is_named(tmp_path, content, words):
+    file = hf_directory(tmp_path / "hf") / "config.json"
+    file.write_bytes(content.encode() if isinstance(content, str) else content)
+    refused(tmp_path / "hf", str(file), *words)
+
+
+@pytest.mark.parametrize("index, words", [
+    ({}, ["weight_map"]), ({"weight_map": []}, ["weight_map"]),
+    ({"weight_map": {}}, ["weight_map"]),
+    ({"weight_map": {"model.embed_tokens.weight": "../other.safetensors"}}, ["other.safetensors"]),
+    ({"weight_map": {"model.embed_tokens.weight": None}}, ["None"])])
+def test_a_damaged_index_is_named(tmp_path, index, words):
+    path = hf_directory(tmp_path / "hf")
+    (path / "model.safetensors").rename(tmp_path / "other.safetensors")
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(path, str(path), *words)
+
+
+def test_weights_of_integers_are_no_weights(tmp_path):
+    """Quantised ones came in as if their integers were the weights."""
+    name = "transformer.blocks.0.ff_out.weight"
+    tensors = {name: torch.ones(32, 40, dtype=torch.int8)}
+    refused(official_directory(tmp_path / "official", tensors=tensors), name, "int8")
+    name = "model.layers.0.mlp.up_proj.weight"
+    refused(hf_directory(tmp_path / "hf", tensors={name: torch.ones(40, 32, dtype=torch.int8)}),
+            name, "I8")
+
+
 def test_a_damaged_safetensors_file_is_named(tmp_path):
     file = hf_directory(tmp_path / "hf") / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
@@ -149,6 +246,40 @@ def test_a_tokenizer_travels_with_the_model(transformers, tokenizer, tmp_path):
     ours = Tokenizer.load(tokenizer)
     assert theirs(f"{text}<|endoftext|>")["input_ids"] == [*ours.encode(text), 299]
     assert (theirs.eos_token_id, theirs.pad_token_id) == (299, 298)
+
+
+def test_a_batch_of_prompts_is_answered_as_each_alone(transformers, tokenizer, tmp_path):
+    """With padding behind them, the shorter of three went on after the padding."""
+    # without padding rows, which transformers may choose
+    model = random_model(**IDS | {"embedding_size": 300}, scale=3.0)
+    save_hf(model, tmp_path / "hf", tokenizer)
+    hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    prompts = ["the lazy dog sleeps again", "fox", "the quick"]
+    batch = theirs(prompts, return_tensors="pt", padding=True)
+    together = hf.generate(**batch, max_new_tokens=12, do_sample=False)[:, -12:]
+    for prompt, answer in zip(prompts, together, strict=True):
+        alone = hf.generate(**theirs(prompt, return_tensors="pt"), max_new_tokens=12,
+                            do_sample=False)[0]
+        assert torch.equal(alone[-12:], answer)
+        [ours] = m.generate(model, [Tokenizer.load(tokenizer).encode(prompt)], 12)
+        assert ours == answer.tolist()
+
+
+def test_transformers_trains_on_what_render_chat_trains_on(transformers, tokenizer, tmp_path):
+    """Its mask of the assistant's tokens is ours, the EOS after each answer included."""
+    save_hf(random_model(**IDS), tmp_path / "hf", tokenizer, CHAT_TEMPLATE)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    ours = Tokenizer.load(tokenizer)
+    said = [("system", "be brief"), ("user", " the dog "), ("assistant", "\n sleeps, e\u0301! "),
+            ("user", "日本"), ("assistant", "x"), ("user", "again"), ("assistant", "the fox")]
+    messages = [{"role": role, "content": content} for role, content in said]
+    for chat in (messages, messages[1:], messages[:3], messages[:2], messages[:4]):
+        found = theirs.apply_chat_template(chat, return_assistant_tokens_mask=True,
+                                           return_dict=True)
+        ids, trained = render_chat(chat, ours)
+        assert found["input_ids"] == ids
+        assert found["assistant_masks"] == [int(value) for value in trained]
 
 
 @pytest.mark.parametrize("tokenizer", ["{damaged", '{"added_tokens": []}'])
@@ -241,7 +372,10 @@ OPTIONAL = ("alibi", "attention_layer_norm", "multi_query_attention", "block_typ
     (dict(mlp_hidden_size=32), dict(mlp_hidden_size="null", mlp_ratio=2)),
     (dict(mlp_hidden_size=32), dict(mlp_hidden_size=..., mlp_ratio=2)),
     (dict(weight_tying=True), dict(weight_tying="true")),  # no head in the file
-    (dict(weight_tying=True), dict(weight_tying=...))])
+    (dict(weight_tying=True), dict(weight_tying=...)),
+    # YAML's other spellings of the same
+    (dict(), dict(weight_tying="False", rope="True", include_bias="FALSE", clip_qkv="~",
+                  block_type="'sequential'", activation_type='"swiglu"'))])
 def test_an_official_checkpoint_loads_bit_for_bit(tmp_path, ours, settings):
     model = random_model(**ours)
     loaded = load_model(official_directory(tmp_path / "official", model, **settings))
@@ -262,8 +396,8 @@ def test_the_released_shapes_are_read_from_their_official_yaml(tmp_path):
 
 
 @pytest.mark.parametrize("name, tensor, fault", [
-    ("blocks.1.ff_proj.weight", ..., "missing blocks.1.mlp.ff_proj.weight"),
-    ("ff_out.weight", ..., "missing lm_head.weight"),
+    ("blocks.1.ff_proj.weight", ..., "missing transformer.blocks.1.ff_proj.weight"),
+    ("ff_out.weight", ..., "missing transformer.ff_out.weight"),
     ("attn_norm.weight", torch.ones(32), "unexpected transformer.attn_norm.weight"),
     ("blocks.1.att_proj.weight", torch.ones(96, 31), "att_proj.weight has shape (96, 31)")])
 def test_misfitting_official_tensors_are_named(tmp_path, name, tensor, fault):
@@ -285,6 +419,21 @@ def test_an_official_setting_that_olmo_1_does_not_have_is_refused(tmp_path, key,
     file.write_text(official_yaml(**{key: value}))
     faulty = "wide" if value == "wide" else key
     assert {str(file), faulty} <= set(re.split(r": | |'", refusal(official_config, file)))
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(n_layers=10**12), ["1,000,000,000,000"]), (dict(n_heads=0), ["config.yaml", "n_heads"]),
+    (dict(d_model=10**30), ["transformer.wte.weight"]),
+    (dict(embedding_size=40), ["config.yaml", "embedding_size"]),
+    (dict(eos_token_id=64), ["config.yaml", "eos_token_id"])])
+def test_sizes_that_cannot_be_are_named(tmp_path, changes, words):
+    refused(official_directory(tmp_path / "official", **changes), str(tmp_path), *words)
+
+
+def test_an_official_yaml_that_is_no_text_is_named(tmp_path):
+    file = official_directory(tmp_path / "official") / "config.yaml"
+    file.write_bytes(b"\xff\xfem\x00")
+    refused(tmp_path / "official", str(file))
 
 
 def test_an_official_yaml_without_a_model_is_refused(tmp_path):
@@ -322,6 +471,55 @@ def test_export_writes_what_transformers_loads(transformers, tmp_path, call):
     with torch.no_grad():
         assert difference(hf(tokens).logits, model(tokens)) < 1e-5
     assert [path.name for path in out.parent.iterdir()] == ["hf"]
+
+
+def test_a_broken_transformers_is_one_line(tmp_path, monkeypatch):
+    """Its lazy import raises RuntimeError for a torch that it does not fit."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("safetensors")
+
+    class Broken:
+        @staticmethod
+        def from_pretrained(*args, **options):
+            raise RuntimeError("Failed to import transformers.models.olmo.modeling_olmo because "
+                               "of the following error:\nno module named torch.x")
+    monkeypatch.setattr(transformers, "OlmoForCausalLM", Broken)
+    line = refusal(save_hf, random_model(), tmp_path / "hf")
+    assert "transformers" in line and "torch.x" in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_export_without_transformers_says_that_nothing_was_compared(tmp_path, monkeypatch, call):
+    pytest.importorskip("safetensors")
+    step = write_step(tmp_path / "run/step000001")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "not compared" in call(m, "export", step, tmp_path / "hf").stdout
+
+
+def test_an_export_is_on_the_disk_before_it_has_its_name(tmp_path, tokenizer, monkeypatch):
+    """And what lies beside it, even under a likely name, is left alone."""
+    pytest.importorskip("safetensors")
+    (tmp_path / "hf.tmp").mkdir()
+    synced = []
+
+    def fsync(path):
+        assert path == tmp_path or not (tmp_path / "hf").exists()
+        synced.append(path.name)
+    monkeypatch.setattr(support.weights, "fsync", fsync)
+    save_hf(random_model(**IDS), tmp_path / "hf", tokenizer)
+    assert {file.name for file in (tmp_path / "hf").iterdir()} < set(synced)
+    assert synced[-1] == tmp_path.name and (tmp_path / "hf.tmp").is_dir()
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    pytest.importorskip("safetensors.torch")
+    import safetensors.torch
+
+    def full(*args, **options):
+        raise safetensors.SafetensorError("Error while serializing: No space left on device")
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    assert "No space" in refusal(save_hf, random_model(), tmp_path / "hf")
+    assert not list(tmp_path.iterdir())
 
 
 def test_export_touches_no_directory_that_holds_something(tmp_path, call, monkeypatch):
