@@ -17,6 +17,7 @@ import math
 from dataclasses import dataclass
 from support.files import UserError, run_main  # before torch: Ctrl-C is quiet from here
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -442,7 +443,7 @@ def generate_stream(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, 
     check_sampling(config, prompts, temperature, top_p)
     B = len(prompts)
     T = max(map(len, prompts))
-    numbers = numbers or range(B)
+    streams = [stream_of(seed, number) for number in numbers or range(B)]
     # The shortest prompt has the most room: it may grow until it has max_seq_len ids.
     room = config.max_seq_len - min(map(len, prompts))
     capacity = T + min(max_new_tokens, room)
@@ -458,10 +459,9 @@ def generate_stream(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, 
         logits = model(tokens, attn_mask=attn_mask, cache=cache, positions_wanted=last)  # (B, V)
         # The padding rows of the embedding are no ids: they are never chosen.
         logits = logits[:, :config.vocab_size].float().cpu()
-        new_ids = length - T  # so many came before, whatever the padding
+        new_ids = length - T  # so many came before
         check_logits(logits, new_ids)  # a NaN would be the likeliest
-        draws = [uniform(seed, number, new_ids) for number in numbers]
-        chosen = sync(choose_next(logits, temperature, top_p, draws))
+        chosen = sync(choose_next(logits, temperature, top_p, streams))
         yield {row: chosen[row] for row in sorted(running)}
         # A finished row is still computed; its new ids are ignored.
         for row in sorted(running):
@@ -511,28 +511,27 @@ def padded_mask(visible, start):
     return (causal & visible[:, None, None, :]) | itself
 
 
-def uniform(seed, number, position):
-    """The draw, in [0, 1), at a position of stream (seed, number); a hash: no two streams meet."""
-    digest = hashlib.sha256(f"{seed} {number} {position}".encode()).digest()
-    return int.from_bytes(digest[:3], "big") / 2**24
-
-
-def choose_next(logits, temperature, top_p, draws):
-    """One id a row of float32 `logits` (B, V); draws: a number in [0, 1) for each row."""
+def choose_next(logits, temperature, top_p, streams):
+    """One id a row of float32 `logits` (B, V); row i draws from the generator streams[i]."""
     if temperature == 0:
         return logits.argmax(-1).tolist()
     # Shifted first, as a large logit over a small temperature overflows.
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
-    probs, ids = logits.softmax(-1).sort(descending=True, stable=True)
-    mass = probs.cumsum(-1)
-    # The nucleus: an id belongs to it if the likelier ones together stay below top_p.
-    nucleus_size = (mass - probs < top_p).sum(-1, keepdim=True)
-    nucleus_mass = mass.gather(1, nucleus_size - 1)
-    # Each id owns a slice of [0, nucleus_mass) as wide as its probability. A uniform random number
-    # chooses the id whose slice it falls into.
-    place = (mass <= torch.tensor(draws)[:, None] * nucleus_mass).sum(-1, keepdim=True)
-    place = torch.minimum(place, nucleus_size - 1)  # a draw may round up to nucleus_mass
-    return ids.gather(1, place).squeeze(1).tolist()
+    probs = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
+    if top_p < 1:
+        # The nucleus: an id belongs to it if the likelier ones together stay below top_p.
+        ordered, ids = probs.sort(descending=True, stable=True)
+        is_outside = ordered.cumsum(-1) - ordered >= top_p
+        probs = torch.zeros_like(probs).scatter(1, ids, ordered.masked_fill(is_outside, 0))
+    # A race: each id waits for a random time, at the rate of its probability, and the first wins.
+    # Among slices of [0, 1) all would move with each rounding of a logit; here only near ties do.
+    waits = [stream.standard_exponential(logits.shape[-1]) for stream in streams]
+    return (probs / torch.from_numpy(np.stack(waits))).argmax(-1).tolist()
+
+
+def stream_of(seed, number):
+    """The random stream of prompt `number`; by a hash, so that no two (seed, number) share one."""
+    digest = hashlib.sha256(f"{seed} {number}".encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest, "big"))
 
 
 # ---- The command ---------------------------------------------------------------------------------

@@ -209,7 +209,7 @@ def evaluation_texts(path):
 
     A request gives its prompt with the answer, and each string in its raw `doc`.
     """
-    for record in read_records(path, "", Counter()):
+    for record in read_records(path):
         entry = parse(record)
         if isinstance(entry, dict) and isinstance(entry.get("request"), dict):
             request = entry["request"]

@@ -3,6 +3,7 @@
 import hashlib
 import sys
 from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,10 +25,11 @@ def read_documents(path, source, counts=None):
     together or not at all. `counts`, a Counter, receives how much was repaired or skipped.
     Raises UserError with file and line for input that cannot be read.
     """
-    if counts is None:
-        counts = Counter()
+    notes = Counter() if counts is None else counts
     for record in read_records(path, source, counts):
-        yield as_document(record, source, counts)
+        yield as_document(record, source, notes)
+    if counts is None:
+        print_once(path, notes)
 
 
 class Record(NamedTuple):
@@ -38,9 +40,11 @@ class Record(NamedTuple):
     content: bytes | dict  # a line of JSON, a text file, or an embedded document (finished)
 
 
-def read_records(path, source, counts, allow_truncated=False, progress=False, separator=""):
+def read_records(path, source="", counts=None, allow_truncated=False, progress=False,
+                 separator=""):
     """Yield the Records of a source.
 
+    counts: a Counter of what is not read, for the caller to show; None prints it here.
     allow_truncated: read a .gz file that is cut off as far as it goes, warn and count it.
     progress: show a bar of the bytes read. separator: cuts a text file into documents.
     """
@@ -49,7 +53,10 @@ def read_records(path, source, counts, allow_truncated=False, progress=False, se
             yield Record("", 0, "", document)
         return
     root = Path(path)
-    files = input_files(root, counts)
+    notes = Counter() if counts is None else counts
+    files = input_files(root, notes)
+    if counts is None:
+        print_once(path, notes)
     if separator and all(file.name.endswith(JSON_SUFFIXES) for file in files):
         raise UserError(f"{root}: separator={separator!r} cuts text files, and none is there; "
                         "leave it out")
@@ -78,7 +85,7 @@ def read_records(path, source, counts, allow_truncated=False, progress=False, se
             except Truncated as error:
                 if not allow_truncated:
                     raise
-                counts["files cut off"] += 1
+                notes["files cut off"] += 1
                 warn(str(error))
 
 
@@ -139,8 +146,8 @@ def why_no_text(entry, text_key):
         return f"{message}: chats and prompts are read by adapt.py, not as documents"
     if "request" in entry:
         return f"{message}: a task is read by eval.py --suite=PATH, not as documents"
-    return (f"{message}; name the one that holds the text: --sources='{{\"NAME\": {{\"path\": "
-            "PATH, \"text\": KEY}}'")
+    return (f"{message}; rename the one that holds the text, or name it in `sources`: "
+            '{"path": PATH, "text": KEY}')
 
 
 def without_surrogates(text):
@@ -164,6 +171,17 @@ def is_held_out(document, eval_share):
 def size_of(text):
     """UTF-8 bytes of a text."""
     return len(text) if text.isascii() else len(text.encode())
+
+
+def print_once(path, counts):
+    """Print what was repaired or not read at `path`, each line once in this process."""
+    for what, n in (+counts).items():
+        print_line(f"{path}: {n:,} {what}")
+
+
+@lru_cache  # a line that was printed is not printed again
+def print_line(line):
+    tqdm.write(line)
 
 
 def warn(message):

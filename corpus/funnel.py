@@ -60,7 +60,8 @@ class Funnel:
     def bad_line(self, message, place):
         """Count a line of input that is no document; `message` begins with its place."""
         self.counts["bad lines"] += 1
-        reason = re.split(r"[;(]", message.removeprefix(f"{place}: "))[0].strip()
+        message_alone = message.removeprefix(place.rpartition(":")[0])  # the line may be another
+        reason = re.split(r"[;(]", re.sub(r"^:\d+: ", "", message_alone))[0].strip()
         self.bad_reasons[reason] += 1
         if len(self.bad_lines) < EXAMPLES:
             self.bad_lines.append(message)

@@ -3,6 +3,8 @@
 import random
 from functools import lru_cache
 
+from tqdm import tqdm
+
 from corpus.documents import is_held_out
 from corpus.stdlib import stdlib_documents
 
@@ -102,4 +104,5 @@ def leaked_docstrings(eval_share):
                 _, docstring = document["text"].split("\n\n", 1)
                 held_out[document["id"]] = squeeze(docstring)
     training = b"\n".join(training)
-    return {name for name, docstring in held_out.items() if docstring in training}
+    bar = tqdm(held_out.items(), desc="looking for copies of held-out docstrings", leave=False)
+    return {name for name, docstring in bar if docstring in training}

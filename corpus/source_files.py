@@ -174,8 +174,8 @@ def check_kind(file, line):
         return
     for mark, name in SIGNATURES.items():
         if head.startswith(mark):
-            raise UserError(f"{file}: not lines of JSON but {name}; give it the right ending or "
-                            f"convert it; {remedy_for([])}")
+            raise UserError(f"{file}: not lines of JSON but {name}; "
+                            + (f"rename it to {file.name}.gz" if name == "gzip" else "convert it"))
     # JSON over several lines, or a list of all the objects
     value = line.removeprefix(b"\xef\xbb\xbf").strip()
     if value == b"{":

@@ -8,6 +8,8 @@ import sysconfig
 from functools import lru_cache
 from pathlib import Path
 
+from tqdm import tqdm
+
 from support.files import UserError
 
 # Not library text: tests, vendored packages, tables of characters, and pydoc_data, whose topics are
@@ -48,7 +50,8 @@ def stdlib_modules():
     """[(module, file, text, [(line, heading, docstring)])] of the library's modules."""
     root = Path(sysconfig.get_path("stdlib"))
     modules = []
-    for path in sorted(root.rglob("*.py")):
+    paths = sorted(root.rglob("*.py"))
+    for path in tqdm(paths, desc="reading Python's library", unit="file", leave=False):
         file = path.relative_to(root)
         if STDLIB_SKIPS & set(file.parts) or file.name.startswith("_sysconfigdata"):
             continue

@@ -25,7 +25,7 @@ from support.talk import ANSWER_BATCH, open_assistant, paths_and_options
 OF_AN_ANSWER = ("output", "ended", "error")
 
 # How a sampled text was drawn. A file of another sampler is not continued: it would mix the two.
-SAMPLER = "sha256(seed, row, token)"
+SAMPLER = "race of stream sha256(seed, row)"
 
 
 # ---- Held-out prompts ----------------------------------------------------------------------------

@@ -140,7 +140,7 @@ def open_suite(word, config, held_out):
 def suite_at(word, config):
     """The Suite of a path: a task for each request file, or one domain of documents."""
     path = Path(word)
-    first = next(read_records(path, "", Counter()), None)  # tells which of the two it is
+    first = next(read_records(path), None)  # tells which of the two it is
     entry = parse(first) if first else {"text": ""}
     if not isinstance(entry, dict) or not {"text", "request"} & entry.keys():
         raise UserError(f"{first.place}: neither a document, {{\"text\": text}}, nor a request; "
@@ -168,7 +168,7 @@ def documents_at(path, name, field=""):
     if not field:
         return {name: read_documents(path, name)}
     parts = {}
-    for record in read_records(path, name, Counter()):
+    for record in read_records(path):
         entry = parse(record)
         document = as_document(record, name, Counter())
         part = entry.get(field, document["metadata"].get(field))
@@ -207,7 +207,7 @@ def read_task(file, config):
     REQUEST tells its fields. Raises UserError with file and line for what does not fit.
     """
     rows = {}  # {doc_id: (choices, labels)}
-    for record in read_records(file, "", Counter()):
+    for record in read_records(file):
         entry = parse(record)
         try:
             request = entry["request"]

@@ -55,7 +55,7 @@ def decoded(content, place):
     line = int(line) + content.count(b"\n", 0, begin)
     remedy = "convert the file to UTF-8"
     if found.startswith("UTF"):
-        remedy += f", such as by: iconv -f {found[:6]} -t UTF-8 OLD > NEW"
+        remedy += f", such as by: iconv -f {found.split()[0]} -t UTF-8 OLD > NEW"
     raise UserError(f"{file}:{line}: not UTF-8 but {found}; {remedy}")
 
 
@@ -65,9 +65,10 @@ def other_encoding(head):
         if name.startswith("UTF") and head.startswith(mark):
             return name
     # without a mark: in UTF-16 every other byte of a Western text is 0, and only every other one
-    fewer, more = sorted((head[0::2].count(0), head[1::2].count(0)))
-    if more > max(1, len(head) / 6) and fewer < more / 4:
-        return "UTF-16 without a byte-order mark"
+    even = head[0::2].count(0)
+    odd = head[1::2].count(0)
+    if max(even, odd) > max(1, len(head) / 6) and min(even, odd) < max(even, odd) / 4:
+        return ("UTF-16LE" if odd > even else "UTF-16BE") + " without a byte-order mark"
     return None
 
 
@@ -101,7 +102,8 @@ def parsed_json(content, place, remedy="correct or delete the line"):
         raise UserError(f"{file}:{int(line) + error.lineno - 1}: not JSON ({error.msg}, "
                         f"character {error.colno}); {remedy}") from None
     except ValueError as error:  # a key that is there twice, a number of 5,000 digits
-        raise UserError(f"{place}: not JSON that can be read ({error}); {remedy}") from None
+        reason = str(error).partition(";")[0]
+        raise UserError(f"{place}: not JSON that can be read ({reason}); {remedy}") from None
     return value
 
 

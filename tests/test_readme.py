@@ -176,7 +176,7 @@ def test_the_shown_sources_load(tmp_path):
     [block] = blocks("python")
     (tmp_path / "config.py").write_text(block)
     [config] = load_config([str(tmp_path / "config.py")], DataConfig)
-    assert len(config.parse_sources()) == 3 and config.decontaminate and config.bloom_items
+    assert len(config.parse_sources()) == 5 and config.decontaminate and config.bloom_items
 
 
 # ---- Names ---------------------------------------------------------------------------------------

@@ -1,0 +1,398 @@
+"""What data.py reads and what it leaves out: folders and links, encodings, JSON, large texts, and
+built data that may only be read. Nothing is left out without a count or an error."""
+
+import ctypes
+import gzip
+import json
+import os
+import sys
+import tracemalloc
+from collections import Counter
+
+import numpy as np
+import pytest
+from conftest import data_config, kept_documents, manifest_of, official_order, refusal, write_jsonl
+
+import data
+from corpus.dedup import evaluation_texts
+from corpus.documents import read_documents, read_records
+from corpus.source_files import CHUNK_BYTES, input_files
+from corpus.storage import DocumentWriter, mapped_order, read_block
+from data import build_data
+from support.files import UserError, read_json
+from support.text import decoded, parsed_json
+
+
+def texts_at(path, **options):
+    """[(provenance, text)] of a source, and what was not read of it."""
+    counts = Counter()
+    documents = read_documents(path, "main", counts)
+    found = [(each["metadata"]["provenance"], each["text"]) for each in documents]
+    return found, dict(+counts)
+
+
+def build(folder, **source):
+    """A build of one source with a tokenizer of 284 ids; {} is the manifest's entry of it."""
+    config = data_config(folder, sources={"main": source}, tokenizer="bpe:284")
+    return build_data(config)
+
+
+# ---- Folders and links ---------------------------------------------------------------------------
+
+def test_links_are_followed_and_each_file_is_read_once(tmp_path):
+    """80 documents, not 50: in files and folders behind links, and no circle without an end."""
+    real = tmp_path / "real"
+    write_jsonl(real / "a.jsonl", [{"text": f"a {i}"} for i in range(50)])
+    write_jsonl(tmp_path / "other" / "b.jsonl", [{"text": f"b {i}"} for i in range(20)])
+    write_jsonl(tmp_path / "file.jsonl", [{"text": f"c {i}"} for i in range(10)])
+    (real / "linked").symlink_to("../other")
+    (real / "c.jsonl").symlink_to(tmp_path / "file.jsonl")
+    (real / "0 again.jsonl").symlink_to("a.jsonl")  # sorted before the file that it leads to
+    (real / "deep").mkdir()
+    (real / "deep" / "up").symlink_to("../..")
+    (real / "loop").symlink_to(".")
+    (tmp_path / "other" / "back").symlink_to(real)
+    (real / "self.jsonl").symlink_to("self.jsonl")
+    (real / "gone.jsonl").symlink_to("nowhere")
+    (tmp_path / "source").symlink_to(real)  # the source itself may be a link
+    for root in (real, tmp_path / "source"):
+        found, counts = texts_at(root)
+        assert [text for _, text in found] == [
+            *(f"a {i}" for i in range(50)), *(f"c {i}" for i in range(10)),
+            *(f"b {i}" for i in range(20))]
+        assert found[0][0] == "a.jsonl:1" and found[-1][0] == "linked/b.jsonl:20"
+        assert counts == {"links not followed: broken": 2,
+                          "links not followed: to a folder above them": 2,
+                          "links not followed: what they lead to is read already": 2}
+
+
+def test_what_is_not_read_is_counted_by_reason_and_printed(tmp_path, call):
+    home = tmp_path / "in"
+    write_jsonl(home / "a.jsonl", [{"text": f"words of text {i}"} for i in range(30)])
+    for name in (".hidden.jsonl", ".git/x.py", "b.parquet", "c.parquet", "d.csv.gz", "none",
+                 "e.1", "e.2", "e.3", "deep/._a.jsonl"):
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_bytes(b"x")
+    (home / "empty.jsonl").write_bytes(b"")
+    os.mkfifo(home / "pipe.jsonl")
+    result = call(data, f"--data_dir={tmp_path / 'built'}", "--tokenizer=bpe:284", "--workers=1",
+                  f"--sources={ {'main': str(home)} }")
+    [folder] = [file.parent for file in (tmp_path / "built").glob("*/manifest.json")]
+    notes = manifest_of(folder)["sources"]["main"]["notes"]
+    assert notes == {
+        "files and folders not read: hidden": 3, "files not read: empty": 1,
+        "files not read: .parquet": 2, "files not read: .csv.gz": 1, "files not read: .1": 1,
+        "files not read: .2": 1, "files not read: .3": 1,
+        "files not read: other endings": 1, "files not read: pipes, sockets or devices": 1}
+    assert result.returncode == 0
+    for reason, n in notes.items():
+        assert f"main: {n} {reason}" in result.stdout
+
+
+@pytest.mark.parametrize("name, remedy", [
+    ("x.parquet", "read_parquet"), ("x.json", "jq"), ("x.jsonl.zst", "zstd -d"), ("x", ""),
+    ("x.csv", "read_csv"), (".x.jsonl", "hidden"), ("x.txt.gz", "gunzip"), ("empty.jsonl", "")])
+def test_a_folder_of_other_files_is_refused_with_what_it_holds(tmp_path, name, remedy):
+    """At every door: a source, an evaluation set, a contamination set."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / name).write_bytes(b"" if name == "empty.jsonl" else b"x")
+    for read in (read_documents, evaluation_texts, lambda path, *_: read_records(path)):
+        message = refusal(list, read(*[tmp_path / "in", "main"][:read.__code__.co_argcount]))
+        assert message.startswith(f"{tmp_path / 'in'}: ") and remedy in message
+
+
+def test_evaluation_data_says_what_is_not_read(tmp_path, capsys):
+    write_jsonl(tmp_path / "in" / "a.jsonl", [{"text": "x"}])
+    (tmp_path / "in" / "b.pdf").write_bytes(b"x")
+    for _ in range(2):  # once is enough
+        assert list(evaluation_texts(tmp_path / "in")) == ["x"]
+    assert capsys.readouterr().out.count(f"{tmp_path / 'in'}: 1 files not read: .pdf") == 1
+
+
+def test_a_pipe_a_broken_link_and_a_file_that_changes_are_refused_by_name(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("pipe.jsonl", "link"):
+        assert str(tmp_path / name) in refusal(input_files, tmp_path / name, Counter())
+    file = tmp_path / "a.jsonl"
+    write_jsonl(file, [{"text": str(i)} for i in range(10)])
+    records = read_records(file)
+    next(records)
+    with open(file, "a") as out:
+        out.write('{"text": "one more"}\n')
+    assert f"{file}: " in refusal(list, records)
+    file.unlink()
+    assert str(file) in refusal(list, read_records(file))
+
+
+# ---- Encodings -----------------------------------------------------------------------------------
+
+PRICE = '{"text": "costs \u20ac5"}\r\n'
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_utf_16_is_an_error_that_names_it_and_never_other_letters(tmp_path, name, encoding):
+    content = (PRICE * 30).encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    message = refusal(list, read_documents(tmp_path / name, "main"))
+    assert message.startswith(f"{tmp_path / name}:1: ") and encoding[:6].upper() in message
+    config = data_config(tmp_path, sources={"main": str(tmp_path / name)})
+    assert encoding[:6].upper() in refusal(build_data, config)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt"])
+def test_a_byte_order_mark_is_no_text_and_line_ends_may_be_windows(tmp_path, name):
+    content = (PRICE * 2).encode("utf-8-sig")
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    wanted = [PRICE * 2] if name == "a.txt" else ["costs \u20ac5"] * 2
+    assert [text for _, text in texts_at(tmp_path / name)[0]] == wanted
+
+
+def test_another_encoding_is_named_with_file_and_line(tmp_path):
+    (tmp_path / "a.txt").write_bytes("one\ntwo\ncaf\xe9".encode("latin-1"))
+    message = refusal(list, read_documents(tmp_path / "a.txt", "main"))
+    assert message.startswith(f"{tmp_path / 'a.txt'}:3: ") and "0xe9" in message
+    for content, kind in ((b"\x1f\x8b\x08\xff", "gzip"), (b"\x28\xb5\x2f\xfd", "zstd")):
+        assert kind in refusal(decoded, content, "f:1")
+    (tmp_path / "b.jsonl").write_bytes(gzip.compress(b'{"text": "x"}\n'))
+    assert "b.jsonl.gz" in refusal(list, read_documents(tmp_path / "b.jsonl", "main"))
+    for text in ("", "a\0b", "x" * 50 + "\0" * 50, "\ufeff", "日本"):
+        assert decoded(text.encode(), "f:1") == text.removeprefix("\ufeff")
+
+
+def test_a_token_list_and_a_tokenizer_are_read_alike(tmp_path):
+    for name, key in (("list.txt", "token_files"), ("tokenizer.json", "tokenizer")):
+        (tmp_path / name).write_bytes("x".encode("utf-16"))
+        config = data_config(tmp_path, **{key: str(tmp_path / name)},
+                             sources={"main": write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}])})
+        assert f"{tmp_path / name}:1: not UTF-8 but UTF-16" in refusal(build_data, config)
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert read_json(tmp_path / "a.json") == {"a": 1}
+
+
+# ---- JSON ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("content, place, words", [
+    (b'{"a": 1, "b": 2, "a": 3}', ":1: ", "'a'"), (b'{"x": {"a": 1, "a": 1}}', ":1: ", "'a'"),
+    (b'{"a": ' * 300 + b"1" + b"}" * 300, ":1: ", "200 levels"), (b"[" * 10**5, ":1: ", "200"),
+    (b"9" * 5000, ":1: ", "digits"), (b'{"a":\n\n x}', ":3: ", ""), (b'{"a": 1\n', ":1: ", ""),
+    (b'{"a": "\0"}', ":1: ", ""), (b"\0" * 99, ":1: ", ""), (b"", ":1: ", "")])
+def test_json_that_json_loads_would_bend_or_die_of_is_refused_with_its_line(content, place, words):
+    message = refusal(parsed_json, content, "f:1")
+    assert message.startswith(f"f{place}") and words in message
+
+
+def test_json_of_many_brackets_and_large_numbers_is_read():
+    value = {"text": "[{" * 500, "n": [10**4000, 1e300, -0.0], "deep": None}
+    for _ in range(150):
+        value["deep"] = [value["deep"]]
+    assert parsed_json(json.dumps(value).encode(), "f:1") == value
+
+
+@pytest.mark.parametrize("rows, words", [
+    ([{"content": "x", "url": "u"}], ["keys are content, url", '"text": KEY']),
+    ([{"text": None}], ["text is null"]), ([{"prompt": "x"}], ["adapt.py"]),
+    ([{"request": {}}], ["--suite"]), ([{}], ["none at all"]), ([["x"]], ["a list", "jq"])])
+def test_a_source_without_documents_says_what_its_rows_hold(tmp_path, rows, words):
+    file = write_jsonl(tmp_path / "a.jsonl", rows * 30)
+    message = refusal(build, tmp_path, path=file)
+    for word in (f"sources: main: {file}: ", "30 lines", f"{file}:1: ", *words):
+        assert word in message
+
+
+@pytest.mark.parametrize("value, way", [({"text": "x", "list": [1, 2]}, "jq -c ."),
+                                        ([{"text": "x"}, {"text": "y"}], "jq -c '.[]'")])
+def test_pretty_printed_json_is_one_error_not_one_a_line(tmp_path, value, way, capsys):
+    file = tmp_path / "a.jsonl"
+    file.write_text("\n" + json.dumps(value, indent=2))
+    message = refusal(build, tmp_path, path=str(file))
+    assert message.startswith(f"{file}:1: ") and way in message
+    assert "left out" not in capsys.readouterr().err
+
+
+def test_text_may_lie_under_another_key(tmp_path):
+    file = write_jsonl(tmp_path / "a.jsonl", [{"content": f"one {i}", "text": 1} for i in range(9)])
+    (tmp_path / "b.txt").write_text("a text file has no keys")
+    folder = build(tmp_path, path=str(tmp_path), text="content")
+    texts = [document["text"] for document in kept_documents(folder)]
+    assert texts == [*(f"one {i}" for i in range(9)), "a text file has no keys"]
+    assert "text is a number" in refusal(build, tmp_path, path=file)
+
+
+def test_many_bad_rows_are_ten_examples_and_a_summary(tmp_path, capsys):
+    lines = ["{}\n", "junk\n", '{"text": "words"}\n', '{"text": null}\n'] * 3000
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    folder = build(tmp_path, path=str(tmp_path / "a.jsonl"))
+    counts = manifest_of(folder)["sources"]["main"]
+    assert capsys.readouterr().err.count("left out: ") == len(counts["bad_lines"]) == 10
+    assert counts["bad lines"] == 9000 and counts["documents"] == 3000
+    assert counts["bad_reasons"] == {"no key text": 3000, "not JSON": 3000,
+                                     "text is null, not a string": 3000}
+
+
+# ---- Nothing left, nothing held out --------------------------------------------------------------
+
+def test_all_held_out_all_dropped_and_an_empty_file_are_different_errors(tmp_path):
+    file = write_jsonl(tmp_path / "a.jsonl", [{"text": "some words"}] * 4)
+    config = data_config(tmp_path, sources={"main": file}, eval_share=1.0)
+    assert "all of its 4 documents are held out" in refusal(build_data, config)
+    message = refusal(build, tmp_path, path=file, rules="gopher_word_count document")
+    assert "gopher_word_count 4" in message and "document " not in message.split("dropped by")[1]
+    (tmp_path / "a.jsonl").write_text("\n\n")
+    assert "holds no document" in refusal(build, tmp_path, path=file)
+
+
+def test_a_build_of_one_document_says_that_it_holds_nothing_out(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("one document of some words")
+    for share, said in ((0.001, True), (0.0, False)):
+        config = data_config(tmp_path, sources={"main": str(tmp_path / "a.txt")}, eval_share=share,
+                             tokenizer="bpe:284")
+        data.print_table(build_data(config))
+        assert ("main: nothing is held out" in capsys.readouterr().out) == said
+
+
+# ---- Large texts ---------------------------------------------------------------------------------
+
+STORY = "Once upon a time.\r\n\nThe end.\n"
+EOT = "<|endoftext|>"
+
+
+def test_a_separator_cuts_a_text_into_documents_with_their_lines(tmp_path):
+    """A blank part is none; a byte-order mark is no text; other files keep their documents."""
+    content = EOT.join([STORY, "\n" + STORY, " \n", "", "last"])
+    (tmp_path / "a.txt").write_text("\ufeff" + content, newline="")
+    write_jsonl(tmp_path / "b.jsonl", [{"text": f"x{EOT}y"}])
+    found = [(record.line, record.content) for record in read_records(tmp_path, separator=EOT)]
+    assert [line for line, _ in found] == [1, 5, 9, 1]
+    assert found[2][1] == b"last" and found[3][1] == f'{{"text": "x{EOT}y"}}\n'.encode()
+    assert "separator" in refusal(list, read_records(tmp_path / "b.jsonl", separator=EOT))
+    folder = build(tmp_path, path=str(tmp_path), separator=EOT)
+    assert [row["text"] for row in kept_documents(folder)] == [STORY, "\n" + STORY, "last",
+                                                               f"x{EOT}y"]
+
+
+def test_a_separator_may_lie_across_the_end_of_what_is_read_at_a_time(tmp_path):
+    for shift in range(len(EOT) + 2):
+        first = "a" * (CHUNK_BYTES - shift)
+        (tmp_path / "a.txt").write_text(f"{first}{EOT}b{EOT}")
+        parts = [record.content for record in read_records(tmp_path / "a.txt", separator=EOT)]
+        assert parts == [first.encode(), b"b"]
+
+
+def test_a_text_that_holds_many_eos_is_said_to_be_one_document(tmp_path):
+    (tmp_path / "a.txt").write_text(f"{STORY}{EOT}\n" * 20)
+    folder = build(tmp_path, path=str(tmp_path / "a.txt"))
+    [note] = manifest_of(folder)["sources"]["main"]["notes"]
+    assert f'separator="{EOT}"' in note
+    assert manifest_of(folder)["sources"]["main"]["documents"] == 1
+
+
+def test_streaming_a_cut_text_takes_memory_of_a_document_not_of_the_file(tmp_path):
+    part = (STORY * 300 + EOT).encode()
+    (tmp_path / "a.txt").write_bytes(part * 1500)  # 13 MB
+    tracemalloc.start()
+    n = sum(1 for _ in read_records(tmp_path / "a.txt", separator=EOT))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert n == 1500 and peak < 5 * CHUNK_BYTES
+
+
+def test_a_large_block_is_read_back_in_linear_time(tmp_path):
+    """Each part of it is copied a few times, not once for each part that follows."""
+    writer = DocumentWriter(tmp_path, "main")
+    text = np.random.Generator(np.random.PCG64(0)).bytes(6_000_000).hex()
+    writer.add({"text": text})
+    writer.close()
+    tracemalloc.start()
+    [line] = read_block(tmp_path, "main", 0, 0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert json.loads(line)["text"] == text and peak < 4 * len(text)
+
+
+def test_the_tokenizers_sample_of_one_long_document_has_a_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "BPE_SAMPLE_CHARS", 1000)
+    file = write_jsonl(tmp_path / "a.jsonl", [{"text": "some words " * 9999}, {"text": "not read"}])
+    folder = build(tmp_path, path=file)
+    assert [len(text) for text in data.sample_texts({"main": folder})] == [1000]
+
+
+# ---- Data that may only be read ------------------------------------------------------------------
+
+@pytest.fixture
+def plain_user():
+    """Takes root's right to write everywhere from this thread: a mode of 0555 then holds."""
+    if os.geteuid():
+        yield
+        return
+    if sys.platform != "linux":
+        pytest.skip("needs Linux's capabilities, or another user than root")
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3; this thread
+    before = (ctypes.c_uint32 * 6)()
+    assert libc.capget(header, before) == 0
+    less = (ctypes.c_uint32 * 6)(*before)
+    less[0] &= ~0b110  # effective: without CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
+    assert libc.capset(header, less) == 0
+    yield
+    assert libc.capset(header, before) == 0
+
+
+def set_modes(folder, directory, file):
+    for path in (*folder.rglob("*"), folder):
+        path.chmod(directory if path.is_dir() else file)
+
+
+@pytest.fixture
+def read_only(tmp_path, plain_user):
+    """Makes a folder read-only until the test ends."""
+    made = []
+
+    def make(folder):
+        made.append(folder)
+        set_modes(folder, 0o555, 0o444)
+        with pytest.raises(PermissionError):
+            (folder / "new").write_text("x")
+        return folder
+    yield make
+    for folder in made:
+        set_modes(folder, 0o755, 0o644)
+
+
+def test_built_data_that_may_only_be_read_serves_a_run(tmp_path, tiny_config, call, read_only):
+    """Its config builds nothing, its order is in memory, and trace reads both data and run."""
+    import eval as evaluation
+    import train
+    shared = tmp_path / "shared"
+    config = tiny_config(tmp_path / "run", data_dir=str(shared), max_steps=3)
+    assert call(data, config).returncode == 0
+    read_only(shared)
+    for command in ((data, config), (train, config), (evaluation, tmp_path / "run"),
+                    (data, "trace", tmp_path / "run", "--step=2")):
+        result = call(*command)
+        assert result.returncode == 0, result.stdout + result.stderr
+    read_only(tmp_path / "run")
+    assert "step 2" in call(data, "trace", tmp_path / "run", "--step=2").stdout
+
+
+def test_an_order_is_the_same_where_it_cannot_be_written(tmp_path, read_only):
+    def make():
+        return data.instance_order(50, 7, 0)
+    (tmp_path / "order").mkdir()
+    order = mapped_order(read_only(tmp_path / "order") / "order.bin", make, 50)
+    assert order.tolist() == official_order(50, 7, 0).tolist() and order.dtype == np.uint32
+    assert list((tmp_path / "order").iterdir()) == []
+
+
+def test_a_file_or_folder_without_the_right_to_read_it_is_named(tmp_path, plain_user):
+    file = tmp_path / "in" / "a.jsonl"
+    write_jsonl(file, [{"text": "x"}])
+    write_jsonl(tmp_path / "in" / "closed" / "b.jsonl", [{"text": "y"}])
+    (tmp_path / "in" / "closed").chmod(0)
+    found, counts = texts_at(tmp_path / "in")
+    assert len(found) == 1 and counts == {"folders not read: no right to read them": 1}
+    file.chmod(0)
+    with pytest.raises(UserError, match=f"{file}: "):
+        list(read_documents(tmp_path / "in", "main"))
+    (tmp_path / "in" / "closed").chmod(0o755)
