@@ -36,7 +36,7 @@ from support.progress import titled, watched
 from support.records import bits_per_byte, dtype_name, evaluation_key, pooled
 from support.report import report
 from support.scoring import length_batches, own_batches, padded, score_requests
-from support.tasks import documents_at
+from support.suites import documents_at
 
 
 # ---- Configuration -------------------------------------------------------------------------------

@@ -32,8 +32,9 @@ from support.records import (bits_per_byte, domains_table, evaluation_key, tasks
                              verdict_on)
 from support.measured import Evaluations, read_evaluations, read_metrics
 from support.report import Panel, drawing, last_results, svg, task_panels
-from support.tasks import (METRICS, PALOMA, PAPER_METRIC, Question, Suite, Task, mmlu,
-                           open_suites, packaged_task, primary_metric, read_task)
+from support.suites import PALOMA, Suite, open_suites
+from support.tasks import (METRICS, PAPER_METRIC, Question, Task, mmlu, packaged_task,
+                           primary_metric, read_task)
 from support import scoring
 from support.weights import load_model, save_hf
 
@@ -516,6 +517,35 @@ def test_a_faulty_suite_is_named(request_file, tmp_path):
     assert read_task(plain, evaluation.EvalConfig()).metric == "acc_raw"
 
 
+def test_some_unconditional_requests_are_an_error(request_file, tmp_path):
+    """The rows that are there would be ignored: doc_id 1,000,007 is missing alone."""
+    rows = [row for row in rows_of_file(request_file) if row["doc_id"] != 1_000_007]
+    path = write_jsonl(tmp_path / "some.jsonl", rows)
+    said = refusal(read_task, Path(path), evaluation.EvalConfig())
+    assert "some.jsonl" in said and "1 of 40 questions" in said and "1,000,000" in said
+
+
+def test_a_domain_without_documents_is_named(run, call, refused, tmp_path, capsys):
+    """A file is an error. A source of the run that holds nothing out is said, and the rest goes on.
+    """
+    path = write_jsonl(tmp_path / "none.jsonl", [{"text": "one"}])
+    Path(path).write_text("\n")
+    refused(call(evaluation, run, f"--suite={path}"), "none.jsonl", "no document")
+    open_suites(evaluation.EvalConfig(), lambda: {"web": Path(path)})
+    assert "web holds no document out" in capsys.readouterr().out
+
+
+def test_mmlu_that_is_damaged_is_named(tmp_path):
+    """Cut off, and gone."""
+    ipc = pytest.importorskip("pyarrow").ipc
+    assert ipc
+    file = tmp_path / "dev" / "data-00000-of-00001.arrow"
+    assert str(file) in refusal(tasks_module.mmlu_rows, tmp_path, "dev")
+    file.parent.mkdir()
+    file.write_bytes(b"\xff\xff\xff\xff\x00")
+    assert str(file) in refusal(tasks_module.mmlu_rows, tmp_path, "dev")
+
+
 def test_the_metric_beside_a_file_is_taken_if_it_is_one_of_choices(tmp_path):
     for metric, wanted in (("acc_per_char", "acc_per_char"), ("logits_per_byte", "acc_raw"),
                            ("acc_uncond", "acc_raw")):
@@ -882,7 +912,7 @@ def test_every_checkpoint_is_evaluated_once(run, call, request_file, tmp_path):
     assert [row["of"]["limit"] for row in newer] == [10, 10]  # which domains do not know
 
 
-def test_every_checkpoint_goes_on_past_a_damaged_step(run, call, request_file, tmp_path):
+def test_every_checkpoint_goes_on_past_a_damaged_step(run, call, refused, request_file, tmp_path):
     run = shutil.copytree(run, tmp_path / "run")
     file = next((run / "step000015").glob("*.distcp"))
     file.write_bytes(file.read_bytes()[:-1])
@@ -890,6 +920,8 @@ def test_every_checkpoint_goes_on_past_a_damaged_step(run, call, request_file, t
     assert result.returncode == 0 and "step000015" in result.stderr
     assert [row["step"] for row in log_rows(run, "eval.jsonl")] == [30, 30]
     assert str(run / "eval.jsonl") in result.stdout
+    (run / "step000030" / "state.json").write_text("{}")
+    refused(call(evaluation, run, "--every_checkpoint"), "none of its 2 steps")
 
 
 @pytest.mark.parametrize("change", [
