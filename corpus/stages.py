@@ -40,7 +40,8 @@ STAGE_FILES = {
               "corpus/questions.py", "corpus/rules.py", "corpus/source_files.py",
               "corpus/sources.py", "corpus/stages.py", "corpus/stdlib.py", "corpus/storage.py",
               "corpus/tokenizer.py", "support/text.py"),
-    "tokens": ("data.py", "corpus/stages.py", "corpus/storage.py", "corpus/tokenizer.py"),
+    "tokens": ("data.py", "corpus/bpe.py", "corpus/stages.py", "corpus/storage.py",
+               "corpus/tokenizer.py"),
     "mix": ("data.py", "corpus/manifest.py", "corpus/storage.py"),
     "token files": ("corpus/storage.py", "corpus/token_files.py", "corpus/tokenizer.py"),
 }

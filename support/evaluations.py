@@ -11,7 +11,7 @@ from corpus.documents import warn
 from corpus.trace import held_out_of
 from scaling.checkpoint import run_of, step_directories
 from support.files import UserError
-from support.models import open_model
+from support.models import check_description, open_model
 from support.records import (domains_table, evaluation_key, keys_recorded, record, sample_key,
                              tasks_table, verdict_on)
 from support.suites import open_suites
@@ -47,6 +47,7 @@ def check_paths(verb, paths):
 def evaluate_path(path, config, evaluate):
     """Evaluate one model on the suites of the config."""
     run = run_of(path)
+    check_description(path)  # a directory that is no OLMo says so before it lacks a suite
     # Before the model, as every file is read once: a faulty one shows now.
     suites = open_suites(config, lambda: held_out_of(run))
     model, tokenizer, state = open_model(path, config)

@@ -87,7 +87,7 @@ def test_many_faults_are_ten_examples_and_counts_by_reason(tmp_path, capsys):
 # ---- Other forms ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("check, row, words", [
-    (checked_chat, A_CHAT, ["messages is missing", "a list of 2"]),
+    (checked_chat, A_CHAT, ["messages is missing", "a list", '{"messages": [...]}']),
     (checked_chat, {"conversations": [{"from": "human", "value": "q"}], "id": 1},
      ["messages is missing", "conversations, id", '"from" to role']),
     (checked_chat, {"messages": [{"from": "human", "value": "q"}]},
@@ -104,7 +104,7 @@ def test_many_faults_are_ten_examples_and_counts_by_reason(tmp_path, capsys):
      ["prompt is missing", "question, chosen, rejected"]),
     (checked_request, {"question": "q"}, ["prompt", "are: question", "rename it to prompt"]),
     (checked_request, {"custom_id": 1, "body": {}}, ["prompt", "custom_id, body"]),
-    (checked_request, "q", ["prompt", "str"]), (checked_request, [], ["prompt", "a list of 0"]),
+    (checked_request, "q", ["prompt", "a string"]), (checked_request, [], ["prompt", "a list"]),
     (checked_request, {"prompt": None}, ["prompt: NoneType"])])
 def test_a_row_of_another_form_is_told_what_it_holds_and_what_to_do(check, row, words):
     message = refusal(check, row, "file:3")

