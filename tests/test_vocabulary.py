@@ -15,7 +15,8 @@ import adapt
 import eval as evaluation
 import model as m
 import train
-from corpus.tokenizer import EOS, PAD, SPACE_RUNS, Tokenizer, train_bpe
+from corpus.bpe import train_bpe
+from corpus.tokenizer import EOS, PAD, SPACE_RUNS, Tokenizer
 from data import render_chat
 from support.weights import load_model, save_hf
 

@@ -14,7 +14,8 @@ from test_model import ONE_B, SEVEN_B
 import model as m
 import support.files
 import support.weights
-from corpus.tokenizer import Tokenizer, train_bpe
+from corpus.bpe import train_bpe
+from corpus.tokenizer import Tokenizer
 from data import render_chat
 from support.hf_tokenizer import CHAT_TEMPLATE
 from support.official import official_config
