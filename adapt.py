@@ -44,8 +44,8 @@ from support.models import fill_weights, open_base
 from support.packing import best_fit
 from support.reference import reference_log_probs
 from support.rows import read_examples, sequences_of
+from support.suites import open_suites
 from support.talk import chat
-from support.tasks import open_suites
 from support.tuned import (ShowOptions, check_adapt_config, check_not_base, checked_argv,
                            choose_rows, fingerprint_of, held_out_of_base, print_results, print_run,
                            show_examples)

@@ -36,7 +36,7 @@ from scaling.ranks import (agree_on_machine, launched, on_all_ranks, on_rank0, r
 from scaling.run import Run, deadline_after
 from scaling.sharding import full_tensor, own_part, shard_model, sync_gradients
 from scaling.start import data_for_run
-from support.tasks import check_suites, open_suites
+from support.suites import check_suites, open_suites
 from support.vocabulary import open_tokenizer
 
 # ---- Configuration -------------------------------------------------------------------------------
