@@ -12,11 +12,12 @@ from support.files import UserError
 RULE_SETS = {
     "gopher": " ".join(rule for rule in RULES if rule.startswith("gopher")),
     "c4": "c4_punctuation c4_short_lines c4_document",
-    "code": " ".join(rule for rule in RULES if rule.startswith("code")),
-    # what Dolma does with its sources (arXiv 2402.00159)
+    # what Dolma v1.6 does with its sources: the toolkit's configs/dolma-v1_6/mixing at 669f534
+    "code": " ".join(rule for rule in RULES if rule.startswith("code"))
+            + " repeated_tokens document",
     "web": "language c4_punctuation gopher repeated_tokens content pii url document paragraph",
-    "books": "language min_words",
-    "wiki": "language min_words",
+    "books": "language min_words repeated_tokens",
+    "wiki": "min_words repeated_tokens",  # its dump is of one language already
 }
 
 

@@ -39,7 +39,7 @@ STAGE_FILES = {
     "clean": ("data.py", "corpus/dedup.py", "corpus/documents.py", "corpus/funnel.py",
               "corpus/questions.py", "corpus/rules.py", "corpus/source_files.py",
               "corpus/sources.py", "corpus/stages.py", "corpus/stdlib.py", "corpus/storage.py",
-              "corpus/tokenizer.py", "support/text.py"),
+              "corpus/tokenizer.py", "corpus/words.py", "support/text.py"),
     "tokens": ("data.py", "corpus/bpe.py", "corpus/stages.py", "corpus/storage.py",
                "corpus/tokenizer.py"),
     "mix": ("data.py", "corpus/manifest.py", "corpus/storage.py"),
