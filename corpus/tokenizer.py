@@ -86,7 +86,7 @@ class Tokenizer:
             return cls(read_json(path), path)
         except UserError:
             raise
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise UserError(f"{path}: cannot be read as a tokenizer.json ({error!r}); restore it, "
                             "or name another tokenizer") from None
 
@@ -179,6 +179,7 @@ ANATOMY = {
     "added tokens that take in neighbours": [],
     "added tokens with which another begins": [],
     "runs of spaces that are not normalized": [],
+    "ids that are none": [],
     "ids without a token": [],
     "bytes without a token": [],
     "decoder type": "ByteLevel",
@@ -233,8 +234,10 @@ def anatomy_of(spec):
             if other != one and other.startswith(one) and one not in SPACE_RUNS],
         "runs of spaces that are not normalized": [
             run for run in SPACE_RUNS if run in added and not added[run].get("normalized")],
+        "ids that are none": [i for i in ids if type(i) is not int or i < 0][:3],
         # a model may choose any id below the largest
-        "ids without a token": sorted(set(range(max(ids) + 1)) - set(ids))[:5],
+        "ids without a token": list(itertools.islice(
+            itertools.filterfalse(set(ids).__contains__, range(max(ids) + 1)), 3)),
         "bytes without a token": [byte for byte, character in byte_characters().items()
                                   if character not in vocab and byte not in NOT_IN_UTF_8],
         "decoder type": spec["decoder"]["type"],

@@ -17,7 +17,7 @@ from model import ModelConfig, OLMo
 from scaling.checkpoint import (check_model_keys, check_tensors, newest_step, read_step, run_of,
                                 verify_step)
 from support import finite
-from support.files import UserError, fsync, read_json, write_json
+from support.files import UserError, fsync, fsync_all, read_json, write_json
 from support.hf_config import config_to_hf, end_ids, is_hf, read_hf_config
 from support.hf_tokenizer import (CHAT_TEMPLATE, chat_template_of, check_tokenizer_config,
                                   write_tokenizer)
@@ -259,8 +259,7 @@ def save_hf(model, out, tokenizer=None, chat_template=None):
             write_tokenizer(Path(tokenizer), aside, model.config, chat_template)
         was_compared = compare_with_transformers(model, aside, out)
         # a power cut must not leave a directory whose files are empty
-        for file in (*aside.iterdir(), aside):
-            fsync(file)
+        fsync_all(aside)
         aside.replace(out)  # an empty directory gives way
         fsync(out.parent)
     except (OSError, safetensors.SafetensorError) as error:

@@ -15,7 +15,8 @@ import adapt
 import eval as evaluation
 import model as m
 import train
-from corpus.tokenizer import EOS, PAD, SPACE_RUNS, Tokenizer, train_bpe
+from corpus.bpe import train_bpe
+from corpus.tokenizer import EOS, PAD, SPACE_RUNS, Tokenizer
 from data import render_chat
 from support.weights import load_model, save_hf
 
@@ -287,8 +288,8 @@ def test_added_chat_tokens_are_read_as_hf_reads_them(tmp_path, tokenizer, normal
         assert result.returncode == (door == "plain"), (door, result.stderr)
 
 
-def hole(spec):
-    spec["added_tokens"][-1]["id"] = 310
+def hole(spec, number=310):
+    spec["added_tokens"][-1]["id"] = number
 
 
 def lose_a_byte(spec):
@@ -297,7 +298,8 @@ def lose_a_byte(spec):
 
 
 @pytest.mark.parametrize("change, part", [
-    (hole, "ids without a token"),
+    (hole, "ids without a token"), (lambda spec: hole(spec, 10**15), "ids without a token"),
+    (lambda spec: hole(spec, -1), "ids that are none"),
     (lambda spec: add_tokens(spec, "<a>", "<a>b"), "added tokens with which another begins"),
     (lambda spec: spec.update(decoder={"type": "WordPiece"}), "decoder type"),
     (lose_a_byte, "bytes without a token"),
@@ -313,7 +315,8 @@ def test_a_tokenizer_that_would_be_read_wrongly_is_refused(tmp_path, tokenizer, 
 @pytest.mark.parametrize("change, words", [
     ({"add_bos_token": True}, ["add_bos_token"]), ({"add_eos_token": True}, ["add_eos_token"]),
     ({"add_prefix_space": True}, ["add_prefix_space"]),
-    ({"added_tokens_decoder": {"300": {"content": "<new>"}}}, ["added_tokens_decoder", "300"])])
+    ({"added_tokens_decoder": {"300": {"content": "<new>"}}}, ["added_tokens_decoder", "300"]),
+    ({"added_tokens_decoder": ["<new>"]}, ["added_tokens_decoder"])])
 def test_settings_that_add_ids_are_refused_by_name(tmp_path, tokenizer, change, words, opened,
                                                    refused):
     path = hf_directory(tmp_path / "hf", tokenizer)

@@ -12,8 +12,10 @@ from test_checkpoint import refused, write_step
 from test_model import ONE_B, SEVEN_B
 
 import model as m
+import support.files
 import support.weights
-from corpus.tokenizer import Tokenizer, train_bpe
+from corpus.bpe import train_bpe
+from corpus.tokenizer import Tokenizer
 from data import render_chat
 from support.hf_tokenizer import CHAT_TEMPLATE
 from support.official import official_config
@@ -505,6 +507,7 @@ def test_an_export_is_on_the_disk_before_it_has_its_name(tmp_path, tokenizer, mo
     def fsync(path):
         assert path == tmp_path or not (tmp_path / "hf").exists()
         synced.append(path.name)
+    monkeypatch.setattr(support.files, "fsync", fsync)
     monkeypatch.setattr(support.weights, "fsync", fsync)
     save_hf(random_model(**IDS), tmp_path / "hf", tokenizer)
     assert {file.name for file in (tmp_path / "hf").iterdir()} < set(synced)
