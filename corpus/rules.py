@@ -213,9 +213,9 @@ WORD_OR_MARKS = re.compile(r"\w+|[^\w\s]+")
 def code_extension(page):
     """Drops files of data rather than code, by their extension (Dolma, on The Stack).
 
-    # DIFFERS FROM OLMo: of Dolma's rules for code, RedPajama's are here; StarCoder's (XML templates,
-    HTML with little visible text, the share of comments) and the search for secrets are not. They
-    need parsers that Python lacks: pygments, BeautifulSoup, detect-secrets.
+    # DIFFERS FROM OLMo: of Dolma's rules for code, RedPajama's are here. StarCoder's are not (XML
+    templates, HTML with little visible text, share of comments), nor is the search for secrets:
+    they need parsers that Python lacks (pygments, BeautifulSoup, detect-secrets).
     """
     metadata = page.document["metadata"]
     path = Path(str(metadata.get("path", page.document["id"])))
