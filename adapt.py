@@ -16,13 +16,13 @@ Paper: OLMo (arXiv 2402.00838), section 4.3, which follows Tulu 2 and Open Instr
 commands.
 """
 
+from support.files import UserError, run_main  # first: Ctrl-C is quiet from here on
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal, NamedTuple
-from support.files import UserError, run_main  # before torch: Ctrl-C is quiet from here
 
 import numpy as np
 import torch
@@ -44,8 +44,8 @@ from support.models import fill_weights, open_base
 from support.packing import best_fit
 from support.reference import reference_log_probs
 from support.rows import read_examples, sequences_of
+from support.suites import open_suites
 from support.talk import chat
-from support.tasks import open_suites
 from support.tuned import (ShowOptions, check_adapt_config, check_not_base, checked_argv,
                            choose_rows, fingerprint_of, held_out_of_base, print_results, print_run,
                            show_examples)

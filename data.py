@@ -13,18 +13,19 @@ a step. `Batches` and its helpers follow `build_data`; the helpers of `build_dat
 in the order of its calls.
 """
 
+from support.files import UserError, read_json, run_main, write_json  # first: Ctrl-C
 import hashlib
 import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from support.files import UserError, read_json, run_main, write_json  # before torch
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from configs import load_config, setting
+from corpus.bpe import sample_texts, train_bpe
 from corpus.dedup import (decontaminate, deduplicate_source, evaluation_paragraphs,
                           evaluation_sets)
 from corpus.documents import as_document, is_held_out, read_records, size_of
@@ -35,10 +36,10 @@ from corpus.rules import CONTENT_SCORERS, LANGUAGE_SCORERS, RULES, Drop, filter_
 from corpus.sources import check_data_config, parse_sources
 from corpus.stages import Stages, build_once, in_batches, link_files, ordered_map, written_aside
 from corpus.storage import (DOCUMENT_INDEX, ShardWriter, blocks_of, hash_of_id, mapped_order,
-                            read_block, shards_of, store_documents, stored_documents, token_dtype,
-                            tokenizer_digest, vocabulary_of)
+                            read_block, shards_of, store_documents, token_dtype, tokenizer_digest,
+                            vocabulary_of)
 from corpus.token_files import write_token_list
-from corpus.tokenizer import BPE_SAMPLE_CHARS, Tokenizer, tokenizer_at, tokenizer_file, train_bpe
+from corpus.tokenizer import Tokenizer, tokenizer_at, tokenizer_file
 
 SHARD_TOKENS = 2**28  # a shard is closed before the document that would exceed this
 
@@ -406,18 +407,6 @@ def write_tokenizer(folder, config, clean):
     else:
         tokenizer = Tokenizer.load(tokenizer_file(config.tokenizer))
     tokenizer.save(folder / "tokenizer.json")
-
-
-def sample_texts(clean):
-    """Yield the first clean texts of each source, about BPE_SAMPLE_CHARS characters of each."""
-    for source, folder in clean.items():
-        room = BPE_SAMPLE_CHARS  # for each source: the largest would crowd out the others' words
-        for document in stored_documents(folder, source):
-            if room <= 0:
-                break
-            text = document["text"][:BPE_SAMPLE_CHARS]  # one may be longer than the sample
-            room -= len(text)
-            yield text
 
 
 def tokenise(source, clean, tokenizer, workers):

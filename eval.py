@@ -15,11 +15,11 @@ Paper: OLMo (arXiv 2402.00838), sections 2.4, 4.1 and 4.2; the method is that of
 2312.10523) for text and of Catwalk (arXiv 2312.10253) for tasks. `evaluate` tells the story.
 """
 
+from support.files import UserError, run_main  # first: Ctrl-C is quiet from here on
 import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
-from support.files import UserError, run_main  # before torch: Ctrl-C is quiet from here
 
 import torch
 
@@ -36,7 +36,7 @@ from support.progress import titled, watched
 from support.records import bits_per_byte, dtype_name, evaluation_key, pooled
 from support.report import report
 from support.scoring import length_batches, own_batches, padded, score_requests
-from support.tasks import documents_at
+from support.suites import documents_at
 
 
 # ---- Configuration -------------------------------------------------------------------------------
@@ -367,8 +367,8 @@ def values_to_rank(question, log_probs, token_counts, unconditional):
         ranked["acc_per_char"].append(log_probs[i] / max(1, len(continuation)))
     if unconditional:
         # How much likelier the question makes the answer: ln p(answer | question) - ln p(answer |
-        # "Answer:"), their pointwise mutual information. Official OLMo's later code divides the
-        # two, which ranks the other way round.
+        # "Answer:"), their pointwise mutual information.
+        # DIFFERS FROM OLMo: ai2-olmo-eval divides the two, which ranks the other way round.
         ranked["acc_uncond"] = [log_probs[i] - unconditional[i] for i in range(len(log_probs))]
     return ranked
 
@@ -382,6 +382,7 @@ def task_result(sums, metric):
     n = max(1, sums["questions"])
     has_choices = sums["by_guessing"] < sums["questions"]
     result = accuracies(sums, metric, n) if has_choices else {}
+    # DIFFERS FROM OLMo: ai2-olmo-eval takes the mean over the questions, not all bits / all bytes.
     gold = {"nats": sums["gold_nats"], "bytes": sums["gold_bytes"]}
     result["bits_per_byte"] = bits_per_byte(gold)
     result["greedy"] = sums["gold_greedy"] / n

@@ -9,13 +9,13 @@ Ctrl-C or SIGTERM ends the run after the current step, and saves it. Exit code 0
 finished; after any other code, run the same command again.
 """
 
+from support.files import UserError, run_main  # first: Ctrl-C is quiet from here on
 import math
 from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from typing import Literal
-from support.files import UserError, run_main  # before torch: Ctrl-C is quiet from here
 
 import torch
 
@@ -36,7 +36,7 @@ from scaling.ranks import (agree_on_machine, launched, on_all_ranks, on_rank0, r
 from scaling.run import Run, deadline_after
 from scaling.sharding import full_tensor, own_part, shard_model, sync_gradients
 from scaling.start import data_for_run
-from support.tasks import check_suites, open_suites
+from support.suites import check_suites, open_suites
 from support.vocabulary import open_tokenizer
 
 # ---- Configuration -------------------------------------------------------------------------------

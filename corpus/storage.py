@@ -10,7 +10,7 @@ import numpy as np
 
 from corpus.documents import size_of
 from corpus.funnel import why_nothing_is_left
-from support.files import UserError, file_sha256, read_json, to_json, write_json
+from support.files import UserError, file_sha256, fsync, read_json, to_json, write_json
 from support.lock import Lock
 
 BLOCK_BYTES = 2**16  # JSON lines compressed together: what is read to get at one document
@@ -193,6 +193,7 @@ def mapped_order(path, make, n):
                 if not is_there():
                     aside = path.with_name(path.name + ".tmp")
                     aside.write_bytes(make().tobytes())
+                    fsync(aside)  # a name promises a complete order, also after a power cut
                     aside.rename(path)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):

@@ -1,4 +1,4 @@
-"""OLMo's tokenizer on tiktoken, and the training of a new one by byte-pair encoding (BPE).
+"""OLMo's tokenizer on tiktoken.
 
 A tokenizer of OLMo's kind turns text into ids in four steps:
 
@@ -8,12 +8,10 @@ A tokenizer of OLMo's kind turns text into ids in four steps:
     4. merge the bytes of each piece, the pair with the least id first, until no pair is a token
 """
 
-import heapq
 import importlib.util
 import itertools
 import json
 import unicodedata
-from collections import Counter, defaultdict
 from functools import lru_cache
 from pathlib import Path
 
@@ -37,8 +35,6 @@ PATTERN = (r" ?\p{L}++| {2,24}|'(?:[sdmt]|ll|ve|re)| ?[^\s\p{L}\p{N}]++| ?\p{N}+
            r"|(?:(?!  )\s(?!\S))++|\s")
 
 WHITESPACE_LIMIT = 24 * 4166  # tiktoken fails on about 500,000 characters of unbroken whitespace
-
-BPE_SAMPLE_CHARS = 3_000_000  # of each source, to learn the merges from
 
 
 class Tokenizer:
@@ -90,7 +86,7 @@ class Tokenizer:
             return cls(read_json(path), path)
         except UserError:
             raise
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise UserError(f"{path}: cannot be read as a tokenizer.json ({error!r}); restore it, "
                             "or name another tokenizer") from None
 
@@ -183,6 +179,7 @@ ANATOMY = {
     "added tokens that take in neighbours": [],
     "added tokens with which another begins": [],
     "runs of spaces that are not normalized": [],
+    "ids that are none": [],
     "ids without a token": [],
     "bytes without a token": [],
     "decoder type": "ByteLevel",
@@ -237,132 +234,13 @@ def anatomy_of(spec):
             if other != one and other.startswith(one) and one not in SPACE_RUNS],
         "runs of spaces that are not normalized": [
             run for run in SPACE_RUNS if run in added and not added[run].get("normalized")],
+        "ids that are none": [i for i in ids if type(i) is not int or i < 0][:3],
         # a model may choose any id below the largest
-        "ids without a token": sorted(set(range(max(ids) + 1)) - set(ids))[:5],
+        "ids without a token": list(itertools.islice(
+            itertools.filterfalse(set(ids).__contains__, range(max(ids) + 1)), 3)),
         "bytes without a token": [byte for byte, character in byte_characters().items()
                                   if character not in vocab and byte not in NOT_IN_UTF_8],
         "decoder type": spec["decoder"]["type"],
-    }
-
-
-# ---- Training a new tokenizer --------------------------------------------------------------------
-
-def train_bpe(texts, vocab_size):
-    """Learn a Tokenizer of `vocab_size` ids: 256 bytes, merges, 23 runs of spaces, 5 added tokens.
-
-    The pair that occurs most often is merged first; ties go to the smaller pair of ids, so that the
-    result depends only on the texts, in any order. Raises UserError if they are too short for it.
-    """
-    added = [*SPACE_RUNS, *PII_MARKERS, PAD, EOS]
-    n_merges = vocab_size - 256 - len(added)
-    if n_merges < 0:
-        raise UserError(f"tokenizer=bpe:{vocab_size}: needs at least {256 + len(added)} ids")
-
-    # count the distinct pieces: merges never cross the border of a piece
-    pieces = Counter()
-    for text in texts:
-        pieces.update(regex.findall(PATTERN, unicodedata.normalize("NFC", text)))
-    for run in SPACE_RUNS:  # these are tokens already
-        pieces.pop(run, None)
-
-    merges = learn_merges(pieces, n_merges)
-    if len(merges) < n_merges:
-        possible = 256 + len(merges) + len(added)
-        raise UserError(f"tokenizer=bpe:{vocab_size}: the sources hold only enough text for "
-                        f"{possible} ids; lower it to bpe:{possible} or add text")
-    return Tokenizer(tokenizer_spec(merges, added))
-
-
-def learn_merges(words, n_merges):
-    """The merges [(left id, right id)], best first, of {word: count}; merge i makes id 256 + i.
-
-    The same as the textbook's loop (count all pairs, join the most frequent one everywhere), but a
-    merge visits only the words that hold its pair, and a heap finds the most frequent pair.
-    """
-    # spell each word as its bytes
-    counts = list(words.values())
-    spellings = [list(word.encode()) for word in words]
-
-    # count the pairs of neighbours, and note in which words each of them occurs
-    pair_counts = Counter()
-    words_with = defaultdict(set)
-    for i, spelling in enumerate(spellings):
-        for pair in itertools.pairwise(spelling):
-            pair_counts[pair] += counts[i]
-            words_with[pair].add(i)
-    heap = [(-count, pair) for pair, count in pair_counts.items()]
-    heapq.heapify(heap)
-
-    merges = []
-    while heap and len(merges) < n_merges:
-        # take the most frequent pair
-        count, pair = heapq.heappop(heap)
-        # subtle: entries of the heap are not updated; one whose count has changed is skipped
-        if -count != pair_counts[pair] or not count:
-            continue
-        new_id = 256 + len(merges)
-        merges.append(pair)
-
-        # join it in each word that holds it, and add up how that changes the counts of pairs
-        changes = Counter()
-        for i in words_with.pop(pair):
-            for neighbours in itertools.pairwise(spellings[i]):
-                changes[neighbours] -= counts[i]
-            spellings[i] = join_pair(spellings[i], pair, new_id)
-            for neighbours in itertools.pairwise(spellings[i]):
-                changes[neighbours] += counts[i]
-                words_with[neighbours].add(i)
-
-        # push the pairs whose counts have changed
-        for neighbours, change in changes.items():
-            if change:
-                pair_counts[neighbours] += change
-                heapq.heappush(heap, (-pair_counts[neighbours], neighbours))
-    return merges
-
-
-def join_pair(word, pair, new_id):
-    """`word`, a list of ids, with `new_id` for each `pair` in it, from left to right."""
-    joined = []
-    i = 0
-    while i < len(word):
-        if word[i] == pair[0] and i + 1 < len(word) and word[i + 1] == pair[1]:
-            joined.append(new_id)
-            i += 2
-        else:
-            joined.append(word[i])
-            i += 1
-    return joined
-
-
-def tokenizer_spec(merges, added):
-    """The content of a Hugging Face tokenizer.json with these merges and added tokens."""
-    characters = byte_characters()
-    names = [characters[byte] for byte in range(256)]
-    pairs = []
-    for left, right in merges:
-        pairs.append([names[left], names[right]])
-        names.append(names[left] + names[right])
-    added_tokens = []
-    for i, token in enumerate(added):
-        special = token in (EOS, PAD)
-        added_tokens.append({
-            "id": len(names) + i, "content": token, "single_word": False, "lstrip": False,
-            "rstrip": False, "normalized": not special, "special": special})
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-                  "use_regex": True}
-    return {
-        "version": "1.0", "truncation": None, "padding": None,
-        "added_tokens": added_tokens,
-        "normalizer": {"type": "NFC"},
-        "pre_tokenizer": byte_level,
-        "post_processor": None,
-        "decoder": byte_level,
-        "model": {"type": "BPE", "dropout": None, "unk_token": None, "fuse_unk": False,
-                  "continuing_subword_prefix": None, "end_of_word_suffix": None,
-                  "byte_fallback": False,
-                  "vocab": {name: rank for rank, name in enumerate(names)},
-                  "merges": pairs},
     }
 
 

@@ -18,10 +18,20 @@ import torch
 from model import count_parameters
 from support.files import UserError
 
-# GPU: (dense bf16 TFLOP/s, GiB, watts), from the makers' data sheets. torch sees an MI250X as two
-# devices; these are the numbers of one.
-GPUS = {"a100-40": (312, 40, 400), "a100": (312, 80, 400), "h100": (989, 80, 700),
-        "h200": (989, 141, 700), "mi250x": (191.5, 64, 280)}
+# GPU: (dense bf16 TFLOP/s with float32 sums, GiB, watts), from the makers' data sheets and, for
+# GeForce and RTX, NVIDIA's papers on GA102, Ada and Blackwell. Where a sheet has only the figure
+# with sparsity, half of it. torch sees an MI250 or MI250X as two devices; these are of one.
+GPUS = {"a100-40": (312, 40, 400), "a100": (312, 80, 400), "a100-pcie": (312, 80, 300),
+        "h100": (989, 80, 700), "h100-pcie": (756, 80, 350), "h100-nvl": (835, 94, 400),
+        "h200": (989, 141, 700), "b200": (2250, 180, 1000),
+        "a10": (125, 24, 150), "a30": (165, 24, 165), "a40": (149.7, 48, 300),
+        "l4": (121, 24, 72), "l40": (181, 48, 300), "l40s": (362, 48, 350),
+        "a6000": (154.8, 48, 300), "6000-ada": (364, 48, 300),
+        "3090": (71, 24, 350), "4090": (165.2, 24, 450), "5090": (209.5, 32, 575),
+        "mi250x": (191.5, 64, 280), "mi250": (181, 64, 280), "mi300x": (1307, 192, 750)}
+
+# Words of a device's name that make it another GPU, or a part of one.
+VARIANTS = {"pcie", "nvl", "laptop", "ti", "super", "d", "max", "mig"}
 
 
 # ---- What the forward runs on --------------------------------------------------------------------
@@ -161,11 +171,10 @@ def peak_flops(device):
     """The GPU's bf16 FLOP/s at best, or None for a device that is not in the table."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device).lower().replace(" ", "")
-    if "h100" in name and ("pcie" in name or "nvl" in name):
-        return None  # slower than the SXM board in the table
+    words = set(re.findall(r"[a-z0-9]+", torch.cuda.get_device_name(device).lower()))
     for gpu, (tflops, _, _) in GPUS.items():
-        if gpu in name:
+        key = set(gpu.split("-"))
+        if key <= words and not words & VARIANTS - key:
             return tflops * 1e12
     return None
 

@@ -23,8 +23,8 @@ class PlanConfig:
 
     plan: bool = setting(False, "Train nothing: print memory per GPU, tokens, days and energy.")
     gpus: int = setting(8, "How many GPUs.")
-    gpu: Literal["a100-40", "a100", "h100", "h200", "mi250x"] = setting(
-        "h100", "Which GPU; an MI250X counts as two, as torch sees it.")
+    gpu: Literal[*GPUS] = setting(
+        "h100", "Which GPU; an MI250 or MI250X counts as two, as torch sees it.")
     assumed_mfu: float = setting(0.4, "Share of the GPU's peak FLOP/s; others report 0.4 to 0.5.")
 
     def __post_init__(self):

@@ -16,6 +16,7 @@ from scaling.sharding import evaluating
 from support.chats import checked_request
 from support.cpu import packed_weights
 from support.fields import require
+from support.files import to_json, without_nan
 from support.models import open_base
 from support.progress import watched
 from support.rows import Faults, checked_rows, listed
@@ -77,7 +78,7 @@ def generate_answers(argv):
             found = answers_of(model, tokenizer, prompts[begin:end], options, begin)
             for row, answer in zip(rows[begin:end], found, strict=True):
                 row = {key: value for key, value in row.items() if key not in OF_AN_ANSWER}
-                file.write(json.dumps({**row, **answer, **drawn}) + "\n")
+                file.write(to_json({**row, **answer, **drawn}) + "\n")
             file.flush()
     fits = [len(prompt) < model.config.max_seq_len for prompt in prompts]
     too_long = len(rows) - sum(fits)
@@ -163,6 +164,9 @@ def answers_row(answer, row, drawn):
 
 
 def canonical(row):
-    """The JSON of a row without its answer: equal rows have equal texts, also with NaN in them."""
+    """The JSON of a row without its answer: equal rows have equal texts, also with NaN in them.
+
+    OUT has null for NaN, which JSON does not know.
+    """
     kept = {key: value for key, value in row.items() if key not in OF_AN_ANSWER}
-    return json.dumps(kept, sort_keys=True)
+    return json.dumps(without_nan(kept), sort_keys=True)

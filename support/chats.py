@@ -7,7 +7,7 @@
 from support.fields import (NO_MARGIN, NO_OPTIONS, NO_PLACE, OF_MESSAGE, check_scores, check_text,
                             check_texts, is_given, is_untrained, refuse_fields, refuse_weights,
                             require, with_system)
-from support.files import UserError
+from support.files import UserError, json_type
 
 ROLES = ("system", "user", "assistant")
 
@@ -65,8 +65,10 @@ def check_form(row, keys, place, form, remedies):
     """UserError, with what is there instead and a remedy, if a row has not all of these keys."""
     missing = f"{' or '.join(keys)} is missing; {form}"
     if not isinstance(row, dict):
-        found = f"a list of {len(row)}" if isinstance(row, list) else type(row).__name__
-        raise UserError(f"{place}: {missing}, and this line holds {found}; correct or delete it")
+        found, remedy = json_type(row), "correct or delete it"
+        if isinstance(row, list) and row and isinstance(row[0], dict) and "role" in row[0]:
+            remedy = 'make an object of the list: {"messages": [...]}'
+        raise UserError(f"{place}: {missing}, and this line holds {found}; {remedy}")
     if all(key in row for key in keys):
         return
     found = ", ".join(row)[:80] or "none"

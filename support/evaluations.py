@@ -11,10 +11,10 @@ from corpus.documents import warn
 from corpus.trace import held_out_of
 from scaling.checkpoint import run_of, step_directories
 from support.files import UserError
-from support.models import open_model
+from support.models import check_description, open_model
 from support.records import (domains_table, evaluation_key, keys_recorded, record, sample_key,
                              tasks_table, verdict_on)
-from support.tasks import open_suites
+from support.suites import open_suites
 
 VERBS = ("sample", "report")
 
@@ -47,6 +47,7 @@ def check_paths(verb, paths):
 def evaluate_path(path, config, evaluate):
     """Evaluate one model on the suites of the config."""
     run = run_of(path)
+    check_description(path)  # a directory that is no OLMo says so before it lacks a suite
     # Before the model, as every file is read once: a faulty one shows now.
     suites = open_suites(config, lambda: held_out_of(run))
     model, tokenizer, state = open_model(path, config)
@@ -82,11 +83,15 @@ def evaluate_every_checkpoint(path, config, evaluate, sample_text):
     if not steps:
         raise UserError(f"{run}: --every_checkpoint needs a run with step directories")
     suites = open_suites(config, lambda: held_out_of(run))
+    errors = []
     for step in steps:
         try:
             evaluate_missing(run, step, suites, config, evaluate, sample_text)
         except UserError as error:  # a damaged step does not stop the others
             warn(f"{error}; the other steps are evaluated")
+            errors.append(error)
+    if len(errors) == len(steps):
+        raise UserError(f"{run}: none of its {len(steps)} steps could be evaluated, as {errors[0]}")
     print(f"the numbers are in {run / 'eval.jsonl'}; python eval.py report {run} draws them")
 
 

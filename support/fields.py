@@ -64,21 +64,23 @@ def is_given(value):
 
 def refuse_fields(row, place, *tables):
     """UserError for the first field with a value that a table {reason: names} has."""
-    for table in tables:
-        for reason, names in table.items():
-            for name in names:
-                require(not is_given(row.get(name)), f"{place}{name}: {reason}; remove the field, "
-                        "or the row if it depends on it")
+    for name, value in row.items():
+        for table in tables:
+            for reason, names in table.items():
+                if name in names and is_given(value):
+                    raise UserError(f"{place}{name}: {reason}; remove the field, or the row if it "
+                                    "depends on it")
 
 
 def refuse_weights(row, place):
     """UserError for a row that has another weight than 1."""
-    refuse_fields({key: value for key, value in row.items() if value != 1}, place, NO_WEIGHTS)
+    refuse_fields({key: row[key] for key in row if row[key] != 1}, place, NO_WEIGHTS)
 
 
 def check_text(text, place):
     """UserError for a text of a row that is none, is empty or cannot be encoded."""
-    require(isinstance(text, str), f"{place}: {type(text).__name__}, not a text; give one")
+    remedy = "join the texts of its parts" if isinstance(text, list) else "give one"
+    require(isinstance(text, str), f"{place}: {type(text).__name__}, not a text; {remedy}")
     require(text.strip(), f"{place}: an empty text; give one, or remove it")
     # JSON can hold half of a surrogate pair; UTF-8, and so the tokenizer, cannot
     require(text == without_surrogates(text),

@@ -4,6 +4,7 @@ import shutil
 
 from corpus.tokenizer import EOS, PAD
 from support.files import UserError, read_json, write_json
+from support.text import read_text
 from support.vocabulary import open_tokenizer
 
 # data.py's render_chat in Jinja, for transformers' apply_chat_template. What a file of chats may
@@ -26,20 +27,26 @@ def check_tokenizer_config(path):
         if settings.get(key):
             raise UserError(f"{place}: {key}={settings[key]} adds to each text what OLMo 1.0 was "
                             "not trained with; set it to false")
-    spec = read_json(path / "tokenizer.json")
-    listed = {token["id"]: token["content"] for token in spec["added_tokens"]}
-    for number, token in (settings.get("added_tokens_decoder") or {}).items():
-        if listed.get(int(number)) != token["content"]:
-            raise UserError(f"{place}: added_tokens_decoder: id {number} is {token['content']}, "
-                            f"and in tokenizer.json {listed.get(int(number))}; save the tokenizer "
-                            "again, so that both files say the same")
+    added = {token["id"]: token["content"]
+             for token in read_json(path / "tokenizer.json")["added_tokens"]}
+    decoder = settings.get("added_tokens_decoder") or {}
+    try:
+        listed = {int(number): token["content"] for number, token in decoder.items()}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(f"{place}: added_tokens_decoder: not {{id: token}}; save the tokenizer "
+                        "again") from None
+    for number, content in listed.items():
+        if added.get(number) != content:
+            raise UserError(f"{place}: added_tokens_decoder: id {number} is {content!r}, and in "
+                            f"tokenizer.json {added.get(number)!r}; save the tokenizer again, so "
+                            "that both files say the same")
 
 
 def chat_template_of(path):
     """The chat template of a Hugging Face directory, or None; transformers 5 has a file for it."""
     file = path / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        return read_text(file)
     file = path / "tokenizer_config.json"
     return read_json(file).get("chat_template") if file.is_file() else None
 

@@ -22,6 +22,8 @@ def read_shapes(path):
             if dtype not in FLOATS:
                 raise UserError(f"{file}: {name} is {dtype}; quantised weights are not read, only "
                                 f"{', '.join(FLOATS)}")
+            if name in shapes:
+                raise UserError(f"{file}: {name} is in another file too; delete one of the two")
             shapes[name] = shape
     return shapes
 
@@ -50,7 +52,8 @@ def safetensors_files(path):
         files = [path / name for name in names]
     for file in files:
         if file.parent != path or not file.is_file():
-            raise UserError(f"{file}: missing; the directory must hold its safetensors files")
+            raise UserError(f"{file}: missing; the directory must hold its safetensors files, as "
+                            "transformers' save_pretrained writes them")
     return files
 
 

@@ -54,9 +54,10 @@ def no_config_file(path, fields):
     if os.path.isfile(path / "config.json"):
         return UserError(f"{path}: a directory, not a config file; {path}/config.json holds its "
                          f"settings, and train.py --resume={path} continues a run")
-    if os.path.isdir(path):
-        return UserError(f"{path}: a directory, not a config file; configs/ holds those that come "
-                         "with nanOLMo")
+    if os.path.exists(path):
+        kind = "a directory" if os.path.isdir(path) else "a pipe or a device"
+        return UserError(f"{path}: {kind}, not a config file; configs/ holds those that come with "
+                         "nanOLMo")
     return UserError(f"{path}: no such config file{here(path)}; {nearest_path(path)}")
 
 

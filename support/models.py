@@ -15,6 +15,7 @@ from scaling.directory import is_run
 from scaling.machine import choose_device
 from scaling.sharding import own_part
 from support.files import UserError, file_sha256
+from support.hf_tokenizer import warn_of_other_template
 from support.vocabulary import open_tokenizer
 from support.weights import (check_weights, load_model, load_step, read_model_config,
                              step_config)
@@ -26,6 +27,8 @@ def open_model(path, config):
     config.eval_dtype sets the dtype of the residual stream. Without a step the state is {}.
     """
     model, tokenizer, state = open_with_tokenizer(path)
+    if config.chat:
+        warn_of_other_template(run_of(path))
     if config.eval_dtype == "bfloat16":
         model.compute_dtype = torch.bfloat16
     return model, tokenizer, state
@@ -39,6 +42,16 @@ def open_with_tokenizer(path):
     model = load_step(step, state, device) if state else load_model(path, device)
     tokenizer = open_tokenizer(run_of(path) / "tokenizer.json", model.config)
     return model, tokenizer, state
+
+
+def check_description(path):
+    """UserError if the small files of a directory from elsewhere do not fit together.
+
+    It takes a moment; those of a run are checked when it is opened.
+    """
+    path = Path(path)
+    if not (path / "state.json").is_file() and not step_directories(path):
+        open_tokenizer(path / "tokenizer.json", read_model_config(path))
 
 
 def find_step(path, digests=True):

@@ -58,6 +58,8 @@ def titled(items):
 
 def watched(items, unit):
     """Yields the items of a list, and shows how many are done."""
+    if not progress.title:
+        progress.begin("")
     progress.parts[unit] += 1
     if sys.stderr.isatty():
         yield from tqdm(items, desc=progress.title or None, unit=unit, leave=False,

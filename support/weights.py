@@ -5,7 +5,6 @@ side does not know stops with its name, and an export is compared with transform
 """
 
 import importlib.util
-import os
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +17,7 @@ from model import ModelConfig, OLMo
 from scaling.checkpoint import (check_model_keys, check_tensors, newest_step, read_step, run_of,
                                 verify_step)
 from support import finite
-from support.files import UserError, fsync, read_json, write_json
+from support.files import UserError, fsync, fsync_all, read_json, write_json
 from support.hf_config import config_to_hf, end_ids, is_hf, read_hf_config
 from support.hf_tokenizer import (CHAT_TEMPLATE, chat_template_of, check_tokenizer_config,
                                   write_tokenizer)
@@ -229,7 +228,7 @@ def export(path, out):
         note = "; no tokenizer.json was found beside the model"
     was_compared = save_hf(model, out, tokenizer, template)
     if not was_compared:
-        note += "; its logits were not compared, as transformers is not installed"
+        note += "; its logits were not compared, as no transformers with an OLMo is installed"
     count = sum(parameter.numel() for parameter in model.parameters())
     print(f"wrote {out}: {count:,} parameters{note}")
 
@@ -239,7 +238,7 @@ def save_hf(model, out, tokenizer=None, chat_template=None):
 
     AutoModelForCausalLM and AutoTokenizer load it, with the chat_template if there is one. `out`
     must not exist or be empty. It is written under another name first, so that it is complete or
-    absent. Returns False if transformers was not there to compare its logits. Raises UserError, and
+    absent. Returns False if no transformers was there to compare its logits. Raises UserError, and
     writes nothing, for a model that Hugging Face's OLMo cannot be.
     """
     out = Path(out).resolve()
@@ -247,20 +246,19 @@ def save_hf(model, out, tokenizer=None, chat_template=None):
     config = config_to_hf(model.config)
     tensors = hf_tensors(model, out)
     safetensors = import_safetensors()
-    aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    aside = out.with_name(f".{out.name}.export.tmp")
     try:
+        shutil.rmtree(aside, ignore_errors=True)  # a crash may have left it
         aside.mkdir(parents=True)
         file = aside / "model.safetensors"
         safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
         write_json(aside / "config.json", config)
-        ends = {key: config[key] for key in ("eos_token_id", "pad_token_id")}
-        write_json(aside / "generation_config.json", ends)
+        write_json(aside / "generation_config.json", generation_config(model.config))
         if tokenizer is not None:
             write_tokenizer(Path(tokenizer), aside, model.config, chat_template)
         was_compared = compare_with_transformers(model, aside, out)
         # a power cut must not leave a directory whose files are empty
-        for file in (*aside.iterdir(), aside):
-            fsync(file)
+        fsync_all(aside)
         aside.replace(out)  # an empty directory gives way
         fsync(out.parent)
     except (OSError, safetensors.SafetensorError) as error:
@@ -268,6 +266,15 @@ def save_hf(model, out, tokenizer=None, chat_template=None):
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return was_compared
+
+
+def generation_config(config):
+    """generation_config.json, by which transformers' generate goes."""
+    settings = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
+    padding_rows = list(range(config.vocab_size, config.embedding_size))
+    if padding_rows:
+        settings["suppress_tokens"] = padding_rows  # they are never chosen, here as there
+    return settings
 
 
 def refuse_existing(out):
@@ -324,7 +331,7 @@ def compare_with_transformers(model, directory, out):
 
 
 def load_in_transformers(directory):
-    """transformers' model of a directory; None if transformers is not installed.
+    """transformers' model of a directory; None if it is not installed, or older than OLMo.
 
     UserError if it is installed and broken, as many a pair of versions is.
     """

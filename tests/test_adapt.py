@@ -1123,6 +1123,7 @@ def test_a_row_is_known_again_whatever_its_json_holds(base, tmp_path, call, refu
     for count in (0, 4):
         assert f"4 answers, {count} of them were there" in call(adapt, *words).stdout
     written = out.read_text()
+    json.loads(written.splitlines()[0], parse_constant=pytest.fail)  # NaN is no JSON
     write_lines(prompts, [*lines[:3], '{"prompt": "q", "f": 1}'])  # 1 is not true
     refused(call(adapt, *words), out, "another OUT")
     write_lines(prompts, [line.replace('"b": 1, "a": NaN', '"a": NaN, "b": 1') for line in lines])

@@ -68,26 +68,26 @@ def test_a_faulty_row_is_named_with_its_place_and_the_remedy(tmp_path, method, l
 def test_many_faults_are_ten_examples_and_counts_by_reason(tmp_path, capsys):
     """Numbers and places are no reasons; with "skip" all reasons are named too."""
     empty = [{"messages": say(*["u: q", "a: a"] * i, "u: q", "a: ")} for i in range(9)]
-    file = write_lines(tmp_path / "rows.jsonl", [{}, *empty] * 2_000 + [SOUND["sft"]])
+    file = write_lines(tmp_path / "rows.jsonl", [{}, *empty] * 200 + [SOUND["sft"]])
     config = adapt.AdaptConfig()
     message = refusal(read_set, str(file), config, False, 0.1, Counter())
-    for words in (f"{file}:1: messages", "20,000 of 20,001 rows", "--faulty=skip"):
+    for words in (f"{file}:1: messages", "2,000 of 2,001 rows", "--faulty=skip"):
         assert words in message
     shown = capsys.readouterr().out.splitlines()
     assert len(shown) == 14 and [line.split(":")[1] for line in shown[1:11]] == [
         str(i) for i in range(1, 11)]
-    assert shown[12].startswith(f"  18,000 rows, the first {file}:2: messages[N].content: ")
-    assert shown[13].startswith(f"  2,000 rows, the first {file}:1: messages is missing")
+    assert shown[12].startswith(f"  1,800 rows, the first {file}:2: messages[N].content: ")
+    assert shown[13].startswith(f"  200 rows, the first {file}:1: messages is missing")
     counts = Counter()
     assert len(read_set(str(file), adapt.AdaptConfig(faulty="skip"), False, 0.1, counts)) == 1
-    assert counts["faulty rows skipped"] == 20_000
+    assert counts["faulty rows skipped"] == 2_000
     assert capsys.readouterr().out.splitlines()[1:] == shown[12:]
 
 
 # ---- Other forms ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("check, row, words", [
-    (checked_chat, A_CHAT, ["messages is missing", "a list of 2"]),
+    (checked_chat, A_CHAT, ["messages is missing", "a list", '{"messages": [...]}']),
     (checked_chat, {"conversations": [{"from": "human", "value": "q"}], "id": 1},
      ["messages is missing", "conversations, id", '"from" to role']),
     (checked_chat, {"messages": [{"from": "human", "value": "q"}]},
@@ -104,7 +104,7 @@ def test_many_faults_are_ten_examples_and_counts_by_reason(tmp_path, capsys):
      ["prompt is missing", "question, chosen, rejected"]),
     (checked_request, {"question": "q"}, ["prompt", "are: question", "rename it to prompt"]),
     (checked_request, {"custom_id": 1, "body": {}}, ["prompt", "custom_id, body"]),
-    (checked_request, "q", ["prompt", "str"]), (checked_request, [], ["prompt", "a list of 0"]),
+    (checked_request, "q", ["prompt", "a string"]), (checked_request, [], ["prompt", "a list"]),
     (checked_request, {"prompt": None}, ["prompt: NoneType"])])
 def test_a_row_of_another_form_is_told_what_it_holds_and_what_to_do(check, row, words):
     message = refusal(check, row, "file:3")
@@ -205,6 +205,29 @@ def test_a_field_that_changes_what_a_message_means_is_refused_by_name(field, val
         messages[1][field] = nothing
         row = {"messages": [{**turn, "id": 3, "timestamp": "t"} for turn in messages]}
         assert checked_chat(row, "") == A_CHAT
+
+
+def test_rows_of_known_sets_are_read():
+    """With the columns that their cards show: many describe a row, and some repeat a part of it."""
+    whole, other = say("s: be", "u: q", "a: a"), say("s: be", "u: q", "a: b")
+    for row in ({"dataset": "open_orca", "id": "open_orca_1", "messages": whole},  # Tulu 2
+                {"id": "1", "messages": whole, "source": "ai2-adapt-dev/flan"},  # Tulu 3
+                {"prompt": "q", "prompt_id": "f0", "messages": whole},  # UltraChat
+                {"prompt": "be", "prompt_id": "f0", "messages": whole, "category": "Chat"},
+                {"prompt": "q", "prompt_id": "f0", "chosen": whole, "rejected": other,
+                 "messages": whole, "score_chosen": 8.0, "score_rejected": 2.5}):
+        assert checked_chat(row, "") == whole
+    for row in ({"prompt": "q", "prompt_id": "f0", "chosen": whole, "rejected": other,
+                 "messages": whole, "score_chosen": 7.0, "score_rejected": 7.0},  # UltraFeedback
+                {"source": "s", "prompt": "q", "chosen": whole, "chosen-rating": 5.0,
+                 "chosen-model": "m", "rejected": other, "rejected-rating": 3.75}):  # Argilla's
+        assert checked_preference(row, "") == {"prompt": whole[:2], "chosen": "a", "rejected": "b"}
+    for row in ({"dataset": "helpful_base", "instruction": "q", "output": "a", "datasplit": "eval",
+                 "generator": "text_davinci_003"},  # AlpacaEval
+                {"key": 1000, "prompt": "q", "instruction_id_list": ["punctuation:no_comma"],
+                 "kwargs": [{}]},  # IFEval
+                {"instruction": "q", "input": "", "output": "a"}):  # Alpaca
+        assert checked_request(row, "") == say("u: q")
 
 
 @pytest.mark.parametrize("row, key", [

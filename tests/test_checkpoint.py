@@ -12,6 +12,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -20,6 +21,7 @@ from conftest import (Bomb, check_same_run, contents_of, flip, random_model, ref
 
 import eval as e
 import train
+from corpus.storage import mapped_order
 from scaling import checkpoint
 from scaling.checkpoint import (SafeUnpickler, create_state, newest_step, save_checkpoint,
                                 step_directories, verify_step)
@@ -144,7 +146,7 @@ DIGEST_OF_NOTHING = hashlib.sha256(b"{}").hexdigest().encode()
     ("*.distcp", Path.unlink, "missing"), ("state.json", Path.unlink, "state.json"),
     ("state.json", rewrite(lambda old: old.replace(b'"n_heads": 2', b'"n_heads": 4')), "digest"),
     ("state.json", rewrite(lambda old: old[:-9]), "JSON"), ("state.json", replace(b""), "JSON"),
-    ("state.json", replace(b"\xff\xfe\0"), "JSON"), ("state.json", replace(b"[1]"), "list"),
+    ("state.json", replace(b"\xff\xfe\0"), "UTF-16"), ("state.json", replace(b"[1]"), "list"),
     ("state.json", replace(b"{}"), "digest"),
     ("state.json", replace(b'{"sha256": "%s"}' % DIGEST_OF_NOTHING), "files")])
 def test_damage_to_a_step_is_named(tmp_path, pattern, damage, word):
@@ -268,7 +270,7 @@ def test_a_file_that_may_not_be_read_is_no_damage(copied, call, refused, monkeyp
                 raise OSError(errno, os.strerror(errno), str(path))
             return function(path, *args, **options)
         return call_unless_denied
-    monkeypatch.setattr(Path, "read_text", denying(Path.read_text))
+    monkeypatch.setattr(Path, "read_bytes", denying(Path.read_bytes))
     monkeypatch.setattr(checkpoint, "file_sha256", denying(checkpoint.file_sha256))
     result = call(train, f"--resume={copied}")
     if lasts:
@@ -357,6 +359,13 @@ def disk(monkeypatch):
 def test_a_json_file_is_on_the_disk_before_it_has_its_name(tmp_path, disk):
     write_json(tmp_path / "state.json", {"step": 1})
     assert disk == [("sync", "state.json.tmp"), ("rename", "state.json.tmp")]
+
+
+def test_an_epochs_order_is_on_the_disk_before_it_has_its_name(tmp_path, disk):
+    """Only the size of one that is there is checked: it must not be one of zeros."""
+    order = mapped_order(tmp_path / "order.bin", lambda: np.arange(5, dtype=np.uint32), 5)
+    assert order.tolist() == [0, 1, 2, 3, 4]
+    assert disk[-2:] == [("sync", "order.bin.tmp"), ("rename", "order.bin.tmp")]
 
 
 def test_a_steps_name_is_on_the_disk_before_the_save_returns(tmp_path, disk):

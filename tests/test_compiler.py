@@ -169,7 +169,7 @@ def test_the_reason_is_the_compilers_first_error(text, reason):
 @pytest.mark.parametrize("compile", ["auto", "true"])
 def test_a_real_compiler_that_fails(tmp_path, tiny_config, refused, compile):
     gxx = tmp_path / "g++"
-    gxx.write_text("#!/bin/sh\n[ \"$1\" = --version ] && exit\n"
+    gxx.write_text("#!/bin/sh\n[ \"$1\" = --version ] && echo g++ 12.2 && exit\n"
                    "echo 'error: no licence' >&2\nexit 1\n")
     gxx.chmod(0o755)
     env = {**os.environ, "CXX": str(gxx), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}

@@ -179,7 +179,8 @@ def test_a_key_of_another_command_is_named_with_that_command(tmp_path, key, owne
     (["--quick", "true"], "--quick=true"), (["rate=1e-3"], "--rate=1e-3"),
     (["–rate=1e-3"], "--rate=1e-3"), (["configs/tinny.py"], "configs/tiny.py?"),
     (["configs/tiny"], "configs/tiny.py?"), (["tiny_sfd.py"], "configs/tiny_sft.py?"),
-    (["configs"], "configs/"), (["--steps=1e6"], "write 1000000"), (["--step", "3"], "steps?"),
+    (["configs"], "a directory"), (["/dev/null"], "a device"),
+    (["--steps=1e6"], "write 1000000"), (["--step", "3"], "steps?"),
     (["-steps=3"], "--key=value"), (["--STEPS=3"], "steps?"), (["--Rate=3"], "rate?"),
     (["zzzzzz.py"], "configs/"), ([5000 * "z"], "configs/")])
 def test_a_slip_of_the_hand_is_told_the_right_form(monkeypatch, words, remedy):

@@ -27,11 +27,11 @@ from conftest import (ages_of, contents_of, data_config, index_of, kept_document
                       official_order, refusal, write_jsonl)
 
 import data
+from corpus.bpe import tokenizer_spec, train_bpe
 from corpus.documents import is_held_out, read_documents
 from corpus.stages import STAGE_FILES, building_code, ordered_map
 from corpus.storage import (DocumentWriter, ShardWriter, token_dtype)
-from corpus.tokenizer import (EOS, PAD, PII_MARKERS, SPACE_RUNS, Tokenizer, tokenizer_spec,
-                              train_bpe)
+from corpus.tokenizer import EOS, PAD, PII_MARKERS, SPACE_RUNS, Tokenizer
 from data import Batches, DataConfig, TokenShards, build_data, write_shards
 from support.files import UserError, file_sha256
 from support.lock import Lock

@@ -14,12 +14,13 @@ from conftest import sharpened, write_jsonl
 
 import eval as evaluation
 import train
+from corpus.bpe import train_bpe
 from corpus.documents import read_documents
-from corpus.tokenizer import EOS, Tokenizer, train_bpe
+from corpus.tokenizer import EOS, Tokenizer
 from model import token_losses
 from support import scoring
 from support.records import bits_per_byte
-from support.tasks import Suite
+from support.suites import Suite
 from support.weights import load_model, save_hf
 
 pytestmark = [pytest.mark.usefixtures("one_thread"),
@@ -286,7 +287,8 @@ def test_sample_prints_each_prompt_and_continues_it_as_if_alone(run, call, token
     (["report", "NOWHERE"], ["nowhere"]), (["report", "EMPTY"], ["metrics.jsonl"]),
     (["EMPTY"], ["no model here"]), (["RUN", "--temprature=1"], ["temperature"]),
     (["RUN", "--top_p=high"], ["top_p", "float"]), (["sample", "RUN", "--top_p=0"], ["top_p=0"]),
-    (["RUN", "--limit=-1"], ["limit=-1"]), (["RUN", "--eval_batch_tokens=0"], ["batch_tokens=0"]),
+    (["RUN", "--temperature=inf"], ["temperature=inf"]), (["RUN", "--limit=-1"], ["limit=-1"]),
+    (["RUN", "--eval_batch_tokens=0"], ["batch_tokens=0"]),
     (["RUN", "--suite=nowhere"], ["suite=nowhere"]), (["RUN", "--suite="], ["suite="]),
     (["RUN", "--suite=domains,,piqa"], ["suite=domains,,piqa"]),
     (["sample", "RUN", "--prompt=" + "many words " * 50], ["prompt"]),

@@ -16,7 +16,7 @@ from conftest import same_weights
 
 import adapt
 import train
-from corpus.tokenizer import train_bpe
+from corpus.bpe import train_bpe
 from data import Batches, TokenShards
 from eval import evaluate_perplexity
 from model import ModelConfig, build_model, next_token_loss, token_losses

@@ -27,7 +27,7 @@ from configs import load_config
 from scaling import checkpoint, sharding
 from scaling.checkpoint import verify_step
 from scaling.log import Window
-from scaling.machine import PowerMeter, energy_line, flops_per_token
+from scaling.machine import GPUS, PowerMeter, energy_line, flops_per_token, peak_flops
 from scaling.plan import plan_memory
 from scaling.ranks import answer_all_ranks, launched, rank, setup_distributed, world_size
 from support.weights import load_model
@@ -408,6 +408,24 @@ def test_rates_are_of_the_steps_since_the_last_row(monkeypatch):
         assert window.rates(4.33e10, torch.device("cuda")) == rates | {"mfu": mfu}
 
 
+@pytest.mark.parametrize("name, tflops", {
+    "NVIDIA A100-SXM4-40GB": 312, "NVIDIA A100 80GB PCIe": 312, "NVIDIA H100 80GB HBM3": 989,
+    "NVIDIA H100 PCIe": 756, "NVIDIA H100 NVL": 835, "NVIDIA H200": 989, "NVIDIA B200": 2250,
+    "NVIDIA A10": 125, "NVIDIA L4": 121, "NVIDIA L40": 181, "NVIDIA L40S": 362,
+    "NVIDIA RTX A6000": 154.8, "NVIDIA RTX 6000 Ada Generation": 364,
+    "NVIDIA GeForce RTX 3090": 71, "NVIDIA GeForce RTX 4090": 165.2,
+    "NVIDIA GeForce RTX 5090": 209.5, "AMD Instinct MI250X/MI250": 191.5,
+    "AMD Instinct MI300X": 1307,
+    # Others of a like name have another peak: unknown is better than wrong.
+    "NVIDIA GB200": None, "NVIDIA H200 NVL": None, "NVIDIA A10G": None, "Quadro RTX 6000": None,
+    "NVIDIA GeForce RTX 3090 Ti": None, "NVIDIA GeForce RTX 4090 D": None,
+    "NVIDIA GeForce RTX 5090 Laptop GPU": None, "NVIDIA A100-SXM4-80GB MIG 3g.40gb": None}.items())
+def test_the_peak_of_a_gpu_is_known_by_its_whole_name(monkeypatch, name, tflops):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    peak = peak_flops(torch.device("cuda"))
+    assert peak == (tflops and pytest.approx(tflops * 1e12))
+
+
 def test_energy_is_the_papers_arithmetic():
     """104 MWh x 1.1 x 0.610 = 69.78 t, OLMo-7B on A100s (paper, section 4.4)."""
     line = energy_line(104_000, True, train.TrainConfig())
@@ -540,6 +558,15 @@ def test_the_plan_states_its_figures(call):
 def test_the_plan_advises(call, words, advice):
     result = call(train, SEVEN_B, *words, "--plan")
     assert result.returncode == 0 and advice in result.stdout, result.stdout
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_the_plan_knows_the_gpus_that_people_have(call, gpu):
+    tflops, capacity, watts = GPUS[gpu]
+    result = call(train, ROOT / "configs/tiny.py", "--plan", "--gpus=1", f"--gpu={gpu}")
+    assert result.returncode == 0 and "it fits" in result.stdout
+    for words in (f"{gpu} ({capacity} GiB)", f"of {tflops} TFLOP/s", f"at {watts} W per GPU"):
+        assert words in result.stdout
 
 
 def test_a_plan_needs_no_data_and_makes_no_directory(tmp_path, tiny_config, call, refused):

@@ -17,7 +17,7 @@ import eval as evaluation
 import model
 import train
 from corpus.stdlib import stdlib_document
-from corpus.tokenizer import train_bpe
+from corpus.bpe import train_bpe
 from eval import EvalConfig, evaluate_perplexity
 from scaling.directory import describe
 from support.files import UserError, disk_remedy, fsync, log_rows, write_rows

@@ -10,8 +10,9 @@ import re
 import shutil
 import sys
 from dataclasses import replace
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,9 +22,10 @@ import data
 import eval as evaluation
 import model as m
 import train
+from corpus.bpe import train_bpe
 from corpus.dedup import searchable_lines
 from corpus.stdlib import stdlib_documents
-from corpus.tokenizer import Tokenizer, olmo_eval_path, tokenizer_file, train_bpe
+from corpus.tokenizer import Tokenizer, olmo_eval_path, tokenizer_file
 from support import tasks as tasks_module
 from support.chat_questions import chat_questions
 from support.files import log_rows
@@ -31,8 +33,9 @@ from support.records import (bits_per_byte, domains_table, evaluation_key, tasks
                              verdict_on)
 from support.measured import Evaluations, read_evaluations, read_metrics
 from support.report import Panel, drawing, last_results, svg, task_panels
-from support.tasks import (METRICS, PALOMA, PAPER_METRIC, Question, Suite, Task, mmlu,
-                           open_suites, packaged_task, primary_metric, read_task)
+from support.suites import PALOMA, Suite, open_suites
+from support.tasks import (METRICS, PAPER_METRIC, Question, Task, mmlu, packaged_task,
+                           primary_metric, read_task)
 from support import scoring
 from support.weights import load_model, save_hf
 
@@ -346,6 +349,81 @@ def test_acc_uncond_needs_the_unconditional_requests_of_every_question(model, to
     assert list(sums["correct"]) == list(METRICS[:3])
 
 
+def official_metric(model, tokenizer, task, kind, monkeypatch):
+    """{name: number} of a task by ai2-olmo-eval's own ICLMetric, one request at a time.
+
+    Only its base class, which sums over ranks, and its import of the files are stood in for.
+    """
+    class Metric:
+        def __init__(self, sync_on_compute):
+            self.reset()
+
+        def add_state(self, *name, **options):
+            pass
+
+    util = SimpleNamespace(all_gather_object=None)
+    monkeypatch.setitem(sys.modules, "torchmetrics", SimpleNamespace(Metric=Metric))
+    monkeypatch.setitem(sys.modules, "official_olmo_eval.util", util)
+    spec = spec_from_file_location("official_olmo_eval.metrics", olmo_eval_path("metrics.py", "it"))
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    metric = module.ICLMetric(kind)
+    metric.reset()
+
+    def logits(context, after):
+        ids = tokenizer.encode(context) + after
+        with torch.no_grad():
+            return len(ids) - len(after), model(torch.tensor([ids[:-1]]))
+    for number, question in enumerate(task.questions):
+        for i, (context, continuation) in enumerate(question.choices):
+            after = tokenizer.encode(continuation)
+            context_length, with_question = logits(context, after)
+            without_length, without = logits("Answer:", after)
+            metric.update({
+                "doc_id": [number], "cont_id": [i], "label_id": [question.label],
+                "continuation": torch.tensor([after]), "cont_len": [len(after)],
+                "ctx_len": [context_length], "dc_len": [without_length],
+                "cont_str_len": [len(continuation)],
+                "cont_str_len_no_leading_space": [len(continuation) - 1],
+                "cont_byte_len": [len(continuation.encode())],
+                "cont_byte_len_no_leading_space": [len(continuation[1:].encode())],
+            }, with_question, without)
+    return {name: number.item() for name, number in metric.compute().items()}
+
+
+@wheel
+def test_where_the_official_code_differs_and_where_not(model, tokenizer, task, monkeypatch):
+    """ai2-olmo-eval ranks by the raw and the per-character score as we do. Its bits per byte are a
+    mean over questions, ours all bits / all bytes; its pmi_dc divides what ours subtracts."""
+    fitting = [question for question in task.questions if all(
+        len(tokenizer.encode(context + answer)) <= T for context, answer in question.choices)]
+    assert len(fitting) > 10
+    some = task._replace(questions=fitting)
+    sums = evaluation.evaluate_task(model, tokenizer, some)
+    theirs = {kind: official_metric(model, tokenizer, some, kind, monkeypatch)
+              for kind in ("acc", "len_norm", "pmi_dc")}
+    n = len(fitting)
+    assert theirs["acc"]["acc_v2"] == pytest.approx(sums["correct"]["acc_raw"] / n)
+    assert theirs["len_norm"]["len_norm_v2"] == pytest.approx(sums["correct"]["acc_per_char"] / n)
+    # bits per byte: theirs is the mean of the questions', each of which is ours for it alone
+    each = [evaluation.task_result(evaluation.evaluate_task(
+        model, tokenizer, some._replace(questions=[question])), "acc_raw")["bits_per_byte"]
+        for question in fitting]
+    pooled = evaluation.task_result(sums, "acc_raw")["bits_per_byte"]
+    assert theirs["acc"]["bpb_v2"] == pytest.approx(sum(each) / n, rel=3e-6)
+    assert theirs["acc"]["bpb_v2"] != pytest.approx(pooled, rel=1e-5)
+    # pmi_dc: ours ranks first what the question makes likelier, theirs what it makes less likely
+    scores = {"difference": 0, "ratio": 0}
+    for question in fitting:
+        with_question, without = (torch.tensor([alone(model, tokenizer, *request)[0]
+                                                for request in requests])
+                                  for requests in (question.choices, question.unconditional))
+        scores["difference"] += (with_question - without).argmax().item() == question.label
+        scores["ratio"] += (with_question / without).argmax().item() == question.label
+    assert sums["correct"]["acc_uncond"] == scores["difference"] != scores["ratio"]
+    assert theirs["pmi_dc"]["pmi_dc_v2"] == pytest.approx(scores["ratio"] / n)
+
+
 def test_in_the_format_of_chats_the_answer_is_an_assistants(model, tokenizer, task):
     """Its log-probability is that of the rendered chat; its bytes are without the leading space."""
     sums = evaluation.evaluate_task(model, tokenizer, task, chat=True)
@@ -383,13 +461,14 @@ def test_reported_figures_are_arithmetic():
 
 @pytest.mark.parametrize("change, words", [
     (lambda rows: rows[3].pop("request"), [":4", "request"]),
-    (lambda rows: rows[3].pop("label"), [":4", "label"]),
+    (lambda rows: rows[3].pop("label"), [":4", "label is missing"]),
     (lambda rows: rows[1].update(idx=0), [":2", "idx=0", "doc_id=0"]),
     (lambda rows: rows.pop(0), [":1", "idx=1"]),
-    (lambda rows: rows[0]["request"].update(context=None), [":1", "context"]),
-    (lambda rows: rows[0]["request"].update(context="\ud800"), [":1", "UTF-8"]),
+    (lambda rows: rows[0]["request"].update(context=None), [":1", "context is null"]),
+    (lambda rows: rows[0]["request"].update(context="\ud800"), [":1", "context", "UTF-8"]),
     (lambda rows: rows[0]["request"].update(continuation=""), [":1", "continuation"]),
-    (lambda rows: rows[0].update(doc_id="0"), [":1", "doc_id"]),
+    (lambda rows: rows[0].update(doc_id="0"), [":1", "doc_id is a string"]),
+    (lambda rows: rows[1].update(idx=True), [":2", "idx is true or false"]),
     (lambda rows: [row.update(label=7) for row in rows], ["doc_id=0", "label=7"]),
     (lambda rows: rows[0].update(label=1 - rows[0]["label"] % 2), ["doc_id=0", "label"]),
     (lambda rows: [row.update(label="one") for row in rows], ["doc_id=0", "label=one"]),
@@ -438,6 +517,35 @@ def test_a_faulty_suite_is_named(request_file, tmp_path):
         said = refusal(open_suites, evaluation.EvalConfig(suite=str(suite), **changes))
         assert all(word in said for word in words), said
     assert read_task(plain, evaluation.EvalConfig()).metric == "acc_raw"
+
+
+def test_some_unconditional_requests_are_an_error(request_file, tmp_path):
+    """The rows that are there would be ignored: doc_id 1,000,007 is missing alone."""
+    rows = [row for row in rows_of_file(request_file) if row["doc_id"] != 1_000_007]
+    path = write_jsonl(tmp_path / "some.jsonl", rows)
+    said = refusal(read_task, Path(path), evaluation.EvalConfig())
+    assert "some.jsonl" in said and "1 of 40 questions" in said and "1,000,000" in said
+
+
+def test_a_domain_without_documents_is_named(run, call, refused, tmp_path, capsys):
+    """A file is an error. A source of the run that holds nothing out is said, and the rest goes on.
+    """
+    path = write_jsonl(tmp_path / "none.jsonl", [{"text": "one"}])
+    Path(path).write_text("\n")
+    refused(call(evaluation, run, f"--suite={path}"), "none.jsonl", "no document")
+    open_suites(evaluation.EvalConfig(), lambda: {"web": Path(path)})
+    assert "web holds no document out" in capsys.readouterr().out
+
+
+def test_mmlu_that_is_damaged_is_named(tmp_path):
+    """Cut off, and gone."""
+    ipc = pytest.importorskip("pyarrow").ipc
+    assert ipc
+    file = tmp_path / "dev" / "data-00000-of-00001.arrow"
+    assert str(file) in refusal(tasks_module.mmlu_rows, tmp_path, "dev")
+    file.parent.mkdir()
+    file.write_bytes(b"\xff\xff\xff\xff\x00")
+    assert str(file) in refusal(tasks_module.mmlu_rows, tmp_path, "dev")
 
 
 def test_the_metric_beside_a_file_is_taken_if_it_is_one_of_choices(tmp_path):
@@ -806,7 +914,7 @@ def test_every_checkpoint_is_evaluated_once(run, call, request_file, tmp_path):
     assert [row["of"]["limit"] for row in newer] == [10, 10]  # which domains do not know
 
 
-def test_every_checkpoint_goes_on_past_a_damaged_step(run, call, request_file, tmp_path):
+def test_every_checkpoint_goes_on_past_a_damaged_step(run, call, refused, request_file, tmp_path):
     run = shutil.copytree(run, tmp_path / "run")
     file = next((run / "step000015").glob("*.distcp"))
     file.write_bytes(file.read_bytes()[:-1])
@@ -814,6 +922,8 @@ def test_every_checkpoint_goes_on_past_a_damaged_step(run, call, request_file, t
     assert result.returncode == 0 and "step000015" in result.stderr
     assert [row["step"] for row in log_rows(run, "eval.jsonl")] == [30, 30]
     assert str(run / "eval.jsonl") in result.stdout
+    (run / "step000030" / "state.json").write_text("{}")
+    refused(call(evaluation, run, "--every_checkpoint"), "none of its 2 steps")
 
 
 @pytest.mark.parametrize("change", [

@@ -1,4 +1,4 @@
-"""corpus/tokenizer.py against HF `tokenizers` and a slow BPE trainer."""
+"""corpus/tokenizer.py and corpus/bpe.py against HF `tokenizers` and a slow BPE trainer."""
 
 import copy
 import functools
@@ -15,11 +15,13 @@ from pathlib import Path
 
 import pytest
 import regex
-from conftest import refusal
+from conftest import data_config, refusal, write_jsonl
 
+from corpus.bpe import learn_merges, sample_texts, train_bpe
 from corpus.stdlib import stdlib_documents
 from corpus.tokenizer import (EOS, PAD, PII_MARKERS, SPACE_RUNS, WHITESPACE_LIMIT, Tokenizer,
-                              cut_whitespace, learn_merges, train_bpe)
+                              cut_whitespace)
+from data import build_data
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 OLMO = "allenai_gpt-neox-olmo-dolma-v1_5.json"
@@ -233,6 +235,63 @@ def test_learn_merges_is_bpe_on_random_words(letters):
         assert learn_merges(words, n) == slow_merges(words, n)
 
 
+def test_learn_merges_is_bpe_on_long_words():
+    """Text without spaces is one word; runs of one letter are where pairs overlap."""
+    rng = random.Random(1)
+    words = {"".join(rng.choice("ACGT") * rng.randint(1, 5) for _ in range(600)): 2, "A" * 99: 1,
+             "\0" * 9: 1, "".join(rng.choices("中文字母", k=900)): 1}
+    assert learn_merges(words, 300) == slow_merges(words, 300)
+
+
+def one_word(size):
+    """Chinese without spaces or marks: as a few thousand words of 1 to 3 characters give it."""
+    rng = random.Random(2)
+    words = ["".join(rng.choices([chr(0x4e00 + i) for i in range(3000)], k=rng.randint(1, 3)))
+             for _ in range(5000)]
+    weights = [1 / (i + 1) for i in range(5000)]
+    return "".join(rng.choices(words, weights, k=size // 2))[:size]
+
+
+def test_a_text_without_spaces_is_learned_from_and_encoded_in_seconds(capsys):
+    """Minutes, if each merge spells the word anew; or hours. A bar shows the merges."""
+    text = one_word(60_000)
+    start = time.process_time()
+    tokenizer = train_bpe([text], 1500)
+    assert "learning merges" in capsys.readouterr().err
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert time.process_time() - start < 15  # 1 s where this was written
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["chinese", "usual"])
+def test_training_takes_at_most_three_times_the_time_of_hf(name):
+    """Sentences of 40 letters: for one word of 1,000,000 (DNA) HF takes minutes, this 5 s."""
+    tokenizers = pytest.importorskip("tokenizers")
+    text = one_word(1 * MB)
+    texts = ["。".join(text[i:i + 40] for i in range(0, MB, 40))]
+    if name == "usual":
+        texts = [text for source in SOURCES for text in library_text(source, 2 * MB)]
+    start = time.process_time()
+    train_bpe(texts, 4096)
+    ours = time.process_time() - start
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    start = time.process_time()
+    theirs.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
+        vocab_size=4096, show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    assert ours < 3 * (time.process_time() - start)
+
+
+def test_the_sample_is_limited_in_long_documents_too(tmp_path, monkeypatch):
+    source = write_jsonl(tmp_path / "s.jsonl", [{"text": letter * 70} for letter in "abcd"])
+    other = write_jsonl(tmp_path / "t.jsonl", [{"text": "e" * 1000}])
+    folder = build_data(data_config(tmp_path, sources={"s": source, "t": other}))
+    monkeypatch.setattr("corpus.bpe.BPE_SAMPLE_CHARS", 200)
+    sample = list(sample_texts({"s": folder, "t": folder}))
+    assert sample == ["a" * 70, "b" * 70, "c" * 60, "e" * 200]
+
+
 def test_train_bpe_is_bpe_on_text_in_whatever_order():
     texts = library_text("reference", MB // 50) + ["e\u0301e\u0301  \n\n  x" * 50]
     merges = slow_merges(slow_words(texts), 150)
@@ -263,6 +322,15 @@ def test_vocabulary_below_the_least_or_beyond_what_the_corpus_gives_is_refused()
     "x" + "\r\n" * 400_000 + "y" * 200_000], ids=["newlines", "tabs", "nbsp", "crlf"])
 def test_unbroken_whitespace_beyond_tiktokens_limit_encodes(trained, text):
     assert trained.decode(trained.encode(text)) == text
+
+
+@pytest.mark.parametrize("letters", ["abcdefghij", "a", "!?.,-", "0123456789", "中文字母"])
+def test_one_long_piece_is_encoded_in_linear_time(trained, letters):
+    """tiktoken before 0.13 takes a minute for 300,000 letters: requirements.txt asks for more."""
+    text = "".join(random.Random(3).choices(letters, k=300_000))
+    start = time.process_time()
+    assert trained.decode(trained.encode(text)) == text
+    assert time.process_time() - start < 5  # 0.2 s where this was written
 
 
 def test_ordinary_text_is_not_cut_and_cut_text_loses_nothing_and_keeps_runs_below_the_limit():

@@ -24,10 +24,11 @@ from conftest import (PATIENCE_S, ages_of, children_of, columns, contents_of, da
 
 import data
 import train
+from corpus.bpe import train_bpe
 from corpus.funnel import Funnel
 from corpus.rules import RULES, filter_documents
 from corpus.storage import DOCUMENT_INDEX, hash_of_id, stored_documents
-from corpus.tokenizer import Tokenizer, train_bpe
+from corpus.tokenizer import Tokenizer
 from corpus.trace import RunData
 from data import Batches, TokenShards, build_data
 from scaling.ranks import batch_hash

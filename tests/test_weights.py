@@ -12,8 +12,10 @@ from test_checkpoint import refused, write_step
 from test_model import ONE_B, SEVEN_B
 
 import model as m
+import support.files
 import support.weights
-from corpus.tokenizer import Tokenizer, train_bpe
+from corpus.bpe import train_bpe
+from corpus.tokenizer import Tokenizer
 from data import render_chat
 from support.hf_tokenizer import CHAT_TEMPLATE
 from support.official import official_config
@@ -250,8 +252,9 @@ def test_a_tokenizer_travels_with_the_model(transformers, tokenizer, tmp_path):
 
 def test_a_batch_of_prompts_is_answered_as_each_alone(transformers, tokenizer, tmp_path):
     """With padding behind them, the shorter of three went on after the padding."""
-    # without padding rows, which transformers may choose
-    model = random_model(**IDS | {"embedding_size": 300}, scale=3.0)
+    model = random_model(**IDS, scale=3.0)
+    with torch.no_grad():
+        model.lm_head.weight[300:] *= 9  # padding rows that it would choose
     save_hf(model, tmp_path / "hf", tokenizer)
     hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
@@ -395,6 +398,12 @@ def test_the_released_shapes_are_read_from_their_official_yaml(tmp_path):
         assert official_config(file) == m.ModelConfig(**shape)
 
 
+def test_eos_0_of_somebody_elses_model_stays_0(tmp_path):
+    """Only OLMo's own yaml says 0 where 50279 was meant."""
+    assert load_model(official_directory(tmp_path / "official", eos_token_id=0)
+                      ).config.eos_token_id == 0
+
+
 @pytest.mark.parametrize("name, tensor, fault", [
     ("blocks.1.ff_proj.weight", ..., "missing transformer.blocks.1.ff_proj.weight"),
     ("ff_out.weight", ..., "missing transformer.ff_out.weight"),
@@ -505,6 +514,7 @@ def test_an_export_is_on_the_disk_before_it_has_its_name(tmp_path, tokenizer, mo
     def fsync(path):
         assert path == tmp_path or not (tmp_path / "hf").exists()
         synced.append(path.name)
+    monkeypatch.setattr(support.files, "fsync", fsync)
     monkeypatch.setattr(support.weights, "fsync", fsync)
     save_hf(random_model(**IDS), tmp_path / "hf", tokenizer)
     assert {file.name for file in (tmp_path / "hf").iterdir()} < set(synced)
