@@ -203,6 +203,7 @@ def test_another_python_changes_the_embedded_text_and_not_the_tokenizer(
     def library(length):
         return [stdlib_document("reference", str(i), f"{i} words of this library " * length, str(i),
                                 "lib.py:1") for i in range(60)]
+    monkeypatch.setattr("data.leaked_docstrings", lambda eval_share: ())  # it parses the real one
     monkeypatch.setattr("corpus.documents.stdlib_documents", lambda source: library(9))
     run, data_dir = tmp_path / "run", tmp_path / "data"
     file = tiny_config(run, sources={"reference": "stdlib"}, data_dir=str(data_dir), max_steps=2,
