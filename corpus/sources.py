@@ -3,6 +3,7 @@
 import difflib
 import math
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 from corpus.rules import CONTENT_SCORERS, DEDUPLICATIONS, LANGUAGE_SCORERS, RULES
@@ -91,6 +92,15 @@ def parse_sources(sources, mix_tokens):
         raise UserError(f"sources: with mix_tokens={mix_tokens} the weights are shares of it; make "
                         f"them sum to 1, not to {total:g}")
     return parsed
+
+
+def check_outside(folder, key, sources):
+    """UserError if `folder`, the value of `key`, lies in a source: it would be read as its text."""
+    for source in sources:
+        inside = Path(folder).resolve().is_relative_to(Path(source.path).resolve())
+        if inside and source.path != "stdlib":
+            raise UserError(f"{key}={folder}: lies in {source.path}, so that what is written there "
+                            f"would be text of sources: {source.name}; choose another --{key}")
 
 
 def check_data_config(config):
