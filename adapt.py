@@ -16,13 +16,13 @@ Paper: OLMo (arXiv 2402.00838), section 4.3, which follows Tulu 2 and Open Instr
 commands.
 """
 
+from support.files import UserError, run_main  # first: Ctrl-C is quiet from here on
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal, NamedTuple
-from support.files import UserError, run_main  # before torch: Ctrl-C is quiet from here
 
 import numpy as np
 import torch

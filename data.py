@@ -13,12 +13,12 @@ a step. `Batches` and its helpers follow `build_data`; the helpers of `build_dat
 in the order of its calls.
 """
 
+from support.files import UserError, read_json, run_main, write_json  # first: Ctrl-C
 import hashlib
 import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from support.files import UserError, read_json, run_main, write_json  # before torch
 
 import numpy as np
 import torch

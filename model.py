@@ -12,10 +12,10 @@ one letter:
     V  rows of the embedding         N  chosen positions of a batch
 """
 
+from support.files import UserError, run_main  # first: Ctrl-C is quiet from here on
 import hashlib
 import math
 from dataclasses import dataclass
-from support.files import UserError, run_main  # before torch: Ctrl-C is quiet from here
 
 import numpy as np
 import torch

@@ -9,13 +9,13 @@ Ctrl-C or SIGTERM ends the run after the current step, and saves it. Exit code 0
 finished; after any other code, run the same command again.
 """
 
+from support.files import UserError, run_main  # first: Ctrl-C is quiet from here on
 import math
 from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from typing import Literal
-from support.files import UserError, run_main  # before torch: Ctrl-C is quiet from here
 
 import torch
 

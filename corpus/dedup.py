@@ -25,10 +25,14 @@ def deduplicate_source(documents, config, source, funnel):
     if not config.bloom_items:
         yield from deduplicate(documents, {level: DigestSet() for level in levels}, funnel)
         return
-    seen = {level: BloomFilter(config.bloom_items, config.bloom_fp_rate) for level in levels}
     megabytes = BloomFilter.bits_for(config.bloom_items, config.bloom_fp_rate) / 8e6
-    print(f"data: {source.name}: {len(seen)} Bloom filters of {megabytes:,.1f} MB each, for "
+    print(f"data: {source.name}: {len(levels)} Bloom filters of {megabytes:,.1f} MB each, for "
           f"{config.bloom_items:,} items at a false-positive rate of {config.bloom_fp_rate:g}")
+    try:
+        seen = {level: BloomFilter(config.bloom_items, config.bloom_fp_rate) for level in levels}
+    except (MemoryError, OverflowError):
+        raise UserError(f"bloom_items={config.bloom_items}: filters of {megabytes:,.0f} MB do not "
+                        "fit into memory; lower it or raise bloom_fp_rate") from None
     yield from deduplicate(documents, seen, funnel)
     for level, items in seen.items():
         if items.count > config.bloom_items:
@@ -184,11 +188,15 @@ def evaluation_paragraphs(sets):
     """
     paragraphs = {}  # digests, as an evaluation suite can have millions of paragraphs
     for name, path, _ in sets:
+        before = len(paragraphs)
         for text in evaluation_texts(path):
             for line in text.split("\n"):
                 paragraph = line.strip()
                 if is_searched_for(paragraph):
                     paragraphs.setdefault(digest_of(paragraph), name)
+        if len(paragraphs) == before:
+            warn(f"decontaminate: {name}: {path}: adds no line that is searched for; such a line "
+                 f"has {LEAST_WORDS} words or more")
     return paragraphs
 
 

@@ -45,14 +45,14 @@ def parse_source(name, entry):
     path = entry.get("path")
     rules = entry.get("rules", "")
     weight = entry.get("weight", 1.0)
-    if not isinstance(path, str):
+    if not isinstance(path, str) or not path:
         raise UserError(f"{place}: path {path!r}; write a path as a string")
     if not isinstance(rules, str):
         raise UserError(f"{place}: rules {rules!r}; write the names in one string")
     text = entry.get("text", "text")
     separator = entry.get("separator", "")
     for key, value in (("text", text), ("separator", separator)):
-        if not isinstance(value, str):
+        if not isinstance(value, str) or (key == "text" and not value):
             raise UserError(f"{place}: {key} {value!r}; write a string")
     # subtle: True is an int in Python, and no weight
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < 1e6:

@@ -4,6 +4,7 @@ import csv
 import gzip
 import hashlib
 import os
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -83,8 +84,15 @@ def read_sidecar(path):
         index.append((0, 2**62, 0, 0, 0, 0))
         names.append((f"(no {path.name})", "?", "?"))
         return np.array(index, DOCUMENT_INDEX), names
-    with gzip.open(path, "rt", newline="", encoding="utf-8") as rows:
-        for start, end, name, origin, line in csv.reader(rows):
-            index.append((int(start), int(end), hash_of_id(name), 0, len(names), 0))
-            names.append((name, origin, line))
+    try:
+        if not path.stat().st_size:
+            raise EOFError("0 bytes")
+        with gzip.open(path, "rt", newline="", encoding="utf-8") as rows:
+            for start, end, name, origin, line in csv.reader(rows):
+                index.append((int(start), int(end), hash_of_id(name), 0, len(names), 0))
+                names.append((name, origin, line))
+    except (EOFError, ValueError, gzip.BadGzipFile, zlib.error, csv.Error) as error:
+        raise UserError(f"{path}:{len(names) + 1}: not a row of the Dolma toolkit's ({error}); "
+                        "fetch the file again, or delete it: then documents have no names"
+                        ) from None
     return np.array(index, DOCUMENT_INDEX), names

@@ -1,5 +1,7 @@
 """JSON, digests, writes that survive a crash, and one-line messages for a user's mistake."""
 
+from support.interrupts import hear_ctrl_c  # first: from here on Ctrl-C is quiet
+
 import errno
 import hashlib
 import json
@@ -113,19 +115,6 @@ def disk_remedy(error):
 
 # ---- A command -----------------------------------------------------------------------------------
 
-def quiet_while_importing():
-    """Let Ctrl-C end a command of ours at once and without a traceback while torch is imported.
-
-    run_main brings Python's own handler back. Nothing is changed for others who import our files.
-    """
-    file = getattr(sys.modules["__main__"], "__file__", None) or ""
-    is_ours = Path(file).resolve().parent == Path(__file__).resolve().parent.parent
-    if is_ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-quiet_since_import = quiet_while_importing()
-
 # What to do first when memory runs out; docs/scale.md has the rest.
 LESS_MEMORY = {
     "train": "try --activation_checkpointing=one_in_two, then half the --micro_batch_size; in an "
@@ -141,14 +130,14 @@ def run_main(main):
     A user's mistake, a full disk or a lack of memory ends in one line and exit code 1. A bug keeps
     its traceback. Text that cannot be printed fails nothing: see Output.
     """
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    stop_hearing = hear_ctrl_c()
     is_run = getattr(main, "takes_ranks", False)  # train.py and adapt.py (scaling/ranks.py)
     stdout = Output(sys.stdout)
     with redirect_stdout(stdout), redirect_stderr(Output(sys.stderr)):
         code = exit_code(main) if is_run or is_alone() else NOT_ALONE
         sys.stdout.flush()
         sys.stderr.flush()
+    stop_hearing()
     if stdout.error and not is_run and not code:  # a run is in its files, a table only here
         code = f"error: stdout cannot be written ({stdout.error})"
     if getattr(main, "had_group", False):

@@ -22,6 +22,8 @@ SIZES = {"d_model", "n_heads", "n_layers", "mlp_ratio", "mlp_hidden_size", "max_
          "vocab_size", "embedding_size", "weight_tying", "rope_theta", "eos_token_id",
          "pad_token_id"}
 
+OLMO_EOS = 50279  # the last of the ids of OLMo 1.0's tokenizer
+
 # Keys that change no logit: how to start, train, wrap and place the model.
 HARMLESS = {
     "alibi_bias_max", "attention_dropout", "attention_layer_norm_with_affine",
@@ -58,6 +60,9 @@ def official_config(path, tokenizer=None):
         d_model = int(settings["d_model"])
         vocab_size = int(settings["vocab_size"])
         rows = int(settings.get("embedding_size") or vocab_size)
+        # the frozen yaml says 50279; the one in use then said 0, the converter rewrites it
+        eos = int(settings["eos_token_id"])
+        is_olmo = vocab_size == OLMO_EOS + 1
         fused = int(settings.get("mlp_hidden_size") or int(settings["mlp_ratio"]) * d_model)
         return ModelConfig(
             d_model=d_model,
@@ -70,8 +75,7 @@ def official_config(path, tokenizer=None):
             embedding_size=rows,
             rope_theta=float(settings.get("rope_theta") or 10000),
             weight_tying=settings.get("weight_tying") != "false",  # tied by default
-            # the frozen yaml says 50279; the one in use then said 0, the converter rewrites it
-            eos_token_id=int(settings["eos_token_id"]) or vocab_size - 1,
+            eos_token_id=OLMO_EOS if is_olmo and eos == 0 else eos,
             pad_token_id=int(settings["pad_token_id"]))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None

@@ -56,12 +56,13 @@ def count_of_ids(unpadded, rows, tokenizer):
 def remedy_for(file, config, wrong):
     """What to do about a tokenizer whose {key: value} of `wrong` are not the model's."""
     description = description_of(file.parent)
-    if description is None:  # of built data, for a model that is still to be trained
-        return "set " + " ".join(f"--{key}={value}" for key, value in wrong.items())
     # OLMo 1.0 was trained with EOS 50279. Its authors published a second tokenizer, in which
     # <|endoftext|> and |||IP_ADDRESS||| have each other's ids.
     if (config.eos_token_id, wrong.get("eos_token_id")) == (50279, 0):
-        return f"this is the other one of OLMo's two published tokenizers; {copy_published(file)}"
+        remedy = copy_published(file) if description else "set --tokenizer=olmo"
+        return f"this is the other one of OLMo's two published tokenizers; {remedy}"
+    if description is None:  # of built data, for a model that is still to be trained
+        return "set " + " ".join(f"--{key}={value}" for key, value in wrong.items())
     own = f"put the tokenizer.json that the model was trained with at {file}"
     if is_run(description) or "vocab_size" in wrong:
         return own

@@ -253,8 +253,7 @@ def save_hf(model, out, tokenizer=None, chat_template=None):
         file = aside / "model.safetensors"
         safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
         write_json(aside / "config.json", config)
-        ends = {key: config[key] for key in ("eos_token_id", "pad_token_id")}
-        write_json(aside / "generation_config.json", ends)
+        write_json(aside / "generation_config.json", generation_config(model.config))
         if tokenizer is not None:
             write_tokenizer(Path(tokenizer), aside, model.config, chat_template)
         was_compared = compare_with_transformers(model, aside, out)
@@ -267,6 +266,15 @@ def save_hf(model, out, tokenizer=None, chat_template=None):
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return was_compared
+
+
+def generation_config(config):
+    """generation_config.json, by which transformers' generate goes."""
+    settings = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
+    padding_rows = list(range(config.vocab_size, config.embedding_size))
+    if padding_rows:
+        settings["suppress_tokens"] = padding_rows  # they are never chosen, here as there
+    return settings
 
 
 def refuse_existing(out):

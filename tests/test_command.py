@@ -105,6 +105,22 @@ def test_ctrl_c_while_torch_is_imported_is_quiet(tmp_path, module):
     assert process.communicate() == (b"", b"") and process.returncode == -signal.SIGINT
 
 
+def test_ctrl_c_that_python_can_only_ignore_comes_again(tmp_path):
+    """In a callback of os.fork, where the workers of a data build start."""
+    def start_workers(argv):
+        def interrupted():
+            if not (tmp_path / "once").exists():
+                (tmp_path / "once").touch()
+                raise KeyboardInterrupt
+        os.register_at_fork(after_in_parent=interrupted)
+        if os.fork() == 0:
+            os._exit(0)
+        time.sleep(3600)
+    process = forked(tmp_path / "log", start_workers)
+    process.join()
+    assert process.exitcode == 130 and (tmp_path / "log").read_text() == ""
+
+
 CHILD = """
 import pathlib, time
 pathlib.Path("started").touch()

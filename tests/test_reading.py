@@ -14,10 +14,12 @@ import pytest
 from conftest import data_config, kept_documents, manifest_of, official_order, refusal, write_jsonl
 
 import data
+from corpus.bpe import sample_texts
 from corpus.dedup import evaluation_texts
 from corpus.documents import read_documents, read_records
 from corpus.source_files import CHUNK_BYTES, input_files
 from corpus.storage import DocumentWriter, mapped_order, read_block
+from corpus.token_files import read_sidecar
 from data import build_data
 from support.files import UserError, read_json
 from support.text import decoded, parsed_json
@@ -125,6 +127,33 @@ def test_a_pipe_a_broken_link_and_a_file_that_changes_are_refused_by_name(tmp_pa
     assert str(file) in refusal(list, read_records(file))
 
 
+def test_a_source_that_holds_its_own_built_data_is_refused(tmp_path):
+    """At the second build, the clean documents of the first would be read as text."""
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "words of a text"}] * 9)
+    (tmp_path / "link").symlink_to(tmp_path)
+    for path in (tmp_path, tmp_path / "link"):  # built in tmp_path/link/built
+        assert "data_dir" in refusal(build, tmp_path / "link", path=str(path))
+    for key, value in (("path", ""), ("text", ""), ("separator", 3)):
+        assert key in refusal(data_config, tmp_path, sources={"a": {"path": "x", key: value}})
+
+
+def test_an_evaluation_set_that_is_never_found_is_said(tmp_path, capsys):
+    file = write_jsonl(tmp_path / "a.jsonl", [{"text": "words of a text"}] * 9)
+    for text, said in (("too short to be found", True), ("long enough " * 9, False)):
+        test = write_jsonl(tmp_path / "test.jsonl", [{"text": text}])
+        build_data(data_config(tmp_path, sources={"main": file}, tokenizer="bpe:284",
+                               decontaminate={"mine": test}))
+        assert (f"decontaminate: mine: {test}: " in capsys.readouterr().err) == said
+
+
+@pytest.mark.parametrize("content", [b"", gzip.compress(b"0,9,a,b,1\n" * 99)[:-9], b"plain",
+                                     gzip.compress(b"0,9,a,b\n"), gzip.compress(b"0,x,a,b,1\n"),
+                                     gzip.compress(b"0,9,\xff,b,1\n")])
+def test_a_damaged_sidecar_of_ready_token_files_is_refused_by_name(tmp_path, content):
+    (tmp_path / "a.csv.gz").write_bytes(content)
+    assert refusal(read_sidecar, tmp_path / "a.csv.gz").startswith(f"{tmp_path}/a.csv.gz:")
+
+
 # ---- Encodings -----------------------------------------------------------------------------------
 
 PRICE = '{"text": "costs \u20ac5"}\r\n'
@@ -212,9 +241,10 @@ def test_pretty_printed_json_is_one_error_not_one_a_line(tmp_path, value, way, c
 
 
 def test_text_may_lie_under_another_key(tmp_path):
-    file = write_jsonl(tmp_path / "a.jsonl", [{"content": f"one {i}", "text": 1} for i in range(9)])
-    (tmp_path / "b.txt").write_text("a text file has no keys")
-    folder = build(tmp_path, path=str(tmp_path), text="content")
+    home = tmp_path / "in"
+    file = write_jsonl(home / "a.jsonl", [{"content": f"one {i}", "text": 1} for i in range(9)])
+    (home / "b.txt").write_text("a text file has no keys")
+    folder = build(tmp_path, path=str(home), text="content")
     texts = [document["text"] for document in kept_documents(folder)]
     assert texts == [*(f"one {i}" for i in range(9)), "a text file has no keys"]
     assert "text is a number" in refusal(build, tmp_path, path=file)
@@ -261,13 +291,14 @@ EOT = "<|endoftext|>"
 def test_a_separator_cuts_a_text_into_documents_with_their_lines(tmp_path):
     """A blank part is none; a byte-order mark is no text; other files keep their documents."""
     content = EOT.join([STORY, "\n" + STORY, " \n", "", "last"])
-    (tmp_path / "a.txt").write_text("\ufeff" + content, newline="")
-    write_jsonl(tmp_path / "b.jsonl", [{"text": f"x{EOT}y"}])
-    found = [(record.line, record.content) for record in read_records(tmp_path, separator=EOT)]
+    file = write_jsonl(tmp_path / "in" / "b.jsonl", [{"text": f"x{EOT}y"}])
+    (tmp_path / "in" / "a.txt").write_text("\ufeff" + content, newline="")
+    records = list(read_records(tmp_path / "in", separator=EOT))
+    found = [(record.line, record.content) for record in records]
     assert [line for line, _ in found] == [1, 5, 9, 1]
     assert found[2][1] == b"last" and found[3][1] == f'{{"text": "x{EOT}y"}}\n'.encode()
-    assert "separator" in refusal(list, read_records(tmp_path / "b.jsonl", separator=EOT))
-    folder = build(tmp_path, path=str(tmp_path), separator=EOT)
+    assert "separator" in refusal(list, read_records(file, separator=EOT))
+    folder = build(tmp_path, path=str(tmp_path / "in"), separator=EOT)
     assert [row["text"] for row in kept_documents(folder)] == [STORY, "\n" + STORY, "last",
                                                                f"x{EOT}y"]
 
@@ -312,10 +343,10 @@ def test_a_large_block_is_read_back_in_linear_time(tmp_path):
 
 
 def test_the_tokenizers_sample_of_one_long_document_has_a_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "BPE_SAMPLE_CHARS", 1000)
+    monkeypatch.setattr("corpus.bpe.BPE_SAMPLE_CHARS", 1000)
     file = write_jsonl(tmp_path / "a.jsonl", [{"text": "some words " * 9999}, {"text": "not read"}])
     folder = build(tmp_path, path=file)
-    assert [len(text) for text in data.sample_texts({"main": folder})] == [1000]
+    assert [len(text) for text in sample_texts({"main": folder})] == [1000]
 
 
 # ---- Data that may only be read ------------------------------------------------------------------

@@ -8,6 +8,7 @@ import pytest
 import torch
 from adapt import AdaptConfig
 from configs import load_config
+from data import render_chat
 from model import ModelConfig, OLMo
 from support.files import UserError
 from train import SCHEMAS, TrainConfig, clip_at_step, lr_at_step
@@ -230,6 +231,53 @@ def test_the_runs_of_the_7b_follow_each_other_and_clip_at_one():
         ends.append(config)
     tokens = [config.batch_size * 2048 * config.max_steps for config in ends]
     assert tokens == pytest.approx([2.216e12, 2.460e12, 2.464e12], rel=1e-3)
+
+
+# ---- What differs --------------------------------------------------------------------------------
+
+class ByteTokenizer:
+    """Each byte is an id, and 256 the end of text."""
+
+    eos_token_id = 256
+
+    def encode(self, text):
+        return list(text.encode())
+
+
+def open_instructs_mask(messages, tokenizer):
+    """(ids, trained) as finetune.py of Open Instruct at ecf0c508 has them with add_bos.
+
+    It masks what is not an answer, from the length of the text before it to that of the text with
+    it and the header of the answer; but these texts have no BOS, and the ids have one.
+    """
+    def ids_of(messages):
+        ids = []
+        for message in messages:
+            ids += tokenizer.encode(f"<|{message['role']}|>\n{message['content'].strip()}")
+            ids += [tokenizer.eos_token_id] if message["role"] == "assistant" else []
+            ids += tokenizer.encode("\n")
+        return ids
+
+    ids = [tokenizer.eos_token_id, *ids_of(messages)[:-1]]
+    trained = [True] * len(ids)
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            begin = len(ids_of(messages[:i]))
+            end = len(ids_of(messages[:i + 1]) + tokenizer.encode("<|assistant|>\n"))
+            trained[begin:end] = [False] * (end - begin)
+    return ids, trained
+
+
+def test_open_instruct_also_trains_the_line_break_before_each_answer():
+    """docs/differences.md; seen by running its function with OLMo's tokenizer, with these ids."""
+    messages = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A list."},
+                {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "A dict."}]
+    ids, trained = render_chat(messages, ByteTokenizer())
+    their_ids, theirs = open_instructs_mask(messages, ByteTokenizer())
+    assert their_ids == ids
+    more = [i for i in range(len(ids)) if theirs[i] and not trained[i]]
+    assert [bytes(ids[i:i + 3]) for i in more] == [b"\nA ", b"\nA "]
+    assert not any(own and not other for own, other in zip(trained, theirs, strict=True))
 
 
 # ---- The models ----------------------------------------------------------------------------------

@@ -252,8 +252,9 @@ def test_a_tokenizer_travels_with_the_model(transformers, tokenizer, tmp_path):
 
 def test_a_batch_of_prompts_is_answered_as_each_alone(transformers, tokenizer, tmp_path):
     """With padding behind them, the shorter of three went on after the padding."""
-    # without padding rows, which transformers may choose
-    model = random_model(**IDS | {"embedding_size": 300}, scale=3.0)
+    model = random_model(**IDS, scale=3.0)
+    with torch.no_grad():
+        model.lm_head.weight[300:] *= 9  # padding rows that it would choose
     save_hf(model, tmp_path / "hf", tokenizer)
     hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
@@ -395,6 +396,12 @@ def test_the_released_shapes_are_read_from_their_official_yaml(tmp_path):
     for settings, shape in ((one_b, ONE_B), (seven_b, SEVEN_B)):
         file.write_text(official_yaml(**settings))
         assert official_config(file) == m.ModelConfig(**shape)
+
+
+def test_eos_0_of_somebody_elses_model_stays_0(tmp_path):
+    """Only OLMo's own yaml says 0 where 50279 was meant."""
+    assert load_model(official_directory(tmp_path / "official", eos_token_id=0)
+                      ).config.eos_token_id == 0
 
 
 @pytest.mark.parametrize("name, tensor, fault", [

@@ -1,0 +1,42 @@
+"""Ctrl-C: quiet while torch is imported, and never lost. Imported before everything else."""
+
+import os
+import signal
+import sys
+import threading
+
+
+def quiet_while_importing():
+    """Let Ctrl-C end a command of ours at once and without a traceback while torch is imported.
+
+    hear_ctrl_c brings Python's own handler back. Nothing is changed for others who import us.
+    """
+    file = getattr(sys.modules["__main__"], "__file__", None) or ""
+    house = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+    is_ours = os.path.dirname(os.path.realpath(file)) == house
+    if is_ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+quiet_since_import = quiet_while_importing()
+
+
+def hear_ctrl_c():
+    """From here on Ctrl-C raises KeyboardInterrupt, and is not lost.
+
+    # subtle: in a callback of os.fork or in a destructor Python can only print an exception and go
+    # on. A Ctrl-C that falls there comes again a moment later.
+    Returns a function that ends this.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = sys.unraisablehook
+    process = os.getpid()
+
+    def hook(ignored):
+        if not issubclass(ignored.exc_type, KeyboardInterrupt):
+            before(ignored)
+        elif os.getpid() == process:  # its workers end with it
+            threading.Timer(0.1, os.kill, (process, signal.SIGINT)).start()
+    sys.unraisablehook = hook
+    return lambda: setattr(sys, "unraisablehook", before)
