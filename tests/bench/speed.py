@@ -29,7 +29,7 @@ import torch
 import train
 from tests.bench.__main__ import alternate, library_texts, ratios_of
 from configs import ROOT
-from corpus.tokenizer import train_bpe
+from corpus.bpe import train_bpe
 from data import Batches, DataConfig, TokenShards, build_data
 from model import ModelConfig, build_model, generate, init_weights
 from scaling.machine import choose_dtype, flops_per_token, keep_freed_memory

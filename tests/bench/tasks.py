@@ -10,7 +10,8 @@ from statistics import median
 
 from tests.bench.__main__ import alternate, library_texts, ratios_of
 from configs import ROOT, load_config
-from corpus.tokenizer import Tokenizer, tokenizer_file, train_bpe
+from corpus.bpe import train_bpe
+from corpus.tokenizer import Tokenizer, tokenizer_file
 from eval import EvalConfig, encode_request
 from model import ModelConfig, build_model
 from support.scoring import score_requests
