@@ -24,6 +24,7 @@ import numpy as np
 import regex
 
 from corpus.tokenizer import PATTERN
+from corpus.words import count_words
 
 
 class Drop(NamedTuple):
@@ -166,23 +167,33 @@ def language(page):
 
 # ---- C4's rules ----------------------------------------------------------------------------------
 
+LINES = re.compile(r"[^\n]*\n|[^\n]+")  # each with the newline that ends it
+
+
 def c4_punctuation(page):
-    """Takes out lines that do not end in . ? ! or " (C4; the only C4 rule in Dolma's web text)."""
-    lines = page.text.split("\n")
+    """Takes out lines that do not end in . ? ! or " (C4; the only C4 rule in Dolma's web text).
+
+    Blank lines have no end mark either, so that paragraphs then follow one another.
+    """
+    lines = LINES.findall(page.text)
     ends = (".", "?", "!", '"')
-    keep = [line.rstrip().endswith(ends) or not line.strip() for line in lines]
-    return keep_parts(lines, keep, "\n", "lines without an end mark")
+    keep = [line.rstrip().endswith(ends) for line in lines]
+    return keep_parts(lines, keep, "", "lines without an end mark")
 
 
 def c4_short_lines(page):
-    """Takes out lines of fewer than 3 words (Dolma's C4 tagger); blank lines are kept."""
-    lines = page.text.split("\n")
-    keep = [len(line.split()) not in (1, 2) for line in lines]
-    return keep_parts(lines, keep, "\n", "lines of fewer than 3 words")
+    """Takes out lines of fewer than 3 words, blank ones too (Dolma's C4 tagger)."""
+    lines = LINES.findall(page.text)
+    keep = [len(line.split()) >= 3 for line in lines]
+    return keep_parts(lines, keep, "", "lines of fewer than 3 words")
 
 
 def c4_document(page):
-    """Drops a document with a brace, lorem ipsum or javascript (C4, without its bad words)."""
+    """Drops a document with a brace, lorem ipsum or javascript (C4).
+
+    # DIFFERS FROM OLMo: the toolkit's tagger has C4's list of bad words too; no list comes with
+    this code. Dolma's web text was not filtered by either.
+    """
     found = regex.search(r"(?i)\{|lorem ipsum|javascript", page.text)
     return Drop(f"holds {found[0]!r}", found[0]) if found else None
 
@@ -196,8 +207,16 @@ HEADER = regex.compile(  # comments in many languages; # also begins directives 
     r"|/\*(?:(?!\*/).)*+\*/[ \t\r]*)(?:\n|\Z))++")
 
 
+WORD_OR_MARKS = re.compile(r"\w+|[^\w\s]+")
+
+
 def code_extension(page):
-    """Drops files of data rather than code, by their extension (Dolma, on The Stack)."""
+    """Drops files of data rather than code, by their extension (Dolma, on The Stack).
+
+    # DIFFERS FROM OLMo: of Dolma's rules for code, RedPajama's are here. StarCoder's are not (XML
+    templates, HTML with little visible text, share of comments), nor is the search for secrets:
+    they need parsers that Python lacks (pygments, BeautifulSoup, detect-secrets).
+    """
     metadata = page.document["metadata"]
     path = Path(str(metadata.get("path", page.document["id"])))
     extension = str(metadata.get("ext", path.suffix)).lower().lstrip(".")
@@ -205,7 +224,12 @@ def code_extension(page):
 
 
 def code_header(page):
-    """Takes out the comment at the head of a file if it holds a copyright (RedPajama, Dolma)."""
+    """Takes out the comment at the head of a file if it holds a copyright (RedPajama, Dolma).
+
+    # DIFFERS FROM OLMo: the toolkit takes out the first /* */ comment wherever it is, and leading
+    lines of # // -- whether or not they hold a copyright, #include and #! among them; it counts
+    their characters without the newlines, and so leaves the end of the last line.
+    """
     header = HEADER.match(page.text)
     if not header or "copyright" not in header[0].lower():
         return None
@@ -215,14 +239,14 @@ def code_header(page):
 @drop_outside("Mean characters of a line", 0, 100)
 def code_mean_line(page):
     """Mean length of a line, at most 100 characters (Dolma, on The Stack)."""
-    lengths = [len(line) for line in page.text.split("\n")]
+    lengths = [len(line) for line in page.text.splitlines()]
     return sum(lengths) / len(lengths)
 
 
 @drop_outside("Characters of the longest line", 0, 1000)
 def code_longest_line(page):
     """Longest line, at most 1,000 characters (Dolma, on The Stack)."""
-    return max(map(len, page.text.split("\n")))
+    return max(map(len, page.text.splitlines()))
 
 
 @drop_outside("Letters and digits / characters", 0.25)
@@ -231,10 +255,11 @@ def code_alphanumeric(page):
     return ratio(sum(map(str.isalnum, page.text)), len(page.text))
 
 
-@drop_outside("Letters / tokens (pieces, as in repeated_tokens)", 1.5)
+@drop_outside("Letters / tokens", 1.5)
 def code_letters(page):
-    """Letters per token, at least 1.5 (Dolma, on The Stack)."""
-    return ratio(sum(map(str.isalpha, page.text)), len(page.pieces))
+    """Letters per token, at least 1.5 (Dolma, on The Stack); words and runs of marks are tokens."""
+    tokens = len(WORD_OR_MARKS.findall(page.text)) + 1  # the toolkit counts the gaps around them
+    return sum(map(str.isalpha, page.text)) / tokens
 
 
 # ---- Gopher's rules ------------------------------------------------------------------------------
@@ -396,13 +421,10 @@ def repeated_tokens(page):
     return None
 
 
-WORD = re.compile(r"\w+|[^\w\s]")  # nearly Unicode's word segments; apostrophes and CJK differ
-
-
-@drop_outside("Word segments", 25)
+@drop_outside("Unicode words", 25)
 def min_words(page):
-    """Word segments, at least 25 (Dolma, on books and Wikipedia)."""
-    return len(WORD.findall(page.text))
+    """Words of any script as Unicode cuts them, at least 25 (Dolma, on books and Wikipedia)."""
+    return count_words(page.text, 25)
 
 
 SENTENCE_ENDS = re.compile(r"(?<=[.!?])(?=\s)|(?=\n)|(?<=\n)")
@@ -418,19 +440,26 @@ def content(page):
     return keep_parts(sentences, keep, "", "sentences score 0.4 or more")
 
 
+# Letters of e-mail addresses: Latin, Greek, Cyrillic. Not all: scripts without spaces would take in
+# the words around an address.
+LETTERS = "0-9A-Za-z_\u00c0-\u052f"
+
 PII = {  # compiled with re, which is several times as fast as regex here
-    "|||EMAIL_ADDRESS|||": re.compile(r"(?<![\w.+-])[\w.+-]++@[\w-]+(?:\.[\w-]+)+", re.ASCII),
+    "|||EMAIL_ADDRESS|||": re.compile(
+        rf"(?<![{LETTERS}.+-])[{LETTERS}.+-]++@[{LETTERS}-]+(?:\.[{LETTERS}-]+)+"),
     "|||PHONE_NUMBER|||": re.compile(r"(?<![^\s(])(?:\(\d{3}\)|\d{3})[-. ]*\d{3}[-. ]?\d{4}"
                                      r"(?!\w|[-.]\d)", re.ASCII),
-    "|||IP_ADDRESS|||": re.compile(r"(?<![\w.])(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}"
-                                   r"(?:25[0-5]|2[0-4]\d|1?\d?\d)(?!\w|\.\d)", re.ASCII)}
+    "|||IP_ADDRESS|||": re.compile(r"(?<![\w.])(?:(?:25[0-5]|2[0-4]\d|[01]?\d?\d)\.){3}"
+                                   r"(?:25[0-5]|2[0-4]\d|[01]?\d?\d)(?!\w|\.\d)", re.ASCII)}
 
 
 def pii(page):
     """Masks up to 5 e-mail addresses, US phone numbers and IPv4 addresses; more drop (Dolma).
 
-    # DIFFERS FROM OLMo: its patterns miss an address at the end of the text, take in the marks
-    around one, and mask parts of longer numbers; these end where the address or number ends.
+    # DIFFERS FROM OLMo: its patterns miss an address at the end of the text and a phone number at
+    the start of a line, take in the marks around one, and mask parts of longer numbers; these begin
+    and end where the address or number does. Its e-mail addresses may hold any character but @ and
+    spaces, ours what LETTERS names.
     """
     text = page.text
     before = None
