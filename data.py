@@ -57,7 +57,7 @@ class DataConfig:
         'Name -> {"path": ..., "rules": "web", "weight": 1}, or the path alone: a file or folder '
         'of .jsonl(.gz), .txt; "stdlib" is the embedded source of that name. rules: names in RULES '
         "and RULE_SETS; weight: how often a source is shown (0.5: half of it), or its share of "
-        "mix_tokens.")
+        'mix_tokens; text: the key of the text in JSON; separator: cuts a .txt into documents.')
     token_files: str = setting(
         "", "A list of ready token files (the Dolma toolkit's), one path a line; used instead of "
         "sources.")

@@ -2,14 +2,14 @@
 
 import hashlib
 import math
-import re
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 
 from corpus.documents import as_document, parse, read_records, warn
 from corpus.inputs import input_digests
-from corpus.rules import DEDUPLICATIONS, WORD, Drop, keep_parts
+from corpus.rules import DEDUPLICATIONS, Drop, keep_parts
+from corpus.words import count_words, has_more_than_marks
 from support.files import UserError, here
 
 
@@ -46,6 +46,9 @@ def deduplicate(documents, seen, funnel):
     `seen` holds a filter (DigestSet or BloomFilter) for each level that the source asks for:
     "url" drops a document whose URL came before, "document" one whose text came before, "paragraph"
     takes out lines that came before, in this document or an earlier one (Dolma's three stages).
+
+    # DIFFERS FROM OLMo: only documents that passed the rules are seen here. The toolkit's filters
+    have seen all documents when the rules drop some, so that the one copy left may be lost too.
     """
     for document in documents:
         # the cheapest level first; in Dolma it also drops the most
@@ -239,8 +242,8 @@ def strings_in(value):
 
 
 def is_searched_for(paragraph):
-    """Whether an evaluation paragraph counts: 13 words or more, and a letter or digit."""
-    return len(WORD.findall(paragraph)) >= LEAST_WORDS and bool(re.search("[A-Za-z0-9]", paragraph))
+    """Whether an evaluation paragraph counts: 13 words or more, and not marks alone."""
+    return count_words(paragraph, LEAST_WORDS) == LEAST_WORDS and has_more_than_marks(paragraph)
 
 
 @lru_cache

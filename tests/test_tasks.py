@@ -461,13 +461,14 @@ def test_reported_figures_are_arithmetic():
 
 @pytest.mark.parametrize("change, words", [
     (lambda rows: rows[3].pop("request"), [":4", "request"]),
-    (lambda rows: rows[3].pop("label"), [":4", "label"]),
+    (lambda rows: rows[3].pop("label"), [":4", "label is missing"]),
     (lambda rows: rows[1].update(idx=0), [":2", "idx=0", "doc_id=0"]),
     (lambda rows: rows.pop(0), [":1", "idx=1"]),
-    (lambda rows: rows[0]["request"].update(context=None), [":1", "context"]),
-    (lambda rows: rows[0]["request"].update(context="\ud800"), [":1", "UTF-8"]),
+    (lambda rows: rows[0]["request"].update(context=None), [":1", "context is null"]),
+    (lambda rows: rows[0]["request"].update(context="\ud800"), [":1", "context", "UTF-8"]),
     (lambda rows: rows[0]["request"].update(continuation=""), [":1", "continuation"]),
-    (lambda rows: rows[0].update(doc_id="0"), [":1", "doc_id"]),
+    (lambda rows: rows[0].update(doc_id="0"), [":1", "doc_id is a string"]),
+    (lambda rows: rows[1].update(idx=True), [":2", "idx is true or false"]),
     (lambda rows: [row.update(label=7) for row in rows], ["doc_id=0", "label=7"]),
     (lambda rows: rows[0].update(label=1 - rows[0]["label"] % 2), ["doc_id=0", "label"]),
     (lambda rows: [row.update(label="one") for row in rows], ["doc_id=0", "label=one"]),
