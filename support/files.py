@@ -169,7 +169,7 @@ def exit_code(main):
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends the clearing up
         return 130  # 128 + SIGINT, as shells have it
-    except (MemoryError, OSError, RuntimeError) as error:
+    except (MemoryError, OSError, RuntimeError, UnicodeEncodeError) as error:
         line = about_machine(error)
         if not line:
             raise
@@ -177,7 +177,7 @@ def exit_code(main):
 
 
 def about_machine(error):
-    """One line about an error whose cause is the machine or the user's rights; else None."""
+    """One line about an error whose cause is the machine, the user's rights or text; else None."""
     text = str(error)
     name = type(error).__name__  # torch.OutOfMemoryError; torch is not imported here
     number = getattr(error, "errno", None)
@@ -186,6 +186,9 @@ def about_machine(error):
         remedy = LESS_MEMORY.get(Path(sys.argv[0]).stem, "try a smaller batch")
         amount = re.search(r"llocate (\d[\w.]* ?\w+)", text)
         return f"out of memory{f' (asked for {amount[1]})' if amount else ''}; {remedy}"
+    if isinstance(error, UnicodeEncodeError):
+        part = error.object[max(0, error.start - 20):error.end + 20]
+        return f"{part!r} is not all text: bytes that are not UTF-8, or half a surrogate pair"
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"{error}; make room, then run the same command again"
     if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR):

@@ -227,9 +227,12 @@ def verdict_on(suite, key, run, state):
         manifests = list(manifests_behind(run, state))
     except UserError as error:
         return False, f"not decontaminated: {error}"  # what is not known is not claimed
-    verdict, why = decontaminated(manifests, suite.files(), set(key["files"]))
+    try:
+        verdict, why = decontaminated(manifests, suite.files(), set(key["files"]))
+    except (KeyError, TypeError, AttributeError):
+        verdict, why = False, "a manifest is not in the form of this version"
     said = f"decontaminated: {why}" if verdict else f"not decontaminated: {why}"
-    one_data_set = len({manifest["sha256"] for manifest in manifests}) == 1
+    one_data_set = len({manifest.get("sha256") for manifest in manifests}) == 1
     if suite.name == "domains" and one_data_set:
         word = "and" if verdict else "but"
         said = f"held out of the training data as whole documents, {word} {said}"

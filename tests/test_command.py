@@ -12,6 +12,7 @@ import torch
 from conftest import ROOT, forked, rows, saved_steps, wait_until
 
 import data
+import eval as e
 import train
 from scaling.signals import StopSignal
 
@@ -86,6 +87,11 @@ def test_a_run_whose_output_goes_nowhere_is_finished(tmp_path, tiny_config):
     done = subprocess.run([sys.executable, ROOT / "eval.py", run], capture_output=True,
                           env=environment)
     assert done.returncode == 0 and b"web" in done.stdout and b"Traceback" not in done.stderr
+
+
+def test_what_is_no_text_is_one_line(copied, call, refused):
+    """The shell gives bytes that are not UTF-8 as half a surrogate pair, which no tokenizer has."""
+    refused(call(e, "sample", copied, f"--prompt={os.fsdecode(bytes([99, 233]))}"), r"c\udce9")
 
 
 # ---- Ctrl-C --------------------------------------------------------------------------------------

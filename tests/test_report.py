@@ -14,11 +14,13 @@ import eval as evaluation
 import train
 from scaling.log import Log
 from support import progress
+from support import records as records_module
 from support import report as report_module
-from support.files import log_rows, read_log, to_json, write_json
+from support.files import log_rows, read_json, read_log, to_json, write_json
 from support.measured import read_evaluations
 from support.records import cell, domains_table, keys_recorded, number, record, tasks_table
 from support.report import report
+from support.suites import Suite
 
 ODD = [None, True, -1, 10**400, 1.5, 1e308, math.nan, -math.inf, "text", "\ud800", [], [1], {},
        {"a": 1}, {"suite": ["x"]}, [{"dtype": [1]}]]
@@ -140,6 +142,23 @@ def test_the_report_survives_every_row(run, tmp_path, monkeypatch, seed, picture
     assert skipped == 0
     for line in (copied / "metrics.jsonl").read_text().splitlines():
         strict(line)
+
+
+@pytest.mark.parametrize("manifest", [None, {}, {"sources": [1]}, {"sources": {"web": {}}}])
+def test_a_manifest_of_another_form_stops_nothing(run, tmp_path, monkeypatch, manifest):
+    """None: a tuned model whose base came from elsewhere. What is not known is not claimed."""
+    monkeypatch.setattr(report_module, "drawing", lambda: None)
+    copied = tmp_path / "run"
+    shutil.copytree(run, copied)
+    (copied / "manifest.json").unlink()
+    if manifest is not None:
+        write_json(copied / "manifest.json", manifest)
+    assert "manifest.json" in report([copied]).read_text()
+    suite = Suite("one", {"one": run / "metrics.jsonl"}, [])
+    state = read_json(copied / "step000006" / "state.json")
+    monkeypatch.setattr(records_module, "manifests_behind", lambda *_: [manifest or {}])
+    verdict, said = records_module.verdict_on(suite, {"files": ["x"]}, copied, state)
+    assert not verdict and "not decontaminated" in said
 
 
 def test_what_a_report_leaves_out_is_counted(run, tmp_path, capsys, monkeypatch):
