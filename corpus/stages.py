@@ -29,7 +29,8 @@ from corpus.sources import check_outside
 from corpus.storage import hash_of
 from corpus.token_files import listed_token_files
 from corpus.tokenizer import tokenizer_file
-from support.files import UserError, file_sha256, fsync, fsync_all, link_or_copy
+from support.files import (UserError, disk_remedy, file_sha256, fsync, fsync_all,
+                           link_or_copy)
 from support.lock import Lock
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -128,8 +129,12 @@ class Stages:
         except BrokenProcessPool:  # the system kills a process when memory runs out
             raise UserError("a worker process was killed, most likely because memory ran out; try "
                             "fewer: --workers=1") from None
+        except PermissionError as error:  # others' data: built for other settings than these
+            raise UserError(f"{self.data_dir}: does not hold the data of this config, and may only "
+                            f"be read ({error}); choose another --data_dir") from None
         except OSError as error:
-            raise UserError(f"{self.folder}: the data could not be built ({error})") from None
+            raise UserError(f"{self.folder}: the data could not be built ({error}); "
+                            + disk_remedy(error)) from None
 
 
 def print_wait(holder):

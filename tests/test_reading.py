@@ -407,6 +407,8 @@ def test_built_data_that_may_only_be_read_serves_a_run(tmp_path, tiny_config, ca
                     (data, "trace", tmp_path / "run", "--step=2")):
         result = call(*command)
         assert result.returncode == 0, result.stdout + result.stderr
+    other = call(data, config, "--eval_share=0.3")  # not built there
+    assert other.returncode == 1 and f"{shared}: " in other.stderr and "--data_dir" in other.stderr
     read_only(tmp_path / "run")
     assert "step 2" in call(data, "trace", tmp_path / "run", "--step=2").stdout
 
