@@ -84,8 +84,9 @@ def generate_answers(argv):
     too_long = len(rows) - sum(fits)
     print(f"wrote {out}: {sum(fits):,} answers, {sum(fits[:done]):,} of them were there already")
     if too_long:
-        print(f"{too_long:,} prompts leave no room for an answer, the first {places[fits.index(0)]}"
-              ": their rows have an error and no output; shorten them")
+        first = places[fits.index(False)]
+        print(f"{too_long:,} prompts leave no room for an answer, the first {first}: their rows "
+              "have an error and no output; shorten them")
     return 1 if too_long else 0
 
 
@@ -116,20 +117,29 @@ def answers_of(model, tokenizer, prompts, options, first_row):
     the seed, and not on its batch, as far as rounding in another batch leaves the logits alike.
     """
     max_seq_len = model.config.max_seq_len
-    eos = tokenizer.eos_token_id
-    fitting = [number for number, prompt in enumerate(prompts) if len(prompt) < max_seq_len]
-    found = [{"output": "", "ended": False, "error": f"{len(prompt):,} tokens, and the model sees "
-              f"{max_seq_len:,}"} for prompt in prompts]
-    if not fitting:
-        return found
-    answers = generate(model, [prompts[number] for number in fitting], options.max_new_tokens,
-                       options.temperature, options.top_p, (eos,), options.sample_seed,
-                       [first_row + number for number in fitting])
-    for number, answer in zip(fitting, answers, strict=True):
-        ended = answer[-1] == eos
-        text = tokenizer.decode(answer[:-1] if ended else answer)
-        found[number] = {"output": text, "ended": ended}
+    fitting = {}
+    for number, prompt in enumerate(prompts, first_row):
+        if len(prompt) < max_seq_len:
+            fitting[number] = prompt
+    answers = {}
+    if fitting:
+        new = generate(model, list(fitting.values()), options.max_new_tokens, options.temperature,
+                       options.top_p, (tokenizer.eos_token_id,), options.sample_seed, list(fitting))
+        answers = dict(zip(fitting, new, strict=True))
+    found = []
+    for number, prompt in enumerate(prompts, first_row):
+        if number in answers:
+            found.append(as_answer(answers[number], tokenizer))
+        else:
+            error = f"{len(prompt):,} tokens, and the model sees {max_seq_len:,}"
+            found.append({"output": "", "ended": False, "error": error})
     return found
+
+
+def as_answer(ids, tokenizer):
+    """{output, ended} of an answer's ids."""
+    ended = ids[-1] == tokenizer.eos_token_id
+    return {"output": tokenizer.decode(ids[:-1] if ended else ids), "ended": ended}
 
 
 def rows_done(out, rows, drawn):

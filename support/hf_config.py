@@ -68,6 +68,9 @@ def check_settings(hf, place):
     if hf["model_type"] == "hf_olmo" or "d_model" in hf:
         raise UserError(f"{place}: this is the older format hf_olmo; take the repository of the "
                         "same name that ends in -hf, such as allenai/OLMo-1B-hf")
+    if hf["model_type"] != "olmo":
+        raise UserError(f"{place}: model_type={hf['model_type']} is not OLMo 1.0, which has "
+                        "model_type=olmo")
     if hf.get("quantization_config"):
         raise UserError(f"{place}: quantization_config: quantised weights are not read; take those "
                         "from before the quantisation")

@@ -149,7 +149,8 @@ def test_an_evaluation_set_that_is_never_found_is_said(tmp_path, capsys):
 
 @pytest.mark.parametrize("content", [b"", gzip.compress(b"0,9,a,b,1\n" * 99)[:-9], b"plain",
                                      gzip.compress(b"0,9,a,b\n"), gzip.compress(b"0,x,a,b,1\n"),
-                                     gzip.compress(b"0,9,\xff,b,1\n")])
+                                     gzip.compress(b"0,9,\xff,b,1\n")],
+                         ids=["empty", "cut off", "not gzip", "four", "a word", "not UTF-8"])
 def test_a_damaged_sidecar_of_ready_token_files_is_refused_by_name(tmp_path, content):
     (tmp_path / "a.csv.gz").write_bytes(content)
     assert refusal(read_sidecar, tmp_path / "a.csv.gz").startswith(f"{tmp_path}/a.csv.gz:")
@@ -430,3 +431,27 @@ def test_a_file_or_folder_without_the_right_to_read_it_is_named(tmp_path, plain_
     with pytest.raises(UserError, match=f"{file}: "):
         list(read_documents(tmp_path / "in", "main"))
     (tmp_path / "in" / "closed").chmod(0o755)
+
+
+# ---- Every door ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("door", ["chats", "preferences", "contamination", "suite"])
+@pytest.mark.parametrize("content, words", [
+    ((PRICE * 9).encode("utf-16"), "UTF-16"), (gzip.compress(b"{}"), "gzip"),
+    (b'[\n {"text": "x"}\n]', "jq -c '.[]'"), (b'{\n "text": "x"\n}', "jq -c .")],
+    ids=["UTF-16", "gzip", "list", "object"])
+def test_a_file_of_another_kind_is_one_error_at_every_door(tmp_path, door, content, words):
+    import adapt
+    import eval as evaluation
+    from support.rows import read_set
+    from support.suites import read_suites
+    path = str(tmp_path / "a.jsonl")
+    (tmp_path / "a.jsonl").write_bytes(content)
+    doors = {
+        "chats": lambda: read_set(path, adapt.AdaptConfig(), False, 0.1, Counter()),
+        "preferences": lambda: read_set(path, adapt.AdaptConfig(method="dpo", faulty="skip"), False,
+                                        0.1, Counter()),
+        "contamination": lambda: list(evaluation_texts(path)),
+        "suite": lambda: read_suites(evaluation.EvalConfig(suite=path), dict)}
+    message = refusal(doors[door])
+    assert message.startswith(path) and words in message

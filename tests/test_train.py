@@ -5,7 +5,6 @@ import json
 import math
 import os
 import pickle
-import random
 import re
 import resource
 import shutil
@@ -13,12 +12,13 @@ import signal
 import sysconfig
 import time
 from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import (ROOT, Bomb, check_same_run, columns, flip, forked, is_running, rows,
-                      saved_steps, seal, step_count, steps, wait_until)
+                      saved_steps, seal, steps, wait_until)
 
 import data
 import eval as evaluation
@@ -26,13 +26,14 @@ import model as m
 import train
 from configs import load_config
 from corpus.tokenizer import Tokenizer
+from scaling import checkpoint
 from scaling.checkpoint import create_state, drop_old_checkpoints, newest_step, verify_step
+from scaling.compiler import compile_model
 from scaling.directory import MEASURED, NOT_SAVED
 from scaling.log import Log, say_evaluation
 from scaling.machine import can_compile, choose_micro_batch
 from scaling.ranks import agree_on_machine, batch_hash
 from scaling.run import Run
-from scaling.sharding import compile_model
 from scaling.signals import StopSignal
 from support.files import UserError
 from support.lock import Lock
@@ -418,24 +419,58 @@ def uninterrupted(tmp_path_factory, tiny_config):
     return run
 
 
+def signal_at(number, module, name, call):
+    """Sends a run this signal at the n-th call of a function: there, however loaded the machine."""
+    def change():
+        calls, function = [], getattr(module, name)
+
+        def signal_and_call(*args, **options):
+            calls.append(1)
+            if len(calls) == call:
+                os.kill(os.getpid(), number)
+            return function(*args, **options)
+        setattr(module, name, signal_and_call)
+    return change
+
+
 def test_a_run_stopped_by_signals_goes_on_as_if_it_had_not(tmp_path, tiny_config, call,
                                                            uninterrupted):
-    """SIGINT, --resume, SIGTERM, --resume: exit codes 130 and 143, and each stop saves its step."""
-    run, dice, last = tmp_path / "run", random.Random(5), 0
+    """SIGINT, --resume, SIGTERM in the first step, --resume: exit codes 130 and 143, and each stop
+    saves its step."""
+    run = tmp_path / "run"
     words = [tiny_config(run, **LONG | {"save_every_steps": 1000})]
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number, at, last in ((signal.SIGINT, 11, 11), (signal.SIGTERM, 1, 12)):
         log = tmp_path / f"{number}.log"
-        process, least = forked(log, train.main, *words), last + dice.randint(5, 20)
-        wait_until(lambda: step_count(run) >= least, process)  # noqa: B023
-        os.kill(process.pid, number)
-        wait_until(lambda: not is_running(process))  # noqa: B023
+        process = forked(log, train.main, *words,
+                         before=signal_at(number, train, "train_step", at))
+        process.join()
         assert process.exitcode == 128 + number and "Traceback" not in log.read_text()
-        last = saved_steps(run)[-1]
-        assert f"stopped after step {last}" in log.read_text() and least <= last < 120
+        assert f"stopped after step {last}" in log.read_text() and saved_steps(run) == [last]
         assert steps(run) == list(range(1, last + 1))
-        words = [f"--resume={run}"]
+        words = [f"--resume={run}", "--keep_last=1"]
     result = call(train, *words)
     assert result.returncode == 0 and f"continues after step {last}" in result.stdout
+    check_same_run(run, uninterrupted)
+
+
+def is_stopped(process):
+    return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path, tiny_config, call, uninterrupted):
+    """In a step, while it saves, in a step. test_torture.py kills more often, and several ranks."""
+    run = tmp_path / "run"
+    file = tiny_config(run, **LONG)
+    for where in ((train, "train_step", 15), (checkpoint, "finish_checkpoint", 3),
+                  (train, "train_step", 7)):
+        process = forked(tmp_path / "log", train.main, file,
+                         before=signal_at(signal.SIGSTOP, *where))
+        wait_until(lambda: is_stopped(process), process)  # noqa: B023
+        process.kill()
+        wait_until(lambda: not is_running(process))  # noqa: B023
+        for step in run.glob("step??????"):
+            verify_step(step)
+    assert "continues after step 24" in call(train, file).stdout
     check_same_run(run, uninterrupted)
 
 
@@ -452,16 +487,6 @@ def kill(process, run, moment):
     wait_until(lambda: not is_running(process))
     for step in run.glob("step??????"):
         verify_step(step)
-
-
-def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path, tiny_config, call, uninterrupted):
-    """test_torture.py kills more often, and several ranks."""
-    run, dice = tmp_path / "run", random.Random(7)
-    file = tiny_config(run, **LONG)
-    for moment in (dice.uniform(0, 0.2), "saving", dice.uniform(0, 0.2)):
-        kill(forked(tmp_path / "log", train.main, file), run, moment)
-    assert "continues after step" in call(train, file).stdout
-    check_same_run(run, uninterrupted)
 
 
 @pytest.mark.slow
@@ -502,7 +527,7 @@ def test_compiled_gradients_are_the_same_bits_each_time_and_near_the_eager_ones(
         return {name: p.grad.clone() for name, p in model.named_parameters()}
     eager, compiled = (m.build_model(m.ModelConfig(), 0) for _ in range(2))
     eager.compute_dtype = compiled.compute_dtype = dtype
-    compile_model(compiled, CPU)
+    compile_model(compiled, CPU, is_asked=True)
     first, expected = gradients(compiled), gradients(eager)
     for _ in range(6):
         again = gradients(compiled)
@@ -559,10 +584,10 @@ def test_whenever_a_signal_comes_the_step_that_it_ends_is_saved(tmp_path, receiv
 
 
 def test_a_second_signal_acts_at_once(received):
-    """The first is only noted, and puts the handler back that was there before."""
+    """The first is only noted, and puts the handler back that was there before. (In the first
+    step the compiler must not hear them: test_command.py.)"""
     with StopSignal() as stop:
-        stop.end_shield()  # as after the first step
-        assert stop.number == 0
+        assert stop.reason() == 0  # as it is asked after the first step
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.number == signal.SIGTERM and len(received) == 0
         os.kill(os.getpid(), signal.SIGTERM)
@@ -573,16 +598,24 @@ def test_a_second_signal_acts_at_once(received):
     assert len(received) == 2
 
 
-def test_the_clock_saves_and_ends_a_run(tmp_path, tiny_config, call):
-    """After 1.2 s it is stopped with the alarm's exit code; by then it has saved every 0.3 s."""
+def test_the_clock_ends_a_run(tmp_path, tiny_config, call):
+    """It is stopped with the alarm's exit code after a step, which is saved."""
     run = tmp_path / "run"
-    words = [tiny_config(run, max_steps=100_000, save_every_steps=0, keep_last=0,
-                         eval_every_steps=0, save_every_minutes=0.005), "--stop_after_minutes=0.02"]
+    words = [tiny_config(run, max_steps=100_000, save_every_steps=0, eval_every_steps=0),
+             "--stop_after_minutes=0.02"]
     result = call(train, *words)
     assert result.returncode == 128 + signal.SIGALRM
-    saved = saved_steps(run)
-    assert f"stopped after step {saved[-1]}" in result.stdout
-    assert 2 <= len(saved) <= 6 and steps(run)[-1] == saved[-1]
+    [saved] = saved_steps(run)
+    assert f"stopped after step {saved}" in result.stdout and steps(run)[-1] == saved
+
+
+def test_the_clock_saves(tmp_path, tiny_config, call):
+    """With an interval that is shorter than a step, each step is saved; 0 saves none."""
+    for minutes, saved in ((1e-9, [1, 2, 3]), (0.0, [3])):
+        run = tmp_path / f"{minutes}"
+        words = [tiny_config(run, max_steps=3, save_every_steps=0, keep_last=0,
+                             eval_every_steps=0), f"--save_every_minutes={minutes}"]
+        assert call(train, *words).returncode == 0 and saved_steps(run) == saved
 
 
 # ---- A run directory that exists -----------------------------------------------------------------

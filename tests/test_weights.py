@@ -157,6 +157,8 @@ HF_OLMO = {"model_type": "hf_olmo", "d_model": 32, "n_heads": 2, "n_layers": 2, 
 
 @pytest.mark.parametrize("config, words", [
     (HF_OLMO, ["hf_olmo", "-hf"]), ({**HF_OLMO, "model_type": "olmo"}, ["hf_olmo", "-hf"]),
+    (dict(model_type="gpt2", hidden_size=...), ["model_type=gpt2"]),
+    (dict(model_type=None), ["model_type"]),
     (dict(quantization_config={"load_in_4bit": True}), ["quantization_config"]),
     (dict(head_dim=8), ["head_dim=8"]), (dict(layer_types=["sliding_attention"]), ["layer_types"]),
     (dict(mlp_bias=True), ["mlp_bias"]), (dict(partial_rotary_factor=0.5), ["partial_rotary"]),
