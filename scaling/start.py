@@ -169,9 +169,9 @@ def find_start(config, settings, fingerprint, free_keys):
     except UserError as error:
         remedy = "; --overwrite starts the run again from step 1" if is_begun else ""
         raise UserError(f"{error}{remedy}") from None
-    check_max_steps(config.max_steps, home, saved["step"])
     check_settings(home, saved, settings, config, free_keys)
     check_data(home, saved, fingerprint, config)
+    check_max_steps(config.max_steps, home, saved["step"])
     if is_begun:
         set_aside(run, step)
     else:
