@@ -89,25 +89,12 @@ def checked_messages(messages, place, last, before=None):
     require(messages, f"{place}: an empty list; give at least one message")
     checked = []
     for number, message in enumerate(messages):
-        if number == 0 and before is None and is_empty_system(message):
-            continue
         message = checked_message(message, f"{place}[{number}]", before)
         before = message["role"]
         checked.append(message)
-    require(checked, f"{place}: nothing but an empty system message; remove the row")
     require(before == last, f"{place}[{len(messages) - 1}].role: {before}, where the "
             f"last message must be the {last}'s")
     return checked
-
-
-def is_empty_system(message):
-    """Whether a message is the system's and says nothing: it is left out.
-
-    # DIFFERS FROM OLMo: its scripts/prepare_tulu_data.py and Open Instruct keep the role's header,
-    # "<|system|>" and two line breaks. Nobody gives that header to a model that is asked something.
-    """
-    is_system = isinstance(message, dict) and message.get("role") == "system"
-    return is_system and "content" in message and not is_given(message["content"])
 
 
 def checked_message(message, place, before):
@@ -119,7 +106,10 @@ def checked_message(message, place, before):
     if role not in ROLES:
         raise UserError(f"{place}.role: {repr(role)[:20]} is not one of {', '.join(ROLES)}; "
                         f"{role_remedy(message)}")
-    check_text(message.get("content"), f"{place}.content")
+    # Open Instruct writes an empty system message for rows of OpenOrca, and OLMo trained them so.
+    is_empty_system = role == "system" and message.get("content") == ""
+    if not is_empty_system:
+        check_text(message.get("content"), f"{place}.content")
     refuse_fields(message, f"{place}.", OF_MESSAGE)
     # 2. the role after the one before it
     due = " or ".join(NEXT[before])

@@ -5,7 +5,7 @@ from collections import Counter
 
 from corpus.documents import parse, read_records
 from corpus.questions import stdlib_chats, stdlib_preferences
-from support.chats import checked_chat, checked_preference, is_empty_system
+from support.chats import checked_chat, checked_preference
 from support.files import UserError
 
 EXAMPLES = 10  # a message shows so many faulty rows
@@ -108,18 +108,11 @@ def checked_rows(path, check, counts, faults):
         except UserError as fault:
             faults.add(record.place, str(fault))
             continue
-        counts["empty system messages left out"] += leaves_system_out(row)
         faults.sound += 1
         yield record.place, row, checked
     if is_empty:
         raise UserError(f"{path}: holds no rows{listed(counts)}; name a file of one JSON object a "
                         "line")
-
-
-def leaves_system_out(row):
-    """Whether an empty message of the system's is left out of a row."""
-    lists = [row.get(key) for key in ("messages", "prompt", "chosen")]
-    return any(isinstance(each, list) and is_empty_system(each[0]) for each in lists if each)
 
 
 class Faults:

@@ -278,20 +278,22 @@ def test_a_turn_of_weight_0_is_read_and_not_trained(tmp_path):
     assert "messages[1]: weight, loss, train" in refusal(checked_chat, both, "f:1")
 
 
-def test_an_empty_message_of_the_system_is_left_out_and_counted(tmp_path):
-    """Open Instruct's converter writes one for rows of OpenOrca (reformat_datasets.py)."""
-    lines = [{"messages": [{"role": "system", "content": text}, *A_CHAT]} for text in
-             ("", " \n", None)]
-    file = write_lines(tmp_path / "orca.jsonl", [*lines, SOUND["sft"]])
-    counts = Counter()
-    found = read_set(str(file), adapt.AdaptConfig(), False, 0.1, counts)
-    assert [messages for _, messages in found] == [A_CHAT] * 3 + [SOUND["sft"]["messages"]]
-    assert counts["empty system messages left out"] == 3
+def test_an_empty_message_of_the_system_is_read_as_olmo_read_it(tmp_path):
+    """Open Instruct's converter writes one for rows of OpenOrca (reformat_datasets.py); the ids are
+    those of prepare_tulu_data.py and of Open Instruct's finetune.py, which were both run.
+    """
+    empty = {"role": "system", "content": ""}
+    file = write_lines(tmp_path / "orca.jsonl", [{"messages": [empty, *A_CHAT]}])
+    [(_, messages)] = read_set(str(file), adapt.AdaptConfig(), False, 0.1, Counter())
+    assert messages == [empty, *A_CHAT]
     pair = {"prompt": say("s: ", "u: q"), "chosen": say("a: a"), "rejected": say("a: b")}
-    assert checked_preference(pair, "")["prompt"] == say("u: q")
-    assert checked_request({"messages": say("s: ", "u: q")}, "") == say("u: q")
+    assert checked_preference(pair, "")["prompt"] == say("s: ", "u: q")
+    assert checked_request({"messages": say("s: ", "u: q")}, "") == say("s: ", "u: q")
+    for content in (None, 3):
+        row = {"messages": [{"role": "system", "content": content}, *A_CHAT]}
+        assert refusal(checked_chat, row, "f:1").startswith("f:1: messages[0].content: ")
     late = {"messages": [*A_CHAT, *say("s: "), *A_CHAT]}
-    assert refusal(checked_chat, late, "f:1").startswith("f:1: messages[2].content: an empty")
+    assert refusal(checked_chat, late, "f:1").startswith("f:1: messages[2].role: system")
 
 
 # ---- Prompts -------------------------------------------------------------------------------------
