@@ -98,7 +98,7 @@ def test_many_faults_are_ten_examples_and_counts_by_reason(tmp_path, capsys):
     (checked_chat, A_CHAT[0], ["messages is missing", "one message"]),
     (checked_chat, {"text": "a document"}, ["messages is missing", "are: text"]),
     (checked_chat, {"messages": [{"role": "tool", "content": "4"}]}, ["'tool'", "no tools"]),
-    (checked_chat, {"messages": say("s: ")}, ["messages: nothing but"]),
+    (checked_chat, {"messages": say("s: ")}, ["messages[0].role: system"]),
     (checked_preference, {"messages": A_CHAT}, ["chosen or rejected", "--method=sft"]),
     (checked_preference, {"question": "q", "chosen": "a", "rejected": "b"},
      ["prompt is missing", "question, chosen, rejected"]),
@@ -250,7 +250,8 @@ def test_the_system_beside_the_messages_is_used():
         wanted = [{"role": "system", "content": " be brief"}]
         assert checked_chat({**row, "messages": A_CHAT}, "") == wanted + A_CHAT
         assert checked_chat({**row, "messages": brief + A_CHAT}, "") == brief + A_CHAT
-        assert checked_chat({**row, "messages": say("s: ") + A_CHAT}, "") == wanted + A_CHAT
+        empty = {**row, "messages": say("s: ") + A_CHAT}
+        assert f"f:1: {key}: is not the system's" in refusal(checked_chat, empty, "f:1")
         assert checked_preference({**row, **PAIR}, "")["prompt"] == wanted + A_CHAT[:1]
         for prompt in ({"prompt": "q"}, {"instruction": "q"}, {"messages": A_CHAT[:1]}):
             assert checked_request({**row, **prompt}, "") == wanted + A_CHAT[:1]
