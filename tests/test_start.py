@@ -283,7 +283,7 @@ def test_a_fork_may_begin_at_an_older_step(copied, tmp_path, call, refused):
     assert "RUN" not in refused(call(train, f"--resume={step}"), step, f"--resume={copied}")
     words = [f"--resume={step}", f"--run_dir={fork}", "--lr=0.001", "--max_steps=12"]
     refused(call(train, *words), "lr: 0.003 there, 0.001 now")
-    assert [file.name for file in fork.iterdir()] == [".lock"]
+    assert not fork.exists()
     assert call(train, *words, "--accept_changes").returncode == 0
     assert steps(fork) == list(range(1, 13)) and saved_steps(fork) == [10, 12]
     assert steps(fork, "eval") == [10, 12]
