@@ -99,9 +99,8 @@ def conditions(row, result):
     keys = row.get("of")  # a row of training has a list of them, one for each suite, of one dtype
     [key] = (keys if isinstance(keys, list) else [keys])[:1] or [None]
     dtype = key.get("dtype") if isinstance(key, dict) else None
-    begin = result.get("answer_begins")
-    found = [result.get("metric"), dtype and f"dtype {dtype}", begin and f"the prompt {begin!r}"]
-    return ", ".join(text for text in found if isinstance(text, str))
+    found = {"": result.get("metric"), "dtype ": dtype, "prompt ": result.get("answer_begins")}
+    return ", ".join(name + text for name, text in found.items() if text and isinstance(text, str))
 
 
 def comparable(measured, left_out):
