@@ -16,8 +16,9 @@ import data
 import eval as evaluation
 import model
 import train
-from corpus.stdlib import stdlib_document
 from corpus.bpe import train_bpe
+from corpus.documents import as_document
+from corpus.stdlib import stdlib_document
 from eval import EvalConfig, evaluate_perplexity
 from scaling.directory import describe
 from support.files import UserError, disk_remedy, fsync, log_rows, write_rows
@@ -229,7 +230,7 @@ def test_built_data_is_enough_to_go_on(learned, tmp_path, monkeypatch, call, ref
     monkeypatch.chdir(shutil.copytree(learned, tmp_path / "here"))
     shutil.rmtree("web")
     result = call(train, "--resume=run", "--max_steps=61")
-    assert result.returncode == 0 and "data: web: not here; data/" in result.stdout
+    assert result.returncode == 0 and "on which run was trained; web: not here" in result.stdout
     assert call(train, "run.py", "--max_steps=62").returncode == 0
     assert call(train, "--resume=run", "--run_dir=fork", "--max_steps=63").returncode == 0
     refused(call(train, "--resume=run", "--max_steps=63", "--eval_share=0.3", "--accept_changes"),
@@ -238,6 +239,72 @@ def test_built_data_is_enough_to_go_on(learned, tmp_path, monkeypatch, call, ref
     refused(call(train, "--resume=run", "--max_steps=63"), "web")
     assert call(train, "--resume=run", "--max_steps=63", "--data_dir=moved").returncode == 0
     assert steps(Path("run")) == list(range(1, 64))
+
+
+@pytest.fixture
+def other_code(monkeypatch):
+    """Our code as another release would have it: the rule of every source cuts its texts short."""
+    monkeypatch.setattr("corpus.stages.building_code", lambda stage: f"another {stage}")
+    monkeypatch.setattr("data.as_document", lambda *arguments: short(as_document(*arguments)))
+
+
+def short(document):
+    return document | {"text": document["text"][:200]}
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_other_code_builds_no_other_data_for_a_run(learned, tmp_path, monkeypatch, call, refused,
+                                                   other_code, is_old):
+    """The data on which it was trained is there: it goes on with that, and one line says so.
+
+    With text that has changed since, by name, or with lost data it is refused. is_old: the
+    manifest is one of the time before digests of the input files, and knows their ages.
+    """
+    monkeypatch.chdir(shutil.copytree(learned, tmp_path / "here"))
+    [manifest] = Path("data").glob("*/manifest.json")
+    if is_old:
+        def set_ages(clean, name):
+            file = Path(name, "part.jsonl")
+            clean["inputs"] = [[str(file), file.stat().st_size, file.stat().st_mtime_ns]]
+        content = json.loads(manifest.read_text())
+        for name, clean in content["settings"]["clean"].items():
+            set_ages(clean, name)
+        manifest.write_text(json.dumps(content))
+    line = f"data: {manifest.parent}, on which run was trained; built by other code"
+    for words in (["--resume=run"], ["--resume=run", "--run_dir=fork"],
+                  ["run.py", "--start_from=run/step000060", "--run_dir=anneal"]):
+        result = call(train, *words, "--max_steps=61")
+        assert result.returncode == 0, result.stderr
+        assert line in result.stdout.splitlines()
+    assert len(list(Path("data").glob("*/manifest.json"))) == 1
+    with open("web/part.jsonl", "a") as out:
+        out.write('{"id": "new", "text": "one more text of many words"}\n')
+    result = call(train, "--resume=run", "--max_steps=62")
+    refused(result, "data_sha256", "--accept_changes")
+    assert "data: web: not the text on which run was trained" in result.stdout
+    assert call(train, "--resume=run", "--max_steps=62", "--accept_changes").returncode == 0
+
+
+def test_other_code_and_lost_data_are_refused_and_accepted_on_request(
+        learned, tmp_path, monkeypatch, call, refused, other_code):
+    monkeypatch.chdir(shutil.copytree(learned, tmp_path / "here"))
+    words = ["--resume=run", "--max_steps=61", "--data_dir=elsewhere"]
+    refused(call(train, *words), "data_sha256", "restore", "--accept_changes")
+    for accepted in (words, ["--resume=run", "--max_steps=62"]):  # also where the old data is there
+        assert call(train, *accepted, "--accept_changes").returncode == 0
+    assert json.loads(Path("run/manifest.json").read_text())["settings"]["code"][0] == "another mix"
+
+
+def test_a_step_without_its_run_is_a_start(copied, tmp_path, call, tiny_config):
+    """A copied step directory; and a run whose config.json is lost goes on with its own config."""
+    step = shutil.copytree(copied / "step000020", tmp_path / "alone" / "step000020")
+    result = call(train, tiny_config(tmp_path / "anneal"), f"--start_from={step}",
+                  "--max_steps=21")
+    assert result.returncode == 0, result.stderr
+    (copied / "config.json").unlink()
+    result = call(train, tiny_config(copied), "--max_steps=21")
+    assert result.returncode == 0, result.stderr
+    assert steps(copied)[-1] == 21
 
 
 # ---- Forks ---------------------------------------------------------------------------------------
