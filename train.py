@@ -23,7 +23,7 @@ from configs import load_config, setting
 from corpus.funnel import print_table
 from corpus.storage import held_out_files
 from corpus.trace import places_of_step
-from data import Batches, DataConfig, TokenShards
+from data import Batches, DataConfig, TokenShards, build_data
 from eval import EvalConfig, evaluate, sample_text
 from model import ModelConfig, OLMo, init_weights, next_token_loss
 from scaling.checkpoint import create_state
@@ -132,10 +132,10 @@ def train(model_config, data_config, eval_config, config):
     settings = saved_settings(model_config, data_config, eval_config, config)
     dtype, compiled = agree_on_machine(config, settings, device)
 
-    # The data: text -> tokens -> the batch of any step. Rank 0 calls build_data, the others wait.
-    on_rank0(partial(check_suites, eval_config))  # a misspelt suite is an error now, not in hours
-    build = partial(data_for_run, config, data_config, settings, vars(eval_config))
-    folder = on_rank0(build, patience=timedelta(days=2))
+    # The data: text -> tokens -> the batch of any step. Rank 0 builds or finds it; the others wait.
+    on_rank0(check_suites, eval_config)  # a misspelt suite is an error now, not in hours
+    folder = on_rank0(data_for_run, config, data_config, settings, vars(eval_config), build_data,
+                      patience=timedelta(days=2))
     print_table(folder)
     tokenizer = open_tokenizer(folder / "tokenizer.json", model_config)
     shards = TokenShards(folder, model_config.max_seq_len)
@@ -303,8 +303,9 @@ def train_step(model, optimizer, micro_batches, loss_fn, lr, max_norm):
     gradient is not finite.
     """
     # 1) All parts are divided by the count of targets in the step, so every token weighs the same.
-    # DIFFERS FROM OLMo: in Open Instruct's mean of means, tokens of short answers weigh more.
-    # DIFFERS FROM OLMo: its 1.0 models had this loss; since v0.4.0 it divides by T, not by T - 1.
+    # DIFFERS FROM OLMo: Open Instruct takes the mean of each micro-batch, then the mean of these;
+    # tokens of short answers then weigh more.
+    # DIFFERS FROM OLMo: since v0.4.0 OLMo divides by T; the code of 1.0 divided by T - 1, as here.
     count = global_count(micro_batches)
 
     # 2) Forward and backward, one micro-batch at a time. Gradients add up in parameter.grad.
@@ -327,12 +328,10 @@ def train_step(model, optimizer, micro_batches, loss_fn, lr, max_norm):
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     metrics["grad_norm"] = full_tensor(grad_norm).item()
 
-    # 4) One inf or nan in the gradient would make all weights nan, for ever. So look before the
-    #    update, while the weights are still good.
+    # 4) One inf or nan in the gradient would make all weights nan, so look before the update.
     if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
         optimizer.zero_grad()
-        raise FloatingPointError(f"loss {metrics['loss']}, "
-                                 f"gradient norm {metrics['grad_norm']}")
+        raise FloatingPointError(f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}")
 
     # 5) The update.
     for group in optimizer.param_groups:

@@ -42,6 +42,17 @@ def input_digests(path, data_dir):
     return [(name, remembered[key_of(file)][2]) for name, file in zip(names, files, strict=True)]
 
 
+def is_same_text(path, known, data_dir):
+    """Whether the files at `path` are those that built data knows: by digest; of old data, by age.
+
+    known: what the manifest of the data keeps of them.
+    """
+    if known and len(known[0]) == 3:  # (path, size, time), until built data kept digests
+        files = input_files(Path(path), Counter())
+        return known == [[str(file), *state_of(file)] for file in files]
+    return known == [list(entry) for entry in input_digests(path, data_dir)]
+
+
 def key_of(file):
     return str(file.absolute())
 

@@ -1,7 +1,9 @@
 """The data behind a run: where it is, and what the weights saw before this run."""
 
+import sys
 from pathlib import Path
 
+from corpus.inputs import is_same_text
 from support.files import UserError, read_json
 
 
@@ -19,6 +21,33 @@ def data_of_run(run, config, sha256=None):
                     f"it, or, if its sources have not changed, build it again: python data.py "
                     f"{run / 'config.json'} --tokenizer={run / 'tokenizer.json'} (eval.py also "
                     "takes other text: --suite=PATH)")
+
+
+def text_behind(settings, config):
+    """Compare the text that built data of `config` was made of with the text that is here now.
+
+    settings: of the data's manifest. Returns three lists without doubles: paths that are gone,
+    other Pythons whose library the embedded sources were, names of sources and evaluation sets
+    whose text has changed.
+    """
+    gone, libraries, changed = {}, {}, {}
+    for name, path, known in inputs_of(settings, config):
+        if path == "stdlib":
+            if known != sys.version:
+                libraries[f"Python {known.split()[0]}"] = True
+        elif not Path(path).exists():
+            gone[path] = True
+        elif not is_same_text(path, known, config.data_dir):
+            changed[name] = True
+    return list(gone), list(libraries), list(changed)
+
+
+def inputs_of(settings, config):
+    """Yield (name, path, its files as the built data knows them) of sources and evaluation sets."""
+    for source in config.parse_sources():
+        clean = settings["clean"][source.name]
+        yield source.name, source.path, clean["inputs"]
+        yield from clean.get("decontaminate", ())
 
 
 def order_at(run, step):

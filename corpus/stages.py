@@ -77,7 +77,7 @@ class Stages:
             # the path is in the manifest: text that has moved is mixed again, and not cleaned again
             weights = [(source.name, source.weight, source.path) for source in sources]
             self.settings = {
-                "code": building_code("mix"),
+                "code": [building_code("mix"), building_code("tokens")],
                 "clean": {source.name: clean_settings(config, source) for source in sources},
                 "mix": [weights, config.mix_tokens]}
         self.settings["tokenizer"] = tokenizer_settings(config)
@@ -193,6 +193,13 @@ def building_code(stage):
                          if getattr(node, "name", "") not in NOT_BUILDING]
         code.append(ast.unparse(tree))  # the code without its comments and layout
     return hash_of(code)
+
+
+def is_built_by_this_code(settings):
+    """Whether the code that built data, by the settings in its manifest, is that of today."""
+    codes = [settings["code"], *(clean["code"] for clean in settings["clean"].values())]
+    today = [building_code("mix"), building_code("tokens")]
+    return codes == [today] + [building_code("clean")] * len(settings["clean"])
 
 
 # ---- Complete or absent ---------------------------------------------------------------------

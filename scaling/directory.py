@@ -193,8 +193,8 @@ def resumed_argv(argv, file, is_tuned):
         check_is_fork(Path(run_dir), Path(resume))
         saved = Path(run_dir) / "config.json"
     elif not (is_fork or begins_again or step_directories(home)):
-        raise UserError(f"--resume={resume}: holds no step; python {file} {saved} begins the run "
-                        "again at step 1")
+        raise UserError(f"--resume={resume}: holds no step; python {file} {saved} "
+                        f"--run_dir={home} begins the run again at step 1")
     elif not is_fork and home != Path(resume):
         raise UserError(f"--resume={resume}: is a step; --resume={home} continues the run from its "
                         f"newest one, --resume={resume} --run_dir=NEW begins a fork")

@@ -207,19 +207,19 @@ def gather(value):
     return values
 
 
-def on_rank0(work, patience=None):
-    """Run `work()` on rank 0 and return its result on every rank.
+def on_rank0(work, *arguments, patience=None):
+    """Run `work(*arguments)` on rank 0 and return its result on every rank.
 
     A UserError or OSError of rank 0 becomes a UserError on every rank.
     patience: a timedelta that the other ranks wait, where the usual 10 minutes may be too short.
     """
     if not dist.is_initialized():
-        return work()
+        return work(*arguments)
     group = dist.new_group(backend="gloo", timeout=patience) if patience else None
     result, error = None, None
     if rank() == 0:
         try:
-            result = work()
+            result = work(*arguments)
         except (UserError, OSError) as raised:
             error = str(raised)
     outcome = [result, error]

@@ -73,7 +73,7 @@ class Run:
         """
         run = cls(config, settings, model_config, device, deadline)
         check_agreement(fingerprint)
-        on_rank0(partial(directory.check_directory, config.run_dir, config.overwrite))
+        on_rank0(directory.check_directory, config.run_dir, config.overwrite)
         lock_text = on_rank0(run.take_lock)
         directory.check_shared(run.path, lock_text)
         find_start = partial(start.find_start, config, settings, fingerprint, free_keys)

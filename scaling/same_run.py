@@ -107,8 +107,8 @@ def check_data(place, saved, fingerprint, config):
     elif changes:
         is_own = run_of(place).resolve() == Path(config.run_dir).resolve()
         remedy = "use --overwrite or" if is_own and not config.resume else "use"
-        raise UserError(f"{place}: its data has changed ({'; '.join(changes)}); restore the data, "
-                        f"or {remedy} --accept_changes")
+        raise UserError(f"{place}: its data has changed ({'; '.join(changes)}); restore the text, "
+                        f"or the data that was built of it, or {remedy} --accept_changes")
 
 
 def compared(fingerprint):

@@ -10,17 +10,16 @@ keeps their tokenizer, also where `bpe:N` would train another one on the text as
 """
 
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 from configs import load_config
-from corpus.lineage import data_of_run
+from corpus.lineage import data_of_run, text_behind
 from corpus.sources import check_outside
-from corpus.stages import Stages
+from corpus.stages import Stages, is_built_by_this_code
 from corpus.storage import tokenizer_digest
 from corpus.tokenizer import tokenizer_file
-from data import DataConfig, build_data
+from data import DataConfig
 from scaling.checkpoint import (Unreadable, check_model_keys, newest_step, run_of,
                                 step_directories, step_of, verify_step)
 from scaling.directory import MEASURED, check_directory, forked_from, overwrite
@@ -33,8 +32,10 @@ NEW_STATE = {"step": 0, "tokens": 0, "seconds": 0.0, "kwh": 0.0}
 
 # ---- The data ------------------------------------------------------------------------------------
 
-def data_for_run(config, data_config, settings, free_keys):
+def data_for_run(config, data_config, settings, free_keys, build_data):
     """On rank 0: build_data, with the tokenizer of what the run goes on from; returns the folder.
+
+    Or the folder of the built data of that run, where it is there and cannot be built again.
 
     settings: every key of the run; free_keys: see find_start. Raises UserError, before anything is
     built, for a run_dir or a start_from that cannot be used, or that holds another run.
@@ -45,7 +46,7 @@ def data_for_run(config, data_config, settings, free_keys):
     if home is None:
         return build_data(data_config)
     check_before_build(home, step_before(config), config, settings, free_keys)
-    folder = data_without_sources(home, data_config, config.accept_changes)
+    folder = data_already_built(home, data_config, config.accept_changes)
     return folder or build_data(with_tokenizer_of(home, data_config))
 
 
@@ -85,31 +86,35 @@ def check_start_from(start, max_steps):
                         "max_steps counts from the first step of the run before; raise it")
 
 
-def data_without_sources(home, data_config, accept_changes):
-    """The built data of `home` if the text that it was made of is no longer here; else None.
+def data_already_built(home, data_config, accept_changes):
+    """The built data of the run `home`, if build_data could not find it or make it; else None.
 
-    That text may also be another Python's: the embedded sources are its library. With
-    accept_changes this Python's is taken.
+    That is so where its text is gone, where that is the library of another Python, and where our
+    code has changed since. Other settings and changed text are left to build_data; with
+    accept_changes, so are this Python's library and today's code.
     """
+    if not all((home / name).is_file() for name in ("config.json", "manifest.json")):
+        return None  # such as a step that was copied alone
     [before] = load_config([str(home / "config.json")], DataConfig)
     same_place = dict(data_dir=before.data_dir, workers=before.workers)
     if data_config.token_files or replace(data_config, **same_place) != before:
         return None
-    paths = [source.path for source in data_config.parse_sources()]
-    gone = [path for path in (*paths, *data_config.decontaminate.values())
-            if path != "stdlib" and not Path(path).exists()]
     try:
         folder = data_of_run(home, data_config)
     except UserError:  # build_data names what is missing
         return None
-    if "stdlib" in paths and not accept_changes:
-        inputs = read_json(folder / "manifest.json")["settings"].get("clean", {})
-        gone += [f"the library of Python {source['inputs'].split()[0]}"
-                 for source in inputs.values()
-                 if isinstance(source["inputs"], str) and source["inputs"] != sys.version][:1]
-    if not gone:
+    settings = read_json(folder / "manifest.json")["settings"]
+    gone, libraries, changed = text_behind(settings, data_config)
+    if changed:
+        print(f"data: {', '.join(changed)}: not the text on which {home} was trained")
         return None
-    print(f"data: {', '.join(gone)}: not here; {folder}, which was built from it, is used")
+    why = [f"{path}: not here" for path in gone]
+    if not accept_changes:
+        why += [f"the library of {python}: not here" for python in libraries]
+        why += ["built by other code"] * (not is_built_by_this_code(settings))
+    if not why:
+        return None
+    print(f"data: {folder}, on which {home} was trained; {'; '.join(why)}")
     return folder
 
 

@@ -16,8 +16,9 @@ import data
 import eval as evaluation
 import model
 import train
-from corpus.stdlib import stdlib_document
 from corpus.bpe import train_bpe
+from corpus.documents import as_document
+from corpus.stdlib import stdlib_document
 from eval import EvalConfig, evaluate_perplexity
 from scaling.directory import describe
 from support.files import UserError, disk_remedy, fsync, log_rows, write_rows
@@ -229,7 +230,7 @@ def test_built_data_is_enough_to_go_on(learned, tmp_path, monkeypatch, call, ref
     monkeypatch.chdir(shutil.copytree(learned, tmp_path / "here"))
     shutil.rmtree("web")
     result = call(train, "--resume=run", "--max_steps=61")
-    assert result.returncode == 0 and "data: web: not here; data/" in result.stdout
+    assert result.returncode == 0 and "on which run was trained; web: not here" in result.stdout
     assert call(train, "run.py", "--max_steps=62").returncode == 0
     assert call(train, "--resume=run", "--run_dir=fork", "--max_steps=63").returncode == 0
     refused(call(train, "--resume=run", "--max_steps=63", "--eval_share=0.3", "--accept_changes"),
@@ -238,6 +239,72 @@ def test_built_data_is_enough_to_go_on(learned, tmp_path, monkeypatch, call, ref
     refused(call(train, "--resume=run", "--max_steps=63"), "web")
     assert call(train, "--resume=run", "--max_steps=63", "--data_dir=moved").returncode == 0
     assert steps(Path("run")) == list(range(1, 64))
+
+
+@pytest.fixture
+def other_code(monkeypatch):
+    """Our code as another release would have it: the rule of every source cuts its texts short."""
+    monkeypatch.setattr("corpus.stages.building_code", lambda stage: f"another {stage}")
+    monkeypatch.setattr("data.as_document", lambda *arguments: short(as_document(*arguments)))
+
+
+def short(document):
+    return document | {"text": document["text"][:200]}
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_other_code_builds_no_other_data_for_a_run(learned, tmp_path, monkeypatch, call, refused,
+                                                   other_code, is_old):
+    """The data on which it was trained is there: it goes on with that, and one line says so.
+
+    With text that has changed since, by name, or with lost data it is refused. is_old: the
+    manifest is one of the time before digests of the input files, and knows their ages.
+    """
+    monkeypatch.chdir(shutil.copytree(learned, tmp_path / "here"))
+    [manifest] = Path("data").glob("*/manifest.json")
+    if is_old:
+        def set_ages(clean, name):
+            file = Path(name, "part.jsonl")
+            clean["inputs"] = [[str(file), file.stat().st_size, file.stat().st_mtime_ns]]
+        content = json.loads(manifest.read_text())
+        for name, clean in content["settings"]["clean"].items():
+            set_ages(clean, name)
+        manifest.write_text(json.dumps(content))
+    line = f"data: {manifest.parent}, on which run was trained; built by other code"
+    for words in (["--resume=run"], ["--resume=run", "--run_dir=fork"],
+                  ["run.py", "--start_from=run/step000060", "--run_dir=anneal"]):
+        result = call(train, *words, "--max_steps=61")
+        assert result.returncode == 0, result.stderr
+        assert line in result.stdout.splitlines()
+    assert len(list(Path("data").glob("*/manifest.json"))) == 1
+    with open("web/part.jsonl", "a") as out:
+        out.write('{"id": "new", "text": "one more text of many words"}\n')
+    result = call(train, "--resume=run", "--max_steps=62")
+    refused(result, "data_sha256", "--accept_changes")
+    assert "data: web: not the text on which run was trained" in result.stdout
+    assert call(train, "--resume=run", "--max_steps=62", "--accept_changes").returncode == 0
+
+
+def test_other_code_and_lost_data_are_refused_and_accepted_on_request(
+        learned, tmp_path, monkeypatch, call, refused, other_code):
+    monkeypatch.chdir(shutil.copytree(learned, tmp_path / "here"))
+    words = ["--resume=run", "--max_steps=61", "--data_dir=elsewhere"]
+    refused(call(train, *words), "data_sha256", "restore", "--accept_changes")
+    for accepted in (words, ["--resume=run", "--max_steps=62"]):  # also where the old data is there
+        assert call(train, *accepted, "--accept_changes").returncode == 0
+    assert json.loads(Path("run/manifest.json").read_text())["settings"]["code"][0] == "another mix"
+
+
+def test_a_step_without_its_run_is_a_start(copied, tmp_path, call, tiny_config):
+    """A copied step directory; and a run whose config.json is lost goes on with its own config."""
+    step = shutil.copytree(copied / "step000020", tmp_path / "alone" / "step000020")
+    result = call(train, tiny_config(tmp_path / "anneal"), f"--start_from={step}",
+                  "--max_steps=21")
+    assert result.returncode == 0, result.stderr
+    (copied / "config.json").unlink()
+    result = call(train, tiny_config(copied), "--max_steps=21")
+    assert result.returncode == 0, result.stderr
+    assert steps(copied)[-1] == 21
 
 
 # ---- Forks ---------------------------------------------------------------------------------------
@@ -318,6 +385,89 @@ def test_a_fork_that_was_killed_while_it_began_begins_again(copied, tmp_path, ca
             patch.setattr(f"scaling.start.{name}", die)
             refused(call(train, *words), "killed")
     assert call(train, *words).returncode == 0 and steps(fork) == list(range(1, 22))
+
+
+def test_a_fork_of_another_step_is_another_fork(copied, tmp_path, call, refused):
+    """Where a step is named. Where only the run is, the fork goes on; --overwrite begins again."""
+    fork = tmp_path / "fork"
+    ten, twenty = (f"--resume={copied / step}" for step in ("step000010", "step000020"))
+    here = f"--run_dir={fork}"
+    assert call(train, ten, here, "--max_steps=11").returncode == 0
+    before = content_and_times(fork)
+    line = refused(call(train, twenty, here, "--max_steps=21"), "step 10 ", "step 20", copied)
+    assert f"--resume={fork}" in line and content_and_times(fork) == before
+    for first, last in ((ten, 12), (f"--resume={copied}", 13)):
+        assert call(train, first, here, f"--max_steps={last}").returncode == 0
+    result = call(train, twenty, here, "--max_steps=21", "--overwrite")
+    assert result.returncode == 0 and saved_steps(fork) == [20, 21]
+    assert json.loads((fork / "fork.json").read_text())["step"] == 20
+
+
+# ---- What differs is told before the data is built, with a remedy that works ---------------------
+
+def test_another_run_is_told_before_its_data_is_built(copied, tmp_path, tiny_config, call, refused,
+                                                      monkeypatch):
+    """Its settings, and not the tokenizer that would follow from them."""
+    monkeypatch.setattr("train.build_data", lambda config: pytest.fail("builds data"))
+    names = [file.name for file in tmp_path.iterdir()]
+    other = tiny_config(tmp_path / "other", d_model=64, tokenizer="bpe:300", vocab_size=300,
+                        eos_token_id=299, pad_token_id=298)
+    line = refused(call(train, f"--resume={copied}", other), f"{copied}", "d_model: 32 there, 64",
+                   "tokenizer: bpe:512 there", "leave out")
+    assert "accept_changes" not in line and "run_dir" not in line
+    line = refused(call(train, other, f"--run_dir={copied}", "--accept_changes"), "d_model: 32",
+                   "--run_dir", "--overwrite")
+    assert "accept_changes" not in line  # it cannot give weights another shape
+    start = f"--start_from={copied / 'step000010'}"
+    refused(call(train, other, start), f"{copied / 'step000010'}", "d_model: 32 there, 64")
+    train_bpe([Path(__file__).read_text()], 300).save(copied / "tokenizer.json")
+    same = tiny_config(tmp_path / "same", max_steps=22)
+    for words in ([f"--resume={copied}"], [same, start], [same, f"--run_dir={copied}"],
+                  [f"--resume={copied}", f"--run_dir={tmp_path / 'fork'}"]):
+        line = refused(call(train, *words), f"restore {copied / 'tokenizer.json'}")
+        assert "vocab_size" not in line
+    assert sorted(names + ["other.py", "same.py"]) == sorted(f.name for f in tmp_path.iterdir())
+
+
+def test_the_remedy_of_a_change_works(copied, tmp_path, sources, tiny_config, call, refused):
+    """What the line says depends on where the state comes from: each remedy is tried."""
+    def remedy(*words):
+        line = refused(call(train, *words))
+        return {option for option in ("--run_dir", "--overwrite", "--accept_changes", "leave out",
+                                      "restore") if option in line}
+    resume, fork = f"--resume={copied}", f"--run_dir={tmp_path / 'fork'}"
+    same = tiny_config(tmp_path / "same", max_steps=21)
+    assert remedy(resume, "--lr=1e-3") == {"leave out", "--accept_changes"}
+    assert remedy(resume, fork, "--lr=1e-3") == {"leave out", "--accept_changes"}
+    assert remedy(same, f"--run_dir={copied}", "--lr=1e-3") == {"--run_dir", "--overwrite",
+                                                               "--accept_changes"}
+    less = f"--sources={ {'web': sources['web']} }"
+    start = [same, f"--start_from={copied / 'step000010'}", less]
+    assert remedy(*start) == {"restore", "--accept_changes"}
+    for words in ([resume, fork, "--lr=1e-3", "--max_steps=21"], start):
+        assert call(train, *words, "--accept_changes").returncode == 0
+
+
+def test_a_run_that_has_lost_its_steps_does_not_begin_again_in_silence(copied, tiny_config, call,
+                                                                       refused):
+    """--resume names what there is to do instead; a config begins again, and says what it drops."""
+    for step in copied.glob("step*"):
+        shutil.rmtree(step)
+    before = content_and_times(copied)
+    line = refused(call(train, f"--resume={copied}"), copied, "no step")
+    assert content_and_times(copied) == before
+    command = re.search(r"python train.py (\S+) (\S+)", line).groups()
+    lost = len(list(log_rows(copied)))
+    result = call(train, *command, "--max_steps=2")
+    assert result.returncode == 0 and f"{lost} rows" in result.stdout and steps(copied) == [1, 2]
+    assert "rows" not in call(train, *command, "--max_steps=2", "--overwrite").stdout
+
+
+def test_options_of_the_plan_alone_are_named(copied, call):
+    words = [f"--resume={copied}", "--gpus=2", "--gpu=a100"]
+    assert call(train, *words).stdout.startswith("--gpu, --gpus: for --plan alone")
+    assert "for --plan alone" not in call(train, *words, "--plan").stdout
+    assert "for --plan alone" not in call(train, words[0]).stdout
 
 
 # ---- Directories that are no run, and ends before the beginning ----------------------------------
