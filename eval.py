@@ -258,11 +258,11 @@ def evaluate_task(model, tokenizer, task, batch_tokens=2048, chat=False):
         "gold_greedy": 0,  # how many of them greedy decoding would produce
         "too_long": 0,  # how many of them exceed the context; the three sums leave them out
         "requests": len(scores),
-        "cut": 0,  # how many requests exceed the context and lost their beginning
+        # how many requests exceed the context and lost their beginning
+        "cut": sum(request.cut > 0 for group in encoded for request in group),
         "shortened": shortened,  # how many questions lost solved examples for the same reason
+        "answer_begins": task.answer_begins if chat else "",
     }
-    for group in encoded:
-        sums["cut"] += sum(request.cut > 0 for request in group)
     scores = scores.split([len(group) for group in groups])  # one (choices, 2) for each group
     has_unconditional = all(question.unconditional for question in questions)
     for i, question in enumerate(questions):

@@ -479,7 +479,7 @@ def check_sampling(config, prompts, temperature, top_p):
     longest = max(map(len, prompts))
     if longest >= config.max_seq_len:
         raise UserError(f"prompt: {longest} ids leave no room in max_seq_len={config.max_seq_len}")
-    if temperature < 0 or not 0 < top_p <= 1:
+    if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
         raise ValueError(f"temperature={temperature} must be at least 0, top_p={top_p} in (0, 1]")
 
 

@@ -30,8 +30,8 @@ from scaling.checkpoint import create_state
 from scaling.directory import resumed_argv, saved_settings
 from scaling.log import print_results, print_run
 from scaling.machine import choose_micro_batch
-from scaling.plan import PlanConfig, print_plan
-from scaling.ranks import (agree_on_machine, launched, on_all_ranks, on_rank0, rank, reduce_sum,
+from scaling.plan import PlanConfig, print_plan, say_unused
+from scaling.ranks import (agree_on_machine, on_all_ranks, on_rank0, rank, reduce_sum,
                            setup_distributed, world_size)
 from scaling.run import Run, deadline_after
 from scaling.sharding import full_tensor, own_part, shard_model, sync_gradients
@@ -132,10 +132,10 @@ def train(model_config, data_config, eval_config, config):
     settings = saved_settings(model_config, data_config, eval_config, config)
     dtype, compiled = agree_on_machine(config, settings, device)
 
-    # The data: text -> tokens -> the batch of any step. Rank 0 builds it, or takes that of the run
-    # that it continues; the others wait.
+    # The data: text -> tokens -> the batch of any step. Rank 0 builds or finds it; the others wait.
     on_rank0(check_suites, eval_config)  # a misspelt suite is an error now, not in hours
-    folder = on_rank0(data_for_run, config, data_config, build_data, patience=timedelta(days=2))
+    folder = on_rank0(data_for_run, config, data_config, settings, vars(eval_config), build_data,
+                      patience=timedelta(days=2))
     print_table(folder)
     tokenizer = open_tokenizer(folder / "tokenizer.json", model_config)
     shards = TokenShards(folder, model_config.max_seq_len)
@@ -376,11 +376,10 @@ def main(argv):
     if all(word.startswith("-") for word in argv) and not wants_help:
         raise UserError("name a config file (python train.py configs/tiny.py) or --resume=RUN")
     model_config, data_config, eval_config, config, plan = load_config(argv, *SCHEMAS)
-    if not plan.plan:
-        return train(model_config, data_config, eval_config, config)
-    if launched().rank == 0:
-        print_plan(model_config, config, plan, build_optimizer)
-    return 0
+    if plan.plan:
+        return print_plan(model_config, config, plan, build_optimizer)
+    say_unused(argv)
+    return train(model_config, data_config, eval_config, config)
 
 
 if __name__ == "__main__":

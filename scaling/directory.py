@@ -15,7 +15,7 @@ from pathlib import Path
 
 from configs import ROOT, flat
 from corpus.storage import tokenizer_digest
-from scaling.checkpoint import run_of, step_directories
+from scaling.checkpoint import run_of, step_directories, step_of
 from scaling.ranks import gather, rank
 from support.files import UserError, fsync, here, log_rows, read_json, write_json
 from support.lock import Lock
@@ -188,9 +188,13 @@ def resumed_argv(argv, file, is_tuned):
                         f"--resume={resume}")
     run_dir = last_value(argv, "--run_dir=")
     is_fork = run_dir is not None and Path(run_dir).resolve() != Path(resume).resolve()
-    if is_fork and step_directories(run_dir):
-        check_is_fork(Path(run_dir), home)
+    begins_again = bool({"--overwrite", "--overwrite=true"} & set(map(str.lower, argv)))
+    if is_fork and step_directories(run_dir) and not begins_again:
+        check_is_fork(Path(run_dir), Path(resume))
         saved = Path(run_dir) / "config.json"
+    elif not (is_fork or begins_again or step_directories(home)):
+        raise UserError(f"--resume={resume}: holds no step; python {file} {saved} "
+                        f"--run_dir={home} begins the run again at step 1")
     elif not is_fork and home != Path(resume):
         raise UserError(f"--resume={resume}: is a step; --resume={home} continues the run from its "
                         f"newest one, --resume={resume} --run_dir=NEW begins a fork")
@@ -203,9 +207,15 @@ def last_value(argv, option):
     return values[-1] if values else None
 
 
-def check_is_fork(run, home):
-    """UserError unless the run, which has steps, began as a fork of the run `home`."""
-    origin = read_json(run / "fork.json")["of"] if (run / "fork.json").is_file() else "no run"
-    if origin != str(home.resolve()):
-        raise UserError(f"run_dir={run}: holds a run that is a fork of {origin}, not of {home}; "
-                        f"choose another --run_dir, or continue it: --resume={run}")
+def check_is_fork(run, origin):
+    """UserError unless the run, which has steps, began as a fork of `origin`, a run or its step."""
+    home = run_of(origin)
+    other = f"choose another --run_dir, or continue it: --resume={run}"
+    if not (run / "fork.json").is_file():
+        raise UserError(f"run_dir={run}: holds a run that is no fork of {home}; {other}")
+    fork = read_json(run / "fork.json")
+    if fork["of"] != str(home.resolve()):
+        raise UserError(f"run_dir={run}: holds a fork of {fork['of']}, not of {home}; {other}")
+    if home != origin and fork["step"] != step_of(origin):
+        raise UserError(f"run_dir={run}: holds a fork of step {fork['step']} of {home}, not of its "
+                        f"step {step_of(origin)}; {other}")

@@ -3,13 +3,14 @@
 import itertools
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
 from configs import setting
 from model import ModelConfig, build_model, count_parameters
 from scaling.machine import GPUS, carbon_kg, choose_micro_batch, flops_per_token
+from scaling.ranks import launched
 from scaling.sharding import CHECKPOINTED_BLOCKS
 from support.files import UserError
 
@@ -35,10 +36,12 @@ class PlanConfig:
 
 
 def print_plan(model_config, config, plan, build_optimizer):
-    """Print what training `config` on plan.gpus GPUs takes; trains nothing.
+    """On rank 0: print what training `config` on plan.gpus GPUs takes; trains nothing.
 
     build_optimizer(model, config): of train.py; its optimiser's state is counted.
     """
+    if launched().rank > 0:
+        return
     state_bytes = state_bytes_per_weight(config, build_optimizer)
     steps = config.max_steps - steps_before(config)
     tokens = steps * config.batch_size * model_config.max_seq_len
@@ -49,6 +52,15 @@ def print_plan(model_config, config, plan, build_optimizer):
     print_memory(model_config, config, plan, state_bytes)
     print_time_and_energy(model_config, config, plan, tokens)
     print_disk(model_config, config, steps, state_bytes)
+
+
+def say_unused(argv):
+    """On rank 0: print which options of a training are for --plan alone."""
+    given = {word[2:].partition("=")[0] for word in argv if word.startswith("--")}
+    unused = sorted(given & {field.name for field in fields(PlanConfig)} - {"plan"})
+    if unused and launched().rank == 0:
+        print(f"--{', --'.join(unused)}: for --plan alone; this run does not use it (torchrun "
+              "--nproc_per_node=N starts one on N GPUs)")
 
 
 def steps_before(config):

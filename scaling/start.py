@@ -23,33 +23,29 @@ from data import DataConfig
 from scaling.checkpoint import (Unreadable, check_model_keys, newest_step, run_of,
                                 step_directories, step_of, verify_step)
 from scaling.directory import MEASURED, check_directory, forked_from, overwrite
+from scaling.same_run import check_before_build, check_data, check_settings, compared
 from support.files import (UserError, fsync, here, link_or_copy, log_rows, read_json, write_json,
                            write_rows)
-
-# Keys that may change when a run continues: they do not change what is learned from a batch. The
-# keys of EvalConfig and all *_every_steps and keep_* are free as well. Where the data lies is free:
-# its content is compared.
-MAY_CHANGE = {"run_dir", "data_dir", "max_steps", "device", "dtype", "compile", "micro_batch_size",
-              "workers", "shard", "activation_checkpointing", "reduce_every_micro_batch",
-              "not_finite", "save_every_minutes", "watts", "pue", "kg_co2_per_kwh"}
 
 NEW_STATE = {"step": 0, "tokens": 0, "seconds": 0.0, "kwh": 0.0}
 
 
 # ---- The data ------------------------------------------------------------------------------------
 
-def data_for_run(config, data_config, build_data):
+def data_for_run(config, data_config, settings, free_keys, build_data):
     """On rank 0: build_data, with the tokenizer of what the run goes on from; returns the folder.
 
     Or the folder of the built data of that run, where it is there and cannot be built again.
 
-    Raises UserError, before anything is built, for a run_dir or a start_from that cannot be used.
+    settings: every key of the run; free_keys: see find_start. Raises UserError, before anything is
+    built, for a run_dir or a start_from that cannot be used, or that holds another run.
     """
     check_directory(config.run_dir, config.overwrite)
     check_outside(config.run_dir, "run_dir", data_config.parse_sources())
     home = home_of(config)
     if home is None:
         return build_data(data_config)
+    check_before_build(home, step_before(config), config, settings, free_keys)
     folder = data_already_built(home, data_config, config.accept_changes)
     return folder or build_data(with_tokenizer_of(home, data_config))
 
@@ -66,6 +62,15 @@ def home_of(config):
     start = Path(config.start_from)
     check_start_from(start, config.max_steps)
     return run_of(start)
+
+
+def step_before(config):
+    """The step that the run of `config` most likely goes on from; None if there is none."""
+    run = Path(config.run_dir)
+    is_begun = step_directories(run) and not config.overwrite
+    start = run if is_begun else forked_from(config) or Path(config.start_from)
+    return start if (start / "state.json").is_file() else next(reversed(step_directories(start)),
+                                                               None)
 
 
 def check_start_from(start, max_steps):
@@ -229,6 +234,10 @@ def begin_fork(run, home, step):
 
 def start_new(config, fingerprint):
     """Returns (step directory or None, state) of a run that has no step yet."""
+    lost = len(list(log_rows(config.run_dir)))
+    if lost:
+        print(f"{config.run_dir}: holds no step, so the run begins again; the {lost:,} rows of its "
+              "metrics.jsonl are dropped")
     if not config.start_from:
         return None, dict(NEW_STATE)
     start = Path(config.start_from)
@@ -257,68 +266,6 @@ def data_changes(saved, fingerprint):
     if any(saved["data"].get(key) != fingerprint[key] for key in compared(fingerprint)):
         changes.append({"until_step": saved["step"], **saved["data"]})
     return changes
-
-
-def compared(fingerprint):
-    """The keys of a fingerprint that may change on request: all but the tokenizer's."""
-    return [key for key in fingerprint if key != "tokenizer_sha256"]
-
-
-def check_settings(place, saved, settings, config, free_keys):
-    """UserError for settings that differ from a saved run's; a printed line with accept_changes."""
-    before = saved["config"]
-    check_model_keys(saved, place)
-    unknown = [f"{key}={before[key]}" for key in before if key not in settings]
-    if unknown:
-        print(f"warning: {place}: settings that this code does not know, and does not use: "
-              f"{', '.join(unknown)}")
-    changes = [f"{key}: {before[key]} there, {value} now" for key, value in settings.items()
-               if key in before and before[key] != value and not may_change(key, free_keys)]
-    accept(changes, config, f"{place}: continues with changes: ", f"{place}: holds another run",
-           "choose another --run_dir, or use --overwrite or --accept_changes")
-
-
-def may_change(key, free_keys):
-    """True if a run may continue with another value of this key."""
-    by_pattern = key.endswith("_every_steps") or key.startswith("keep_")
-    return by_pattern or key in MAY_CHANGE or key in free_keys
-
-
-def check_data(place, saved, fingerprint, config):
-    """UserError for data that differs from a saved run's; a printed line with accept_changes."""
-    check_tokenizer(run_of(place) / "tokenizer.json", saved["data"], fingerprint)
-    changes = [f"{key}: {saved['data'].get(key)} there, {fingerprint[key]} now"
-               for key in compared(fingerprint) if saved["data"].get(key) != fingerprint[key]]
-    accept(changes, config, f"{place}: continues with changed data: ",
-           f"{place}: its data has changed",
-           "restore the text, or the data that was built of it, or use --overwrite or "
-           "--accept_changes")
-
-
-def check_tokenizer(file, before, now):
-    """UserError if the data has another tokenizer than the weights; it is accepted in no case.
-
-    file: the run's tokenizer.json; before, now: fingerprints. Older runs did not save the digest:
-    their file stands for it.
-    """
-    known = before.get("tokenizer_sha256")
-    if not known and file.is_file():
-        known = tokenizer_digest(file)
-    if not known and before["data_sha256"] != now["data_sha256"]:
-        raise UserError(f"{file}: missing, so nobody knows which ids the weights have learned; "
-                        "restore it")
-    if known and known != now["tokenizer_sha256"]:
-        raise UserError(f"tokenizer_sha256: {known} there, {now['tokenizer_sha256']} now: the "
-                        f"weights have learned another tokenizer; restore {file}, or begin a new "
-                        "run in another --run_dir")
-
-
-def accept(changes, config, accepted, refused, remedy):
-    """Print the changes with --accept_changes; else UserError if there are any."""
-    if changes and config.accept_changes:
-        print(accepted + "; ".join(changes))
-    elif changes:
-        raise UserError(f"{refused} ({'; '.join(changes)}); {remedy}")
 
 
 def set_aside(run, step):

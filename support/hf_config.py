@@ -118,8 +118,11 @@ def special_ids(hf, path, tokenizer):
     else:
         raise UserError(f"{path / 'config.json'}: eos_token_id is missing; set it to the id of "
                         "<|endoftext|>")
-    if pad is None or pad in ends:  # many pad with EOS; no result depends on the id of padding
-        pad = tokenizer.pad_token_id if tokenizer else eos
+    # no result depends on the id of padding; many files pad with EOS, or with a token of their own
+    if tokenizer:
+        pad = tokenizer.pad_token_id
+    elif pad is None or pad in ends:
+        pad = eos
     return eos, pad
 
 

@@ -7,7 +7,7 @@ left out, and counted.
 from pathlib import Path
 from typing import NamedTuple
 
-from support.files import UserError, read_log, to_json
+from support.files import UserError, read_log
 
 
 class Evaluations(NamedTuple):
@@ -96,17 +96,11 @@ def texts_in(row):
 
 def conditions(row, result):
     """What a result was measured by, as text: results can be compared if theirs are equal."""
-    keys = row.get("of")  # a row of training has a list of them, one for each suite
-    keys = [key for key in (keys if isinstance(keys, list) else [keys]) if isinstance(key, dict)]
-    found = []
-    if isinstance(result.get("metric"), str):
-        found.append(result["metric"])
-    for name in ("dtype", "chat"):
-        values = [key[name] for key in keys if name in key]
-        if values and values[0]:
-            value = values[0]
-            found.append(f"{name} {value if isinstance(value, str) else to_json(value)}")
-    return ", ".join(found)
+    keys = row.get("of")  # a row of training has a list of them, one for each suite, of one dtype
+    [key] = (keys if isinstance(keys, list) else [keys])[:1] or [None]
+    dtype = key.get("dtype") if isinstance(key, dict) else None
+    found = {"": result.get("metric"), "dtype ": dtype, "prompt ": result.get("answer_begins")}
+    return ", ".join(name + text for name, text in found.items() if text and isinstance(text, str))
 
 
 def comparable(measured, left_out):

@@ -76,7 +76,7 @@ def official_config(path, tokenizer=None):
             rope_theta=float(settings.get("rope_theta") or 10000),
             weight_tying=settings.get("weight_tying") != "false",  # tied by default
             eos_token_id=OLMO_EOS if is_olmo and eos == 0 else eos,
-            pad_token_id=int(settings["pad_token_id"]))
+            pad_token_id=tokenizer.pad_token_id if tokenizer else int(settings["pad_token_id"]))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except (KeyError, ValueError) as error:

@@ -179,8 +179,9 @@ def evaluation_key(suite, config, dtype):
     if suite.tasks:
         key["limit"] = config.limit
         key["metric"] = config.metric
-        # how a chat's answer begins: a number of another prompt is another number
-        key["chat"] = config.chat and [task.answer_begins for task in suite.tasks]
+        # how a chat's answers begin: a number of another prompt is another number
+        begins = sorted({task.answer_begins for task in suite.tasks} - {""})
+        key["chat"] = config.chat and (begins or True)
     else:  # documents know no questions
         key["subdomain"] = config.subdomain
     key["files"] = suite.digests  # their content, not their names: a file may change

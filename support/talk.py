@@ -1,5 +1,6 @@
 """Talking to a tuned model: a chat in the terminal."""
 
+import math
 import re
 import sys
 from contextlib import suppress
@@ -30,7 +31,7 @@ class AnswerOptions:
     answer_batch: int = setting(ANSWER_BATCH, "Prompts that `generate` answers at a time.")
 
     def __post_init__(self):
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
+        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
             raise UserError(f"temperature={self.temperature} must be at least 0 and "
                             f"top_p={self.top_p} above 0 and at most 1")
         if min(self.max_new_tokens, self.answer_batch) < 1:

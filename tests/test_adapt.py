@@ -1185,7 +1185,8 @@ def test_a_chat_keeps_its_history_and_obeys_its_commands(base, talk, monkeypatch
         return "ok"
     monkeypatch.setattr("support.talk.speak", speak)
     shown = talk(base, "one", "two", "/temperature 0.5", "/temperature x", "/temperature -1",
-                 "/help", "/nonsense", "three", "/reset", "four", "/system be brief", "five", "six",
+                 "/temperature nan", "/temperature inf", "/help", "/nonsense",
+                 "three", "/reset", "four", "/system be brief", "five", "six",
                  "/reset", "seven", "/system", "eight", "w " * 200, "nine", "/quit", "never")
     start, more = "<|endoftext|>", "<|assistant|>\nok<|endoftext|>\n"
     user, brief = "<|user|>\n{}\n".format, "<|system|>\nbe brief\n"
@@ -1196,6 +1197,7 @@ def test_a_chat_keeps_its_history_and_obeys_its_commands(base, talk, monkeypatch
     assert [text for text, _ in asked] == [f"{start}{text}<|assistant|>\n" for text in wanted]
     assert [temperature for _, temperature in asked] == [0, 0] + [0.5] * 7
     for words in ("(temperature 0.5)", "('x' is no temperature", "('-1' is no temperature",
+                  "('nan' is no temperature", "('inf' is no temperature",
                   "/nonsense is no command", "say it in fewer words", "the model sees 128"):
         assert words in shown
     assert shown.count("/quit ") == 2 and shown.count("(started again)") == 4
@@ -1209,6 +1211,16 @@ def test_a_chat_keeps_its_history_and_obeys_its_commands(base, talk, monkeypatch
         one_more = len(tokenizer.encode(user("turn 0") + more, specials=True))
         assert size <= room and (text.count("<|user|>") == i + 1 or size + one_more > room)
     assert asked[-1][0].count("<|user|>") < 6
+
+
+def test_each_answer_of_a_chat_is_drawn_anew(base, talk):
+    """The same question after /reset: other words at a temperature of 1, and the same at 0."""
+    for temperature, count in ((0, 1), (1, 3)):
+        shown = talk(base, *["one", "/reset"] * 3, options=[f"--temperature={temperature}",
+                                                            "--max_new_tokens=20"])
+        answers = shown.split("> (started again)\n")[:3]
+        answers[0] = answers[0].partition("commands\n")[2]
+        assert len(set(answers)) == count and "> \n" not in shown.removesuffix("> \n")
 
 
 def test_ctrl_c_ends_the_answer_and_not_the_chat(base, talk, monkeypatch):

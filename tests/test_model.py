@@ -253,6 +253,7 @@ def test_generation_stops_working_once_every_row_has_ended(monkeypatch):
 @pytest.mark.parametrize("prompts, settings, words", [
     ([], {}, "one id"), ([[]], {}, "one id"), ([[5], []], {}, "one id"),
     ([list(range(16))], {}, "16 ids .*max_seq_len=16"), ([[5]], dict(temperature=-1), "=-1"),
+    ([[5]], dict(temperature=math.nan), "=nan"), ([[5]], dict(temperature=math.inf), "=inf"),
     ([[5]], dict(top_p=0), "top_p=0"), ([[5]], dict(top_p=1.1), "top_p=1.1")])
 def test_what_cannot_be_generated_is_refused(prompts, settings, words):
     with pytest.raises(ValueError, match=words):

@@ -180,16 +180,40 @@ def test_results_by_another_metric_dtype_or_prompt_are_no_curve(tmp_path):
     def row(step, accuracy, metric="acc_raw", **of):
         return {"kind": "eval", "step": step, "tokens": step, "of": {"dtype": "float32", **of},
                 "tasks": {"one": {"questions": 40, "metric": metric, "accuracy": accuracy}}}
+    begun = row(3, 0.6, chat=["The answer is:"])
+    begun["tasks"]["one"]["answer_begins"] = "The answer is:"
     rows = [row(1, 0.1), row(2, 0.2), row(3, 0.9, "acc_per_char"), row(3, 0.8, dtype="bfloat16"),
-            row(3, 0.7, chat=True), row(3, 0.3), row(3, 0.6, chat=["The answer is:"])]
+            row(3, 0.3), begun]
     found = read_evaluations(tmp_path, {"eval": rows})
     assert [result["accuracy"] for result in found.tasks["one"].values()] == [0.1, 0.2, 0.3]
-    assert len(found.left_out) == 4 and all("one" in said for said in found.left_out)
-    found = read_evaluations(tmp_path, {"eval": rows[-3:]})
+    assert len(found.left_out) == 3 and all("one" in said for said in found.left_out)
+    found = read_evaluations(tmp_path, {"eval": rows[-2:]})
     assert [result["accuracy"] for result in found.tasks["one"].values()] == [0.6]
     in_training = {**row(1, 0.5), "of": [{"dtype": "float32"}, {"dtype": "float32", "chat": False}]}
     found = read_evaluations(tmp_path, {"eval": [in_training, row(2, 0.2, chat=False)]})
     assert list(found.tasks["one"]) == [1, 2] and not found.left_out
+
+
+def test_the_prompt_of_one_suite_parts_no_other_results(tmp_path):
+    """In training a row holds all suites. Domains have no prompt, and that of a task alone is that
+    of the task in its suite; rows of older versions say chat: true.
+    """
+    def row(step, chat, tasks=(), sums=()):
+        of = [{"dtype": "float32"}, {"dtype": "float32", "chat": chat}]
+        result = {"questions": 4, "metric": "acc_raw", "accuracy": 0.5}
+        return {"kind": "eval", "step": step, "tokens": step, "of": of,
+                "tasks": {name: {**result, **more} for name, more in dict(tasks).items()},
+                "sums": {name: {"documents": 1, "tokens": 9, "bytes": 9, "nats": 9.0}
+                         for name in sums}}
+    begun = {"answer_begins": "The answer is:"}
+    rows = [row(1, True, {"piqa (chat)": {}}), row(2, ["", ""], {"piqa (chat)": {}}),
+            row(3, ["The answer is:"], {"mmlu (chat)": begun, "piqa (chat)": {}}, ["web"]),
+            row(4, False, sums=["web"])]
+    found = read_evaluations(tmp_path, {"eval": rows})
+    assert list(found.tasks["piqa (chat)"]) == [1, 2, 3] and list(found.sums["web"]) == [3, 4]
+    assert not found.left_out
+    found = read_evaluations(tmp_path, {"eval": [*rows, row(5, True, {"mmlu (chat)": {}})]})
+    assert list(found.tasks["mmlu (chat)"]) == [5] and "The answer is:" in found.left_out[0]
 
 
 # ---- Tables --------------------------------------------------------------------------------------

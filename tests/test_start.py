@@ -350,7 +350,7 @@ def test_a_fork_may_begin_at_an_older_step(copied, tmp_path, call, refused):
     assert "RUN" not in refused(call(train, f"--resume={step}"), step, f"--resume={copied}")
     words = [f"--resume={step}", f"--run_dir={fork}", "--lr=0.001", "--max_steps=12"]
     refused(call(train, *words), "lr: 0.003 there, 0.001 now")
-    assert [file.name for file in fork.iterdir()] == [".lock"]
+    assert not fork.exists()
     assert call(train, *words, "--accept_changes").returncode == 0
     assert steps(fork) == list(range(1, 13)) and saved_steps(fork) == [10, 12]
     assert steps(fork, "eval") == [10, 12]
@@ -385,6 +385,89 @@ def test_a_fork_that_was_killed_while_it_began_begins_again(copied, tmp_path, ca
             patch.setattr(f"scaling.start.{name}", die)
             refused(call(train, *words), "killed")
     assert call(train, *words).returncode == 0 and steps(fork) == list(range(1, 22))
+
+
+def test_a_fork_of_another_step_is_another_fork(copied, tmp_path, call, refused):
+    """Where a step is named. Where only the run is, the fork goes on; --overwrite begins again."""
+    fork = tmp_path / "fork"
+    ten, twenty = (f"--resume={copied / step}" for step in ("step000010", "step000020"))
+    here = f"--run_dir={fork}"
+    assert call(train, ten, here, "--max_steps=11").returncode == 0
+    before = content_and_times(fork)
+    line = refused(call(train, twenty, here, "--max_steps=21"), "step 10 ", "step 20", copied)
+    assert f"--resume={fork}" in line and content_and_times(fork) == before
+    for first, last in ((ten, 12), (f"--resume={copied}", 13)):
+        assert call(train, first, here, f"--max_steps={last}").returncode == 0
+    result = call(train, twenty, here, "--max_steps=21", "--overwrite")
+    assert result.returncode == 0 and saved_steps(fork) == [20, 21]
+    assert json.loads((fork / "fork.json").read_text())["step"] == 20
+
+
+# ---- What differs is told before the data is built, with a remedy that works ---------------------
+
+def test_another_run_is_told_before_its_data_is_built(copied, tmp_path, tiny_config, call, refused,
+                                                      monkeypatch):
+    """Its settings, and not the tokenizer that would follow from them."""
+    monkeypatch.setattr("train.build_data", lambda config: pytest.fail("builds data"))
+    names = [file.name for file in tmp_path.iterdir()]
+    other = tiny_config(tmp_path / "other", d_model=64, tokenizer="bpe:300", vocab_size=300,
+                        eos_token_id=299, pad_token_id=298)
+    line = refused(call(train, f"--resume={copied}", other), f"{copied}", "d_model: 32 there, 64",
+                   "tokenizer: bpe:512 there", "leave out")
+    assert "accept_changes" not in line and "run_dir" not in line
+    line = refused(call(train, other, f"--run_dir={copied}", "--accept_changes"), "d_model: 32",
+                   "--run_dir", "--overwrite")
+    assert "accept_changes" not in line  # it cannot give weights another shape
+    start = f"--start_from={copied / 'step000010'}"
+    refused(call(train, other, start), f"{copied / 'step000010'}", "d_model: 32 there, 64")
+    train_bpe([Path(__file__).read_text()], 300).save(copied / "tokenizer.json")
+    same = tiny_config(tmp_path / "same", max_steps=22)
+    for words in ([f"--resume={copied}"], [same, start], [same, f"--run_dir={copied}"],
+                  [f"--resume={copied}", f"--run_dir={tmp_path / 'fork'}"]):
+        line = refused(call(train, *words), f"restore {copied / 'tokenizer.json'}")
+        assert "vocab_size" not in line
+    assert sorted(names + ["other.py", "same.py"]) == sorted(f.name for f in tmp_path.iterdir())
+
+
+def test_the_remedy_of_a_change_works(copied, tmp_path, sources, tiny_config, call, refused):
+    """What the line says depends on where the state comes from: each remedy is tried."""
+    def remedy(*words):
+        line = refused(call(train, *words))
+        return {option for option in ("--run_dir", "--overwrite", "--accept_changes", "leave out",
+                                      "restore") if option in line}
+    resume, fork = f"--resume={copied}", f"--run_dir={tmp_path / 'fork'}"
+    same = tiny_config(tmp_path / "same", max_steps=21)
+    assert remedy(resume, "--lr=1e-3") == {"leave out", "--accept_changes"}
+    assert remedy(resume, fork, "--lr=1e-3") == {"leave out", "--accept_changes"}
+    assert remedy(same, f"--run_dir={copied}", "--lr=1e-3") == {"--run_dir", "--overwrite",
+                                                               "--accept_changes"}
+    less = f"--sources={ {'web': sources['web']} }"
+    start = [same, f"--start_from={copied / 'step000010'}", less]
+    assert remedy(*start) == {"restore", "--accept_changes"}
+    for words in ([resume, fork, "--lr=1e-3", "--max_steps=21"], start):
+        assert call(train, *words, "--accept_changes").returncode == 0
+
+
+def test_a_run_that_has_lost_its_steps_does_not_begin_again_in_silence(copied, tiny_config, call,
+                                                                       refused):
+    """--resume names what there is to do instead; a config begins again, and says what it drops."""
+    for step in copied.glob("step*"):
+        shutil.rmtree(step)
+    before = content_and_times(copied)
+    line = refused(call(train, f"--resume={copied}"), copied, "no step")
+    assert content_and_times(copied) == before
+    command = re.search(r"python train.py (\S+) (\S+)", line).groups()
+    lost = len(list(log_rows(copied)))
+    result = call(train, *command, "--max_steps=2")
+    assert result.returncode == 0 and f"{lost} rows" in result.stdout and steps(copied) == [1, 2]
+    assert "rows" not in call(train, *command, "--max_steps=2", "--overwrite").stdout
+
+
+def test_options_of_the_plan_alone_are_named(copied, call):
+    words = [f"--resume={copied}", "--gpus=2", "--gpu=a100"]
+    assert call(train, *words).stdout.startswith("--gpu, --gpus: for --plan alone")
+    assert "for --plan alone" not in call(train, *words, "--plan").stdout
+    assert "for --plan alone" not in call(train, words[0]).stdout
 
 
 # ---- Directories that are no run, and ends before the beginning ----------------------------------

@@ -882,7 +882,7 @@ def test_the_loop_measures_as_eval_does_and_draws_a_sample(run, call, request_fi
     assert domains["bits_per_byte"] == pytest.approx(rows[-1]["bits_per_byte"], abs=1e-5)
     assert task["tasks"].keys() == rows[-1]["tasks"].keys() == {"made_up"}
     after, inside = ({**row["tasks"]["made_up"]} for row in (task, rows[-1]))
-    for key in ("correct", "metric"):
+    for key in ("correct", "metric", "answer_begins"):
         assert after.pop(key) == inside.pop(key)
     assert after == pytest.approx(inside, rel=1e-5, abs=1e-5)
     accuracy = 100 * task["tasks"]["made_up"]["accuracy"]
@@ -940,6 +940,17 @@ def test_the_key_tells_results_apart(request_file, tmp_path, change):
         [suite] = open_suites(config)
         return evaluation_key(replace(suite, name=""), config, config.eval_dtype)
     assert key() == key() != key(**change)
+
+
+def test_the_key_of_a_plain_chat_is_that_of_older_versions(tmp_path):
+    """--every_checkpoint measures nothing again, however many tasks a suite has."""
+    (tmp_path / "suite").mkdir()
+    for count in (1, 2):
+        write_requests(tmp_path / "suite" / f"{count}.jsonl", 2, False)
+        config = evaluation.EvalConfig(suite=str(tmp_path / "suite"), chat=True)
+        [suite] = open_suites(config)
+        assert len(suite.tasks) == count
+        assert evaluation_key(suite, config, "float32")["chat"] is True
 
 
 def report_on(call, *runs):

@@ -141,7 +141,8 @@ def test_valid_directories_are_read(tmp_path, changes, ours, capsys):
 
 @pytest.mark.parametrize("changes, fixed", [
     (dict(eos_token_id=[3, 299]), {}), (dict(eos_token_id=None), {}), (dict(eos_token_id=...), {}),
-    (dict(pad_token_id=None), {}), (dict(pad_token_id=299), {})])
+    (dict(pad_token_id=None), {}), (dict(pad_token_id=299), {}),
+    (dict(pad_token_id=310), {}), (dict(pad_token_id=7), {})])
 def test_what_config_json_leaves_open_the_tokenizer_says(tmp_path, tokenizer, changes, fixed):
     pytest.importorskip("safetensors")
     save_hf(random_model(**IDS), tmp_path / "one", tokenizer)

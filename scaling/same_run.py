@@ -1,0 +1,145 @@
+"""Is it the same run? What must not differ between a saved run and what goes on from it.
+
+Settings and data may differ only with --accept_changes. The shape of the weights and the tokenizer
+whose ids they have learned may not differ at all.
+"""
+
+from pathlib import Path
+
+from corpus.storage import tokenizer_digest
+from scaling.checkpoint import check_model_keys, run_of
+from scaling.directory import forked_from
+from support.files import UserError, read_json
+
+# Keys that may change when a run continues: they do not change what is learned from a batch. The
+# keys of EvalConfig and all *_every_steps and keep_* are free as well. Where the data lies is free:
+# its content is compared.
+MAY_CHANGE = {"run_dir", "data_dir", "max_steps", "device", "dtype", "compile", "micro_batch_size",
+              "workers", "shard", "activation_checkpointing", "reduce_every_micro_batch",
+              "not_finite", "save_every_minutes", "watts", "pue", "kg_co2_per_kwh"}
+# Keys that give the weights their shapes.
+SHAPE = {"d_model", "n_layers", "mlp_hidden_size", "embedding_size", "weight_tying"}
+
+
+# ---- Before the data is built --------------------------------------------------------------------
+
+def check_before_build(home, step, config, settings, free_keys):
+    """UserError for what differs from the saved run `home` and is known before the data is built.
+
+    step: the directory that the run goes on from, not verified yet; None if there is none.
+    """
+    try:
+        saved = read_json(step / "state.json") if step else {}
+        before, known = saved.get("config", {}), saved.get("data", {}).get("tokenizer_sha256")
+    except (UserError, AttributeError):
+        return  # a damaged step, which is told when it is verified
+    if starts_another(config, step):
+        check_shape(step, before, settings)
+    else:
+        check_changes(step.parent if step else home, before, settings, config, free_keys)
+    file = home / "tokenizer.json"
+    if known and file.is_file():
+        check_digest(file, known, tokenizer_digest(file))
+
+
+def starts_another(config, step):
+    """True if the run of `config` is a new one that begins with the weights of `step`."""
+    return bool(step and config.start_from and not forked_from(config)
+                and step.resolve().parent != Path(config.run_dir).resolve())
+
+
+def check_shape(step, before, settings):
+    """UserError if weights of another shape are to start a new run."""
+    wrong = [f"{key}: {before[key]} there, {settings[key]} now" for key in sorted(SHAPE)
+             if key in before and before[key] != settings[key]]
+    if wrong:
+        raise UserError(f"start_from={step}: its weights have another shape ({'; '.join(wrong)}); "
+                        "give the values of that run")
+
+
+# ---- Settings ------------------------------------------------------------------------------------
+
+def check_settings(place, saved, settings, config, free_keys):
+    """UserError for settings that differ from a saved run's; a printed line with accept_changes."""
+    before = saved["config"]
+    check_model_keys(saved, place)
+    unknown = [f"{key}={before[key]}" for key in before if key not in settings]
+    if unknown:
+        print(f"warning: {place}: settings that this code does not know, and does not use: "
+              f"{', '.join(unknown)}")
+    changes = check_changes(place, before, settings, config, free_keys)
+    if changes:
+        print(f"{place}: continues with changes: {'; '.join(changes)}")
+
+
+def check_changes(place, before, settings, config, free_keys):
+    """Returns the changes of settings as text; UserError if they are not accepted."""
+    keys = [key for key, value in settings.items()
+            if key in before and before[key] != value and not may_change(key, free_keys)]
+    changes = [f"{key}: {before[key]} there, {settings[key]} now" for key in keys]
+    is_shape = bool(SHAPE & set(keys))
+    if changes and (is_shape or not config.accept_changes):
+        accept = "" if is_shape else " or --accept_changes"
+        # with --resume every value that is not named is the run's, in any run_dir
+        remedy = f"choose another --run_dir, or use --overwrite{accept}"
+        if config.resume:
+            remedy = f"leave out what sets {', '.join(keys)}: the values of {place} are then used"
+            remedy += "" if is_shape else "; or use --accept_changes"
+        raise UserError(f"{place}: holds another run ({'; '.join(changes)}); {remedy}")
+    return changes
+
+
+def may_change(key, free_keys):
+    """True if a run may continue with another value of this key."""
+    by_pattern = key.endswith("_every_steps") or key.startswith("keep_")
+    return by_pattern or key in MAY_CHANGE or key in free_keys
+
+
+# ---- Data ----------------------------------------------------------------------------------------
+
+def check_data(place, saved, fingerprint, config):
+    """UserError for data that differs from a saved run's; a printed line with accept_changes."""
+    check_tokenizer(run_of(place) / "tokenizer.json", saved["data"], fingerprint)
+    changes = [f"{key}: {short(saved['data'].get(key))} there, {short(fingerprint[key])} now"
+               for key in compared(fingerprint) if saved["data"].get(key) != fingerprint[key]]
+    if changes and config.accept_changes:
+        print(f"{place}: continues with changed data: {'; '.join(changes)}")
+    elif changes:
+        is_own = run_of(place).resolve() == Path(config.run_dir).resolve()
+        remedy = "use --overwrite or" if is_own and not config.resume else "use"
+        raise UserError(f"{place}: its data has changed ({'; '.join(changes)}); restore the text, "
+                        f"or the data that was built of it, or {remedy} --accept_changes")
+
+
+def compared(fingerprint):
+    """The keys of a fingerprint that may change on request: all but the tokenizer's."""
+    return [key for key in fingerprint if key != "tokenizer_sha256"]
+
+
+def short(value):
+    """The first digits of a SHA-256; any other value as it is."""
+    return value[:12] if isinstance(value, str) and len(value) == 64 else value
+
+
+def check_tokenizer(file, before, now):
+    """UserError if the data has another tokenizer than the weights; it is accepted in no case.
+
+    file: the run's tokenizer.json; before, now: fingerprints. Older runs did not save the digest:
+    their file stands for it.
+    """
+    known = before.get("tokenizer_sha256")
+    if not known and file.is_file():
+        known = tokenizer_digest(file)
+    if not known and before["data_sha256"] != now["data_sha256"]:
+        raise UserError(f"{file}: missing, so nobody knows which ids the weights have learned; "
+                        "restore it")
+    if known:
+        check_digest(file, known, now["tokenizer_sha256"])
+
+
+def check_digest(file, known, now):
+    """UserError unless `now` is the digest of the tokenizer that the weights have learned."""
+    if known != now:
+        raise UserError(f"tokenizer_sha256: {short(known)} there, {short(now)} now: the weights "
+                        f"have learned another tokenizer; restore {file}, or begin a new run in "
+                        "another --run_dir")
