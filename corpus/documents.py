@@ -149,6 +149,8 @@ def why_no_text(entry, text_key):
 
 def without_surrogates(text):
     """`text` with U+FFFD for each lone surrogate, which JSON can hold and UTF-8 cannot."""
+    if text.isascii():
+        return text
     # through UTF-16, as a proper pair of surrogates becomes its character there
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 

@@ -217,6 +217,7 @@ def test_another_encoding_is_named_with_file_and_line(tmp_path):
     (tmp_path / "a.txt").write_bytes("one\ntwo\ncaf\xe9".encode("latin-1"))
     message = refusal(list, read_documents(tmp_path / "a.txt", "main"))
     assert message.startswith(f"{tmp_path / 'a.txt'}:3: ") and "0xe9" in message
+    assert "byte 0xe9 at byte 6" in refusal(decoded, b"\xef\xbb\xbfcaf\xe9", "f:1")
     for content, kind in ((b"\x1f\x8b\x08\xff", "gzip"), (b"\x28\xb5\x2f\xfd", "zstd")):
         assert kind in refusal(decoded, content, "f:1")
     (tmp_path / "b.jsonl").write_bytes(gzip.compress(b'{"text": "x"}\n'))
@@ -283,6 +284,20 @@ def test_text_may_lie_under_another_key(tmp_path):
     texts = [document["text"] for document in kept_documents(folder)]
     assert texts == [*(f"one {i}" for i in range(9)), "a text file has no keys"]
     assert "text is a number" in refusal(build, tmp_path, path=file)
+    both = [{"content": f"one {i}", "text": f"two {i}"} for i in range(9)]
+    write_jsonl(home / "a.jsonl", both)  # the key is part of what the built data is named by
+    for key, word in (("text", "two"), ("content", "one")):
+        kept = kept_documents(build(tmp_path, path=file, text=key))
+        assert [document["text"] for document in kept] == [f"{word} {i}" for i in range(9)]
+
+
+def test_built_documents_are_json_also_where_the_source_holds_nan(tmp_path):
+    lines = [f'{{"text": "words {i} of a text", "metadata": {{"score": NaN, "most": 1e999}}}}\n'
+             for i in range(20)]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    folder = build(tmp_path, path=str(tmp_path / "a.jsonl"))
+    scores = {(row["metadata"]["score"], row["metadata"]["most"]) for row in kept_documents(folder)}
+    assert scores == {(None, None)}
 
 
 def test_many_bad_rows_are_ten_examples_and_a_summary(tmp_path, capsys, monkeypatch):
@@ -373,6 +388,14 @@ def test_a_separator_may_lie_across_the_end_of_what_is_read_at_a_time(tmp_path):
         (tmp_path / "a.txt").write_text(f"{first}{EOT}b{EOT}")
         parts = [record.content for record in read_records(tmp_path / "a.txt", separator=EOT)]
         assert parts == [first.encode(), b"b"]
+
+
+def test_only_the_begin_of_a_file_tells_its_encoding(tmp_path):
+    """What is read at a time is no begin: a text may hold NUL characters anywhere."""
+    text = "a" * CHUNK_BYTES + "b\0" * 500
+    (tmp_path / "a.txt").write_text(text)
+    found, notes = texts_at(tmp_path)
+    assert [each for _, each in found] == [text] and [*notes.values()] == [1]
 
 
 def test_a_text_that_holds_many_eos_is_said_to_be_one_document(tmp_path):
