@@ -139,9 +139,10 @@ class Faults:
         lines = []
         for reason, count in self.reasons.most_common(REASONS):
             lines.append(f"  {count_of_rows(count)}, the first {self.first[reason]}: {reason}")
-        if len(self.reasons) > REASONS:
+        others = len(self.reasons) - REASONS
+        if others > 0:
             count = self.rows - sum(n for _, n in self.reasons.most_common(REASONS))
-            lines.append(f"  {count_of_rows(count)} for {len(self.reasons) - REASONS:,} other reasons")
+            lines.append(f"  {count_of_rows(count)} for {others:,} other reasons")
         return "\n".join(lines)
 
     def stop(self, or_else=""):
