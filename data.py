@@ -126,14 +126,14 @@ def build_data(config):
         if config.token_files:
             return build_once(stages.folder, write_token_list, config, stages.settings)
 
-        # 1. Documents. The five lines from `records` to `split` only connect generators: a document
-        # is read when store_documents asks for it, and passes through all of them before the next
-        # one is read. If this stage was finished earlier, nothing is read.
+        # 1. Documents. The lines from `records` to `split` only connect generators: store_documents
+        # pulls one document after another through them. A stage that is finished reads nothing.
         clean = {}  # source -> the folder of its clean documents
         for source in config.parse_sources():
             funnel = Funnel()  # counts what comes in and what each rule drops
-            records = read_records(source.path, source.name, funnel.notes, config.allow_truncated,
-                                   progress=True, separator=source.separator)
+            records = stages.checked(source, read_records(
+                source.path, source.name, funnel.notes, config.allow_truncated, progress=True,
+                separator=source.separator))
             documents = decontaminate_and_filter(records, config, source, funnel)
             documents = deduplicate_source(documents, config, source, funnel)
             split = hold_out(documents, config, source, funnel)

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from corpus.source_files import (JSON_SUFFIXES, ONE_LIST, Truncated, ages_of, input_files,
-                                 read_lines, read_parts)
+from corpus.source_files import (JSON_SUFFIXES, ONE_LIST, Truncated, input_files, read_lines,
+                                 read_parts)
 from corpus.stdlib import stdlib_documents
 from support.text import UserError, decoded, json_type, parsed_json
 
@@ -21,7 +21,8 @@ MANY_EOS = 10  # so many in one text file are no accident
 def read_documents(path, source, counts=None):
     """Yield {id, text, source, metadata} from a file, a folder (sorted, recursive) or "stdlib".
 
-    metadata.provenance is file:line. Documents with the same metadata.split_group are held out
+    metadata.provenance is file:line; where a separator cuts a line into several documents, the
+    second one's is file:line.2. Documents with the same metadata.split_group are held out
     together or not at all. `counts`, a Counter, receives how much was repaired or skipped.
     Raises UserError with file and line for input that cannot be read.
     """
@@ -38,6 +39,7 @@ class Record(NamedTuple):
     line: int
     place: str  # file:line as the user knows it, for messages
     content: bytes | dict  # a line of JSON, a text file, or an embedded document (finished)
+    part: int = 1  # of the parts of a text that begin on this line, which one
 
 
 def read_records(path, source="", counts=None, allow_truncated=False, progress=False,
@@ -60,25 +62,20 @@ def read_records(path, source="", counts=None, allow_truncated=False, progress=F
     if separator and all(file.name.endswith(JSON_SUFFIXES) for file in files):
         raise UserError(f"{root}: separator={separator!r} cuts text files, and none is there; "
                         "leave it out")
-    ages = ages_of(files)
-    total = sum(size for _, size, _ in ages)
+    total = sum(file.stat().st_size for file in files)
     with tqdm(desc=f"cleaning {source}", total=total, unit="B", unit_scale=True, leave=False,
               disable=not progress) as bar:
-        for file, age in zip(files, ages, strict=True):
+        for file in files:
             # relative, so that ids and provenance do not depend on where the source is
             name = file.relative_to(root).as_posix() if root.is_dir() else file.name
             try:
-                if name.endswith(JSON_SUFFIXES):
-                    parts = read_lines(file, bar)
-                else:
-                    parts = read_parts(file, separator, bar)
-                for line, content in parts:
-                    if content.strip() or not name.endswith(JSON_SUFFIXES):
+                if not name.endswith(JSON_SUFFIXES):
+                    for line, part, content in read_parts(file, separator, bar):
+                        yield Record(name, line, f"{file}:{line}", content, part)
+                    continue
+                for line, content in read_lines(file, bar):
+                    if content.strip():
                         yield Record(name, line, f"{file}:{line}", content)
-                # what was read must be what the built data is named by
-                if ages_of([file]) != [age]:
-                    raise UserError(f"{file}: changed while it was read; run the same command "
-                                    "again when nothing writes to it")
             except OSError as error:
                 raise UserError(f"{file}: cannot be read ({error.strerror}); restore it or its "
                                 "rights, or take it out") from None
@@ -113,7 +110,7 @@ def as_document(record, source, counts, text_key="text"):
     if not isinstance(text, str):
         raise UserError(f"{place}: {why_no_text(entry, text_key)}")
     # where it was read, as in Dolma: trace leads back to this line
-    provenance = f"{record.file}:{record.line}"
+    provenance = f"{record.file}:{record.line}" + f".{record.part}" * (record.part > 1)
     name = entry.get("id", provenance)
     metadata = entry.get("metadata") or {}  # null means none
     # subtle: True is an int in Python, and no id
@@ -128,8 +125,8 @@ def as_document(record, source, counts, text_key="text"):
     counts["texts with lone surrogates repaired"] += repaired != text
     counts["texts with NUL characters, which are kept"] += "\0" in text
     if not record.file.endswith(JSON_SUFFIXES) and text.count(EOS) >= MANY_EOS:
-        counts[f"text files that are one document each, though they hold {EOS} many times: "
-               f"separator=\"{EOS}\" of the source cuts them into documents"] += 1
+        counts[f"text files read as one document that hold {EOS} {MANY_EOS} times or more; to cut "
+               f"them, set separator=\"{EOS}\" of the source"] += 1
     dates = {key: entry[key] for key in ("added", "created") if key in entry}
     return {"id": without_surrogates(str(name)), "text": repaired, "source": source, **dates,
             "metadata": metadata}
@@ -153,6 +150,8 @@ def why_no_text(entry, text_key):
 
 def without_surrogates(text):
     """`text` with U+FFFD for each lone surrogate, which JSON can hold and UTF-8 cannot."""
+    if text.isascii():
+        return text
     # through UTF-16, as a proper pair of surrogates becomes its character there
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 

@@ -182,9 +182,10 @@ def nothing_held_out(name, source, manifest):
     settings = manifest["settings"].get("clean", {}).get(name, {})
     share = settings.get("eval_share", 0)
     if share:
+        cut = ", or cut the text with separator" * (not settings.get("separator"))
         yield (f"{name}: nothing is held out: eval_share={share:g} chose none of "
                f"{source['documents']:,} documents, so that no domain of it is evaluated; raise "
-               "eval_share, or cut the text into more documents, such as with separator")
+               f"eval_share, add documents{cut}")
 
 
 def why_nothing_is_left(source, funnel):
@@ -198,9 +199,10 @@ def why_nothing_is_left(source, funnel):
     if not counts["documents in"]:
         return f"{where}: holds no document: it is empty, or all its lines are; add text"
     if counts["held-out documents"] == counts["documents in"]:
+        cut = "cut the text into more of them with separator, " * (not source.separator)
         return (f"{where}: all of its {counts['held-out documents']:,} documents are held out, "
-                "chosen by the hashes of their ids; add documents, cut the text into more of "
-                "them with separator, or hold nothing out: --eval_share=0")
+                f"chosen by the hashes of their ids; add documents, {cut}or hold nothing out: "
+                "--eval_share=0")
     dropped = ", ".join(f"{rule} {rule_counts['dropped']:,}"
                         for rule, rule_counts in funnel.rules.items() if rule_counts["dropped"])
     return (f"{where}: no text to train on is left of {counts['documents in']:,} documents and "

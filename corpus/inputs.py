@@ -15,7 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from corpus.source_files import input_files
-from support.files import file_sha256
+from support.files import UserError, file_sha256
 
 
 def input_digests(path, data_dir):
@@ -26,20 +26,34 @@ def input_digests(path, data_dir):
     if path == "stdlib":
         return sys.version
     root = Path(path)
-    files = input_files(root, Counter())
     remembered = read_digests(data_dir)
-    unknown = [file for file in files if remembered.get(key_of(file), [])[:2] != state_of(file)]
-    total = sum(file.stat().st_size for file in unknown)
+    files = [(file, key_of(file), state_of(file)) for file in input_files(root, Counter())]
+    unknown = [entry for entry in files if remembered.get(entry[1], [])[:2] != entry[2]]
+    total = sum(size for _, _, (size, _) in unknown)
     with tqdm(desc=f"hashing {path}", total=total, unit="B", unit_scale=True, leave=False,
               disable=not unknown) as bar:
-        for file in unknown:
-            size, changed = state_of(file)
-            remembered[key_of(file)] = [size, changed, file_sha256(file)]
-            bar.update(size)
+        for file, key, state in unknown:
+            remembered[key] = [*state, file_sha256(file)]
+            bar.update(state[0])
     if unknown:
         write_digests(data_dir, remembered)
-    names = [file.relative_to(root).as_posix() if root.is_dir() else file.name for file in files]
-    return [(name, remembered[key_of(file)][2]) for name, file in zip(names, files, strict=True)]
+    return [(file.relative_to(root).as_posix() if file != root else file.name, remembered[key][2])
+            for file, key, _ in files]
+
+
+def check_unchanged(path, known, data_dir):
+    """UserError if the files at `path` have changed since input_digests returned `known`.
+
+    Also if they were put back: their time tells, and nobody knows what was read in between.
+    """
+    if path == "stdlib":
+        return
+    remembered = read_digests(data_dir)
+    files = input_files(Path(path), Counter())
+    changed = [file for file in files if remembered.get(key_of(file), [])[:2] != state_of(file)]
+    if changed or input_digests(path, data_dir) != list(known):
+        raise UserError(f"{changed[0] if changed else path}: changed while it was read; run the "
+                        "same command again when nothing writes to it")
 
 
 def is_same_text(path, known, data_dir):
@@ -64,9 +78,11 @@ def state_of(file):
 
 
 def read_digests(data_dir):
-    """{file: [size, time, SHA-256]} as remembered; {} if the list is damaged or not there."""
-    with suppress(OSError, ValueError, AttributeError):
-        return dict(json.loads((Path(data_dir) / "inputs.json").read_text()).items())
+    """{file: [size, time, SHA-256]} as remembered; what is damaged or not there is left out."""
+    with suppress(OSError, ValueError, AttributeError, RecursionError):
+        found = json.loads((Path(data_dir) / "inputs.json").read_text()).items()
+        return {file: entry for file, entry in found
+                if isinstance(entry, list) and len(entry) == 3 and isinstance(entry[2], str)}
     return {}
 
 

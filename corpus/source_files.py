@@ -156,10 +156,6 @@ def remedy_for(files):
     return f"{remedy}; to make one: {ways[0]}" if ways else remedy
 
 
-def ages_of(files):
-    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-
-
 # ---- Their content -------------------------------------------------------------------------------
 
 def check_kind(file, line):
@@ -218,37 +214,46 @@ def read_lines(file, bar):
 
 
 def read_parts(file, separator, bar):
-    """Yield (line number, bytes) of the parts of a text file between separators, blank ones aside.
+    """Yield (line, number, bytes) of a text file's parts between separators; blank ones are none.
 
-    With separator "" the whole file is one part.
+    line: where the part's first character is that is no space; number: which of the parts that
+    begin on this line it is, from 1. With separator "" the whole file is one part.
     """
-    mark = separator.encode()
+    if not separator:
+        for _, content in cut(file, b"", bar):
+            yield 1, 1, content
+        return
+    last = None
+    number = 0
+    for line, part in cut(file, separator.encode(), bar):
+        text = part.lstrip()
+        if text:
+            line += part.count(b"\n", 0, len(part) - len(text))
+            number = number + 1 if line == last else 1
+            last = line
+            yield line, number, part
+
+
+def cut(file, mark, bar):
+    """Yield (line number of its begin, bytes) of all parts of a file between marks."""
     line = 1
     part = bytearray()  # what is read of the file and not yielded
+    is_checked = False
     with open(file, "rb") as raw:
         while chunk := raw.read(CHUNK_BYTES):
-            if not raw.tell() - len(chunk):
+            if not is_checked:
                 check_kind(file, chunk[:1000])
-            # a separator may lie across the end of what was read before
+                is_checked = True
+            # a mark may lie across the end of what was read before
             begin = max(0, len(part) - len(mark))
             part += chunk
             bar.update(len(chunk))
             while mark and (end := part.find(mark, begin)) >= 0:
-                yield from numbered(line, bytes(part[:end]))
+                yield line, bytes(part[:end])
                 line += part.count(b"\n", 0, end + len(mark))
                 del part[:end + len(mark)]  # subtle: takes no time, as a bytearray keeps its start
                 begin = 0
             if len(part) > MOST_BYTES:
                 raise UserError(f"{file}:{line}: one document of over {MOST_BYTES:,} bytes; cut it "
                                 "into several: a source's separator, or several files")
-    if mark:
-        yield from numbered(line, bytes(part))
-    else:
-        yield 1, bytes(part)
-
-
-def numbered(line, part):
-    """Yield (line number of its first character, part); nothing for a blank part."""
-    text = part.lstrip()
-    if text:
-        yield line + part.count(b"\n", 0, len(part) - len(text)), part
+    yield line, bytes(part)

@@ -23,7 +23,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from corpus.dedup import evaluation_sets
-from corpus.inputs import input_digests, state_of
+from corpus.inputs import check_unchanged, input_digests, state_of
 from corpus.rules import DEDUPLICATIONS
 from corpus.sources import check_outside
 from corpus.storage import hash_of
@@ -87,6 +87,17 @@ class Stages:
     def clean(self, source):
         """The folder of a source's clean documents."""
         return self.stage(f"clean-{source.name}", self.settings["clean"][source.name])
+
+    def checked(self, source, records):
+        """Yield the records of a source; UserError at their end if its text has changed meanwhile.
+
+        Its stage is named by the digests of its files and must hold the text of these very files.
+        """
+        yield from records
+        settings = self.settings["clean"][source.name]
+        sets = [entry[1:] for entry in settings.get("decontaminate", ())]
+        for path, digests in ((source.path, settings["inputs"]), *sets):
+            check_unchanged(path, digests, self.config.data_dir)
 
     def tokenizer(self):
         """The folder of the tokenizer."""

@@ -69,7 +69,7 @@ class DocumentWriter:
         self.out = None
 
     def add(self, document):
-        line = json.dumps(document).encode() + b"\n"
+        line = to_json(document).encode() + b"\n"
         self.lines.append(line)
         self.bytes += len(line)
         if self.bytes >= BLOCK_BYTES:

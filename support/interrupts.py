@@ -5,20 +5,22 @@ import signal
 import sys
 import threading
 
+COMMANDS = ("train.py", "data.py", "eval.py", "adapt.py", "model.py")
 
 def quiet_while_importing():
     """Let Ctrl-C end a command of ours at once and without a traceback while torch is imported.
 
-    hear_ctrl_c brings Python's own handler back. Nothing is changed for others who import us.
+    hear_ctrl_c brings Python's own handler back. Nothing is changed for others who import us, such
+    as a script beside ours: they never call hear_ctrl_c, and catch KeyboardInterrupt themselves.
     """
-    file = getattr(sys.modules["__main__"], "__file__", None) or ""
+    file = os.path.realpath(getattr(sys.modules["__main__"], "__file__", None) or "")
     house = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
-    is_ours = os.path.dirname(os.path.realpath(file)) == house
+    is_ours = file in [os.path.join(house, command) for command in COMMANDS]
     if is_ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-quiet_since_import = quiet_while_importing()
+quiet_while_importing()
 
 
 def hear_ctrl_c():

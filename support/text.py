@@ -27,7 +27,7 @@ def read_bytes(path):
     """A file's content; UserError if it cannot be read."""
     try:
         return Path(path).read_bytes()
-    except PermissionError:  # the file may be good: nobody is to take it for a damaged one
+    except PermissionError:  # a file without read permission is not damaged
         raise
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
@@ -46,7 +46,7 @@ def decoded(content, place):
     found = other_encoding(content[:1000])
     try:
         if not found:
-            return content.decode("utf-8-sig")
+            return content.decode().removeprefix("\ufeff")
         begin = 0
     except UnicodeDecodeError as error:
         found = encoding_at(content, error)
@@ -61,6 +61,8 @@ def decoded(content, place):
 
 def other_encoding(head):
     """The name of the UTF-16 or UTF-32 that a text begins with; None if it seems to be UTF-8."""
+    if b"\0" not in head and not head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return None  # soon, as every line of JSON comes here
     for mark, name in SIGNATURES.items():
         if name.startswith("UTF") and head.startswith(mark):
             return name
@@ -89,16 +91,15 @@ def parsed_json(content, place, remedy="correct or delete the line"):
     it would drop one, and lists in lists without end.
     """
     text = decoded(content, place).rstrip("\r\n")
-    file, _, line = place.rpartition(":")
-    brackets = text.count("[") + text.count("{")
     try:
-        value = json.loads(text, object_pairs_hook=object_of)
-        if brackets > MOST_LEVELS and is_too_deep(value):
+        value = DECODER.decode(text)
+        if text.count("[") + text.count("{") > MOST_LEVELS and is_too_deep(value):
             raise RecursionError
     except RecursionError:
         raise UserError(f"{place}: lists or objects in each other, over {MOST_LEVELS} levels; "
                         f"{remedy}") from None
     except json.JSONDecodeError as error:
+        file, _, line = place.rpartition(":")
         raise UserError(f"{file}:{int(line) + error.lineno - 1}: not JSON ({error.msg}, "
                         f"character {error.colno}); {remedy}") from None
     except ValueError as error:  # a key that is there twice, a number of 5,000 digits
@@ -114,6 +115,9 @@ def object_of(pairs):
         keys = Counter(key for key, _ in pairs)
         raise ValueError(f"the key {keys.most_common(1)[0][0]!r} is there twice")
     return value
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=object_of)  # json.loads would make one for each line
 
 
 def is_too_deep(value):

@@ -2,6 +2,7 @@
 is said in one line. A toy command stands for all; then a run for the real ones."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -109,6 +110,22 @@ def test_ctrl_c_while_torch_is_imported_is_quiet(tmp_path, module):
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
     assert process.communicate() == (b"", b"") and process.returncode == -signal.SIGINT
+
+
+@pytest.mark.parametrize("place", ["my_experiment.py", "tests", "tests/train.py"])
+def test_ctrl_c_is_as_ever_for_others_who_import_us(tmp_path, place):
+    """For a fork's script beside ours, and for python -c, wherever it is started."""
+    house = shutil.copytree(ROOT / "support", tmp_path / "house" / "support").parent
+    (house / "tests").mkdir()
+    code = f"import sys; sys.path.insert(0, {str(house)!r})\nimport support.files, signal\n"
+    code += "print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    words = ["-c", code]
+    if place.endswith(".py"):
+        (house / place).write_text(code)
+        words = [house / place]
+    result = subprocess.run([sys.executable, *words], cwd=house / "tests", capture_output=True,
+                            text=True)
+    assert (result.stdout, result.stderr) == ("True\n", "")
 
 
 def test_ctrl_c_that_python_can_only_ignore_comes_again(tmp_path):

@@ -17,7 +17,8 @@ from conftest import data_config, kept_documents, manifest_of, official_order, r
 import data
 from corpus.bpe import sample_texts
 from corpus.dedup import evaluation_texts
-from corpus.documents import read_documents, read_records
+from corpus.documents import as_document, read_documents, read_records
+from corpus.inputs import input_digests, state_of
 from corpus.source_files import CHUNK_BYTES, input_files
 from corpus.storage import DocumentWriter, mapped_order, read_block
 from corpus.token_files import read_sidecar
@@ -119,13 +120,45 @@ def test_a_pipe_a_broken_link_and_a_file_that_changes_are_refused_by_name(tmp_pa
         assert str(tmp_path / name) in refusal(input_files, tmp_path / name, Counter())
     file = tmp_path / "a.jsonl"
     write_jsonl(file, [{"text": str(i)} for i in range(10)])
-    records = read_records(file)
-    next(records)
-    with open(file, "a") as out:
-        out.write('{"text": "one more"}\n')
-    assert f"{file}: " in refusal(list, records)
     file.unlink()
     assert str(file) in refusal(list, read_records(file))
+
+
+@pytest.mark.parametrize("puts_back", [False, True])
+@pytest.mark.parametrize("changed", ["a.jsonl", "test.jsonl"])
+def test_a_text_that_changes_while_it_is_read_is_never_kept_under_the_name_of_another(
+        tmp_path, monkeypatch, changed, puts_back):
+    """Also where it changed before it was read, as while another build was waited for; also an
+    evaluation set. Kept, it would be used whenever the text is again as it was."""
+    def write(word, name):
+        return write_jsonl(tmp_path / name, [{"text": f"{word} {i} of a text " * 9}
+                                             for i in range(9)])
+    config = data_config(tmp_path, sources={"main": write("one", "a.jsonl")}, tokenizer="bpe:284",
+                         decontaminate={"test": write("two", "test.jsonl")})
+
+    def read_another(*arguments, **options):
+        before = (tmp_path / changed).read_text()
+        write("two" if changed == "a.jsonl" else "one", changed)
+        yield from read_records(*arguments, **options)
+        if puts_back:
+            (tmp_path / changed).write_text(before)
+    monkeypatch.setattr("data.read_records", read_another)
+    assert f"{changed}: changed while" in refusal(build_data, config)
+    monkeypatch.undo()
+    for name, word in (("a.jsonl", "one"), ("test.jsonl", "two")):
+        write(word, name)
+    assert {row["text"][:3] for row in kept_documents(build_data(config))} == {"one"}
+
+
+def test_a_damaged_list_of_digests_is_made_again(tmp_path):
+    file = tmp_path / "a.jsonl"
+    write_jsonl(file, [{"text": "words of a text"}] * 9)
+    known = input_digests(file, tmp_path)
+    entries = (5, None, {"a": 1}, [], state_of(file), [*state_of(file), 5])
+    damaged = [json.dumps({str(file): entry}) for entry in entries]
+    for content in ("[]", "5", "{}", '{"torn', "\x80", "[" * 10**5, *damaged):
+        (tmp_path / "inputs.json").write_bytes(content.encode("latin-1"))
+        assert input_digests(file, tmp_path) == known
 
 
 def test_a_source_that_holds_its_own_built_data_is_refused(tmp_path):
@@ -184,6 +217,7 @@ def test_another_encoding_is_named_with_file_and_line(tmp_path):
     (tmp_path / "a.txt").write_bytes("one\ntwo\ncaf\xe9".encode("latin-1"))
     message = refusal(list, read_documents(tmp_path / "a.txt", "main"))
     assert message.startswith(f"{tmp_path / 'a.txt'}:3: ") and "0xe9" in message
+    assert "byte 0xe9 at byte 6" in refusal(decoded, b"\xef\xbb\xbfcaf\xe9", "f:1")
     for content, kind in ((b"\x1f\x8b\x08\xff", "gzip"), (b"\x28\xb5\x2f\xfd", "zstd")):
         assert kind in refusal(decoded, content, "f:1")
     (tmp_path / "b.jsonl").write_bytes(gzip.compress(b'{"text": "x"}\n'))
@@ -250,6 +284,20 @@ def test_text_may_lie_under_another_key(tmp_path):
     texts = [document["text"] for document in kept_documents(folder)]
     assert texts == [*(f"one {i}" for i in range(9)), "a text file has no keys"]
     assert "text is a number" in refusal(build, tmp_path, path=file)
+    both = [{"content": f"one {i}", "text": f"two {i}"} for i in range(9)]
+    write_jsonl(home / "a.jsonl", both)  # the key is part of what the built data is named by
+    for key, word in (("text", "two"), ("content", "one")):
+        kept = kept_documents(build(tmp_path, path=file, text=key))
+        assert [document["text"] for document in kept] == [f"{word} {i}" for i in range(9)]
+
+
+def test_built_documents_are_json_also_where_the_source_holds_nan(tmp_path):
+    lines = [f'{{"text": "words {i} of a text", "metadata": {{"score": NaN, "most": 1e999}}}}\n'
+             for i in range(20)]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    folder = build(tmp_path, path=str(tmp_path / "a.jsonl"))
+    scores = {(row["metadata"]["score"], row["metadata"]["most"]) for row in kept_documents(folder)}
+    assert scores == {(None, None)}
 
 
 def test_many_bad_rows_are_ten_examples_and_a_summary(tmp_path, capsys, monkeypatch):
@@ -269,7 +317,12 @@ def test_many_bad_rows_are_ten_examples_and_a_summary(tmp_path, capsys, monkeypa
 def test_all_held_out_all_dropped_and_an_empty_file_are_different_errors(tmp_path):
     file = write_jsonl(tmp_path / "a.jsonl", [{"text": "some words"}] * 4)
     config = data_config(tmp_path, sources={"main": file}, eval_share=1.0)
-    assert "all of its 4 documents are held out" in refusal(build_data, config)
+    message = refusal(build_data, config)
+    assert "all of its 4 documents are held out" in message and "separator" in message
+    (tmp_path / "b.txt").write_text("one--two--three")
+    cut = {"main": {"path": str(tmp_path / "b.txt"), "separator": "--"}}  # it is cut already
+    message = refusal(build_data, data_config(tmp_path, sources=cut, eval_share=1.0))
+    assert "all of its 3 documents are held out" in message and "separator" not in message
     message = refusal(build, tmp_path, path=file, rules="gopher_word_count document")
     assert "gopher_word_count 4" in message and "document " not in message.split("dropped by")[1]
     (tmp_path / "a.jsonl").write_text("\n\n")
@@ -278,11 +331,15 @@ def test_all_held_out_all_dropped_and_an_empty_file_are_different_errors(tmp_pat
 
 def test_a_build_of_one_document_says_that_it_holds_nothing_out(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("one document of some words")
-    for share, said in ((0.001, True), (0.0, False)):
-        config = data_config(tmp_path, sources={"main": str(tmp_path / "a.txt")}, eval_share=share,
+    whole = {"path": str(tmp_path / "a.txt")}
+    cut = whole | {"separator": "document"}
+    for share, source, said in ((0.001, whole, True), (0.001, cut, True), (0.0, whole, False)):
+        config = data_config(tmp_path, sources={"main": source}, eval_share=share,
                              tokenizer="bpe:284")
         data.print_table(build_data(config))
-        assert ("main: nothing is held out" in capsys.readouterr().out) == said
+        out = capsys.readouterr().out
+        assert ("main: nothing is held out" in out) == said
+        assert ("with separator" in out) == (said and source is whole)
 
 
 # ---- Large texts ---------------------------------------------------------------------------------
@@ -308,12 +365,37 @@ def test_a_separator_cuts_a_text_into_documents_with_their_lines(tmp_path):
                                                                f"x{EOT}y"]
 
 
+def test_documents_of_one_line_have_different_ids(tmp_path):
+    """Else all of them would be held out or none, and drawn for a part or not."""
+    file = tmp_path / "a.txt"
+    file.write_text("a\nb|  c|\n \nd|e||f")
+    records = list(read_records(file, separator="|"))
+    assert [(record.line, record.place) for record in records] == [
+        (line, f"{file}:{line}") for line in (1, 2, 4, 4, 4)]
+    found, _ = texts_at(tmp_path)
+    assert found == [("a.txt:1", file.read_text())]
+    ids = [as_document(record, "main", Counter())["id"] for record in records]
+    assert ids == ["a.txt:1", "a.txt:2", "a.txt:4", "a.txt:4.2", "a.txt:4.3"]
+    file.write_text("|".join(f"words of text {i}" for i in range(200)))
+    config = data_config(tmp_path, sources={"main": {"path": str(file), "separator": "|"}},
+                         eval_share=0.3, tokenizer="bpe:284")
+    assert 0 < manifest_of(build_data(config))["sources"]["main"]["held-out documents"] < 200
+
+
 def test_a_separator_may_lie_across_the_end_of_what_is_read_at_a_time(tmp_path):
     for shift in range(len(EOT) + 2):
         first = "a" * (CHUNK_BYTES - shift)
         (tmp_path / "a.txt").write_text(f"{first}{EOT}b{EOT}")
         parts = [record.content for record in read_records(tmp_path / "a.txt", separator=EOT)]
         assert parts == [first.encode(), b"b"]
+
+
+def test_only_the_begin_of_a_file_tells_its_encoding(tmp_path):
+    """What is read at a time is no begin: a text may hold NUL characters anywhere."""
+    text = "a" * CHUNK_BYTES + "b\0" * 500
+    (tmp_path / "a.txt").write_text(text)
+    found, notes = texts_at(tmp_path)
+    assert [each for _, each in found] == [text] and [*notes.values()] == [1]
 
 
 def test_a_text_that_holds_many_eos_is_said_to_be_one_document(tmp_path):
