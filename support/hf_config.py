@@ -135,7 +135,7 @@ def special_ids(hf, path, tokenizer):
         raise UserError(f"{path / 'config.json'}: eos_token_id is missing; set it to the id of "
                         "<|endoftext|>")
     # no result depends on the id of padding; many files pad with EOS, or with a token of their own
-    if tokenizer:
+    if tokenizer and tokenizer.pad_token_id < hf["vocab_size"]:  # else check_vocabulary says more
         pad = tokenizer.pad_token_id
     elif pad is None or pad in ends:
         pad = eos

@@ -177,7 +177,7 @@ HF_OLMO = {"model_type": "hf_olmo", "d_model": 32, "n_heads": 2, "n_layers": 2, 
     (dict(hidden_size=10**30), ["model.embed_tokens.weight"]),
     (dict(num_hidden_layers=10**12), ["1,000,000,000,000"]),
     (dict(vocab_size=10**15, unpadded_vocab_size=...), ["model.embed_tokens.weight"]),
-    (dict(num_attention_heads=0, num_key_value_heads=...), ["config.json", "num_attention_heads=0"]),
+    (dict(num_attention_heads=0, num_key_value_heads=...), ["config.json", "_heads=0"]),
     (dict(num_attention_heads=3, num_key_value_heads=...), ["hidden_size=32", "_heads=3"]),
     (dict(num_hidden_layers="2"), ['num_hidden_layers="2" (a string)'])])
 def test_what_changes_the_model_is_refused_by_name(tmp_path, config, words):
