@@ -85,8 +85,8 @@ def generate_answers(argv):
     print(f"wrote {out}: {sum(fits):,} answers, {sum(fits[:done]):,} of them were there already")
     if too_long:
         first = places[fits.index(False)]
-        print(f"{too_long:,} prompts leave no room for an answer, the first {first}: their rows "
-              "have an error and no output; shorten them")
+        print(f"no room for an answer: {too_long:,} of the prompts, the first {first}; shorten "
+              "them (their rows have an error and no output)")
     return 1 if too_long else 0
 
 

@@ -29,7 +29,7 @@ def chat_questions(task, tokenizer, max_seq_len):
 
 
 def as_chat(question, task, tokenizer):
-    """A Question whose contexts are ids: a user's message, and the begin of the answer to it."""
+    """A Question whose contexts are ids: a user's message, and the start of the answer to it."""
     begin = tokenizer.encode(task.answer_begins)
     rendered = {}  # the choices of a question mostly have the same context
 

@@ -1,12 +1,12 @@
 """Chats, preferences and prompts: each row is checked.
 
-# The chat format lies in three files: these are its checks. data.py's render_chat makes ids of it;
+The chat format lies in three files: these are its checks. data.py's render_chat makes ids of it;
 # CHAT_TEMPLATE in support/hf_tokenizer.py is the same in Jinja, for an exported model.
 """
 
-from support.fields import (NO_MARGIN, NO_OPTIONS, NO_PLACE, OF_MESSAGE, check_scores, check_text,
-                            check_texts, is_given, is_untrained, refuse_fields, refuse_weights,
-                            require, with_system)
+from support.fields import (NO_MARGIN, NO_PLACE, OF_MESSAGE, check_scores, check_text, check_texts,
+                            is_given, is_untrained, refuse_fields, refuse_weight, require,
+                            with_system)
 from support.files import UserError, json_type
 
 ROLES = ("system", "user", "assistant")
@@ -16,26 +16,11 @@ NEXT = {None: ("system", "user"), "system": ("user",), "user": ("assistant",),
         "assistant": ("user",)}
 
 # what to do about a row of another form, by a key that it has
-OTHER_CHATS = {
-    "conversations": 'rename it to messages, "from" to role (human is user, gpt is assistant) and '
-                     '"value" to content',
-    "conversation": "rename it to messages",
-    "chosen": "these are preferences: --method=dpo",
-    "instruction": "make two messages of instruction and output, the user's and the assistant's",
-    "completion": "make two messages of prompt and completion, the user's and the assistant's",
-    "question": "make two messages of question and answer, the user's and the assistant's",
-    "prompt": "make two messages of prompt and answer, the user's and the assistant's",
-    "role": "a line is one message here; put those of a chat into one object",
-    "text": "it is a text; a chat is an object a line, in a .jsonl file"}
-OTHER_PREFERENCES = {
-    "messages": "these are chats: --method=sft",
-    "completions": "give each pair of completions a row of its own"}
-OTHER_PROMPTS = {
-    "question": "rename it to prompt",
-    "turns": "give each first turn a row of its own, as its prompt",
-    "conversations": OTHER_CHATS["conversations"],
-    "body": "move its messages out of it",
-    "text": "it is a text; a prompt is an object a line, in a .jsonl file"}
+SHAREGPT = ('rename "from" to role (human is user, gpt is assistant) and "value" to content; the '
+            "list of them is messages")
+OTHER_CHATS = {"conversations": SHAREGPT, "chosen": "these are preferences: --method=dpo"}
+OTHER_PREFERENCES = {"messages": "these are chats: --method=sft"}
+OTHER_PROMPTS = {"conversations": SHAREGPT, "question": "rename it to prompt"}
 
 
 # ---- Chats ---------------------------------------------------------------------------------------
@@ -45,9 +30,10 @@ def checked_chat(row, place):
 
     A message that shall not be trained has a weight of 0.
     """
-    check_form(row, ("messages",), place, "a chat is an object with a list of them", OTHER_CHATS)
+    row = checked_form(row, ("messages",), place, "a chat is an object with a list of them: the "
+                       "user's and the assistant's", OTHER_CHATS)
     refuse_fields(row, f"{place}: ", NO_PLACE)
-    refuse_weights(row, f"{place}: ")
+    refuse_weight(row, place)
     messages = checked_messages(row["messages"], f"{place}: messages", "assistant")
     messages = with_system(row, messages, place)
     check_texts(row, messages, place)
@@ -61,21 +47,24 @@ def is_trained(message):
     return message["role"] == "assistant" and "weight" not in message
 
 
-def check_form(row, keys, place, form, remedies):
-    """UserError, with what is there instead and a remedy, if a row has not all of these keys."""
+def checked_form(row, keys, place, form, remedies):
+    """The row without its nulls.
+
+    UserError, with what is there instead and a remedy, if it has not all of these keys.
+    """
     missing = f"{' or '.join(keys)} is missing; {form}"
     if not isinstance(row, dict):
-        found, remedy = json_type(row), "correct or delete it"
+        remedy = "correct or delete it"
         if isinstance(row, list) and row and isinstance(row[0], dict) and "role" in row[0]:
             remedy = 'make an object of the list: {"messages": [...]}'
-        raise UserError(f"{place}: {missing}, and this line holds {found}; {remedy}")
-    if all(key in row for key in keys):
-        return
+        raise UserError(f"{place}: {missing}, and this line holds {json_type(row)}; {remedy}")
     found = ", ".join(row)[:80] or "none"
-    remedy = "name another file, or add it"
-    for key in reversed(remedies):
-        remedy = remedies[key] if key in row else remedy
-    raise UserError(f"{place}: {missing}, and the row's keys are: {found}; {remedy}")
+    row = {key: value for key, value in row.items() if value is not None}
+    if not all(key in row for key in keys):
+        remedy = next((remedies[key] for key in remedies if key in row),
+                      "make it of what the row holds, or name another file")
+        raise UserError(f"{place}: {missing}, and the row's keys are: {found}; {remedy}")
+    return row
 
 
 def checked_messages(messages, place, last, before=None):
@@ -125,7 +114,7 @@ def role_remedy(message):
     """What to do about a message whose role is none of ROLES."""
     role = message.get("role")
     if role is None and "from" in message:
-        return 'rename "from" to role (human is user, gpt is assistant) and "value" to content'
+        return SHAREGPT
     if role in ("tool", "function", "ipython", "observation", "tool_call", "tool_response"):
         return "the chat format of OLMo has no tools; remove the row"
     return "rename it"
@@ -139,9 +128,10 @@ def checked_preference(row, place):
     chosen and rejected are two texts beside a `prompt`, two lists of messages with the prompt at
     their head, or two such answers beside the prompt as a list.
     """
-    check_form(row, ("chosen", "rejected"), place, "a preference has both", OTHER_PREFERENCES)
+    row = checked_form(row, ("chosen", "rejected"), place, "a preference has both",
+                       OTHER_PREFERENCES)
     refuse_fields(row, f"{place}: ", NO_PLACE, NO_MARGIN)
-    refuse_weights(row, f"{place}: ")
+    refuse_weight(row, place)
     kind = type(row["chosen"]).__name__
     other = type(row["rejected"]).__name__
     require(kind == other, f"{place}: chosen is {kind} and rejected {other}; both must be lists "
@@ -199,7 +189,7 @@ def question_of(prompt, place):
 
 def check_prompt(prompt, messages, place):
     """UserError if a prompt beside messages, as in UltraFeedback, is not how they begin."""
-    if prompt is None:
+    if not is_given(prompt):
         return
     if isinstance(prompt, list):
         prompt = checked_messages(prompt, f"{place}: prompt", "user")
@@ -229,9 +219,10 @@ PROMPTS = ("messages", "prompt", "instruction")
 
 def checked_request(row, place):
     """The messages that a row of a prompt file asks to be answered; the last is the user's."""
-    if not isinstance(row, dict) or not set(PROMPTS) & row.keys():
-        check_form(row, PROMPTS, place, "a prompt is an object with one of them", OTHER_PROMPTS)
-    refuse_fields(row, f"{place}: ", NO_PLACE, NO_OPTIONS)
+    found = [key for key in PROMPTS if isinstance(row, dict) and row.get(key) is not None]
+    row = checked_form(row, found or PROMPTS, place, "a prompt is an object with one of them",
+                       OTHER_PROMPTS)
+    refuse_fields(row, f"{place}: ", NO_PLACE)
     if "messages" in row:
         messages = asked_in(row, place)
     elif "prompt" in row:

@@ -30,6 +30,7 @@ def run_main(main):
     """
     stop_hearing = hear_ctrl_c()
     is_run = getattr(main, "takes_ranks", False)  # train.py and adapt.py (scaling/ranks.py)
+    sys.stdin = sys.stdin or open(os.devnull)  # None: the shell has closed it (<&-)
     stdout = Output(sys.stdout)
     with redirect_stdout(stdout), redirect_stderr(Output(sys.stderr)):
         code = exit_code(main) if is_run or is_alone() else NOT_ALONE

@@ -12,40 +12,26 @@ from support.files import UserError
 # of a row: what the model would not see, and what would not be done
 NO_PLACE = {
     "the chat format of OLMo has no tools": ("tools", "functions", "tool_choice", "function_call"),
-    "the model reads text alone": ("image", "images", "audio", "audios", "video", "videos"),
-    "the chat format is one for all rows": ("chat_template", "chat_template_kwargs",
-                                            "continue_final_message"),
-}
-NO_WEIGHTS = {"rows have no weights of their own": ("weight", "sample_weight", "loss_weight")}
+    "the model reads text alone": ("image", "images", "audio", "video", "videos"),
+    "the chat format is one for all rows": ("chat_template_kwargs",)}
 NO_MARGIN = {"the loss knows no margin": ("margin",),
              "a tie has no answer to prefer": ("tie", "is_tie")}
-NO_OPTIONS = {
-    "the command's options draw the answers": (
-        "max_tokens", "max_completion_tokens", "max_length", "stop", "top_k", "min_p", "logit_bias",
-        "presence_penalty", "frequency_penalty", "repetition_penalty", "num_beams", "do_sample",
-        "response_format"),
-    "an answer begins where the model begins it": ("prefix", "prefill", "assistant_prefix")}
 
 # of a message
 OF_MESSAGE = {
     "the chat format of OLMo has no tools": ("tool_calls", "tool_call_id", "function_call"),
-    "the chat format has a role and a content alone": (
-        "name", "reasoning", "reasoning_content", "thinking", "refusal", "channel", "recipient"),
-    "an answer begins where the model begins it": ("prefix", "partial"),
-    "the model reads text alone": ("image", "images", "audio", "video", "videos", "files",
-                                   "attachments"),
-    "only weight, loss and train say whether a message is trained": (
-        "mask", "loss_mask", "loss_weight", "train_detail", "training_detail"),
-}
+    # name: one who talks under two names would be two in the data, and one for the model
+    "the chat format has a role and a content alone, which can hold it too": (
+        "name", "reasoning", "reasoning_content", "thinking"),
+    "the model reads text alone": ("image", "images", "audio", "video", "videos"),
+    "only weight, loss and train say whether a message is trained": ("mask", "loss_mask")}
 
 SYSTEM = ("system", "system_prompt")  # the system's message, beside the others
 TRAINED = ("weight", "loss", "train")  # of a message: OpenAI's name, ms-swift's, Axolotl's
-# texts that a row's messages must hold, where it has both
+# texts that a row's messages must hold, where it has both, but for what they are called there
 TEXTS = ("instruction", "question", "input", "context", "documents", "history", "choices",
          "options")
-SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"),
-          ("chosen_rating", "rejected_rating"), ("chosen-rating", "rejected-rating"),
-          ("rating_chosen", "rating_rejected"))
+NO_TEXTS = ("role", "from", "label", "name")
 
 
 # ---- The checks ----------------------------------------------------------------------------------
@@ -68,13 +54,14 @@ def refuse_fields(row, place, *tables):
         for table in tables:
             for reason, names in table.items():
                 if name in names and is_given(value):
-                    raise UserError(f"{place}{name}: {reason}; remove the field, or the row if it "
-                                    "depends on it")
+                    raise UserError(f"{place}{name}: {reason}; remove the field, or the row if "
+                                    "it depends on it")
 
 
-def refuse_weights(row, place):
+def refuse_weight(row, place):
     """UserError for a row that has another weight than 1."""
-    refuse_fields({key: row[key] for key in row if row[key] != 1}, place, NO_WEIGHTS)
+    require(row.get("weight", 1) == 1, f"{place}: weight: rows have no weights of their own; "
+            "remove the field, or the row if its weight is 0")
 
 
 def check_text(text, place):
@@ -101,46 +88,47 @@ def with_system(row, messages, place):
     return messages
 
 
-def check_texts(row, messages, place, names=TEXTS):
+def check_texts(row, messages, place):
     """UserError for a text beside the messages that none of them holds: nobody would read it."""
     said = "\n".join(message["content"] for message in messages)
-    for name in names:
+    remedy = "put it into a message, or remove the field"
+    if "messages" not in row and "instruction" in row:  # Dolly has a context beside it
+        remedy = "append it to the instruction, or rename it to input"
+    for name in TEXTS:
         for text in texts_in(row.get(name)):
             require(text.strip() in said, f"{place}: {name}: no message holds this text, so the "
-                    "model would not see it; put it into a message, or remove the field")
+                    f"model would not see it; {remedy}")
 
 
 def texts_in(value):
-    """The texts in a JSON value, however deep."""
+    """The texts in a JSON value, however deep, but those under NO_TEXTS."""
     if isinstance(value, str):
         return [value]
-    inner = value.values() if isinstance(value, dict) else value
-    if not isinstance(value, (dict, list)):
-        return []
-    return [text for each in inner for text in texts_in(each)]
+    if isinstance(value, dict):
+        value = [inner for key, inner in value.items() if key not in NO_TEXTS]
+    return [text for each in value for text in texts_in(each)] if isinstance(value, list) else []
 
 
 def is_untrained(message, place):
     """Whether a message says that it shall not be trained: weight, loss or train is 0."""
-    wanted = set()
-    for key in TRAINED:
-        value = message.get(key)
-        if value is None:
-            continue
-        require(isinstance(value, (int, float)) and value in (0, 1),
-                f"{place}.{key}: {str(value)[:20]}, where 1 trains a message and 0 does not; "
-                "choose one of the two")
+    found = {key: message[key] for key in TRAINED if message.get(key) is not None}
+    for key, value in found.items():
+        require(value in (0, 1), f"{place}.{key}: {str(value)[:20]}, where 1 trains a message and "
+                "0 does not; choose one of the two")
         require(value == 0 or message.get("role") == "assistant", f"{place}.{key}: "
                 "only the assistant's messages are trained; remove it")
-        wanted.add(bool(value))
-    require(len(wanted) < 2, f"{place}: {', '.join(TRAINED)} disagree; keep one of them")
-    return wanted == {False}
+    require(len(set(found.values())) < 2, f"{place}: {', '.join(found)} disagree; keep one of them")
+    return 0 in found.values()
 
 
 def check_scores(row, place):
-    """UserError for a preference whose scores say that the rejected answer is the better one."""
-    for better, worse in SCORES:
-        numbers = (row.get(better), row.get(worse))
-        if all(isinstance(number, (int, float)) for number in numbers):
-            require(not numbers[0] < numbers[1], f"{place}: {better}: {numbers[0]}, below the "
-                    f"{worse} of {numbers[1]}; swap the answers, or remove the scores")
+    """UserError for a preference whose scores say that the rejected answer is the better one.
+
+    Each set has its own name for them: score_chosen, chosen-rating, ...
+    """
+    for key, score in row.items():
+        other = key.replace("chosen", "rejected")
+        is_score = other != key and ("score" in key or "rating" in key)
+        if is_score and all(isinstance(each, (int, float)) for each in (score, row.get(other))):
+            require(not score < row[other], f"{place}: {key}: {score}, below the {other} of "
+                    f"{row[other]}; swap the answers, or remove the scores")

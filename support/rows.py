@@ -138,10 +138,11 @@ class Faults:
         """A line for each reason: how many rows, what is wrong, and the first of them."""
         lines = []
         for reason, count in self.reasons.most_common(REASONS):
-            lines.append(f"  {count:,} rows, the first {self.first[reason]}: {reason}")
-        if len(self.reasons) > REASONS:
+            lines.append(f"  {count_of_rows(count)}, the first {self.first[reason]}: {reason}")
+        others = len(self.reasons) - REASONS
+        if others > 0:
             count = self.rows - sum(n for _, n in self.reasons.most_common(REASONS))
-            lines.append(f"  {count:,} rows for {len(self.reasons) - REASONS:,} other reasons")
+            lines.append(f"  {count_of_rows(count)} for {others:,} other reasons")
         return "\n".join(lines)
 
     def stop(self, or_else=""):
@@ -155,3 +156,7 @@ class Faults:
         print(f"the first {len(self.examples)} of {self.rows:,} faulty rows:\n  {examples}\n"
               f"all by reason:\n{self.table()}")
         raise UserError(f"{self.examples[0]}; {remedy}; the others are listed above")
+
+
+def count_of_rows(count):
+    return "1 row" if count == 1 else f"{count:,} rows"

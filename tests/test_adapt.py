@@ -1138,7 +1138,7 @@ def test_a_prompt_that_is_too_long_stops_only_itself(base, tmp_path, call):
     for count in (0, 3):
         result = call(adapt, *words)
         assert result.returncode == 1 and f"3 answers, {count} of them were" in result.stdout
-        assert f"1 prompts leave no room for an answer, the first {prompts}:2" in result.stdout
+        assert f"no room for an answer: 1 of the prompts, the first {prompts}:2;" in result.stdout
         found = answers_in(out)
         assert [row["id"] for row in found] == [0, 1, 2, 3]
         assert [row.get("error", "")[-3:] for row in found] == ["", "128", "", ""]
@@ -1161,6 +1161,13 @@ def talk(call, monkeypatch):
 def test_no_control_character_reaches_the_terminal():
     text, shown = "a\tb\n\x1b[2Jc\r\x07d\x9be\x7f é", "a\tb\n?[2Jc??d?e? é"
     assert harmless(text) == shown.replace("?", "\ufffd")
+
+
+def test_a_chat_without_stdin_ends(base, call, monkeypatch):
+    """The shell has closed it (<&-): Python has None in its place."""
+    monkeypatch.setattr("sys.stdin", None)
+    result = call(adapt, "chat", base)
+    assert (result.returncode, result.stdout.splitlines()[-1]) == (0, "> ")
 
 
 def test_a_chat_recites_as_it_streams(learnt, talk, tmp_path):

@@ -181,10 +181,15 @@ def test_the_shown_sources_load(tmp_path):
 
 # ---- Names ---------------------------------------------------------------------------------------
 
-def test_the_map_names_every_file():
+def test_the_map_names_the_main_line_and_every_folder():
+    """A line each; every file of a folder says what it is for."""
     [tree] = re.findall(r"## The map\n.*?```\n(.*?)```", README, re.S)
-    named = set(re.findall(r"\w+\.py", tree)) - {"__init__.py", "test_main_line.py"}
-    assert named == {file.name for file in CODE} - {"__init__.py"}
+    named = re.findall(r"^(\w+(?:\.py|/)) ", tree, re.M)
+    files = {file.name for file in CODE if file.parent == ROOT}
+    folders = {f"{file.parent.name}/" for file in CODE if file.parent != ROOT}
+    assert sorted(named) == sorted({*files, *folders, "configs/", "tests/", "docs/"})
+    for file in CODE:
+        assert ast.get_docstring(ast.parse(file.read_text())) or file.read_text() == "", file
 
 
 def test_links_lead_to_files_and_every_doc_is_linked():
