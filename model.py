@@ -12,7 +12,7 @@ one letter:
     V  rows of the embedding         N  chosen positions of a batch
 """
 
-from support.files import UserError, run_main  # first: Ctrl-C is quiet from here on
+from support.command import UserError, run_main  # first: Ctrl-C is quiet from here on
 import hashlib
 import math
 from dataclasses import dataclass

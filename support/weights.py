@@ -14,10 +14,11 @@ from torch.overrides import TorchFunctionMode
 from model import ModelConfig, OLMo
 from scaling.checkpoint import (check_model_keys, check_tensors, newest_step, read_step, run_of,
                                 verify_step)
+from scaling.directory import has_steps
 from support import finite
 from support.compare import compare_with_transformers
 from support.files import UserError, fsync, fsync_all, read_json, write_json
-from support.hf_config import config_to_hf, end_ids, is_hf, read_hf_config
+from support.hf_config import config_to_hf, end_ids, is_hf, read_hf_config, why_no_model
 from support.hf_tokenizer import (CHAT_TEMPLATE, chat_template_of, check_tokenizer_config,
                                   write_tokenizer)
 from support.hf_weights import import_safetensors, read_safetensors, read_shapes
@@ -72,12 +73,11 @@ def load_model(path, device="cpu"):
     UserError that names what is missing, unexpected or misshapen. No file's content is run.
     """
     path = Path(path)
-    is_run = (path / "config.json").is_file() and not is_hf(path)
     if (path / "state.json").is_file():
         return load_step(path, verify_step(path), device)
     if (path / "model.pt").is_file():
         return load_official(path, device)
-    if is_run:
+    if has_steps(path):
         step, state = newest_step(path)
         return load_step(step, state, device)
     return load_hf(path, device)
@@ -95,8 +95,7 @@ def read_model_config(path):
     elif is_hf(path):
         config = read_hf_config(path, tokenizer)
     else:
-        raise UserError(f"{path}: no model here; name a run directory, a step directory, a Hugging "
-                        "Face directory or an official OLMo directory (model.pt, config.yaml)")
+        raise UserError(why_no_model(path))
     if tokenizer:
         check_tokenizer_config(path)
         check_vocabulary(config, tokenizer, file)

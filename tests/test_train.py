@@ -689,12 +689,11 @@ def test_changes_are_accepted_on_request_and_named(copied, call, refused):
     assert call(train, f"--resume={copied}", "--max_steps=25").returncode == 0
 
 
-@pytest.mark.parametrize("layers, words", [(3, "missing model.blocks.2"),
-                                           (1, "unexpected model.blocks.1")])
-def test_changes_that_do_not_fit_leave_the_run_as_it_was(copied, call, refused, layers, words):
+@pytest.mark.parametrize("layers", [3, 1])
+def test_changes_that_do_not_fit_leave_the_run_as_it_was(copied, call, refused, layers):
     before = content(copied)
     refused(call(train, f"--resume={copied}", f"--n_layers={layers}", "--max_steps=22",
-                 "--accept_changes"), copied / "step000020", words)
+                 "--accept_changes"), copied, f"n_layers: 2 there, {layers} now")
     assert content(copied) == before
 
 
@@ -775,7 +774,7 @@ def test_a_directory_without_a_complete_step_is_started_over(copied, finished, c
         (copied / name).write_text("{}\n")
     with open(copied / "metrics.jsonl", "a") as file:
         file.write('{"kind": "train", "st')
-    assert call(train, f"--resume={copied}").returncode == 0
+    assert call(train, copied / "config.json", f"--run_dir={copied}").returncode == 0
     check_same_run(copied, finished)
     assert not any((copied / name).exists() for name in MEASURED)
 
