@@ -16,7 +16,7 @@ Paper: OLMo (arXiv 2402.00838), section 4.3, which follows Tulu 2 and Open Instr
 commands.
 """
 
-from support.files import UserError, run_main  # first: Ctrl-C is quiet from here on
+from support.command import UserError, run_main  # first: Ctrl-C is quiet from here on
 import math
 from collections import Counter
 from dataclasses import dataclass, replace

@@ -13,7 +13,7 @@ a step. `Batches` and its helpers follow `build_data`; the helpers of `build_dat
 in the order of its calls.
 """
 
-from support.files import UserError, read_json, run_main, write_json  # first: Ctrl-C
+from support.command import UserError, run_main  # first: Ctrl-C is quiet from here on
 import hashlib
 import json
 from dataclasses import dataclass
@@ -40,6 +40,7 @@ from corpus.storage import (DOCUMENT_INDEX, ShardWriter, blocks_of, hash_of_id, 
                             vocabulary_of)
 from corpus.token_files import write_token_list
 from corpus.tokenizer import Tokenizer, tokenizer_at, tokenizer_file
+from support.files import read_json, write_json
 
 SHARD_TOKENS = 2**28  # a shard is closed before the document that would exceed this
 
@@ -140,8 +141,7 @@ def build_data(config):
             clean[source.name] = build_once(stages.clean(source), store_documents, split, source,
                                             funnel)
 
-        # 2. Tokens, when all sources are clean: a new tokenizer is trained on all of them, and
-        # never on held-out text.
+        # 2. Tokens, when all sources are clean: they train the tokenizer; held-out text does not.
         tokenizer = build_once(stages.tokenizer(), write_tokenizer, config, clean)
         shards = {}  # source -> the folder of its shards
         for source in config.parse_sources():
@@ -276,8 +276,8 @@ class TokenShards:
     """
 
     def __init__(self, folder, seq_len):
-        self.folder = folder = Path(folder)
-        manifest = read_json(folder / "manifest.json")
+        self.folder = Path(folder)
+        manifest = read_json(self.folder / "manifest.json")
         self.seq_len = seq_len
         self.sha256 = manifest["sha256"]
         self.eos_token_id = manifest["eos_token_id"]  # ends each document in the shards
@@ -285,7 +285,7 @@ class TokenShards:
         self.files = []  # for each an array (instances, seq_len)
         dtype = np.dtype(manifest["dtype"])
         for shard in manifest["shards"]:
-            path = folder / shard["file"]
+            path = self.folder / shard["file"]
             check_size(path, shard["tokens"] * dtype.itemsize, folder)
             n = shard["tokens"] // seq_len
             # mapped, not read: the operating system loads the pages that a batch touches

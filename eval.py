@@ -15,7 +15,7 @@ Paper: OLMo (arXiv 2402.00838), sections 2.4, 4.1 and 4.2; the method is that of
 2312.10523) for text and of Catwalk (arXiv 2312.10253) for tasks. `evaluate` tells the story.
 """
 
-from support.files import UserError, run_main  # first: Ctrl-C is quiet from here on
+from support.command import UserError, run_main  # first: Ctrl-C is quiet from here on
 import math
 from collections import Counter
 from dataclasses import dataclass

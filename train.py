@@ -9,7 +9,7 @@ Ctrl-C or SIGTERM ends the run after the current step, and saves it. Exit code 0
 finished; after any other code, run the same command again.
 """
 
-from support.files import UserError, run_main  # first: Ctrl-C is quiet from here on
+from support.command import UserError, run_main  # first: Ctrl-C is quiet from here on
 import math
 from collections import Counter
 from dataclasses import dataclass

@@ -142,7 +142,8 @@ def why_no_text(entry, text_key):
     if entry.keys() & {"messages", "prompt", "chosen", "instruction"}:
         return f"{message}: chats and prompts are read by adapt.py, not as documents"
     if "request" in entry:
-        return f"{message}: a task is read by eval.py --suite=PATH, not as documents"
+        return (f"{message}: a request, and not a document; a file holds one of the two kinds: "
+                "move the requests to another, which eval.py --suite=FILE reads")
     return (f"{message}; rename the one that holds the text, or name it in `sources`: "
             '{"path": PATH, "text": KEY}')
 

@@ -99,8 +99,8 @@ def check_outside(folder, key, sources):
     for source in sources:
         inside = Path(folder).resolve().is_relative_to(Path(source.path).resolve())
         if inside and source.path != "stdlib":
-            raise UserError(f"{key}={folder}: lies in {source.path}, so that what is written there "
-                            f"would be text of sources: {source.name}; choose another --{key}")
+            raise UserError(f"{key}={folder}: lies in {source.path}, the path of source "
+                            f"{source.name}, whose files are read as text; choose another --{key}")
 
 
 def check_data_config(config):

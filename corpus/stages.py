@@ -154,10 +154,6 @@ def print_wait(holder):
 
 def clean_settings(config, source):
     """Everything that the clean documents of a source depend on."""
-    data_dir = Path(config.data_dir).resolve()
-    if source.path != "stdlib" and data_dir.is_relative_to(Path(source.path).resolve()):
-        raise UserError(f"sources: {source.name}: {source.path}: holds data_dir={config.data_dir}, "
-                        "whose built files would be read as text; choose a data_dir elsewhere")
     settings = {"rules": source.rules, "inputs": input_digests(source.path, config.data_dir),
                 "eval_share": config.eval_share, "allow_truncated": config.allow_truncated,
                 "code": building_code("clean")}

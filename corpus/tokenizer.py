@@ -12,6 +12,7 @@ import importlib.util
 import itertools
 import json
 import unicodedata
+from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import regex
 import tiktoken
 
 from support.files import UserError, here, read_json
+from support.text import shown
 
 
 EOS = "<|endoftext|>"
@@ -170,11 +172,11 @@ NOT_IN_UTF_8 = (0xC0, 0xC1, *range(0xF5, 0x100))  # no text has these bytes
 ANATOMY = {
     "normalizer": {"type": "NFC"},
     "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
-    "post_processor adds tokens": False,
+    "what the post_processor adds to each text": [],
     "model type": "BPE",
     "model options that are set": [],
-    "merges make the tokens in the order of their ids": True,
-    "two tokens have one id": False,
+    "ids whose merge is missing or out of order": [],
+    "ids that two tokens have": [],
     "missing added tokens": [],
     "added tokens that take in neighbours": [],
     "added tokens with which another begins": [],
@@ -196,7 +198,8 @@ def check_anatomy(spec, place):
                         ) from None
     for part, expected in ANATOMY.items():
         if found[part] != expected:
-            raise UserError(f"{place}: {part}: {found[part]}, not {expected}; {remedy}")
+            wanted = "" if expected == [] else f", not {shown(expected)}"
+            raise UserError(f"{place}: {part}: {shown(found[part])}{wanted}; {remedy}")
 
 
 def anatomy_of(spec):
@@ -219,11 +222,14 @@ def anatomy_of(spec):
     return {
         "normalizer": spec["normalizer"],
         "pre_tokenizer": pre_tokenizer,
-        "post_processor adds tokens": not harmless or bool(processor.get("special_tokens")),
+        "what the post_processor adds to each text":
+            list(processor.get("special_tokens") or ()) if harmless else [processor["type"]],
         "model type": model["type"],
         "model options that are set": [option for option in options if model.get(option)],
-        "merges make the tokens in the order of their ids": made == longer_than_a_byte,
-        "two tokens have one id": len(set(ids)) < len(ids),
+        "ids whose merge is missing or out of order":
+            [due or rank for rank, due in itertools.zip_longest(made, longer_than_a_byte)
+             if rank != due],
+        "ids that two tokens have": [i for i, count in Counter(ids).items() if count > 1],
         "missing added tokens": [token for token in (EOS, PAD, *SPACE_RUNS) if token not in added],
         "added tokens that take in neighbours": [
             content for content, token in added.items()

@@ -111,9 +111,7 @@ class RunData:
         instances = self.batches.instances(step).tolist()
         sequences = list(enumerate(instances))[rank::world_size]
         sequences.sort(key=lambda entry: entry[1])  # by instance: each index is then read once
-        found = []
-        for sequence, instance in sequences:
-            found.extend(self.spans(sequence, instance))
+        found = [span for entry in sequences for span in self.spans(*entry)]
         return sorted(found, key=lambda span: (span.sequence, span.tokens))
 
     def spans(self, sequence, instance):
@@ -201,14 +199,9 @@ class RunData:
 
     def steps_done(self):
         """The last step that the run has logged or saved."""
-        steps = [0]
-        for row in log_rows(self.run):
-            steps.append(row["step"])
-        for path in self.run.glob("step*"):
-            number = path.name.removeprefix("step")
-            if number.isdigit():  # not step000500.tmp
-                steps.append(int(number))
-        return max(steps)
+        names = [path.name.removeprefix("step") for path in self.run.glob("step*")]
+        saved = [int(name) for name in names if name.isdigit()]  # not step000500.tmp
+        return max([0, *saved, *(row["step"] for row in log_rows(self.run))])
 
     def ranks_at(self, step):
         """How many ranks took a step, as the log says: its first row from that step on, or its
@@ -274,9 +267,7 @@ def print_trace(run, options):
     heading = f"step {step}, epoch {(step - 1) // data.batches.steps_per_epoch}"
     if rank >= 0:
         heading += f", rank {rank} of {world_size}"
-        spans = data.trace(step, rank, world_size)
-    else:
-        spans = data.trace(step)
+    spans = data.trace(step, rank, world_size) if rank >= 0 else data.trace(step)
     done = data.steps_done()
     if step > done:
         last = data.settings.get("max_steps", "?")

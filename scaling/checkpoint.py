@@ -29,6 +29,12 @@ from support.files import (UserError, disk_remedy, file_sha256, fsync, here, rea
 def run_of(path):
     """The directory that holds config.json and tokenizer.json: `path`, or its parent for a step."""
     path = Path(path)
+    if path.is_file():
+        raise UserError(f"{path}: a file; name its directory, {path.parent}")
+    steps = step_directories(path.parent)
+    if steps and not path.is_dir():
+        raise UserError(f"{path}: no such step; {path.parent} has "
+                        f"{', '.join(step.name for step in steps)}")
     if not path.is_dir():
         raise UserError(f"{path}: no such directory{here(path)}; python train.py configs/tiny.py "
                         "makes runs/tiny, and then python adapt.py configs/tiny_sft.py makes "
@@ -52,8 +58,11 @@ def newest_step(run, digests=True):
 
     Raises UserError if none is good: an Unreadable one if the files of a step are whole.
     """
+    steps = step_directories(run)
+    if not steps:
+        raise no_step(run)
     unreadable = None
-    for path in reversed(step_directories(run)):
+    for path in reversed(steps):
         try:
             state = verify_step(path, digests)
             SafeReader(str(path)).read_metadata()
@@ -67,6 +76,11 @@ def newest_step(run, digests=True):
     if unreadable:
         raise Unreadable(f"{run}: has no step that can be read: {unreadable}")
     raise UserError(f"{run}: has no undamaged step directory")
+
+
+def no_step(run):
+    """The UserError for a run without a step directory."""
+    return UserError(f"{run}: a run that has saved no step; finish it first: --resume={run}")
 
 
 class Unreadable(UserError):

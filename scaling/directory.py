@@ -15,7 +15,7 @@ from pathlib import Path
 
 from configs import ROOT, flat
 from corpus.storage import tokenizer_digest
-from scaling.checkpoint import run_of, step_directories, step_of
+from scaling.checkpoint import no_step, run_of, step_directories, step_of
 from scaling.ranks import gather, rank
 from support.files import UserError, fsync, here, log_rows, read_json, write_json
 from support.lock import Lock
@@ -83,6 +83,14 @@ def is_run(run):
     if (run / "config.json").is_file():
         return "run_dir" in read_json(run / "config.json")
     return any((step / "state.json").is_file() for step in step_directories(run))
+
+
+def has_steps(path):
+    """Whether `path` is a run, whose model is in its steps; UserError if it has saved none."""
+    steps = step_directories(path)
+    if not steps and is_run(path):
+        raise no_step(path)
+    return bool(steps)
 
 
 def names_of_run(run):

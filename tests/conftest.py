@@ -193,7 +193,7 @@ def python(start):
 @pytest.fixture
 def call(monkeypatch, capsys):
     """The same in this process, which saves seconds: a module's command line, through run_main."""
-    from support.files import run_main
+    from support.command import run_main
 
     def run(module, *words):
         capsys.readouterr()
@@ -330,7 +330,7 @@ def forked(log, main, *words, env=None, before=lambda: None):
 
     before: called in the new process. What it prints is appended to the file `log`.
     """
-    from support.files import run_main
+    from support.command import run_main
 
     def child():
         os.environ.update(env or {})

@@ -1163,6 +1163,13 @@ def test_no_control_character_reaches_the_terminal():
     assert harmless(text) == shown.replace("?", "\ufffd")
 
 
+def test_a_chat_without_stdin_ends(base, call, monkeypatch):
+    """The shell has closed it (<&-): Python has None in its place."""
+    monkeypatch.setattr("sys.stdin", None)
+    result = call(adapt, "chat", base)
+    assert (result.returncode, result.stdout.splitlines()[-1]) == (0, "> ")
+
+
 def test_a_chat_recites_as_it_streams(learnt, talk, tmp_path):
     run, chats = learnt["sft"]
     said, answer = (turn["content"] for turn in chats[3]["messages"])

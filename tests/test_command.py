@@ -19,7 +19,7 @@ from scaling.signals import StopSignal
 
 TOY = r"""
 import sys
-from support.files import UserError, run_main
+from support.command import UserError, run_main
 
 def main(argv):
     for name in argv:
@@ -117,7 +117,7 @@ def test_ctrl_c_is_as_ever_for_others_who_import_us(tmp_path, place):
     """For a fork's script beside ours, and for python -c, wherever it is started."""
     house = shutil.copytree(ROOT / "support", tmp_path / "house" / "support").parent
     (house / "tests").mkdir()
-    code = f"import sys; sys.path.insert(0, {str(house)!r})\nimport support.files, signal\n"
+    code = f"import sys; sys.path.insert(0, {str(house)!r})\nimport support.command, signal\n"
     code += "print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
     words = ["-c", code]
     if place.endswith(".py"):

@@ -355,7 +355,7 @@ def test_help_shows_every_key_with_its_default_type_and_sentence(capsys, word):
 
 MAIN = '''"""Usage: toy."""
 import errno
-from support.files import UserError, run_main
+from support.command import UserError, run_main
 
 def main(argv):
     if argv == ["mistake"]:

@@ -6,13 +6,16 @@ import itertools
 import json
 import math
 import random
+import re
 import shutil
 
 import pytest
 import torch
 from conftest import sharpened, write_jsonl
 
+import adapt
 import eval as evaluation
+import model as network
 import train
 from corpus.bpe import train_bpe
 from corpus.documents import read_documents
@@ -285,7 +288,10 @@ def test_sample_prints_each_prompt_and_continues_it_as_if_alone(run, call, token
     ([], []), (["one", "two"], ["one two"]), (["sample"], []),
     (["NOWHERE"], ["nowhere"]), (["sample", "NOWHERE"], ["nowhere"]),
     (["report", "NOWHERE"], ["nowhere"]), (["report", "EMPTY"], ["metrics.jsonl"]),
-    (["EMPTY"], ["no model here"]), (["RUN", "--temprature=1"], ["temperature"]),
+    (["EMPTY"], ["no model here"]), (["RUN/step000009"], ["no such step", "step000"]),
+    (["RUN/config.json"], ["a file"]), (["sample", "RUN", "--chat"], ["chat=True"]),
+    (["RUN", "--chat"], ["chat=True", "suite=domains"]), (["RUN", "--limit=3"], ["limit=3"]),
+    (["RUN", "--temprature=1"], ["temperature"]),
     (["RUN", "--top_p=high"], ["top_p", "float"]), (["sample", "RUN", "--top_p=0"], ["top_p=0"]),
     (["RUN", "--temperature=inf"], ["temperature=inf"]), (["RUN", "--limit=-1"], ["limit=-1"]),
     (["RUN", "--eval_batch_tokens=0"], ["batch_tokens=0"]),
@@ -301,10 +307,19 @@ def test_a_wrong_word_is_one_clear_line(run, call, refused, tmp_path, monkeypatc
         shutil.copytree(run, paths["CHANGED"])
         manifest = json.loads((run / "manifest.json").read_text()) | {"sha256": "0" * 64}
         (paths["CHANGED"] / "manifest.json").write_text(json.dumps(manifest))
-    words = [paths.get(word, word) for word in words]
+    words = [paths.get(word, re.sub("^RUN/", f"{run}/", word)) for word in words]
     refused(call(evaluation, *words), *wanted)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     refused(call(evaluation, *words), *wanted)
+
+
+@pytest.mark.parametrize("words", [["PATH"], ["sample", "PATH"], ["PATH", "--every_checkpoint"]])
+def test_a_run_without_a_step_says_so_at_every_door(run, call, refused, tmp_path, words):
+    path = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("step*"))
+    words = [path if word == "PATH" else word for word in words]
+    line = refused(call(evaluation, *words), path, f"--resume={path}")
+    assert line == refused(call(adapt, "chat", path))
+    assert line == refused(call(network, "export", path, tmp_path / "hf"))
 
 
 def test_a_hugging_face_directory_is_evaluated_and_left_alone(run, call, refused, suite, tmp_path):

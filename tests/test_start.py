@@ -511,8 +511,8 @@ def test_neither_a_run_nor_built_data_lies_in_a_source(learned, tmp_path, monkey
     before = sorted(Path("web").rglob("*"))
     for option in ("--run_dir=web", "--run_dir=code/../web/runs/one", "--data_dir=web/built"):
         key = option[2:option.index("=")]
-        refused(call(train, "run.py", option), f"{key}=", "sources: web")
-    refused(call(data, "run.py", "--data_dir=web"), "data_dir=web", "sources: web")
+        refused(call(train, "run.py", option), f"{key}=", "source web,")
+    refused(call(data, "run.py", "--data_dir=web"), "data_dir=web", "source web,")
     assert sorted(Path("web").rglob("*")) == before
 
 

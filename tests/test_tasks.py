@@ -471,7 +471,10 @@ def test_reported_figures_are_arithmetic():
     (lambda rows: rows[1].update(idx=True), [":2", "idx is true or false"]),
     (lambda rows: [row.update(label=7) for row in rows], ["doc_id=0", "label=7"]),
     (lambda rows: rows[0].update(label=1 - rows[0]["label"] % 2), ["doc_id=0", "label"]),
-    (lambda rows: [row.update(label="one") for row in rows], ["doc_id=0", "label=one"]),
+    (lambda rows: [row.update(label="one") for row in rows],
+     ["doc_id=0", 'label="one" (a string)']),
+    (lambda rows: [row.update(label="1") for row in rows], ['label="1" (a string)']),
+    (lambda rows: rows.insert(2, {"text": "a document"}), [":3", "a document", "request"]),
     (lambda rows: rows.append({**rows[-1], "doc_id": 1_000_099, "idx": 0}), ["doc_id=1000099"]),
     (lambda rows: rows[-1]["request"].update(continuation=" other"), ["doc_id=1000002"]),
     (lambda rows: rows.__setitem__(slice(None), [[1]]), [":1", "request"])])
@@ -506,6 +509,7 @@ def test_a_faulty_suite_is_named(request_file, tmp_path):
     parts = write_jsonl(tmp_path / "parts.jsonl", [{"text": "one", "metadata": {"part": "a"}},
                                                    {"text": "two"}])
     plain = write_requests(tmp_path / "plain.jsonl", 5, unconditional=False)
+    mixed = write_jsonl(tmp_path / "mixed.jsonl", [{"text": "one"}, *rows_of_file(plain)])
     copied = shutil.copy(request_file, tmp_path / "made_up.jsonl")
     same = [write_jsonl(tmp_path / folder / "same.jsonl", [{"text": "one"}]) for folder in "ab"]
     for suite, changes, words in (
@@ -513,6 +517,7 @@ def test_a_faulty_suite_is_named(request_file, tmp_path):
             (parts, {"subdomain": "part"}, ["parts.jsonl:2", "subdomain=part"]),
             (f"{request_file},{copied}", {}, ["called made_up"]),
             (",".join(same), {}, ["called same"]),
+            (mixed, {}, ["mixed.jsonl:2", "request", "a document"]),
             (plain, {"metric": "acc_uncond"}, ["plain", "metric=acc_uncond"])):
         said = refusal(open_suites, evaluation.EvalConfig(suite=str(suite), **changes))
         assert all(word in said for word in words), said

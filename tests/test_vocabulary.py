@@ -209,6 +209,19 @@ def test_a_missing_tokenizer_says_where_it_must_lie(tmp_path, tokenizer, opened,
     assert "no tokenizer.json" in opened("export", path).stdout
 
 
+@pytest.mark.parametrize("door", [door for door in DOORS if door != "plain"])
+def test_the_tokenizer_of_a_directory_is_parsed_once(door, tmp_path, tokenizer, opened,
+                                                     monkeypatch):
+    """OLMo's takes half a second. A file that has changed is parsed anew."""
+    path = hf_directory(tmp_path / "hf", tokenizer)
+    load, loaded = Tokenizer.load, []
+    monkeypatch.setattr(Tokenizer, "load", lambda file: loaded.append(file) or load(file))
+    assert opened(door, path).returncode == 0
+    assert loaded.count(path / "tokenizer.json") == 1
+    changed(path / "tokenizer.json", swap)
+    assert opened("evaluate", path).returncode == 1
+
+
 # ---- Padding rows --------------------------------------------------------------------------------
 
 def padding_preferred():
@@ -322,6 +335,11 @@ def lose_a_byte(spec):
     (hole, "ids without a token"), (lambda spec: hole(spec, 10**15), "ids without a token"),
     (lambda spec: hole(spec, -1), "ids that are none"),
     (lambda spec: add_tokens(spec, "<a>", "<a>b"), "added tokens with which another begins"),
+    (lambda spec: hole(spec, 7), "ids that two tokens have: [7]"),
+    (lambda spec: spec.update(post_processor={"type": "TemplateProcessing",
+                                              "special_tokens": {"<s>": {"id": "<s>"}}}),
+     'adds to each text: ["<s>"];'),
+    (lambda spec: spec["model"]["merges"].reverse(), "ids whose merge is missing or out of order"),
     (lambda spec: spec.update(decoder={"type": "WordPiece"}), "decoder type"),
     (lose_a_byte, "bytes without a token"),
     (lambda spec: spec["added_tokens"][0].update(normalized=False, content=SPACE_RUNS[0]),

@@ -158,30 +158,34 @@ HF_OLMO = {"model_type": "hf_olmo", "d_model": 32, "n_heads": 2, "n_layers": 2, 
 
 @pytest.mark.parametrize("config, words", [
     (HF_OLMO, ["hf_olmo", "-hf"]), ({**HF_OLMO, "model_type": "olmo"}, ["hf_olmo", "-hf"]),
-    (dict(model_type="gpt2", hidden_size=...), ["model_type=gpt2"]),
+    (dict(model_type="gpt2", hidden_size=...), ['model_type="gpt2"']),
     (dict(model_type=None), ["model_type"]),
     (dict(quantization_config={"load_in_4bit": True}), ["quantization_config"]),
     (dict(head_dim=8), ["head_dim=8"]), (dict(layer_types=["sliding_attention"]), ["layer_types"]),
     (dict(mlp_bias=True), ["mlp_bias"]), (dict(partial_rotary_factor=0.5), ["partial_rotary"]),
     (dict(rope_parameters=["default"]), ["rope_parameters"]),
-    (dict(rope_scaling={"type": "linear", "factor": 2.0}), ["rope_scaling", "linear"]),
-    (dict(rope_theta="1e4", rope_parameters=...), ["rope_theta"]),
+    (dict(rope_scaling={"type": "linear", "factor": 2.0}), ["rope_scaling", '"linear"']),
+    (dict(rope_theta="10000", rope_parameters=...), ['rope_theta="10000" (a string)']),
     (dict(rope_theta=0, rope_parameters=...), ["rope_theta=0"]),
     (dict(rope_theta=500.0), ["rope_theta=500.0", "10000.0"]),  # two that differ
     (dict(tie_word_embeddings="false"), ["tie_word_embeddings"]),
     (dict(unpadded_vocab_size=65), ["unpadded_vocab_size=65"]),
     (dict(vocab_size=True), ["vocab_size"]),
-    (dict(eos_token_id=[49, -1]), ["eos_token_id=-1"]), (dict(pad_token_id="1"), ["pad_token_id"]),
+    (dict(eos_token_id=[49, -1]), ["eos_token_id=-1"]),
+    (dict(pad_token_id="1"), ['pad_token_id="1"']),
     (dict(eos_token_id=7), ["generation_config.json", "eos_token_id", "49", "7"]),
     (dict(hidden_size=10**30), ["model.embed_tokens.weight"]),
     (dict(num_hidden_layers=10**12), ["1,000,000,000,000"]),
     (dict(vocab_size=10**15, unpadded_vocab_size=...), ["model.embed_tokens.weight"]),
-    (dict(num_attention_heads=0, num_key_value_heads=...), ["config.json", "n_heads=0"])])
+    (dict(num_attention_heads=0, num_key_value_heads=...), ["config.json", "_heads=0"]),
+    (dict(num_attention_heads=3, num_key_value_heads=...), ["hidden_size=32", "_heads=3"]),
+    (dict(num_hidden_layers="2"), ['num_hidden_layers="2" (a string)'])])
 def test_what_changes_the_model_is_refused_by_name(tmp_path, config, words):
     path = hf_directory(tmp_path / "hf", **config)
     if "d_model" in config:
         (path / "config.json").write_text(json.dumps(config))
     refused(path, str(path), *words)
+    assert refusal(load_model, path).count("config.json:") <= 1
 
 
 @pytest.mark.parametrize("content, words", [
@@ -226,6 +230,11 @@ def test_a_damaged_safetensors_file_is_named(tmp_path):
 def test_a_path_without_a_model_says_what_may_be_there(tmp_path):
     for path in (tmp_path, tmp_path / "nowhere"):
         refused(path, "run directory")
+    path = hf_directory(tmp_path / "hf")
+    (path / "config.json").write_text("{}")
+    refused(path, str(path / "config.json"), "model_type")
+    (path / "config.json").unlink()
+    refused(path, str(path / "config.json"), "missing")
 
 
 # ---- Hugging Face: writing -----------------------------------------------------------------------
