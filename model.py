@@ -504,10 +504,9 @@ def pad_left(prompts, capacity, pad_token_id, device):
 def padded_mask(visible, start):
     """(B, 1, T, S) causal mask that hides the padding, for the queries from position `start` on."""
     S = visible.shape[1]
-    device = visible.device
-    causal = causal_mask(start, S - start, device)
+    causal = causal_mask(start, S - start, visible.device)
     # subtle: a query of the padding would see nothing, and its softmax be 0 / 0: it sees itself
-    itself = torch.eye(S, dtype=torch.bool, device=device)[start:]
+    itself = torch.eye(S, dtype=torch.bool, device=visible.device)[start:]
     return (causal & visible[:, None, None, :]) | itself
 
 
@@ -516,16 +515,17 @@ def choose_next(logits, temperature, top_p, streams):
     if temperature == 0:
         return logits.argmax(-1).tolist()
     # Shifted first, as a large logit over a small temperature overflows.
-    probs = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
+    probs = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1).numpy()
     if top_p < 1:
         # The nucleus: an id belongs to it if the likelier ones together stay below top_p.
-        ordered, ids = probs.sort(descending=True, stable=True)
-        is_outside = ordered.cumsum(-1) - ordered >= top_p
-        probs = torch.zeros_like(probs).scatter(1, ids, ordered.masked_fill(is_outside, 0))
+        ordered = -np.sort(-probs)
+        likelier = ordered.cumsum(-1, dtype=np.float64) - ordered
+        least = ordered.min(-1, keepdims=True, where=likelier < top_p, initial=1)
+        probs = np.where(probs < least, 0, probs)
     # A race: each id waits for a random time, at the rate of its probability, and the first wins.
     # Among slices of [0, 1) all would move with each rounding of a logit; here only near ties do.
     waits = [stream.standard_exponential(logits.shape[-1]) for stream in streams]
-    return (probs / torch.from_numpy(np.stack(waits))).argmax(-1).tolist()
+    return (probs / np.stack(waits)).argmax(-1).tolist()
 
 
 def stream_of(seed, number):

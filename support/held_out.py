@@ -11,9 +11,9 @@ from torch.nn.utils.rnn import pad_sequence
 from model import sequence_log_probs
 from scaling.ranks import reduce_sum
 from scaling.sharding import evaluating
+from support.answers import answer_prompts
 from support.rows import sequences_of
 from support.scoring import length_batches, own_batches
-from support.answers import answer_prompts
 
 
 def evaluate_held_out(model, tokenizer, eval_set, reference, adapt_config, eval_config, dpo_loss):

@@ -63,6 +63,10 @@ def official_config(path, tokenizer=None):
         # the frozen yaml says 50279; the one in use then said 0, the converter rewrites it
         eos = int(settings["eos_token_id"])
         is_olmo = vocab_size == OLMO_EOS + 1
+        # no result depends on the id of padding
+        pad = int(settings["pad_token_id"])
+        if tokenizer and tokenizer.vocab_size <= rows:  # a larger one is refused
+            pad = tokenizer.pad_token_id
         fused = int(settings.get("mlp_hidden_size") or int(settings["mlp_ratio"]) * d_model)
         return ModelConfig(
             d_model=d_model,
@@ -76,7 +80,7 @@ def official_config(path, tokenizer=None):
             rope_theta=float(settings.get("rope_theta") or 10000),
             weight_tying=settings.get("weight_tying") != "false",  # tied by default
             eos_token_id=OLMO_EOS if is_olmo and eos == 0 else eos,
-            pad_token_id=tokenizer.pad_token_id if tokenizer else int(settings["pad_token_id"]))
+            pad_token_id=pad)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except (KeyError, ValueError) as error:

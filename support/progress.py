@@ -5,7 +5,6 @@ The bar and the lines are on stderr, so that the tables on stdout can be used by
 
 import sys
 import time
-from collections import Counter
 
 from tqdm import tqdm
 
@@ -19,12 +18,10 @@ class Progress:
 
     def __init__(self):
         self.title = ""
-        self.parts = Counter()  # {unit: lists watched}: a large domain is scored in several parts
         self.began = self.last_line = time.monotonic()
 
     def begin(self, title):
         self.title = title
-        self.parts = Counter()
         self.began = time.monotonic()
 
     def line_is_due(self):
@@ -60,14 +57,11 @@ def watched(items, unit):
     """Yields the items of a list, and shows how many are done."""
     if not progress.title:
         progress.begin("")
-    progress.parts[unit] += 1
     if sys.stderr.isatty():
         yield from tqdm(items, desc=progress.title or None, unit=unit, leave=False,
                         disable=rank() > 0)
         return
-    part = progress.parts[unit]
-    in_part = f" of part {part}" if part > 1 else ""
     for i, item in enumerate(items, 1):
         yield item
         if progress.line_is_due():
-            progress.say(f"{unit} {i:,} of {len(items):,}{in_part}")
+            progress.say(f"{unit} {i:,} of {len(items):,}")

@@ -4,7 +4,6 @@ One rule: what is read or written computes what its files say. A tensor or a set
 side does not know stops with its name, and an export is compared with transformers' own model.
 """
 
-import importlib.util
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -12,19 +11,19 @@ from typing import NamedTuple
 import torch
 from torch.overrides import TorchFunctionMode
 
-from corpus.tokenizer import Tokenizer
 from model import ModelConfig, OLMo
 from scaling.checkpoint import (check_model_keys, check_tensors, newest_step, read_step, run_of,
                                 verify_step)
 from scaling.directory import has_steps
 from support import finite
+from support.compare import compare_with_transformers
 from support.files import UserError, fsync, fsync_all, read_json, write_json
 from support.hf_config import config_to_hf, end_ids, is_hf, read_hf_config, why_no_model
 from support.hf_tokenizer import (CHAT_TEMPLATE, chat_template_of, check_tokenizer_config,
                                   write_tokenizer)
 from support.hf_weights import import_safetensors, read_safetensors, read_shapes
 from support.official import official_config, read_official
-from support.vocabulary import check_vocabulary
+from support.vocabulary import check_vocabulary, load_tokenizer
 
 # ---- Names ---------------------------------------------------------------------------------------
 
@@ -90,7 +89,7 @@ def read_model_config(path):
     The tokenizer.json beside it, if there is one, must be the model's.
     """
     file = path / "tokenizer.json"
-    tokenizer = Tokenizer.load(file) if file.is_file() else None
+    tokenizer = load_tokenizer(file) if file.is_file() else None
     if (path / "model.pt").is_file():
         config = official_config(path / "config.yaml", tokenizer)
     elif is_hf(path):
@@ -295,56 +294,3 @@ def hf_tensors(model, out):
         for part, piece in zip(names.parts, pieces, strict=True):
             tensors[part] = piece.contiguous()
     return tensors
-
-
-LOGITS_MAY_DIFFER = 1e-4  # of the largest; rounding makes 1e-6 to 1e-5 in float32
-
-
-@torch.no_grad()
-def compare_with_transformers(model, directory, out):
-    """UserError if transformers computes other logits from `directory`; False if it is not there.
-
-    A changed forward without a parameter of its own (QK-norm, a norm behind the attention) writes
-    the same tensors as OLMo 1.0: only the logits show it.
-    """
-    hf = load_in_transformers(directory)
-    if hf is None:
-        return False
-    config = model.config
-    stream = torch.Generator().manual_seed(0)
-    tokens = torch.randint(config.vocab_size, (2, min(64, config.max_seq_len)), generator=stream)
-    theirs = hf(tokens).logits
-    # in float32 on the CPU, whatever the model trains in
-    weights = {name: p.detach().cpu().float() for name, p in model.named_parameters()}
-    compute_dtype, model.compute_dtype = model.compute_dtype, None
-    try:
-        ours = torch.func.functional_call(model, weights, (tokens,))
-    finally:
-        model.compute_dtype = compute_dtype
-    difference = ((ours - theirs).abs().max() / theirs.abs().max()).item()
-    if not difference < LOGITS_MAY_DIFFER:
-        raise UserError(f"{out}: not written: transformers' OLMo computes other logits from these "
-                        f"weights (by {difference:.2g} of the largest); a network whose forward "
-                        "differs from OLMo 1.0's cannot be exported")
-    return True
-
-
-def load_in_transformers(directory):
-    """transformers' model of a directory; None if it is not installed, or older than OLMo.
-
-    UserError if it is installed and broken, as many a pair of versions is.
-    """
-    if importlib.util.find_spec("transformers") is None:
-        return None
-    try:
-        import transformers
-        if not hasattr(transformers, "OlmoForCausalLM"):  # older than OLMo
-            return None
-        transformers.logging.disable_progress_bar()
-        # Float32, as config.json says. transformers 5 maps the file: a 7B needs no 28 GB more.
-        return transformers.OlmoForCausalLM.from_pretrained(directory, attn_implementation="eager")
-    except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError("transformers, with which an export is compared, is installed and does not "
-                        f"work ({lines[-1]}); repair it, or uninstall it to export without the "
-                        "comparison") from None

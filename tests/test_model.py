@@ -228,6 +228,7 @@ def test_the_nucleus_is_the_smallest_set_that_holds_top_p():
     for top_p, nucleus in ((0.75, {1, 3}), (0.85, {1, 2, 3}), (1e-6, {1})):
         counts = draw(logits, 16_000, 1.0, top_p)
         assert set(np.flatnonzero(counts)) == nucleus
+    assert np.flatnonzero(draw(torch.zeros(4), 4_000, 1.0, 0.3)).tolist() == [0, 1, 2, 3]  # a tie
 
 
 def test_padding_rows_of_the_embedding_are_never_generated():

@@ -209,6 +209,19 @@ def test_a_missing_tokenizer_says_where_it_must_lie(tmp_path, tokenizer, opened,
     assert "no tokenizer.json" in opened("export", path).stdout
 
 
+@pytest.mark.parametrize("door", [door for door in DOORS if door != "plain"])
+def test_the_tokenizer_of_a_directory_is_parsed_once(door, tmp_path, tokenizer, opened,
+                                                     monkeypatch):
+    """OLMo's takes half a second. A file that has changed is parsed anew."""
+    path = hf_directory(tmp_path / "hf", tokenizer)
+    load, loaded = Tokenizer.load, []
+    monkeypatch.setattr(Tokenizer, "load", lambda file: loaded.append(file) or load(file))
+    assert opened(door, path).returncode == 0
+    assert loaded.count(path / "tokenizer.json") == 1
+    changed(path / "tokenizer.json", swap)
+    assert opened("evaluate", path).returncode == 1
+
+
 # ---- Padding rows --------------------------------------------------------------------------------
 
 def padding_preferred():
