@@ -252,9 +252,7 @@ def percent(result, key):
 
 def error_of(result):
     """The standard error of an accuracy in percent, 0 if it is not known; None without accuracy."""
-    if percent(result, "accuracy") is None:
-        return None
-    return abs(percent(result, "stderr") or 0)
+    return 100 * abs(result.get("stderr", 0)) if "accuracy" in result else None
 
 
 def names_in(found, kind):
@@ -272,10 +270,10 @@ def lines_of(found, kind, name, value):
         tokens = []
         values = []
         for count, result in sorted(getattr(evaluations, kind).get(name, {}).items()):
-            y = value(result)
-            if y is not None and not math.isnan(y):
+            measured = value(result)
+            if measured is not None and not math.isnan(measured):
                 tokens.append(count)
-                values.append(y)
+                values.append(measured)
         if tokens:
             lines[run] = (tokens, values)
     return lines
