@@ -190,8 +190,7 @@ class Batches:
     are not used in that epoch.
 
     Each epoch's order is computed once, written to `order_dir` and memory-mapped by all ranks. A
-    process that may only read `order_dir` holds the order in memory.
-    Raises UserError for a corpus that is smaller than one batch.
+    process that may only read it holds the order in memory. UserError for less than one batch.
     """
 
     def __init__(self, shards, batch_size, seed, order_dir):
@@ -202,8 +201,9 @@ class Batches:
         self.orders = {}  # epoch -> its order, of one epoch at a time
         self.steps_per_epoch = len(shards) // batch_size
         if not self.steps_per_epoch:
+            lower = "batch_size" if len(shards) else "max_seq_len"
             raise UserError(f"batch_size={batch_size}: the corpus has {len(shards)} sequences of "
-                            f"{shards.seq_len} tokens; lower batch_size or add text")
+                            f"{shards.seq_len} tokens; lower {lower} or add text")
 
     def __call__(self, step, rank=0, world_size=1):
         """{tokens, targets: int64 (B, T), loss_mask: bool (B, T)}: this rank's part of the batch.

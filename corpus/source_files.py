@@ -184,6 +184,21 @@ def check_kind(file, line):
         raise UserError(f"{file}:1: a list, where each line must be an object; {ONE_LIST}")
 
 
+def check_gzip(file, raw):
+    """UserError for a .gz file that is none; `raw`, the open file, is left at its beginning."""
+    head = raw.read(1000)
+    raw.seek(0)
+    if not head:  # subtle: gzip would take 0 bytes for an empty file
+        raise EOFError("0 bytes")
+    kind = next((name for mark, name in SIGNATURES.items() if head.startswith(mark)), None)
+    if kind == "gzip":
+        return
+    if not kind and head.lstrip()[:1] in (b"{", b"["):
+        raise UserError(f"{file}: not gzip but plain JSON; rename it to {file.stem}")
+    raise UserError(f"{file}: not gzip{f' but {kind}' if kind else ''}; fetch it again, or take it "
+                    "out")
+
+
 def read_lines(file, bar):
     """Yield (line number, bytes) of a plain or gzipped file; `bar` moves with the bytes read.
 
@@ -195,10 +210,10 @@ def read_lines(file, bar):
     is_checked = False
     with open(file, "rb") as raw:
         try:
-            # subtle: gzip would take 0 bytes for an empty file
-            if file.suffix == ".gz" and not file.stat().st_size:
-                raise EOFError("0 bytes")
-            lines = gzip.open(raw) if file.suffix == ".gz" else raw
+            lines = raw
+            if file.suffix == ".gz":
+                check_gzip(file, raw)
+                lines = gzip.open(raw)
             for content in iter(lambda: lines.readline(MOST_BYTES), b""):
                 line += 1
                 if not is_checked and content.strip():

@@ -186,11 +186,19 @@ def advice(model_config, config, plan, micro_batch_size, state_bytes):
             if reduces and not config.reduce_every_micro_batch:
                 words += " --reduce_every_micro_batch"
             return f"it does not fit; {words} would"
-    for gpus in range(plan.gpus, 8 * plan.gpus + 1):
+    # On more GPUs, with all that saves memory; at first on numbers of them that divide the batch.
+    more = range(plan.gpus, 8 * plan.gpus + 1)
+    for gpus in sorted(more, key=lambda n: config.batch_size % n > 0):
+        batch_size = -(-config.batch_size // gpus) * gpus  # rounded up
         if fits(1, gpus, activation_checkpointing="whole_layer", reduce_every_micro_batch=True,
-                shard="all"):
-            return f"it does not fit, whatever is recomputed; it would on {gpus} GPUs"
-    return "it does not fit, whatever is recomputed; use many more GPUs"
+                shard="all", batch_size=batch_size):
+            words = [f"--gpus={gpus}", "--activation_checkpointing=whole_layer",
+                     "--micro_batch_size=1", "--reduce_every_micro_batch"]
+            words += ["--shard=all"] * (config.shard != "all")
+            words += [f"--batch_size={batch_size}"] * (batch_size != config.batch_size)
+            return f"it does not fit, whatever is recomputed; {' '.join(words)} would"
+    return ("it does not fit, whatever is recomputed, nor on 8 times the GPUs; use many more GPUs, "
+            "or a smaller model")
 
 
 # ---- Time, energy, disk --------------------------------------------------------------------------

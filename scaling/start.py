@@ -186,7 +186,7 @@ def find_start(config, settings, fingerprint, free_keys):
         set_aside(run, step)
     else:
         step = begin_fork(run, run_of(home), step)
-    return step, continued_state(saved, fingerprint)
+    return step, continued_state(saved, fingerprint, energy_of_log(run, saved["step"]))
 
 
 def step_to_resume(home, digests):
@@ -249,9 +249,19 @@ def start_new(config, fingerprint):
                    "data_changes": data_changes(saved, fingerprint)}
 
 
-def continued_state(saved, fingerprint):
-    """The state of a run that goes on from `saved`."""
+def energy_of_log(run, step):
+    """The most kWh that the log names up to a step: with what came after that step was saved.
+
+    That is an evaluation, which the row "end" counts.
+    """
+    amounts = [row.get("kwh") for row in log_rows(run) if row["step"] <= step]
+    return max((amount for amount in amounts if type(amount) in (int, float)), default=0.0)
+
+
+def continued_state(saved, fingerprint, kwh):
+    """The state of a run that goes on from `saved`; kwh: the energy of its log."""
     state = {key: saved.get(key, new) for key, new in NEW_STATE.items()}
+    state["kwh"] = max(state["kwh"], kwh)
     earlier_data = list(saved.get("earlier_data", []))
     before = saved["data"]["data_sha256"]
     if before != fingerprint["data_sha256"]:

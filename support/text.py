@@ -111,6 +111,9 @@ def parsed_json(content, place, remedy="correct or delete the line"):
                         f"{remedy}") from None
     except json.JSONDecodeError as error:
         file, _, line = place.rpartition(":")
+        if error.msg == "Extra data" and "\r" in text:
+            raise UserError(f"{place}: its lines end with CR alone; convert the file: "
+                            "tr '\\r' '\\n' < OLD > NEW") from None
         raise UserError(f"{file}:{int(line) + error.lineno - 1}: not JSON ({error.msg}, "
                         f"character {error.colno}); {remedy}") from None
     except ValueError as error:  # a key that is there twice, a number of 5,000 digits

@@ -9,7 +9,7 @@ from conftest import refusal, say, write_lines
 import adapt
 import data
 from support.chats import checked_chat, checked_preference, checked_request
-from support.rows import read_examples, read_set
+from support.rows import Faults, read_examples, read_set
 
 # ---- Faulty rows ---------------------------------------------------------------------------------
 
@@ -83,6 +83,14 @@ def test_many_faults_are_ten_examples_and_counts_by_reason(tmp_path, capsys):
     assert len(read_set(str(file), adapt.AdaptConfig(faulty="skip"), False, 0.1, counts)) == 1
     assert counts["faulty rows skipped"] == 2_000
     assert capsys.readouterr().out.splitlines()[1:] == shown[12:]
+
+
+def test_one_row_is_said_in_the_singular():
+    faults = Faults()
+    for place, fault in (("f:1", "f:1: one"), ("f:2", "f:2: two"), ("f:3", "f:3: two")):
+        faults.add(place, fault)
+    assert faults.table().splitlines() == ["  2 rows, the first f:2: two",
+                                           "  1 row, the first f:1: one"]
 
 
 # ---- Other forms ---------------------------------------------------------------------------------

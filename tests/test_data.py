@@ -476,6 +476,9 @@ def test_what_is_built_serves_until_what_it_is_made_of_changes(tmp_path, monkeyp
     assert stages_made(tokenizer=str(tokenizer), **two) == ["clean-two", "tokens-two"]
     assert stages_made(tokenizer=str(tokenizer), eval_share=0.2) == ["clean-main", "tokens-main"]
     assert stages_made(**two) == ["tokenizer", "tokens-main", "tokens-two"]
+    monkeypatch.setattr("corpus.stages.building_code",
+                        lambda stage: "another" if stage == "tokens" else building_code(stage))
+    assert stages_made() == ["tokenizer", "tokens-main"]
     monkeypatch.setattr("corpus.stages.building_code", lambda stage: "another")
     assert stages_made() == ["clean-main", "tokenizer", "tokens-main"]
 
@@ -655,6 +658,10 @@ def test_targets_are_the_next_tokens_and_the_last_is_masked(shards, tmp_path):
     assert mask[:, :-1].all() and not mask[:, -1].any()
 
 
+class NoShards(list):
+    seq_len = 10**6
+
+
 def test_batch_that_does_not_fit_the_ranks_or_the_corpus_is_refused(shards, tmp_path):
     """With the nearest batch that divides, or how many sequences there are."""
     for batch_size, world_size, nearest in [(12, 5, 10), (12, 7, 14), (12, 16, 16), (3, 8, 8),
@@ -664,7 +671,9 @@ def test_batch_that_does_not_fit_the_ranks_or_the_corpus_is_refused(shards, tmp_
     n = len(shards)
     message = refusal(Batches, shards, n + 1, 7, tmp_path)
     assert f"batch_size={n + 1}:" in message and f" {n} " in message
+    assert "lower batch_size" in message
     assert Batches(shards, n, 7, tmp_path).steps_per_epoch == 1
+    assert "lower max_seq_len" in refusal(Batches, NoShards(), 4, 7, tmp_path)
 
 
 def test_orders_are_written_once_each_in_a_file_of_its_own_and_mapped(

@@ -182,6 +182,19 @@ def test_an_evaluation_set_that_is_never_found_is_said(tmp_path, capsys):
         assert (f"decontaminate: mine: {test}: " in capsys.readouterr().err) == said
 
 
+@pytest.mark.parametrize("name, content, words", [
+    ("a.jsonl.gz", b'{"text": "x"}\n', ["plain JSON", "rename it to a.jsonl"]),
+    ("a.jsonl.gz", b"\x28\xb5\x2f\xfd", ["zstd", "again"]), ("a.jsonl.gz", b"?", ["again"]),
+    ("a.jsonl", b'{"text": "x"}\r{"text": "y"}\r', ["CR alone", "tr '\\r'"])])
+def test_a_file_of_another_kind_is_named_with_what_mends_it(tmp_path, name, content, words):
+    """--allow_truncated would not: nothing of such a file can be read."""
+    (tmp_path / name).write_bytes(content)
+    line = refusal(lambda: [as_document(record, "main", Counter())
+                            for record in read_records(tmp_path, "main")])
+    assert name in line and all(word in line for word in words), line
+    assert "allow_truncated" not in line
+
+
 @pytest.mark.parametrize("content", [b"", gzip.compress(b"0,9,a,b,1\n" * 99)[:-9], b"plain",
                                      gzip.compress(b"0,9,a,b\n"), gzip.compress(b"0,x,a,b,1\n"),
                                      gzip.compress(b"0,9,\xff,b,1\n")],

@@ -551,13 +551,25 @@ def test_the_plan_states_its_figures(call):
 @pytest.mark.parametrize("words, advice", [
     (["--gpus=8", "--gpu=a100-40", "--activation_checkpointing=none", "--micro_batch_size=3"],
      "does not fit; --activation_checkpointing=one_in_two --micro_batch_size=3 would"),
-    (["--gpus=1", "--gpu=h100"], "it would on 2 GPUs"), (["--gpus=8", "--gpu=h100"], "it fits"),
+    (["--gpus=1", "--gpu=h100"], "--gpus=2 "), (["--gpus=8", "--gpu=h100"], "it fits"),
     ([ANNEAL, "--gpus=216", "--gpu=a100"], "1,000 steps"),  # those of the anneal alone
     ([ANNEAL, "--gpus=216", "--gpu=a100"], "4.424 G tokens"),
     ([ANNEAL, "--gpus=216", "--gpu=a100"], "for the 2 that are kept")])
 def test_the_plan_advises(call, words, advice):
     result = call(train, SEVEN_B, *words, "--plan")
     assert result.returncode == 0 and advice in result.stdout, result.stdout
+
+
+@pytest.mark.parametrize("words", [
+    ["--gpus=1", "--gpu=4090", "--batch_size=1"], ["--gpus=1", "--gpu=4090"],
+    ["--gpus=7", "--gpu=4090", "--batch_size=7"], ["--gpus=16", "--gpu=3090", "--shard=hybrid"],
+    ["--gpus=8", "--gpu=a100-40", "--micro_batch_size=3"]])
+def test_with_what_the_plan_advises_it_fits(call, words):
+    [line] = [line for line in call(train, SEVEN_B, *words, "--plan").stdout.splitlines()
+              if "does not fit" in line]
+    advised = [word for word in line.split() if word.startswith("--")]
+    result = call(train, SEVEN_B, *words, *advised, "--plan")
+    assert "it fits" in result.stdout and "is not a multiple" not in result.stdout, result.stdout
 
 
 @pytest.mark.parametrize("gpu", GPUS)

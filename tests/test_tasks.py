@@ -1039,7 +1039,7 @@ def test_the_report_shows_the_most_questions_or_bytes_and_the_last_step(tmp_path
     def row(step, questions, accuracy):
         return {"kind": "eval", "step": step, "tokens": 10 * step, "tasks": {
             "one": {"questions": questions, "accuracy": accuracy}},
-            "sums": {"web": {"bytes": questions, "nats": accuracy}}}
+            "sums": {"web": {"documents": 1, "tokens": 9, "bytes": questions, "nats": accuracy}}}
     rows = [row(1, 40, 0.1), row(1, 40, 0.2), row(2, 9, 0.9), row(2, 40, 0.3)]
     found = read_evaluations(tmp_path, {"eval": rows})
     assert {tokens: result["accuracy"] for tokens, result in found.tasks["one"].items()} == {

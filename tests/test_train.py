@@ -35,7 +35,7 @@ from scaling.machine import can_compile, choose_micro_batch
 from scaling.ranks import agree_on_machine, batch_hash
 from scaling.run import Run
 from scaling.signals import StopSignal
-from support.files import UserError
+from support.files import UserError, write_rows
 from support.lock import Lock
 from support.weights import save_hf
 
@@ -358,6 +358,16 @@ def test_metrics_have_their_rows_and_keys(finished):
         for name, sums in row["sums"].items():
             bits = sums["nats"] / math.log(2) / sums["bytes"]
             assert row["bits_per_byte"][name] == pytest.approx(bits, rel=1e-12)
+
+
+def test_the_energy_of_a_run_never_falls(copied, call):
+    """The last evaluation comes after the last checkpoint: the row "end" alone counts it."""
+    log = copied / "metrics.jsonl"
+    *before, end = map(json.loads, log.read_text().splitlines())
+    write_rows(log, [*before, end | {"kwh": end["kwh"] + 5.0}])
+    assert call(train, f"--resume={copied}", "--max_steps=22").returncode == 0
+    energy = [row["kwh"] for row in [*rows(copied), *rows(copied, "end")]]
+    assert energy == sorted(energy) and energy[19] < 5 <= energy[20]
 
 
 def a_run(folder, **settings):
