@@ -476,6 +476,9 @@ def test_what_is_built_serves_until_what_it_is_made_of_changes(tmp_path, monkeyp
     assert stages_made(tokenizer=str(tokenizer), **two) == ["clean-two", "tokens-two"]
     assert stages_made(tokenizer=str(tokenizer), eval_share=0.2) == ["clean-main", "tokens-main"]
     assert stages_made(**two) == ["tokenizer", "tokens-main", "tokens-two"]
+    monkeypatch.setattr("corpus.stages.building_code",
+                        lambda stage: "another" if stage == "tokens" else building_code(stage))
+    assert stages_made() == ["tokenizer", "tokens-main"]
     monkeypatch.setattr("corpus.stages.building_code", lambda stage: "another")
     assert stages_made() == ["clean-main", "tokenizer", "tokens-main"]
 
