@@ -10,6 +10,9 @@ from typing import NamedTuple
 from support.files import UserError, read_log
 
 
+WORDS = ("metric", "answer_begins")  # of a task's result
+
+
 class Evaluations(NamedTuple):
     """What was measured of a run, during training and after it, by the tokens trained on."""
 
@@ -27,6 +30,10 @@ def read_metrics(run):
         raise UserError(f"{path}: missing; name a run directory that train.py wrote")
     rows = {"train": [], "eval": [], "end": []}
     for row in placed_rows(run, path.name)[0]:
+        if row["kind"] == "eval":
+            row["tuned"] = numbers(row.get("tuned"))
+        else:
+            row = {"kind": row["kind"], **numbers(row)}
         rows.setdefault(row["kind"], []).append(row)
     return rows
 
@@ -38,7 +45,7 @@ def placed_rows(run, name):
     skipped += len(rows) - len(placed)
     if not skipped:
         return placed, []
-    return placed, [f"{name}: {skipped:,} lines are no complete rows, and are left out"]
+    return placed, [f"{name}: left out are lines that are no complete rows: {skipped:,}"]
 
 
 def read_evaluations(run, rows):
@@ -58,7 +65,8 @@ def read_evaluations(run, rows):
     for row in [*rows["eval"], *later]:
         for kind, size in (("sums", "bytes"), ("tasks", "questions")):
             for name, result in dict_at(row, kind).items():
-                if not isinstance(result, dict) or not is_count(result.get(size)):
+                result = sound(result, kind)
+                if result is None:
                     faulty += 1
                     continue
                 groups = measured[kind].setdefault((name, result[size]), {})
@@ -69,7 +77,7 @@ def read_evaluations(run, rows):
         if isinstance(suite, str) and isinstance(row.get("said"), str):
             said[suite] = row["said"]
     if faulty:
-        left_out.append(f"{faulty:,} results lack their size, and are left out")
+        left_out.append(f"left out are results without their size or sums: {faulty:,}")
     sums = comparable(measured["sums"], left_out)
     tasks = comparable(measured["tasks"], left_out)
     return Evaluations(sums, tasks, sorted(samples), said, tuple(left_out))
@@ -78,6 +86,24 @@ def read_evaluations(run, rows):
 def is_count(value):
     """Whether a value is a number of tokens, bytes or questions that can be drawn."""
     return type(value) is int and 0 <= value < 1e18
+
+
+def numbers(row):
+    """The numbers in a row, of a size that a measurement can have; {} if it is none."""
+    row = row if isinstance(row, dict) else {}
+    return {key: value for key, value in row.items()
+            if type(value) in (int, float) and abs(value) < 1e18}
+
+
+def sound(result, kind):
+    """The numbers and words of a result that can be shown; None without those that it must have."""
+    found = numbers(result)
+    counts = ("documents", "tokens", "bytes") if kind == "sums" else ("questions",)
+    if not all(is_count(found.get(key)) for key in counts):
+        return None
+    if kind == "sums" and "nats" not in found:
+        return None
+    return found | {key: result[key] for key in WORDS if isinstance(result.get(key), str)}
 
 
 def dict_at(row, key):

@@ -15,22 +15,13 @@ SUMS = ("documents", "tokens", "bytes", "nats")  # of a domain
 
 def bits_per_byte(sums):
     """Total bits / total raw bytes, never a mean over documents; nan where there are no bytes."""
-    nats = number(sums.get("nats"))
-    size = number(sums.get("bytes"))
-    if nats is None or not size:
-        return math.nan
-    return nats / math.log(2) / size
+    return sums["nats"] / math.log(2) / sums["bytes"] if sums["bytes"] else math.nan
 
 
 def pooled(results):
-    """The sums of several domains, added up; {} if a number of one of them is missing."""
-    total = dict.fromkeys(SUMS, 0)
-    for sums in results:
-        for key in SUMS:
-            if number(sums.get(key)) is None:
-                return {}
-            total[key] += sums[key]
-    return total
+    """The sums of several domains, added up."""
+    results = list(results)
+    return {key: sum(sums[key] for sums in results) for key in SUMS}
 
 
 def summed_up(results):
@@ -46,24 +37,16 @@ def summed_up(results):
             leaves.append(sums)
     if len(leaves) < 2:
         return None
-    bits = [bits_per_byte(sums) for sums in leaves if sums.get("bytes") != 0]
+    bits = [bits_per_byte(sums) for sums in leaves if sums["bytes"]]
     return pooled(leaves), sum(bits) / max(1, len(bits))
 
 
 # ---- Tables --------------------------------------------------------------------------------------
-#
-# A report shows rows of other versions, or written by a person, too: a number that a row lacks is
-# "-" in its table.
-
-def number(value):
-    """The value if it is a number of a size that a measurement can have, else None."""
-    is_number = type(value) in (int, float) and abs(value) < 1e18
-    return value if is_number else None
-
 
 def cell(value, form, scale=1):
-    """A number as text, times `scale`; "-" for anything else."""
-    return "-" if number(value) is None else format(scale * value, form)
+    """A number as text, times `scale`; "-" for None, which a row of another version has, and NaN.
+    """
+    return "-" if value is None or math.isnan(value) else format(scale * value, form)
 
 
 def aligned(rows, left):
@@ -93,21 +76,15 @@ def domains_table(results):
         rows.append(["(macro)", "", "", "", "", cell(mean, ".4f")])
     lines = aligned(rows, left=[0])
     for name, sums in results.items():
-        if sums.get("bytes") == 0:
+        if sums["bytes"] == 0:
             lines.append(f"{name}: its documents are all empty; (macro) leaves it out")
     return "\n".join(lines)
 
 
 def domain_row(name, sums):
-    nats_per_token = None
-    if number(sums.get("nats")) is not None and number(sums.get("tokens")):
-        nats_per_token = sums["nats"] / sums["tokens"]
-    return [name,
-            cell(sums.get("documents"), ","),
-            cell(sums.get("tokens"), ","),
-            cell(sums.get("bytes"), ",.1f", 1e-3),
-            cell(nats_per_token, ".4f"),
-            cell(bits_per_byte(sums), ".4f")]
+    nats_per_token = sums["nats"] / sums["tokens"] if sums["tokens"] else None
+    return [name, f"{sums['documents']:,}", f"{sums['tokens']:,}", f"{sums['bytes'] / 1e3:,.1f}",
+            cell(nats_per_token, ".4f"), cell(bits_per_byte(sums), ".4f")]
 
 
 def tasks_table(results):
@@ -136,7 +113,7 @@ def tasks_table(results):
     # Nothing is dropped silently: what does not fit into the context is counted.
     for key, of, said in LEFT_OUT:
         for name, row in results.items():
-            if number(row.get(key)):
+            if row.get(key):
                 lines.append(f"{name}: {row[key]:,} of {cell(row.get(of), ',')} {said}")
     return "\n".join(lines)
 
@@ -149,14 +126,13 @@ LEFT_OUT = (  # key of a result, what it counts, what is said of it
 
 
 def task_row(name, row):
-    metric = row.get("metric")
     return [name,
             cell(row.get("questions"), ","),
             cell(row.get("accuracy"), ".1f", 100),
             cell(row.get("stderr"), ".1f", 100),
             cell(row.get("chance"), ".1f", 100),
             cell(row.get("centred"), ".1f", 100),
-            metric if isinstance(metric, str) else "-",  # which of the next columns it is
+            row.get("metric", "-"),  # which of the next columns it is
             *[cell(row.get(metric), ".1f", 100) for metric in METRICS],
             cell(row.get("bits_per_byte"), ".4f")]
 
@@ -165,7 +141,7 @@ def average_row(rows, columns):
     """The mean over the tasks; "-" if one of them lacks the number."""
     line = ["average"] + [""] * (columns - 1)
     for column, key in ((2, "accuracy"), (4, "chance"), (5, "centred")):
-        values = [number(row.get(key)) for row in rows]
+        values = [row.get(key) for row in rows]
         mean = None if None in values else sum(values) / len(values)
         line[column] = cell(mean, ".1f", 100)
     return line

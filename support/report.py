@@ -11,8 +11,8 @@ from configs import load_config
 from corpus.funnel import funnel_rows
 from model import ModelConfig, count_parameters
 from support.files import read_json, to_json
-from support.measured import dict_at, read_evaluations, read_metrics
-from support.records import bits_per_byte, cell, domains_table, number, tasks_table
+from support.measured import read_evaluations, read_metrics
+from support.records import bits_per_byte, cell, domains_table, tasks_table
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;color:#1b1f24;background:#fff;max-width:1120px;
 margin:2rem auto;padding:0 1.2rem}h1{font-size:1.7rem;margin:0}h2{font-size:1.2rem;margin:2.2rem 0
@@ -214,8 +214,8 @@ def training_panels(runs):
             tokens = []
             values = []
             for row in rows[kind]:
-                measured = row if kind == "train" else dict_at(row, "tuned")
-                if number(measured.get(key)) is not None:
+                measured = row if kind == "train" else row["tuned"]
+                if key in measured:
                     tokens.append(row["tokens"])
                     values.append(measured[key])
             if tokens:
@@ -247,15 +247,12 @@ def task_panels(found):
 
 def percent(result, key):
     """100 x a share of a task's result; None if the result lacks it."""
-    value = number(result.get(key))
-    return None if value is None else 100 * value
+    return 100 * result[key] if key in result else None
 
 
 def error_of(result):
     """The standard error of an accuracy in percent, 0 if it is not known; None without accuracy."""
-    if percent(result, "accuracy") is None:
-        return None
-    return abs(percent(result, "stderr") or 0)
+    return 100 * abs(result.get("stderr", 0)) if "accuracy" in result else None
 
 
 def names_in(found, kind):
@@ -267,15 +264,16 @@ def names_in(found, kind):
 
 
 def lines_of(found, kind, name, value):
-    """{run: (tokens, values)} of a domain or a task; `value(result)` is drawn if it is a number."""
+    """{run: (tokens, values)} of a domain or a task; value(result) may be None or NaN: no point."""
     lines = {}
     for run, evaluations in found.items():
         tokens = []
         values = []
         for count, result in sorted(getattr(evaluations, kind).get(name, {}).items()):
-            if number(value(result)) is not None:
+            measured = value(result)
+            if measured is not None and not math.isnan(measured):
                 tokens.append(count)
-                values.append(value(result))
+                values.append(measured)
         if tokens:
             lines[run] = (tokens, values)
     return lines

@@ -1063,6 +1063,8 @@ def test_generate_names_the_prompt_that_cannot_be_answered(learnt, tmp_path, cal
     refused(call(adapt, "generate", run, prompts, out), f"{prompts}: holds no rows")
     refused(call(adapt, "generate", run, prompts, tmp_path / "no" / "new.jsonl"), tmp_path / "no")
     refused(call(adapt, "generate", run, prompts), "generate RUN PROMPTS.jsonl OUT.jsonl")
+    refused(call(adapt, "generate", run, prompts, "out.json"), "out.json: ", ".jsonl")
+    refused(call(adapt, "generate", run, "in.json", out), "in.json: ", ".jsonl", "jq -c '.[]'")
 
 
 def test_answers_are_gone_on_with_if_weights_and_options_are_the_same(learnt, tmp_path, call,

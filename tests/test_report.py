@@ -17,8 +17,8 @@ from support import progress
 from support import records as records_module
 from support import report as report_module
 from support.files import log_rows, read_json, read_log, to_json, write_json
-from support.measured import read_evaluations
-from support.records import cell, domains_table, keys_recorded, number, record, tasks_table
+from support.measured import numbers, read_evaluations
+from support.records import cell, domains_table, keys_recorded, record, tasks_table
 from support.report import report
 from support.suites import Suite
 
@@ -165,14 +165,15 @@ def test_what_a_report_leaves_out_is_counted(run, tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(report_module, "drawing", lambda: None)
     copied = tmp_path / "run"
     shutil.copytree(run, copied)
-    assert "lines are no complete rows" not in report([copied]).read_text()
+    assert "no complete rows" not in report([copied]).read_text()
     with open(copied / "eval.jsonl", "a") as file:
         file.write('{"kind": "eval"\n{"kind": "eval", "step": 6}\n'
                    '{"kind": "eval", "step": 6, "tokens": 9, "sums": {"web": {}}}\n')
         file.write('{"kind": "eval", "st')
-    said = "eval.jsonl: 3 lines are no complete rows"
+    said = "eval.jsonl: left out are lines that are no complete rows: 3"
     page = report([copied]).read_text()
-    assert said in page and said in capsys.readouterr().out and "1 results lack their size" in page
+    assert said in page and said in capsys.readouterr().out
+    assert "results without their size or sums: 1" in page
 
 
 def test_results_by_another_metric_dtype_or_prompt_are_no_curve(tmp_path):
@@ -192,6 +193,18 @@ def test_results_by_another_metric_dtype_or_prompt_are_no_curve(tmp_path):
     in_training = {**row(1, 0.5), "of": [{"dtype": "float32"}, {"dtype": "float32", "chat": False}]}
     found = read_evaluations(tmp_path, {"eval": [in_training, row(2, 0.2, chat=False)]})
     assert list(found.tasks["one"]) == [1, 2] and not found.left_out
+
+
+def test_results_that_cannot_be_shown_are_counted(tmp_path):
+    """Half of a result is none; what another version did not measure is only not there."""
+    sums = {"documents": 1, "tokens": 2, "bytes": 3, "nats": 4.0}
+    task = {"questions": 4, "accuracy": 0.5, "chance": "x", "metric": "acc_raw", "stderr": math.nan}
+    for wrong in ({}, 3, *({**sums, key: bad} for key in sums for bad in (None, "1", math.inf))):
+        row = {"kind": "eval", "step": 1, "tokens": 1, "sums": {"a": sums, "b": wrong},
+               "tasks": {"one": task, "two": {"questions": -1}}}
+        found = read_evaluations(tmp_path, {"eval": [row]})
+        assert found.sums == {"a": {1: sums}} and found.left_out[0].endswith(": 2")
+        assert found.tasks == {"one": {1: {"questions": 4, "accuracy": 0.5, "metric": "acc_raw"}}}
 
 
 def test_the_prompt_of_one_suite_parts_no_other_results(tmp_path):
@@ -243,12 +256,9 @@ def test_columns_are_never_glued(name):
 
 def test_a_number_that_a_row_lacks_is_a_dash():
     for value in (None, math.nan, math.inf, "1", True, [1], 10**400):
-        assert number(value) is None and cell(value, ".1f", 100) == "-"
+        assert numbers({"a": value, "b": 2}) == {"b": 2} and numbers(value) == {}
+    assert cell(None, ".1f") == cell(math.nan, ".1f") == "-"
     assert cell(0, ",") == "0" and cell(0.25, ".1f", 100) == "25.0"
-    whole = {"documents": 1, "tokens": 2, "bytes": 3, "nats": 4.0}
-    lines = domains_table({"a": whole, "b": {"bytes": 3}}).splitlines()
-    assert lines[2].split() == ["b", "-", "-", "0.0", "-", "-"]
-    assert lines[3].split() == ["(pooled)", "-", "-", "-", "-", "-"]
     ranked = {"accuracy": 0.5, "chance": 0.25}
     lines = tasks_table({"a": ranked, "b": {"accuracy": math.nan}}).splitlines()
     assert lines[1].split()[:4] == ["a", "-", "50.0", "-"] and lines[3].split() == [

@@ -298,6 +298,15 @@ def test_a_padding_token_of_its_own_stops_nothing(tmp_path, tokenizer, opened):
         assert result.returncode == (door == "plain"), (door, result.stderr)
 
 
+def test_the_padding_of_an_official_directory_is_its_tokenizers(tmp_path, tokenizer):
+    from test_weights import official_directory
+    path = official_directory(tmp_path / "official", random_model(**IDS), vocab_size=320,
+                              embedding_size=320, eos_token_id=299, pad_token_id=7)
+    assert load_model(path).config.pad_token_id == 7
+    shutil.copyfile(tokenizer, path / "tokenizer.json")
+    assert load_model(path).config.pad_token_id == 298
+
+
 @pytest.mark.parametrize("normalized", [False, True])
 def test_added_chat_tokens_are_read_as_hf_reads_them(tmp_path, tokenizer, normalized, opened):
     """More ids than the model was made with, and rows enough for them."""
