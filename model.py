@@ -58,7 +58,7 @@ class ModelConfig:
         # RoPE turns pairs of dimensions, so a head needs an even width.
         pairs = 2 * self.n_heads
         self.require(self.d_model % pairs == 0, "d_model",
-                     f"must be a multiple of 2 * n_heads={pairs}")
+                     f"must be a multiple of {pairs}, which is 2 * n_heads")
         self.require(self.embedding_size >= self.vocab_size, "embedding_size",
                      f"is below vocab_size={self.vocab_size}")
         for key in ("eos_token_id", "pad_token_id"):

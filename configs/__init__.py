@@ -18,8 +18,8 @@ from typing import Literal, get_args, get_origin
 
 from support.config_text import literal, read_assignments
 from support.files import UserError, read_json
-from support.hints import (check_base, command, missing_value, no_config_file, unknown_key,
-                           unused_key)
+from support.hints import (check_base, command, example_of, missing_value, no_config_file,
+                           unknown_key, unused_key)
 
 ROOT = Path(__file__).resolve().parent.parent  # the repository
 
@@ -160,9 +160,7 @@ def checked(field, value, place):
     place += f"{field.name}={shown(value)}: {field.name} "
     if not has_type(value, kind):
         given = shown(value) if get_origin(kind) is Literal else type(value).__name__
-        is_whole = kind is int and type(value) is float and value.is_integer()  # such as 1e6
-        remedy = f"; write {int(value)}" if is_whole else ""
-        raise UserError(f"{place}takes {type_name(kind)}, not {given}{remedy}")
+        raise UserError(f"{place}takes {type_name(kind)}, not {given}{example_of(kind, value)}")
     if kind is int and abs(value) >= 2**63 or kind is float and not math.isfinite(value):
         raise UserError(f"{place}must be a finite number of 64 bits")
     least = field.metadata["least"]

@@ -11,7 +11,7 @@ from configs import setting
 from corpus.documents import size_of, warn
 from corpus.rules import DEDUPLICATIONS, RULES
 from support.files import UserError, read_json
-from support.text import PLAIN, REVERSE
+from support.text import PLAIN, REVERSE, counted
 
 
 EXAMPLES = 10  # kept for each rule
@@ -100,7 +100,7 @@ def print_table(folder):
     print(f"data: {folder}  ({manifest['vocab_size']} ids, {manifest['dtype']})")
     if not manifest["sources"]:
         tokens = sum(shard["tokens"] for shard in manifest["shards"])
-        print(f"  {len(manifest['shards'])} ready token files, {tokens:,} tokens")
+        print(f"  {counted(len(manifest['shards']), 'ready token file')}, {tokens:,} tokens")
         return
     rows = list(funnel_rows(manifest["sources"]))
     label_width = max(len(label) for label, _ in rows)
@@ -185,8 +185,8 @@ def nothing_held_out(name, source, manifest):
     if share:
         cut = ", or cut the text with separator" * (not settings.get("separator"))
         yield (f"{name}: nothing is held out: eval_share={share:g} chose none of "
-               f"{source['documents']:,} documents, so that no domain of it is evaluated; raise "
-               f"eval_share, add documents{cut}")
+               f"{counted(source['documents'], 'document')}, so that no domain of it is evaluated; "
+               f"raise eval_share, add documents{cut}")
 
 
 def why_nothing_is_left(source, funnel):
@@ -195,20 +195,21 @@ def why_nothing_is_left(source, funnel):
     where = f"sources: {source.name}: {source.path}"
     if funnel.bad_lines and not counts["documents in"]:
         reasons = ", ".join(f"{n:,}: {why}" for why, n in funnel.bad_reasons.most_common(3))
-        return (f"{where}: none of its {counts['bad lines']:,} lines is a document ({reasons}); "
+        return (f"{where}: {counted(counts['bad lines'], 'line')}, and no document ({reasons}); "
                 f"the first: {funnel.bad_lines[0]}")
     if not counts["documents in"]:
         return f"{where}: holds no document: it is empty, or all its lines are; add text"
     if counts["held-out documents"] == counts["documents in"]:
         cut = "cut the text into more of them with separator, " * (not source.separator)
-        return (f"{where}: all of its {counts['held-out documents']:,} documents are held out, "
-                f"chosen by the hashes of their ids; add documents, {cut}or hold nothing out: "
-                "--eval_share=0")
+        held_out = counted(counts["held-out documents"], "document")
+        return (f"{where}: all it has, {held_out}, is held out, chosen by the hashes of "
+                f"their ids; add documents, {cut}or hold nothing out: --eval_share=0")
     dropped = ", ".join(f"{rule} {rule_counts['dropped']:,}"
                         for rule, rule_counts in funnel.rules.items() if rule_counts["dropped"])
-    return (f"{where}: no text to train on is left of {counts['documents in']:,} documents and "
-            f"{counts['bad lines']:,} bad lines; dropped by: {dropped or 'no rule'}; held out: "
-            f"{counts['held-out documents']:,}; add text, or take out rules")
+    read = counted(counts["documents in"], "document")
+    return (f"{where}: no text to train on is left of {read} and "
+            f"{counted(counts['bad lines'], 'bad line')}; dropped by: {dropped or 'no rule'}; "
+            f"held out: {counts['held-out documents']:,}; add text, or take out rules")
 
 
 # ---- Examples ------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from collections import Counter, deque
 from pathlib import Path
 
 from support.files import here
+from support.hints import command
 from support.text import SIGNATURES, UserError, decoded, other_encoding
 
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".json.gz")  # an object a line
@@ -46,9 +47,11 @@ def input_files(root, counts):
     if root.is_symlink() and not root.exists():
         raise UserError(f"{root}: a broken link: there is no {os.path.realpath(root)}")
     if not root.exists():
+        others = '--sources=\'{"name": "path"}\''
+        if command() == "adapt.py":
+            others = "--train_data, --eval_data"
         raise UserError(f"{root}: no such file or folder{here(root)}; put .jsonl, .jsonl.gz or "
-                        '.txt files there, or name others: --sources=\'{"name": "path"}\', for '
-                        "tuning --train_data and --eval_data")
+                        '.txt files there, or name others: ' + others)
     if not root.is_dir():
         raise UserError(f"{root}: neither a file nor a folder; save what it holds in a file")
     found = Counter()  # what is not read: {why: files}

@@ -28,6 +28,7 @@ from corpus.token_files import read_sidecar
 from corpus.tokenizer import Tokenizer
 from data import Batches, DataConfig, TokenShards
 from support.files import UserError, log_rows, read_json
+from support.text import counted
 
 
 @dataclass(frozen=True)
@@ -316,7 +317,7 @@ def print_found(run, options):
 def print_document(data, name):
     """Print the steps that saw the documents with an id, and whether one is held out."""
     found = list(data.find(name))
-    print(f"{len(found)} documents of the mix have the id {name}")
+    print(f"the mix has {counted(len(found), 'document')} with the id {name}")
     print_steps(data, found)
     for source, file in held_out_files(data.folder).items():
         if any(json.loads(row)["id"] == name for row in file.open()):
@@ -333,7 +334,7 @@ def print_texts(data, text, limit):
             found = data.find(document["id"], text)
             print_steps(data, [entry for entry in found if entry[0] == document])
     rest = f"; the first {limit} are shown" if count > limit else ""
-    print(f"{count} clean documents hold {text!r}{rest}")
+    print(f"{counted(count, 'clean document')} with {text!r}{rest}")
 
 
 def print_steps(data, found):
@@ -345,6 +346,6 @@ def print_steps(data, found):
     for document, instances in found:
         steps = [seen for seen in data.steps_of(instances, done) if seen[0] >= first]
         print(f"{document['id']}  ({document['source']}, {document['metadata']['provenance']})")
-        print(f"  in {len(steps)} sequences of steps {first} to {done}")
+        print(f"  in {counted(len(steps), 'sequence')} of steps {first} to {done}")
         for step, sequence, instance in steps:
             print(f"  step {step}, sequence {sequence}, instance {instance}")

@@ -9,6 +9,7 @@ from scaling.machine import peak_flops
 from scaling.ranks import rank, world_size
 from support.files import UserError, disk_remedy, read_log, to_json, write_rows
 from support.records import domains_table, tasks_table
+from support.text import counted
 
 
 class Log:
@@ -27,7 +28,7 @@ class Log:
         rows, torn = read_log(run, path.name)
         kept = [row for row in rows if row["step"] <= step and row["kind"] != "end"]
         if torn:
-            print(f"{path}: {torn} lines are no complete rows, as a crash leaves them; dropped")
+            print(f"{path}: dropped: {counted(torn, 'incomplete line')}, as a crash leaves one")
         write_rows(path, kept)
         self.file = open(path, "a")
         if tensorboard:

@@ -75,10 +75,10 @@ def print_batch_size_hint(config, gpus):
         return
     divisors = [n for n in range(1, config.batch_size + 1) if config.batch_size % n == 0]
     nearest = sorted(divisors, key=lambda n: abs(n - gpus))[:2]
-    choices = " or ".join(str(n) for n in sorted(nearest))
+    choices = " or --gpus=".join(str(n) for n in sorted(nearest))
     batch_size = max(1, round(config.batch_size / gpus)) * gpus
-    print(f"  batch_size={config.batch_size} is not a multiple of {gpus} GPUs: use {choices} GPUs, "
-          f"or --batch_size={batch_size}, which is another run")
+    print(f"  batch_size={config.batch_size} is not a multiple of {gpus} GPUs: use "
+          f"--gpus={choices}, or --batch_size={batch_size}, which is another run")
 
 
 def state_bytes_per_weight(config, build_optimizer):

@@ -95,8 +95,8 @@ def setup_distributed(name):
     launch = launched()
     if device.type == "cuda":
         if launch.local_rank >= torch.cuda.device_count():
-            raise UserError(f"--nproc_per_node is above the {torch.cuda.device_count()} GPUs of "
-                            f"{socket.gethostname()}")
+            raise UserError(f"--nproc_per_node is above the count of GPUs of "
+                            f"{socket.gethostname()}, {torch.cuda.device_count()}")
         device = torch.device("cuda", launch.local_rank)
         torch.cuda.set_device(device)
     if launch.world_size > 1:

@@ -26,6 +26,7 @@ from scaling.directory import MEASURED, check_directory, forked_from, overwrite
 from scaling.same_run import check_before_build, check_data, check_settings, compared
 from support.files import (UserError, fsync, here, link_or_copy, log_rows, read_json, write_json,
                            write_rows)
+from support.text import counted
 
 NEW_STATE = {"step": 0, "tokens": 0, "seconds": 0.0, "kwh": 0.0}
 
@@ -238,8 +239,8 @@ def start_new(config, fingerprint):
     """Returns (step directory or None, state) of a run that has no step yet."""
     lost = len(list(log_rows(config.run_dir)))
     if lost:
-        print(f"{config.run_dir}: holds no step, so the run begins again; the {lost:,} rows of its "
-              "metrics.jsonl are dropped")
+        print(f"{config.run_dir}: holds no step, so the run begins again; dropped: "
+              f"{counted(lost, 'row')} of its metrics.jsonl")
     if not config.start_from:
         return None, dict(NEW_STATE)
     start = Path(config.start_from)

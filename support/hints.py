@@ -9,13 +9,32 @@ from pathlib import Path
 from support.files import UserError, here
 
 ROOT = Path(__file__).resolve().parent.parent  # the repository
+# What our keys are called elsewhere: by Hugging Face, nanoGPT and official OLMo.
+ELSEWHERE = {
+    "lr": "learning_rate max_lr", "min_lr": "min_learning_rate alpha_f", "weight_decay": "wd",
+    "beta1": "adam_beta1", "beta2": "adam_beta2", "eps": "adam_epsilon",
+    "grad_clip": "max_grad_norm max_norm", "warmup_steps": "warmup_iters t_warmup",
+    "decay_steps": "lr_decay_iters t_max", "max_steps": "max_iters max_duration num_train_steps",
+    "batch_size": "global_train_batch_size train_batch_size",
+    "micro_batch_size": "gradient_accumulation_steps per_device_train_batch_size "
+                        "device_train_microbatch_size", "dtype": "bf16 fp16 precision",
+    "run_dir": "output_dir out_dir save_folder", "max_seq_len": "block_size max_sequence_length "
+    "context_length max_position_embeddings", "eval_every_steps": "eval_interval eval_steps",
+    "log_every_steps": "log_interval logging_steps", "save_every_steps": "save_interval save_steps",
+    "d_model": "n_embd hidden_size", "n_layers": "n_layer num_hidden_layers",
+    "n_heads": "n_head num_attention_heads", "mlp_hidden_size": "intermediate_size",
+    "epochs": "num_train_epochs num_epochs"}
 
 
 def unknown_key(key, known, place):
     """The UserError for a key that no schema of this command has. place: begins its message."""
     if command_of(key):
         return unused_key(key, place)
-    near = difflib.get_close_matches(key.lower().replace("-", "_"), known, n=1)
+    key_there = key.lower().replace("-", "_")
+    if key_there == "dropout":
+        return UserError(f"{place}{key}: OLMo 1 has none; leave it out")
+    ours = [own for own, others in ELSEWHERE.items() if key_there in others.split()]
+    near = [own for own in ours if own in known] or difflib.get_close_matches(key_there, known, n=1)
     hint = f"did you mean {near[0]}?" if near else "--help lists the keys"
     return UserError(f"{place}{key}: unknown key; {hint}")
 
@@ -38,6 +57,15 @@ def command_of(key):
         if re.search(rf"^    {re.escape(key)}: (.*\bsetting\(|Literal\[)", path.read_text(), re.M):
             return path.name if path.name in ("adapt.py", "eval.py") else "train.py"
     return None
+
+
+def example_of(kind, value):
+    """What to write instead of a value that has not the type `kind`; "" if nothing is better."""
+    if kind is int and type(value) is float and value.is_integer():  # such as 1e6
+        return f"; write {int(value)}"
+    if kind is bool:
+        return "; write True or False"
+    return "; such as \"{'name': 'path'}\"" if str(kind).startswith("dict[str, str") else ""
 
 
 def missing_value(key, word):

@@ -7,6 +7,7 @@ from corpus.documents import parse, read_records
 from corpus.questions import stdlib_chats, stdlib_preferences
 from support.chats import checked_chat, checked_preference
 from support.files import UserError
+from support.text import counted
 
 EXAMPLES = 10  # a message shows so many faulty rows
 REASONS = 20  # and so many reasons
@@ -138,25 +139,21 @@ class Faults:
         """A line for each reason: how many rows, what is wrong, and the first of them."""
         lines = []
         for reason, count in self.reasons.most_common(REASONS):
-            lines.append(f"  {count_of_rows(count)}, the first {self.first[reason]}: {reason}")
+            lines.append(f"  {counted(count, 'row')}, the first {self.first[reason]}: {reason}")
         others = len(self.reasons) - REASONS
         if others > 0:
             count = self.rows - sum(n for _, n in self.reasons.most_common(REASONS))
-            lines.append(f"  {count_of_rows(count)} for {others:,} other reasons")
+            lines.append(f"  {counted(count, 'row')} for {others:,} other reasons")
         return "\n".join(lines)
 
     def stop(self, or_else=""):
         """UserError if there are faulty rows."""
         if not self.rows:
             return
-        remedy = f"mend {self.rows:,} of {self.rows + self.sound:,} rows{or_else}"
+        remedy = f"mend {self.rows:,} of {counted(self.rows + self.sound, 'row')}{or_else}"
         if self.rows <= ON_ONE_LINE:
             raise UserError(f"{'; '.join(self.examples)}; {remedy}")
         examples = "\n  ".join(self.examples)
         print(f"the first {len(self.examples)} of {self.rows:,} faulty rows:\n  {examples}\n"
               f"all by reason:\n{self.table()}")
         raise UserError(f"{self.examples[0]}; {remedy}; the others are listed above")
-
-
-def count_of_rows(count):
-    return "1 row" if count == 1 else f"{count:,} rows"

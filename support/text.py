@@ -170,6 +170,11 @@ def json_type(value):
 
 # ---- Showing it ----------------------------------------------------------------------------------
 
+def counted(count, noun):
+    """Such as "1 line" and "2,000 lines"."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 BOLD_GREEN, REVERSE, PLAIN = "\033[1;32m", "\033[7m", "\033[0m"
 CONTROL = r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"  # all but tab and newline
 

@@ -8,11 +8,15 @@ from typing import Literal
 
 import pytest
 
+import adapt
 import configs
-from configs import load_config, setting
+import train
+from configs import fields_of, load_config, setting
 from corpus.trace import FindOptions, TraceOptions
 from model import ModelConfig
 from support.files import UserError
+from support.hints import ELSEWHERE
+from support.text import counted
 from train import SCHEMAS
 
 
@@ -108,7 +112,7 @@ def test_a_wrong_type_in_a_file_is_named_with_both_types(tmp_path, key, text, wa
     file = write(tmp_path / "c.py", f"\n\n{key} = {text}\n")
     message = refused(file)
     assert message.startswith(f"{file}:3: {key}=")
-    assert wanted in message and message.endswith(f"not {given}")
+    assert wanted in message and f" not {given}" in message
 
 
 @pytest.mark.parametrize("word, wanted", [
@@ -384,3 +388,23 @@ def test_run_main(tmp_path, word, code, begins, lines):
     assert (done.returncode, done.stdout) == (code, "")
     assert done.stderr.startswith(begins)
     assert lines is None or done.stderr.count("\n") == lines
+
+
+@pytest.mark.parametrize("word, hint", [
+    ("--learning_rate=1", "did you mean lr?"), ("--wd=1", "did you mean weight_decay?"),
+    ("--n-embd=1", "did you mean d_model?"), ("--block_size=1", "did you mean max_seq_len?"),
+    ("--gradient_accumulation_steps=1", "did you mean micro_batch_size?"),
+    ("--output_dir=x", "did you mean run_dir?"), ("--bf16", "did you mean dtype?"),
+    ("--eval_interval=1", "did you mean eval_every_steps?"), ("--dropout=0.1", "has none"),
+    ("--epochs=1", "a key of adapt.py"), ("--overwrite=ja", "True or False"),
+    ("--sources=x", "such as \"{'name': 'path'}\""), ("--max_steps=1e6", "write 1000000")])
+def test_names_of_other_houses_and_values_of_other_types_get_a_hint(call, word, hint):
+    result = call(train, configs.ROOT / "configs/tiny.py", word)
+    assert result.returncode == 1 and hint in result.stderr, result.stderr
+
+
+def test_the_names_of_other_houses_are_those_of_our_keys():
+    known = fields_of([*train.SCHEMAS, adapt.AdaptConfig])
+    for own, others in ELSEWHERE.items():
+        assert own in known and not known.keys() & set(others.split())
+    assert [counted(n, "line") for n in (0, 1, 2000)] == ["0 lines", "1 line", "2,000 lines"]

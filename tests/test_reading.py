@@ -333,11 +333,11 @@ def test_all_held_out_all_dropped_and_an_empty_file_are_different_errors(tmp_pat
     file = write_jsonl(tmp_path / "a.jsonl", [{"text": "some words"}] * 4)
     config = data_config(tmp_path, sources={"main": file}, eval_share=1.0)
     message = refusal(build_data, config)
-    assert "all of its 4 documents are held out" in message and "separator" in message
+    assert "4 documents, is held out" in message and "separator" in message
     (tmp_path / "b.txt").write_text("one--two--three")
     cut = {"main": {"path": str(tmp_path / "b.txt"), "separator": "--"}}  # it is cut already
     message = refusal(build_data, data_config(tmp_path, sources=cut, eval_share=1.0))
-    assert "all of its 3 documents are held out" in message and "separator" not in message
+    assert "3 documents, is held out" in message and "separator" not in message
     message = refusal(build, tmp_path, path=file, rules="gopher_word_count document")
     assert "gopher_word_count 4" in message and "document " not in message.split("dropped by")[1]
     (tmp_path / "a.jsonl").write_text("\n\n")

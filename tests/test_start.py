@@ -466,6 +466,13 @@ def test_a_run_that_has_lost_its_steps_does_not_begin_again_in_silence(copied, t
     assert "rows" not in call(train, *command, "--max_steps=2", "--overwrite").stdout
 
 
+def test_a_step_that_is_not_there_is_told_with_those_that_are(copied, call, refused):
+    for words in ([evaluation, copied / "step000007"],
+                  [train, f"--resume={copied / 'step000007'}", f"--run_dir={copied}_fork"]):
+        line = refused(call(*words), "step000007", "step000010, step000015, step000020")
+        assert "tiny" not in line
+
+
 def test_options_of_the_plan_alone_are_named(copied, call):
     words = [f"--resume={copied}", "--gpus=2", "--gpu=a100"]
     assert call(train, *words).stdout.startswith("--gpu, --gpus: for --plan alone")

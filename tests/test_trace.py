@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -32,6 +33,7 @@ from corpus.tokenizer import Tokenizer
 from corpus.trace import RunData
 from data import Batches, TokenShards, build_data
 from scaling.ranks import batch_hash
+from support.text import counted
 
 pytestmark = [pytest.mark.usefixtures("one_thread"),
               pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
@@ -222,9 +224,9 @@ def test_odd_ids_and_two_documents_with_one_id_are_found(found, call, shown, nam
         steps, key = found.steps_of(instances, STEPS), ("notes", f"notes.jsonl:{line}")
         assert key_of(document) == key and {step[:2] for step in steps} == shown[key]
         expected += f"{name}  ({', '.join(key)})\n"
-        expected += f"  in {len(steps)} sequences of steps 1 to {STEPS}\n"
+        expected += f"  in {counted(len(steps), 'sequence')} of steps 1 to {STEPS}\n"
         expected += "".join(f"  step {s}, sequence {q}, instance {i}\n" for s, q, i in steps)
-    expected = f"{len(lines)} documents of the mix have the id {name}\n{expected}"
+    expected = f"the mix has {counted(len(lines), 'document')} with the id {name}\n{expected}"
     assert call(data, "find", found.run, f"--doc={name}").stdout == expected
 
 
@@ -232,12 +234,12 @@ def test_text_is_found_in_the_documents_that_hold_it_alone(found, call):
     """In one of two documents with the same id; an e-mail that was masked in none."""
     out = call(data, "find", found.run, "--text=the two twin").stdout
     assert "notes.jsonl:7)" in out and "notes.jsonl:6)" not in out
-    assert "1 clean documents hold 'the two twin'" in out
+    assert "1 clean document with 'the two twin'" in out
     out = call(data, "find", found.run, "--text=@mail.example").stdout
-    assert out == "0 clean documents hold '@mail.example'\n"
+    assert out == "0 clean documents with '@mail.example'\n"
     out = call(data, "find", found.run, "--text=e\u0301", "--limit=3").stdout
-    assert "5 clean documents hold 'e\u0301'; the first 3 are shown" in out
-    assert out.count(f" sequences of steps 1 to {STEPS}") == 3
+    assert "5 clean documents with 'e\u0301'; the first 3 are shown" in out
+    assert len(re.findall(f" sequences? of steps 1 to {STEPS}", out)) == 3
 
 
 def test_text_is_found_in_the_sequences_that_hold_it(tmp_path, tokenizer):
