@@ -451,6 +451,10 @@ def test_reported_figures_are_arithmetic():
     assert result["stderr"] == pytest.approx(math.sqrt(0.4 * 0.6 / 499))
     assert result["centred"] == pytest.approx(0.1 / 0.7)
     assert result["bits_per_byte"] == pytest.approx(2) and result["greedy"] == 0.01
+    one = evaluation.task_result({**sums, "questions": 1, "correct": {"acc_raw": 1},
+                                  "by_guessing": 0.5}, "acc_raw")
+    assert math.isnan(one["stderr"])
+    assert re.search(r"a +1 +100\.0 +- +50\.0", tasks_table({"a": one}))
     table = tasks_table({"one": result, "two": {**result, "accuracy": 0.6, "cut": 7,
                                                            "centred": 0.5}})
     assert re.search(r"average +50\.0 +30\.0 +32\.1$", table, re.M)
