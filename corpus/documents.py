@@ -12,7 +12,7 @@ from tqdm import tqdm
 from corpus.source_files import (JSON_SUFFIXES, ONE_LIST, Truncated, input_files, read_lines,
                                  read_parts)
 from corpus.stdlib import stdlib_documents
-from support.text import UserError, decoded, json_type, parsed_json
+from support.text import UserError, decoded, json_type, parsed_json, refuse_pointer
 
 EOS = "<|endoftext|>"  # what many corpora have between the documents of a text file
 MANY_EOS = 10  # so many in one text file are no accident
@@ -69,6 +69,7 @@ def read_records(path, source="", counts=None, allow_truncated=False, progress=F
             # relative, so that ids and provenance do not depend on where the source is
             name = file.relative_to(root).as_posix() if root.is_dir() else file.name
             try:
+                refuse_pointer(file)
                 if not name.endswith(JSON_SUFFIXES):
                     for line, part, content in read_parts(file, separator, bar):
                         yield Record(name, line, f"{file}:{line}", content, part)

@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import re
 import zlib
 from collections import Counter, deque
 from pathlib import Path
@@ -13,6 +14,7 @@ JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".json.gz")  # an object a line
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")  # a document a file
 
 ONE_LIST = "convert a file that is one list: jq -c '.[]' OLD > NEW"
+A_LIST = re.compile(rb'\[\s*\{(?!\s*"(role|content|from|value)")')  # of objects
 MOST_BYTES = 2**30  # of one document: the rules and the tokenizer hold all of it in memory
 CHUNK_BYTES = 2**20  # of a text file that is cut at a separator: read at a time
 NAMED_ENDINGS = 5  # the commonest of the files that are not read; the others are counted together
@@ -177,9 +179,9 @@ def check_kind(file, line):
     if value == b"{":
         raise UserError(f"{file}:1: an object over several lines, where each must have a line of "
                         "its own; convert the file: jq -c . OLD > NEW")
-    if value.startswith(b"[") and not value.endswith(b"]"):
-        raise UserError(f"{file}:1: a list over several lines, where each line must be an object; "
-                        + ONE_LIST)
+    # a list of messages is a chat, and an error of its line alone
+    if value.startswith(b"[") and not value.endswith(b"]") or A_LIST.match(value):
+        raise UserError(f"{file}:1: a list, where each line must be an object; {ONE_LIST}")
 
 
 def check_gzip(file, raw):

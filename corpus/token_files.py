@@ -12,7 +12,7 @@ import numpy as np
 from corpus.storage import DOCUMENT_INDEX, hash_of, hash_of_id, token_dtype, vocabulary_of
 from corpus.tokenizer import Tokenizer, tokenizer_file
 from support.files import UserError, here, write_json
-from support.text import read_text
+from support.text import read_text, refuse_pointer
 
 SAMPLE_BYTES = 2**20  # at each end of a file: what is checked and hashed, as a file may have 4 GB
 
@@ -54,6 +54,7 @@ def token_file(path, tokenizer):
 
     The toolkit and OLMo write ids without a header, also into files that they call .npy.
     """
+    refuse_pointer(path)
     dtype = token_dtype(tokenizer.vocab_size)
     with open(path, "rb") as file:
         first = file.read(SAMPLE_BYTES)

@@ -9,6 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from corpus.documents import Record, parse
+from corpus.source_files import JSON_SUFFIXES, ONE_LIST
 from data import render_chat
 from model import generate
 from scaling.ranks import from_rank0
@@ -58,8 +59,12 @@ def generate_answers(argv):
     that leaves no room for an answer has an `error` instead; the exit code is then 1.
     """
     paths, options = paths_and_options(argv)
-    require(len(paths) == 3 and paths[2].endswith(".jsonl"),
+    require(len(paths) == 3,
             f"generate {' '.join(paths)}: the form is generate RUN PROMPTS.jsonl OUT.jsonl")
+    require(Path(paths[1]).is_dir() or paths[1].endswith(JSON_SUFFIXES), f"{paths[1]}: the name of "
+            f"a file of prompts must end in .jsonl, with an object a line; {ONE_LIST}")
+    require(paths[2].endswith(".jsonl"), f"{paths[2]}: answers are written as an object a line: "
+            "give OUT a name that ends in .jsonl")
     run = Path(paths[0]).as_posix()
     out = Path(paths[2])
     require(out.resolve().parent.is_dir(), f"{out}: there is no such directory; make it")

@@ -7,7 +7,8 @@ The chat format lies in three files: these are its checks. data.py's render_chat
 from support.fields import (NO_MARGIN, NO_PLACE, OF_MESSAGE, check_scores, check_text, check_texts,
                             is_given, is_untrained, refuse_fields, refuse_weight, require,
                             with_system)
-from support.files import UserError, json_type
+from support.files import UserError
+from support.text import json_type, shown
 
 ROLES = ("system", "user", "assistant")
 
@@ -18,8 +19,12 @@ NEXT = {None: ("system", "user"), "system": ("user",), "user": ("assistant",),
 # what to do about a row of another form, by a key that it has
 SHAREGPT = ('rename "from" to role (human is user, gpt is assistant) and "value" to content; the '
             "list of them is messages")
-OTHER_CHATS = {"conversations": SHAREGPT, "chosen": "these are preferences: --method=dpo"}
-OTHER_PREFERENCES = {"messages": "these are chats: --method=sft"}
+OTHER_CHATS = {"conversations": SHAREGPT, "chosen": "these are preferences: --method=dpo",
+               "instruction": "the user's is the instruction with the input, if there is one, "
+                              "behind a blank line; the assistant's is the output"}
+OTHER_PREFERENCES = {"messages": "these are chats: --method=sft",
+                     "completion": "DPO needs two answers to a prompt; a row of one answer, with "
+                                   "a label as for KTO, is not read"}
 OTHER_PROMPTS = {"conversations": SHAREGPT, "question": "rename it to prompt"}
 
 
@@ -73,7 +78,7 @@ def checked_messages(messages, place, last, before=None):
     place: file:line and key, for the message of a UserError. last: whose message must end them.
     before: the role of the message before them.
     """
-    require(isinstance(messages, list), f"{place}: {type(messages).__name__}, not a list; give a "
+    require(isinstance(messages, list), f"{place}: {json_type(messages)}, not a list; give a "
             "list of {role, content}")
     require(messages, f"{place}: an empty list; give at least one message")
     checked = []
@@ -88,12 +93,12 @@ def checked_messages(messages, place, last, before=None):
 
 def checked_message(message, place, before):
     """{role, content} of a message that comes after one of role `before`."""
-    require(isinstance(message, dict), f"{place}: {type(message).__name__}, not an object with a "
+    require(isinstance(message, dict), f"{place}: {json_type(message)}, not an object with a "
             "role and content")
     role = message.get("role")
     # 1. each by itself
     if role not in ROLES:
-        raise UserError(f"{place}.role: {repr(role)[:20]} is not one of {', '.join(ROLES)}; "
+        raise UserError(f"{place}.role: {shown(role)} is not one of {', '.join(ROLES)}; "
                         f"{role_remedy(message)}")
     # Open Instruct writes an empty system message for rows of OpenOrca, and OLMo trained them so.
     is_empty_system = role == "system" and message.get("content") == ""
@@ -132,8 +137,7 @@ def checked_preference(row, place):
                        OTHER_PREFERENCES)
     refuse_fields(row, f"{place}: ", NO_PLACE, NO_MARGIN)
     refuse_weight(row, place)
-    kind = type(row["chosen"]).__name__
-    other = type(row["rejected"]).__name__
+    kind, other = json_type(row["chosen"]), json_type(row["rejected"])
     require(kind == other, f"{place}: chosen is {kind} and rejected {other}; both must be lists "
             "of messages, or both texts")
     prompt = row.get("prompt")

@@ -4,8 +4,11 @@ Any other field only describes the row (id, source, score, ...), and is ignored:
 and preferences have many columns. A field without a value (null, "", [], {}, false) says nothing.
 """
 
+import math
+
 from corpus.documents import without_surrogates
 from support.files import UserError
+from support.text import json_type, shown
 
 # ---- The fields ----------------------------------------------------------------------------------
 
@@ -67,7 +70,7 @@ def refuse_weight(row, place):
 def check_text(text, place):
     """UserError for a text of a row that is none, is empty or cannot be encoded."""
     remedy = "join the texts of its parts" if isinstance(text, list) else "give one"
-    require(isinstance(text, str), f"{place}: {type(text).__name__}, not a text; {remedy}")
+    require(isinstance(text, str), f"{place}: {json_type(text)}, not a text; {remedy}")
     require(text.strip(), f"{place}: an empty text; give one, or remove it")
     # JSON can hold half of a surrogate pair; UTF-8, and so the tokenizer, cannot
     require(text == without_surrogates(text),
@@ -113,7 +116,7 @@ def is_untrained(message, place):
     """Whether a message says that it shall not be trained: weight, loss or train is 0."""
     found = {key: message[key] for key in TRAINED if message.get(key) is not None}
     for key, value in found.items():
-        require(value in (0, 1), f"{place}.{key}: {str(value)[:20]}, where 1 trains a message and "
+        require(value in (0, 1), f"{place}.{key}: {shown(value)}, where 1 trains a message and "
                 "0 does not; choose one of the two")
         require(value == 0 or message.get("role") == "assistant", f"{place}.{key}: "
                 "only the assistant's messages are trained; remove it")
@@ -129,6 +132,18 @@ def check_scores(row, place):
     for key, score in row.items():
         other = key.replace("chosen", "rejected")
         is_score = other != key and ("score" in key or "rating" in key)
-        if is_score and all(isinstance(each, (int, float)) for each in (score, row.get(other))):
-            require(not score < row[other], f"{place}: {key}: {score}, below the {other} of "
-                    f"{row[other]}; swap the answers, or remove the scores")
+        numbers = [as_number(score), as_number(row.get(other))]
+        if is_score and None not in numbers:
+            both = f"{place}: {key}: {shown(score)}, and {other} is {shown(row[other])}"
+            require(not any(map(math.isnan, numbers)), f"{both}: they cannot be compared; correct "
+                    "or remove them")
+            require(numbers[0] >= numbers[1], f"{both}, which is higher; swap the answers, or "
+                    "remove the scores")
+
+
+def as_number(value):
+    """The number that a JSON value is, or that its text is; else None."""
+    try:
+        return float(value) if isinstance(value, (int, float, str)) else None
+    except (ValueError, OverflowError):
+        return None

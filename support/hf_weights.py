@@ -1,6 +1,7 @@
 """The safetensors files of a Hugging Face directory."""
 
 from support.files import UserError, read_json
+from support.text import refuse_pointer
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of the dtypes that are read
 
@@ -54,6 +55,7 @@ def safetensors_files(path):
         if file.parent != path or not file.is_file():
             raise UserError(f"{file}: missing; the directory must hold its safetensors files, as "
                             "transformers' save_pretrained writes them")
+        refuse_pointer(file)
     return files
 
 

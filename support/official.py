@@ -5,7 +5,7 @@ import itertools
 import torch
 
 from model import ModelConfig
-from support.text import UserError, read_text
+from support.text import UserError, read_text, refuse_pointer
 from support.vocabulary import count_of_ids
 
 # The texts that OLMo 1.0 has. None where the key may be missing, as official OLMo's default for it
@@ -34,6 +34,7 @@ HARMLESS = {
 
 def read_official(path):
     """{official name: tensor} of an unsharded checkpoint's model.pt; nothing in it is run."""
+    refuse_pointer(path / "model.pt")
     try:
         found = torch.load(path / "model.pt", map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # torch's message runs over lines, and advises to run what is in the file

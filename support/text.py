@@ -5,6 +5,7 @@ bytes would guess the encoding line by line, and read UTF-16 as other letters wi
 """
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -20,17 +21,27 @@ SIGNATURES = {
     b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\0": "xz", b"BZh": "bzip2",
     b"PK\x03\x04": "a zip archive", b"PAR1": "Parquet", b"ARROW1": "Arrow", b"%PDF": "PDF"}
 
+LFS_POINTER = b"version https://git-lfs"
+
 MOST_LEVELS = 200  # of lists and objects in each other: code that walks through them is recursive
 
 
 def read_bytes(path):
     """A file's content; UserError if it cannot be read."""
     try:
+        refuse_pointer(path)
         return Path(path).read_bytes()
     except PermissionError:  # a file without read permission is not damaged
         raise
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def refuse_pointer(path):
+    """UserError for the few lines that stand for a file which Git LFS has not fetched yet."""
+    with open(path, "rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise UserError(f"{path}: a Git LFS pointer, and not the file; fetch it: git lfs pull")
 
 
 def read_text(path):
@@ -139,11 +150,15 @@ def is_too_deep(value):
     return True
 
 
+LIKE_ANOTHER = re.compile(r"(?i)[-+.e\d]+|true|false|null|none|nan")  # texts
+
+
 def shown(value):
-    """A JSON value as it stands in its file, for messages; the type of a string is said."""
+    """A JSON value as it stands in its file, for messages; a string like a number is called one."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     text = text if len(text) <= 60 else text[:57] + "..."
-    return f"{text} (a string)" if isinstance(value, str) else text
+    is_like = isinstance(value, str) and LIKE_ANOTHER.fullmatch(value)
+    return f"{text} (a string)" if is_like else text
 
 
 def json_type(value):
@@ -151,3 +166,18 @@ def json_type(value):
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false",
              type(None): "null"}
     return names.get(type(value), "a number")
+
+
+# ---- Showing it ----------------------------------------------------------------------------------
+
+BOLD_GREEN, REVERSE, PLAIN = "\033[1;32m", "\033[7m", "\033[0m"
+CONTROL = r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"  # all but tab and newline
+
+
+def harmless(text, ours=()):
+    """`text` with escapes such as \\x1b for the control characters that a terminal would obey.
+
+    Documents, answers and file names may hold them. ours: sequences that we print ourselves.
+    """
+    codes = "|".join([*map(re.escape, ours), CONTROL])
+    return re.sub(codes, lambda code: code[0] if code[0] in ours else repr(code[0])[1:-1], text)

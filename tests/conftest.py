@@ -222,6 +222,10 @@ def refused():
     return check
 
 
+# What Git leaves in the place of a file that Git LFS has not fetched
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
 # ---- What a run has written ----------------------------------------------------------------------
 
 def rows(run, kind="train"):

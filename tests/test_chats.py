@@ -1,5 +1,6 @@
 """Rows of chats, preferences and prompts: what is used, what is refused and how that is said."""
 
+import math
 from collections import Counter
 
 import pytest
@@ -26,8 +27,8 @@ CHATS = [  # (a line of a file of chats, the key that the error names): one for 
     ("[1", ""), (b'"\xff"', ""), ("[]", "messages"), ("{}", "messages"),
     ({"messages": "hi"}, "messages"), ({"messages": []}, "messages: an empty"),
     ({"messages": ["hi"]}, "messages[0]"),
-    ({"messages": [{"role": "human", "content": "q"}]}, "messages[0].role: 'human'"),
-    ({"messages": [{"role": "user", "content": ["q"]}]}, "messages[0].content: list"),
+    ({"messages": [{"role": "human", "content": "q"}]}, 'messages[0].role: "human" is'),
+    ({"messages": [{"role": "user", "content": ["q"]}]}, "messages[0].content: a list"),
     ({"messages": say("u: q", "a:  \n\u00a0 ")}, "messages[1].content"),
     ({"messages": say("u: \ud83d q", "a: a")}, "messages[0].content"),  # a lone surrogate
     ({"messages": say("u: q", "u: q", "a: a")}, "messages[1].role: user"),
@@ -38,13 +39,13 @@ CHATS = [  # (a line of a file of chats, the key that the error names): one for 
 PREFERENCES = [
     ("3", "chosen or rejected"), ({"chosen": "a", "prompt": "q"}, "chosen or rejected"),
     ({"chosen": "a", "rejected": "b"}, "prompt is missing"),
-    ({"prompt": 3, "chosen": "a", "rejected": "b"}, "prompt: int"),
+    ({"prompt": 3, "chosen": "a", "rejected": "b"}, "prompt: a number"),
     ({"prompt": 7, "chosen": A_CHAT, "rejected": [A_CHAT[0], ANSWER]}, "prompt"),
     ({"prompt": "p", "chosen": A_CHAT, "rejected": [A_CHAT[0], ANSWER]}, "prompt"),
     ({"prompt": "q", "chosen": "a", "rejected": " "}, "rejected: an empty"),
     ({"prompt": "q", "chosen": "a ", "rejected": "a"}, "chosen and rejected are the same"),
-    ({"chosen": A_CHAT, "rejected": "b"}, "chosen is list and rejected str"),
-    ({"chosen": 1, "rejected": 2}, "chosen: int"),
+    ({"chosen": A_CHAT, "rejected": "b"}, "chosen is a list and rejected a string"),
+    ({"chosen": 1, "rejected": 2}, "chosen: a number"),
     ({"chosen": A_CHAT, "rejected": say("u: p", "a: b")}, "chosen and rejected answer different"),
     ({"chosen": A_CHAT, "rejected": [ANSWER]}, "rejected[0].role: assistant")]
 SOUND = {"sft": {"messages": say("s: s", "u: q", "a: a"), "id": 3},
@@ -99,18 +100,19 @@ def test_one_row_is_said_in_the_singular():
     (checked_chat, {"conversations": [{"from": "human", "value": "q"}], "id": 1},
      ["messages is missing", "conversations, id", '"from" to role']),
     (checked_chat, {"messages": [{"from": "human", "value": "q"}]},
-     ["messages[0].role: None", '"from" to role']),
+     ["messages[0].role: null", '"from" to role']),
     (checked_chat, {"instruction": "q", "input": "", "output": "a"},
-     ["instruction, input, output", "assistant's"]),
+     ["instruction, input, output", "with the input"]),
     (checked_chat, {"prompt": "q", "completion": "a"}, ["prompt, completion", "assistant's"]),
     (checked_chat, {"prompt": "q", "chosen": "a", "rejected": "b"}, ["--method=dpo"]),
     (checked_chat, A_CHAT[0], ["messages is missing", "role, content"]),
     (checked_chat, {"text": "a document"}, ["messages is missing", "are: text"]),
-    (checked_chat, {"messages": [{"role": "tool", "content": "4"}]}, ["'tool'", "no tools"]),
+    (checked_chat, {"messages": [{"role": "tool", "content": "4"}]}, ['"tool"', "no tools"]),
     (checked_chat, {"messages": say("s: ")}, ["messages[0].role: system"]),
     (checked_preference, {"messages": A_CHAT}, ["chosen or rejected", "--method=sft"]),
     (checked_preference, {"question": "q", "chosen": "a", "rejected": "b"},
      ["prompt is missing", "question, chosen, rejected"]),
+    (checked_preference, {"prompt": "q", "completion": "a", "label": True}, ["KTO"]),
     (checked_request, {"question": "q"}, ["prompt", "are: question", "rename it to prompt"]),
     (checked_request, {"custom_id": 1, "body": {}}, ["prompt", "custom_id, body"]),
     (checked_request, "q", ["prompt", "a string"]), (checked_request, [], ["prompt", "a list"]),
@@ -271,6 +273,8 @@ def test_a_context_beside_an_instruction_is_told_where_it_belongs():
 @pytest.mark.parametrize("row, key", [
     ({**PAIR, "score_chosen": 3, "score_rejected": 8.5}, "score_chosen: 3"),
     ({**PAIR, "chosen-rating": 1, "rejected-rating": 2}, "chosen-rating: 1"),
+    ({**PAIR, "score_chosen": "7.5", "score_rejected": "10"}, 'score_chosen: "7.5"'),
+    ({**PAIR, "score_chosen": math.nan, "score_rejected": 5}, "score_chosen: NaN"),
     ({**PAIR, "margin": 0.5}, "margin"), ({**PAIR, "is_tie": True}, "is_tie"),
     ({**PAIR, "weight": 0.5}, "weight"), ({**PAIR, "weight": 0}, "weight"),
     ({"chosen": [A_CHAT[0], {**A_CHAT[1], "weight": 0}], "rejected": say("u: q", "a: b")},
@@ -278,6 +282,8 @@ def test_a_context_beside_an_instruction_is_told_where_it_belongs():
 def test_a_preference_that_contradicts_itself_is_refused(row, key):
     assert refusal(checked_preference, row, "f:1").startswith(f"f:1: {key}")
     assert checked_preference({**PAIR, "weight": 1.0, "margin": None}, "")
+    for score in ("10", "N/A", [1], 10**400):  # "10" is above "9"; the others are no numbers
+        assert checked_preference({**PAIR, "score_chosen": score, "score_rejected": "9"}, "")
 
 
 def test_the_system_beside_the_messages_is_used():
@@ -357,5 +363,5 @@ def test_a_request_is_what_the_row_asks():
                      ({**ultra, "prompt": None}, "messages[4].role: assistant"),
                      ({"prompt": "q", "instruction": "i"}, "instruction"),
                      ({"prompt": "q", "input": "x"}, "input"),
-                     ({**alpaca, "input": 3}, "input: int")):
+                     ({**alpaca, "input": 3}, "input: a number")):
         assert refusal(checked_request, row, "f:1").startswith(f"f:1: {key}"), row

@@ -12,7 +12,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import data_config, kept_documents, manifest_of, official_order, refusal, write_jsonl
+from conftest import (POINTER, data_config, kept_documents, manifest_of, official_order, refusal,
+                      write_jsonl)
 
 import data
 from corpus.bpe import sample_texts
@@ -21,10 +22,11 @@ from corpus.documents import as_document, read_documents, read_records
 from corpus.inputs import input_digests, state_of
 from corpus.source_files import CHUNK_BYTES, input_files
 from corpus.storage import DocumentWriter, mapped_order, read_block
-from corpus.token_files import read_sidecar
+from corpus.token_files import read_sidecar, token_file
+from corpus.tokenizer import Tokenizer
 from data import build_data
 from support.files import UserError, read_json
-from support.text import decoded, parsed_json
+from support.text import decoded, parsed_json, read_text
 
 
 def texts_at(path, **options):
@@ -530,13 +532,22 @@ def test_a_file_or_folder_without_the_right_to_read_it_is_named(tmp_path, plain_
     (tmp_path / "in" / "closed").chmod(0o755)
 
 
+def test_a_pointer_of_git_lfs_is_no_damaged_file(tmp_path):
+    for name in ("a.jsonl.gz", "a.txt"):
+        (tmp_path / name).write_bytes(POINTER)
+        assert "git lfs pull" in refusal(texts_at, tmp_path / name)
+    for read in (read_json, read_text, Tokenizer.load, lambda path: token_file(path, None)):
+        assert refusal(read, tmp_path / "a.txt").startswith(f"{tmp_path / 'a.txt'}: a Git LFS")
+
+
 # ---- Every door ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("door", ["chats", "preferences", "contamination", "suite"])
 @pytest.mark.parametrize("content, words", [
     ((PRICE * 9).encode("utf-16"), "UTF-16"), (gzip.compress(b"{}"), "gzip"),
-    (b'[\n {"text": "x"}\n]', "jq -c '.[]'"), (b'{\n "text": "x"\n}', "jq -c .")],
-    ids=["UTF-16", "gzip", "list", "object"])
+    (b'[\n {"text": "x"}\n]', "jq -c '.[]'"), (b'{\n "text": "x"\n}', "jq -c ."),
+    (b'[{"messages": []}, {"text": "x"}]', "jq -c '.[]'"), (POINTER, "git lfs pull")],
+    ids=["UTF-16", "gzip", "list", "object", "line", "LFS"])
 def test_a_file_of_another_kind_is_one_error_at_every_door(tmp_path, door, content, words):
     import adapt
     import eval as evaluation

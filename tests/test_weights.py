@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import (Bomb, difference, random_ids, random_model, refusal, same_weights,
+from conftest import (POINTER, Bomb, difference, random_ids, random_model, refusal, same_weights,
                       small_config)
 from test_checkpoint import refused, write_step
 from test_model import ONE_B, SEVEN_B
@@ -223,6 +223,9 @@ def test_a_damaged_safetensors_file_is_named(tmp_path):
     file = hf_directory(tmp_path / "hf") / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     refused(tmp_path / "hf", "model.safetensors")
+    for path in (file, official_directory(tmp_path / "official") / "model.pt"):
+        path.write_bytes(POINTER)
+        refused(path.parent, f"{path}: a Git LFS pointer")
     file.unlink()
     refused(tmp_path / "hf", "model.safetensors", "missing")
 
