@@ -11,6 +11,7 @@ from configs import setting
 from corpus.documents import size_of, warn
 from corpus.rules import DEDUPLICATIONS, RULES
 from support.files import UserError, read_json
+from support.text import PLAIN, REVERSE
 
 
 EXAMPLES = 10  # kept for each rule
@@ -239,7 +240,7 @@ def print_example(example):
     """Print up to SHOWN_LINES lines of an example, from a little before its first mark."""
     on, off = ">>>", "<<<"
     if sys.stdout.isatty():
-        on, off = "\033[7m", "\033[0m"  # reverse video
+        on, off = REVERSE, PLAIN
     print(f"\n{example['outcome']} by {example['rule']}: {example['why']}")
     print(f"  {example['id']} ({example['provenance']})")
     lines = marked(example["text"], example["marks"], on, off).splitlines()

@@ -103,7 +103,9 @@ def data_already_built(home, data_config, accept_changes):
         folder = data_of_run(home, data_config)
     except UserError:  # build_data names what is missing
         return None
-    settings = read_json(folder / "manifest.json")["settings"]
+    settings = read_json(folder / "manifest.json").get("settings", {})
+    if "clean" not in settings:  # built before manifests knew their text
+        return None
     gone, libraries, changed = text_behind(settings, data_config)
     if changed:
         print(f"data: {', '.join(changed)}: not the text on which {home} was trained")

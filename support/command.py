@@ -1,6 +1,6 @@
 """What every command does around its main(): one line for an error, output that never fails."""
 
-from support.interrupts import hear_ctrl_c  # first: from here on Ctrl-C is quiet
+from support.interrupts import end_at_ctrl_c, hear_ctrl_c  # first: from here on Ctrl-C is quiet
 
 import errno
 import os
@@ -11,7 +11,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from support.files import disk_remedy, is_full
-from support.text import UserError
+from support.text import BOLD_GREEN, PLAIN, REVERSE, UserError, harmless
 
 # What to do first when memory runs out; docs/scale.md has the rest.
 LESS_MEMORY = {
@@ -31,8 +31,8 @@ def run_main(main):
     stop_hearing = hear_ctrl_c()
     is_run = getattr(main, "takes_ranks", False)  # train.py and adapt.py (scaling/ranks.py)
     sys.stdin = sys.stdin or open(os.devnull)  # None: the shell has closed it (<&-)
-    stdout = Output(sys.stdout, warns=is_run)
-    with redirect_stdout(stdout), redirect_stderr(Output(sys.stderr)):
+    stdout = Output(sys.stdout, (BOLD_GREEN, REVERSE, PLAIN), warns=is_run)
+    with redirect_stdout(stdout), redirect_stderr(Output(sys.stderr, ("\r", "\033[A"))):  # bars
         code = exit_code(main) if is_run or is_alone() else NOT_ALONE
         sys.stdout.flush()
         sys.stderr.flush()
@@ -42,6 +42,7 @@ def run_main(main):
         code = f"{code}; {lost}" if isinstance(code, str) else code or f"error: {lost}"
     if getattr(main, "had_group", False):
         leave(code)
+    end_at_ctrl_c(int(isinstance(code, str)) or code or 0)
     sys.exit(code)
 
 
@@ -65,7 +66,7 @@ def exit_code(main):
     try:
         return main(sys.argv[1:])
     except UserError as error:
-        return f"error: {error}"
+        return f"error: {harmless(str(error))}"
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends the clearing up
         return 130  # 128 + SIGINT, as shells have it
@@ -73,7 +74,7 @@ def exit_code(main):
         line = about_machine(error)
         if not line:
             raise
-        return f"error: {line}"
+        return f"error: {harmless(line)}"
 
 
 def about_machine(error):
@@ -85,6 +86,8 @@ def about_machine(error):
     if is_memory or "can't allocate memory" in text:
         remedy = LESS_MEMORY.get(Path(sys.argv[0]).stem, "try a smaller batch")
         amount = re.search(r"llocate (\d[\w.]* ?\w+)", text)
+        if amount and bytes_of(amount[1]) > whole_memory(text):
+            remedy = "there is less than that in all; choose a smaller model, batch or context"
         return f"out of memory{f' (asked for {amount[1]})' if amount else ''}; {remedy}"
     if isinstance(error, UnicodeEncodeError):
         part = error.object[max(0, error.start - 20):error.end + 20]
@@ -94,6 +97,20 @@ def about_machine(error):
     if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR):
         return f"{error}; it must be a file that you may read and write"
     return None
+
+
+def bytes_of(amount):
+    """The bytes in torch's words: "80 bytes" on a CPU, "2.00 GiB" on a GPU."""
+    number, _, unit = amount.partition(" ")
+    return float(number) * 1024 ** ("KMGTP".find(unit[:1]) + 1)
+
+
+def whole_memory(text):
+    """The bytes of a GPU, as torch's message names them, or of this machine."""
+    capacity = re.search(r"total capacity of (\d[\w.]* ?\w+)", text)
+    if capacity:
+        return bytes_of(capacity[1])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 NOT_ALONE = "error: this command is one process; start it with python, not with torchrun"
@@ -108,11 +125,13 @@ def is_alone():
 class Output:
     """stdout or stderr that never fails: what cannot be printed is lost, and the work goes on.
 
-    A character that the terminal lacks is printed as an escape. After an error of the disk or of
+    A character that the terminal lacks, or would obey, is printed as an escape; `codes` are the
+    sequences that are ours and that it is to obey. After an error of the disk or of
     the pipe (`... | head`) all that follows is dropped; `error` keeps it, unless it was the pipe's.
     """
 
-    def __init__(self, stream, warns=True):
+    def __init__(self, stream, codes=(), warns=True):
+        self.codes = codes
         self.warns = warns  # at once of an error, which run_main otherwise says at the end
         self.stream = stream or open(os.devnull, "w")  # None: the shell has closed it (>&-)
         self.error = None
@@ -120,7 +139,7 @@ class Output:
             self.stream.reconfigure(errors="backslashreplace")
 
     def write(self, text):
-        self.attempt(self.stream.write, text)
+        self.attempt(self.stream.write, harmless(text, self.codes))
         return len(text)
 
     def flush(self):

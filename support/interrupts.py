@@ -7,16 +7,21 @@ import threading
 
 COMMANDS = ("train.py", "data.py", "eval.py", "adapt.py", "model.py")
 
+
+def is_command():
+    """True in a command of ours, and not for others who import us."""
+    file = os.path.realpath(getattr(sys.modules["__main__"], "__file__", None) or "")
+    house = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+    return file in [os.path.join(house, command) for command in COMMANDS]
+
+
 def quiet_while_importing():
     """Let Ctrl-C end a command of ours at once and without a traceback while torch is imported.
 
     hear_ctrl_c brings Python's own handler back. Nothing is changed for others who import us, such
     as a script beside ours: they never call hear_ctrl_c, and catch KeyboardInterrupt themselves.
     """
-    file = os.path.realpath(getattr(sys.modules["__main__"], "__file__", None) or "")
-    house = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
-    is_ours = file in [os.path.join(house, command) for command in COMMANDS]
-    if is_ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    if is_command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -42,3 +47,13 @@ def hear_ctrl_c():
             threading.Timer(0.1, os.kill, (process, signal.SIGINT)).start()
     sys.unraisablehook = hook
     return lambda: setattr(sys, "unraisablehook", before)
+
+
+def end_at_ctrl_c(code):
+    """From here on Ctrl-C ends a command of ours at once, with its exit code.
+
+    Its work is done and saved. In the functions that torch runs while Python shuts down,
+    KeyboardInterrupt would be a traceback.
+    """
+    if is_command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(code))

@@ -1,7 +1,6 @@
 """Talking to a tuned model: a chat in the terminal."""
 
 import math
-import re
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from support.fields import require
 from support.files import UserError
 from support.hf_tokenizer import template_of, warn_of_other_template
 from support.models import open_with_tokenizer
+from support.text import harmless
 
 ANSWER_BATCH = 8  # prompts answered together: a 7B's keys and values then take up to 8.6 GB
 
@@ -184,8 +184,3 @@ def paths_and_options(argv):
     words = [word for word in argv if word.startswith("-")]
     [options] = load_config(words, AnswerOptions)
     return paths, options
-
-
-def harmless(text):
-    """`text` without the control characters that a terminal would obey."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)

@@ -166,3 +166,18 @@ def json_type(value):
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false",
              type(None): "null"}
     return names.get(type(value), "a number")
+
+
+# ---- Showing it ----------------------------------------------------------------------------------
+
+BOLD_GREEN, REVERSE, PLAIN = "\033[1;32m", "\033[7m", "\033[0m"
+CONTROL = r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"  # all but tab and newline
+
+
+def harmless(text, ours=()):
+    """`text` with escapes such as \\x1b for the control characters that a terminal would obey.
+
+    Documents, answers and file names may hold them. ours: sequences that we print ourselves.
+    """
+    codes = "|".join([*map(re.escape, ours), CONTROL])
+    return re.sub(codes, lambda code: code[0] if code[0] in ours else repr(code[0])[1:-1], text)

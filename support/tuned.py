@@ -17,7 +17,7 @@ from support.config_text import read_assignments
 from support.files import UserError
 from support.records import domains_table, tasks_table
 from support.rows import sequences_of
-from support.talk import harmless
+from support.text import BOLD_GREEN, PLAIN, harmless
 
 
 # ---- Configuration and command line --------------------------------------------------------------
@@ -160,7 +160,7 @@ def show(example, side, tokenizer):
     print(f"\n---- {side} {example.place}: {len(example.ids)} tokens, {sum(example.trained)} of "
           "them trained")
     if sys.stdout.isatty():
-        print(marked(example, tokenizer, "\033[1;32m", "\033[0m"))  # bold green
+        print(marked(example, tokenizer, BOLD_GREEN, PLAIN))
     else:
         print(marked(example, tokenizer, "[[", "]]"))
 

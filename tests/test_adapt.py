@@ -39,7 +39,6 @@ from support.models import open_base
 from support.packing import best_fit
 from support.reference import answer_log_probs, read_reference
 from support.rows import sequences_of
-from support.talk import harmless
 from support.weights import load_model, name_table, save_hf
 
 pytestmark = [pytest.mark.usefixtures("one_thread"),
@@ -1160,11 +1159,6 @@ def talk(call, monkeypatch):
         assert result.returncode == 0, result.stderr
         return result.stdout
     return run
-
-
-def test_no_control_character_reaches_the_terminal():
-    text, shown = "a\tb\n\x1b[2Jc\r\x07d\x9be\x7f é", "a\tb\n?[2Jc??d?e? é"
-    assert harmless(text) == shown.replace("?", "\ufffd")
 
 
 def test_a_chat_without_stdin_ends(base, call, monkeypatch):

@@ -1,12 +1,14 @@
 """What holds for every command: printing fails nothing, Ctrl-C is quiet, and what the machine lacks
 is said in one line. A toy command stands for all; then a run for the real ones."""
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +18,8 @@ import data
 import eval as e
 import train
 from scaling.signals import StopSignal
+from support.command import about_machine
+from support.text import BOLD_GREEN, PLAIN, UserError, harmless
 
 TOY = r"""
 import sys
@@ -49,6 +53,46 @@ def toy(tmp_path):
 
 
 # ---- Printing ------------------------------------------------------------------------------------
+
+FOREIGN = "a\tb\n\x1b[2J\x1b]0;title\x07c\rd\x9be\x7f \u00e9"
+SHOWN = "a\tb\n\\x1b[2J\\x1b]0;title\\x07c\\rd\\x9be\\x7f \u00e9"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_terminal_obeys_no_text_of_others(call, fails):
+    """Documents, answers and file names, on stdout and in an error; our own colours and bars are
+    left as they are."""
+    def main(argv):
+        if fails:
+            raise UserError(FOREIGN)
+        print(FOREIGN)
+        print(f"{BOLD_GREEN}{FOREIGN}{PLAIN}")
+        print(f"\r{FOREIGN[4:]}\x1b[A", file=sys.stderr)
+    result = call(SimpleNamespace(__file__="data.py", main=main))
+    assert harmless(FOREIGN) == SHOWN
+    if fails:
+        assert result.stderr == f"\nerror: {SHOWN}\n"
+    else:
+        assert result.stdout == f"{SHOWN}\n{BOLD_GREEN}{SHOWN}{PLAIN}\n"
+        assert result.stderr == f"\r{SHOWN[4:]}\x1b[A\n".replace("\\r", "\r")
+
+
+def test_the_text_of_a_document_is_shown_as_it_is_and_moves_no_cursor(tmp_path, tiny_config, call):
+    rows = [json.dumps({"id": f"\x1b[3{n}m", "text": f"{n} \x1b[2J words \x9d of it " * 9}) + "\n"
+            for n in range(60)]
+    (tmp_path / "evil").mkdir()
+    (tmp_path / "evil/part.jsonl").write_text("".join(rows))
+    file = tiny_config(tmp_path / "run", sources={"evil": str(tmp_path / "evil")}, max_steps=1,
+                       tokenizer="bpe:300", vocab_size=300, eos_token_id=299, pad_token_id=298,
+                       data_dir=str(tmp_path / "data"), batch_size=2, eval_share=0.2)
+    assert call(train, file).returncode == 0
+    for words in ([data, "trace", tmp_path / "run"],
+                  [data, "find", tmp_path / "run", "--text=words"],
+                  [e, "sample", tmp_path / "run"]):
+        result = call(*words)
+        assert result.returncode == 0 and not set("\x1b\x9d") & set(result.stdout), result.stderr
+        assert words[1] == "sample" or "\\x1b[3" in result.stdout
+
 
 @pytest.mark.parametrize("encoding, printed", [
     ("utf-8", "caf\u00e9 \u65e5\u672c \\udcff".encode()),
@@ -207,7 +251,7 @@ def test_a_lack_of_memory_is_one_line_with_the_first_remedy(call, refused, monke
 
 def test_torchs_lack_of_memory_on_a_cpu_is_known(call, refused, monkeypatch):
     monkeypatch.setattr(train, "main", lambda argv: torch.empty(2**50))
-    refused(call(train), "out of memory", f"{2**52}", "--activation_checkpointing=one_in_two")
+    refused(call(train), "out of memory", f"{2**52}", "smaller model")
 
 
 # ---- torchrun ------------------------------------------------------------------------------------
@@ -219,3 +263,24 @@ def test_a_command_of_one_process_refuses_torchrun(call, refused, monkeypatch):
     refused(call(data), "torchrun")
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert "torchrun" not in call(data).stderr
+
+
+def test_ctrl_c_while_python_shuts_down_is_quiet(finished, start, tmp_path):
+    """The work is done: the exit code stays 0, and torch's atexit functions print no traceback."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import atexit, os, signal, time\n"
+        "atexit.register(lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(9)))\n")
+    with start("train.py", f"--resume={finished}", env={"PYTHONPATH": str(tmp_path)}) as process:
+        stdout, stderr = process.communicate()
+    assert process.returncode == 0 and "finished" in stdout and "Traceback" not in stderr, stderr
+
+
+@pytest.mark.parametrize("text, fits", [
+    ("can't allocate memory: you tried to allocate 80000000 bytes.", True),
+    (f"can't allocate memory: you tried to allocate {2**60} bytes.", False),
+    ("Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.10 GiB", True),
+    ("Tried to allocate 1.50 TiB. GPU 0 has a total capacity of 79.10 GiB", False)])
+def test_more_memory_than_there_is_asks_for_a_smaller_model(text, fits, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    line = about_machine(torch.OutOfMemoryError(text))
+    assert ("smaller model" in line) == (not fits) and ("micro_batch_size" in line) == fits

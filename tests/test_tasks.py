@@ -693,7 +693,8 @@ def test_a_chat_that_is_too_long_loses_its_last_examples(model, tokenizer):
         [asked], shortened = chat_questions(task, tokenizer, len(whole.choices[0][0]))
         assert asked.choices == whole.choices and shortened == (kept < 9)
     sums = evaluation.evaluate_task(model, tokenizer, task, chat=True)
-    assert (sums["shortened"], sums["cut"]) == (1, 0)
+    assert (sums["shortened"], sums["cut"], sums["answer_begins"]) == (1, 0, "The answer is:")
+    assert evaluation.evaluate_task(model, tokenizer, task)["answer_begins"] == ""
     table = tasks_table({"one": evaluation.task_result(sums, "acc_raw")})
     assert "1 of 1 questions" in table
 
