@@ -216,13 +216,14 @@ def encode_pair(row, tokenizer, max_seq_len, place, counts):
         messages = [*row["prompt"], {"role": "assistant", "content": answer}]
         sides.append(encode_example(messages, tokenizer, max_seq_len, place, found,
                                     answer_only=True))
-    counts.update(list(found))  # a pair counts once, even if both sides were cut
     chosen, rejected = sides
     if chosen is None or rejected is None:
+        counts["dropped, as nothing of an answer fits"] += 1
         return None
     if np.array_equal(chosen.ids, rejected.ids):  # they differed only in what was cut off
         counts["dropped, as both answers are cut to the same"] += 1
         return None
+    counts.update(list(found))  # cut: a pair counts once, even if both sides were
     return Pair(chosen, rejected)
 
 
@@ -235,8 +236,7 @@ def by_epochs(adapt_config, config, examples):
     # step changes nothing. Here the warm-up begins at a tenth of the peak, as in pretraining.
     """
     steps_per_epoch = math.ceil(examples / config.batch_size)  # the last one may be smaller
-    steps = round(adapt_config.epochs * steps_per_epoch)
-    steps = max(1, steps)  # a fraction of an epoch may round to none
+    steps = max(1, round(adapt_config.epochs * steps_per_epoch))  # a fraction may round to none
     return replace(
         config,
         max_steps=steps,

@@ -392,7 +392,7 @@ def task_result(sums, metric):
 def accuracies(sums, metric, n):
     chance = sums["by_guessing"] / n
     accuracy = sums["correct"][metric] / n
-    variance = accuracy * (1 - accuracy) / max(1, n - 1)  # of the mean of n answers
+    variance = accuracy * (1 - accuracy) / (n - 1 or math.nan)  # of the mean; one has none
     result = {
         "metric": metric,
         "accuracy": accuracy,

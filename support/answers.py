@@ -60,7 +60,7 @@ def generate_answers(argv):
     """
     paths, options = paths_and_options(argv)
     require(len(paths) == 3,
-            f"generate {' '.join(paths)}: the form is generate RUN PROMPTS.jsonl OUT.jsonl")
+            f"{' '.join(['generate', *paths])}: the form is generate RUN PROMPTS.jsonl OUT.jsonl")
     require(Path(paths[1]).is_dir() or paths[1].endswith(JSON_SUFFIXES), f"{paths[1]}: the name of "
             f"a file of prompts must end in .jsonl, with an object a line; {ONE_LIST}")
     require(paths[2].endswith(".jsonl"), f"{paths[2]}: answers are written as an object a line: "
@@ -78,7 +78,8 @@ def generate_answers(argv):
     prompts = [render_chat(messages, tokenizer, reply=True)[0] for messages in requests]
 
     with open(out, "a", encoding="utf-8") as file, packed_weights(model):
-        for begin in tqdm(range(done, len(rows), options.answer_batch), unit="batch"):
+        for begin in tqdm(range(done, len(rows), options.answer_batch), unit="batch",
+                          disable=done == len(rows)):
             end = begin + options.answer_batch
             found = answers_of(model, tokenizer, prompts[begin:end], options, begin)
             for row, answer in zip(rows[begin:end], found, strict=True):

@@ -31,14 +31,15 @@ def run_main(main):
     stop_hearing = hear_ctrl_c()
     is_run = getattr(main, "takes_ranks", False)  # train.py and adapt.py (scaling/ranks.py)
     sys.stdin = sys.stdin or open(os.devnull)  # None: the shell has closed it (<&-)
-    stdout = Output(sys.stdout, (BOLD_GREEN, REVERSE, PLAIN))
+    stdout = Output(sys.stdout, (BOLD_GREEN, REVERSE, PLAIN), warns=is_run)
     with redirect_stdout(stdout), redirect_stderr(Output(sys.stderr, ("\r", "\033[A"))):  # bars
         code = exit_code(main) if is_run or is_alone() else NOT_ALONE
         sys.stdout.flush()
         sys.stderr.flush()
     stop_hearing()
-    if stdout.error and not is_run and not code:  # a run is in its files, a table only here
-        code = f"error: stdout cannot be written ({stdout.error})"
+    if stdout.error and not is_run:  # a run is in its files, a table only here
+        lost = f"stdout cannot be written ({stdout.error})"
+        code = f"{code}; {lost}" if isinstance(code, str) else code or f"error: {lost}"
     if getattr(main, "had_group", False):
         leave(code)
     end_at_ctrl_c(int(isinstance(code, str)) or code or 0)
@@ -129,8 +130,9 @@ class Output:
     the pipe (`... | head`) all that follows is dropped; `error` keeps it, unless it was the pipe's.
     """
 
-    def __init__(self, stream, codes=()):
+    def __init__(self, stream, codes=(), warns=True):
         self.codes = codes
+        self.warns = warns  # at once of an error, which run_main otherwise says at the end
         self.stream = stream or open(os.devnull, "w")  # None: the shell has closed it (>&-)
         self.error = None
         if hasattr(self.stream, "reconfigure"):
@@ -153,6 +155,7 @@ class Output:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
             if not isinstance(error, BrokenPipeError):
                 self.error = error
+            if self.error and self.warns:
                 print(f"warning: {self.stream.name} cannot be written ({error})", file=sys.stderr)
 
     def __getattr__(self, name):

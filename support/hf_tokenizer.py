@@ -4,6 +4,7 @@ import shutil
 
 from corpus.tokenizer import EOS, PAD
 from support.files import UserError, read_json, write_json
+from support.hf_config import is_hf
 from support.text import read_text, shown
 from support.vocabulary import open_tokenizer
 
@@ -49,6 +50,15 @@ def chat_template_of(path):
         return read_text(file)
     file = path / "tokenizer_config.json"
     return read_json(file).get("chat_template") if file.is_file() else None
+
+
+def template_of(path):
+    """The chat template of a run that was tuned, or of another directory; None for a base model."""
+    config = path / "config.json"
+    if is_hf(path):
+        return chat_template_of(path)
+    # adapt.py made the run if "method" is a key of its config
+    return CHAT_TEMPLATE if config.is_file() and "method" in read_json(config) else None
 
 
 def warn_of_other_template(path):

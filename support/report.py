@@ -252,7 +252,7 @@ def percent(result, key):
 
 def error_of(result):
     """The standard error of an accuracy in percent, 0 if it is not known; None without accuracy."""
-    return 100 * abs(result.get("stderr", 0)) if "accuracy" in result else None
+    return 100 * abs(result.get("stderr") or 0) if "accuracy" in result else None
 
 
 def names_in(found, kind):

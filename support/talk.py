@@ -13,7 +13,7 @@ from scaling.checkpoint import run_of
 from support.cpu import packed_weights
 from support.fields import require
 from support.files import UserError
-from support.hf_tokenizer import warn_of_other_template
+from support.hf_tokenizer import template_of, warn_of_other_template
 from support.models import open_with_tokenizer
 from support.text import harmless
 
@@ -47,12 +47,15 @@ CHAT_HELP = """/reset           forget what was said
 /quit            or Ctrl-D; Ctrl-C ends an answer"""
 
 
+STOPPED = " (stopped)"
+
+
 def chat(argv):
     """A conversation in the terminal; a line that begins with / is a command."""
     with suppress(ImportError):  # a Python may be built without it
         import readline  # noqa: F401  input() then knows the arrow keys and the lines before
     paths, options = paths_and_options(argv)
-    require(len(paths) == 1, f"chat {' '.join(paths)}: the form is chat RUN")
+    require(len(paths) == 1, f"{' '.join(['chat', *paths])}: the form is chat RUN")
     model, tokenizer = open_assistant(paths[0])
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")  # a terminal may send bytes that are not UTF-8
@@ -65,13 +68,16 @@ def chat(argv):
         except EOFError:
             print()
             return
-        if line.partition(" ")[0] == "/quit":
-            return
-        if line.startswith("/"):
-            messages, options = obey(line, messages, options)
-        elif line:
-            messages = reply(line, messages, model, tokenizer, options, answers)
-            answers += 1
+        try:
+            if line.partition(" ")[0] == "/quit":
+                return
+            if line.startswith("/"):
+                messages, options = obey(line, messages, options)
+            elif line:
+                answers += 1
+                messages = reply(line, messages, model, tokenizer, options, answers - 1)
+        except KeyboardInterrupt:  # before an answer's first token, or behind its last
+            print(STOPPED)
 
 
 def obey(line, messages, options):
@@ -156,7 +162,7 @@ def speak(model, tokenizer, prompt, options, number):
                     print(harmless(text[len(shown):]), end="", flush=True)
                     shown = text
     except KeyboardInterrupt:
-        end = " (stopped)"
+        end = STOPPED
     text = tokenizer.decode(ids)
     print(harmless(text[len(shown):]) + end)
     return text
@@ -166,6 +172,9 @@ def open_assistant(path):
     """Returns (model, tokenizer) of a run, a step or a Hugging Face directory."""
     model, tokenizer, _ = open_with_tokenizer(path)
     warn_of_other_template(run_of(path))
+    if template_of(run_of(path)) is None:
+        print(f"{path}: a model that was never tuned on chats, as far as its files say: it goes on "
+              "with the text, rather than answer")
     return model, tokenizer
 
 

@@ -19,8 +19,7 @@ from support import finite
 from support.compare import compare_with_transformers
 from support.files import UserError, fsync, fsync_all, read_json, write_json
 from support.hf_config import config_to_hf, end_ids, is_hf, read_hf_config, why_no_model
-from support.hf_tokenizer import (CHAT_TEMPLATE, chat_template_of, check_tokenizer_config,
-                                  write_tokenizer)
+from support.hf_tokenizer import check_tokenizer_config, template_of, write_tokenizer
 from support.hf_weights import import_safetensors, read_safetensors, read_shapes
 from support.official import official_config, read_official
 from support.vocabulary import check_vocabulary, load_tokenizer
@@ -215,16 +214,11 @@ def export(path, out):
     model = load_model(path)
     home = run_of(path)
     tokenizer = home / "tokenizer.json"
-    template = None
-    if is_hf(home):
-        template = chat_template_of(home)
-    elif (home / "config.json").is_file() and "method" in read_json(home / "config.json"):
-        template = CHAT_TEMPLATE  # adapt.py made the run: "method" is a key of its config
     note = ""
     if not tokenizer.is_file():
         tokenizer = None
         note = "; no tokenizer.json was found beside the model"
-    was_compared = save_hf(model, out, tokenizer, template)
+    was_compared = save_hf(model, out, tokenizer, template_of(home))
     if not was_compared:
         note += "; its logits were not compared, as no transformers with an OLMo is installed"
     count = sum(parameter.numel() for parameter in model.parameters())

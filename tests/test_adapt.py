@@ -275,8 +275,7 @@ def test_pairs_that_are_cut_to_one_or_to_their_prompt_are_dropped(bpe):
     shared = len(os.path.commonprefix([tokenizer.encode("because of it"),
                                        tokenizer.encode("because of me")]))
     for length, counted in ((prompt, {DROPPED}), (prompt + shared + 1, {CUT}), (100, set()),
-                            (prompt + shared, {CUT, "dropped, as both answers are cut to the "
-                                               "same"})):
+                            (prompt + shared, {"dropped, as both answers are cut to the same"})):
         counts = Counter()
         pair = adapt.encode_pair(row, tokenizer, length, "", counts)
         assert counts == dict.fromkeys(counted, 1)
@@ -1042,6 +1041,8 @@ def test_generate_goes_on_where_it_was_torn(learnt, tmp_path, call, refused):
     out.write_bytes(lines[0] + lines[1] + lines[2][:20])
     assert "5 answers, 2 of them were there" in call(adapt, *words).stdout
     assert out.read_bytes().splitlines(keepends=True) == lines
+    done = call(adapt, *words)
+    assert "5 of them were there" in done.stdout and "batch" not in done.stderr
     write_lines(prompts, [{"prompt": "another"}] * 5)
     for content in (out.read_text(), "precious notes", '{"a": 1}\n{"prompt": "half'):
         out.write_text(content)
@@ -1062,6 +1063,7 @@ def test_generate_names_the_prompt_that_cannot_be_answered(learnt, tmp_path, cal
     refused(call(adapt, "generate", run, prompts, out), f"{prompts}: holds no rows")
     refused(call(adapt, "generate", run, prompts, tmp_path / "no" / "new.jsonl"), tmp_path / "no")
     refused(call(adapt, "generate", run, prompts), "generate RUN PROMPTS.jsonl OUT.jsonl")
+    assert refused(call(adapt, "chat")).startswith("error: chat: the form")
     refused(call(adapt, "generate", run, prompts, "out.json"), "out.json: ", ".jsonl")
     refused(call(adapt, "generate", run, "in.json", out), "in.json: ", ".jsonl", "jq -c '.[]'")
 
@@ -1243,6 +1245,18 @@ def test_ctrl_c_ends_the_answer_and_not_the_chat(base, talk, monkeypatch):
     assert asked[1].startswith(f"{asked[0]}{said}<|endoftext|>\n<|user|>\ntwo")
     asked, stop_at = [], 0
     assert talk(base, "one", "two").count("(no answer") == 2 and "one" not in asked[1]
+
+
+def test_ctrl_c_beside_an_answer_does_not_end_the_chat(base, talk, monkeypatch):
+    """As it falls between the line that was read and the first token."""
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+    monkeypatch.setattr("support.talk.render_chat", interrupted)
+    assert talk(base, "one", "two").count("(stopped)\n> ") == 2
+
+
+def test_a_model_that_was_never_tuned_is_said_to_be_none(base, learnt, talk):
+    assert "never tuned" in talk(base) and "never tuned" not in talk(learnt["sft"][0])
 
 
 def test_the_arrow_keys_work_in_a_chat(base, talk, monkeypatch):

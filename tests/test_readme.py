@@ -68,7 +68,8 @@ def shrunk(words):
         return [*words, f"--train_data={data}", f"--eval_data={data}", "--epochs=1",
                 "--compile=false", "--max_new_tokens=5"]
     if "eval.py" in words and "sample" not in words and "report" not in words:
-        return [*words, "--limit=2", "--max_new_tokens=5"]
+        has_tasks = any(word.startswith("--suite=") for word in words)
+        return [*words, *["--limit=2"] * has_tasks, "--max_new_tokens=5"]
     return words
 
 

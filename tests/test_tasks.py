@@ -451,6 +451,10 @@ def test_reported_figures_are_arithmetic():
     assert result["stderr"] == pytest.approx(math.sqrt(0.4 * 0.6 / 499))
     assert result["centred"] == pytest.approx(0.1 / 0.7)
     assert result["bits_per_byte"] == pytest.approx(2) and result["greedy"] == 0.01
+    one = evaluation.task_result({**sums, "questions": 1, "correct": {"acc_raw": 1},
+                                  "by_guessing": 0.5}, "acc_raw")
+    assert math.isnan(one["stderr"])
+    assert re.search(r"a +1 +100\.0 +- +50\.0", tasks_table({"a": one}))
     table = tasks_table({"one": result, "two": {**result, "accuracy": 0.6, "cut": 7,
                                                            "centred": 0.5}})
     assert re.search(r"average +50\.0 +30\.0 +32\.1$", table, re.M)
@@ -689,7 +693,8 @@ def test_a_chat_that_is_too_long_loses_its_last_examples(model, tokenizer):
         [asked], shortened = chat_questions(task, tokenizer, len(whole.choices[0][0]))
         assert asked.choices == whole.choices and shortened == (kept < 9)
     sums = evaluation.evaluate_task(model, tokenizer, task, chat=True)
-    assert (sums["shortened"], sums["cut"]) == (1, 0)
+    assert (sums["shortened"], sums["cut"], sums["answer_begins"]) == (1, 0, "The answer is:")
+    assert evaluation.evaluate_task(model, tokenizer, task)["answer_begins"] == ""
     table = tasks_table({"one": evaluation.task_result(sums, "acc_raw")})
     assert "1 of 1 questions" in table
 

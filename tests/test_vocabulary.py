@@ -18,6 +18,7 @@ import train
 from corpus.bpe import train_bpe
 from corpus.tokenizer import EOS, SPACE_RUNS, Tokenizer
 from data import render_chat
+from support.finite import check_logits
 from support.vocabulary import open_tokenizer
 from support.weights import load_model, save_hf
 
@@ -263,6 +264,7 @@ def test_logits_that_are_no_numbers_are_an_error_with_their_place(bad):
     for temperature in (0.0, 1.0):
         line = refusal(m.generate, model, [[5, 6], [7]], 4, temperature)
         assert "prompt 1 of 2" in line and "token 1" in line
+    assert "prompt 2 of 2" in refusal(check_logits, torch.tensor([[1.0, 2], [bad, 1]]), 0)
 
 
 @pytest.mark.parametrize("kind", ["run", "hf"])
