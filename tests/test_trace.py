@@ -212,7 +212,7 @@ def test_find_says_what_tracing_every_step_says(found, shown, call):
     assert numbers == {"web": {2, 3}, "code": {0, 1}, "notes": {1, 2}}
     assert len(kinds["shown"]) > 60 and len(kinds["cut out"]) > 10 and kinds["in a tail"]
     assert call(data, "find", found.run, f"--doc={kinds['cut out'][0]}").stdout.startswith(
-        "0 documents of the mix")
+        "the mix has 0 documents")
 
 
 @pytest.mark.parametrize("name, lines", [
