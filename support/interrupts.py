@@ -15,13 +15,15 @@ def is_command():
     return file in [os.path.join(house, command) for command in COMMANDS]
 
 
+IS_COMMAND = is_command()  # now: a program that imports us may run a command of ours later
+
 def quiet_while_importing():
     """Let Ctrl-C end a command of ours at once and without a traceback while torch is imported.
 
     hear_ctrl_c brings Python's own handler back. Nothing is changed for others who import us, such
     as a script beside ours: they never call hear_ctrl_c, and catch KeyboardInterrupt themselves.
     """
-    if is_command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    if IS_COMMAND and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -55,5 +57,5 @@ def end_at_ctrl_c(code):
     Its work is done and saved. In the functions that torch runs while Python shuts down,
     KeyboardInterrupt would be a traceback.
     """
-    if is_command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    if IS_COMMAND and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, lambda *_: os._exit(code))
