@@ -23,6 +23,18 @@ TINY = dict(d_model=32, n_layers=2, n_heads=2, mlp_hidden_size=48, max_seq_len=3
             embedding_size=512, eos_token_id=511, pad_token_id=510, tokenizer="bpe:512",
             eval_share=0.1, device="cpu", dtype="float32", compile="false", batch_size=8,
             max_steps=20, warmup_steps=5, eval_every_steps=10, log_every_steps=1, max_new_tokens=8)
+# The shape of a model of random weights for the fixture `tokenizer`; 20 rows are padding.
+IDS = dict(vocab_size=300, embedding_size=320, eos_token_id=299, pad_token_id=298)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """tokenizer.json of 300 ids: ..., e-mail, phone, IP address, padding, EOS."""
+    from corpus.bpe import train_bpe
+    file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    text = "the quick brown fox jumps over the lazy dog again and again, and the dog sleeps " * 9
+    train_bpe([text], 300).save(file)
+    return file
 
 
 def write_corpus(folder):

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_model, refusal, write_jsonl
+from conftest import IDS, random_model, refusal, write_jsonl
 from test_checkpoint import write_step
 
 import adapt
 import eval as evaluation
 import model as m
 import train
-from corpus.bpe import train_bpe
 from corpus.tokenizer import EOS, SPACE_RUNS, Tokenizer
 from data import render_chat
 from support.finite import check_logits
@@ -23,17 +22,6 @@ from support.vocabulary import open_tokenizer
 from support.weights import load_model, save_hf
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-
-TEXTS = ["the quick brown fox jumps over the lazy dog again and again, and the dog sleeps " * 9]
-IDS = dict(vocab_size=300, embedding_size=320, eos_token_id=299, pad_token_id=298)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    """tokenizer.json of 300 ids: ..., e-mail, phone, IP address, padding, EOS."""
-    file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    train_bpe(TEXTS, 300).save(file)
-    return file
 
 
 def changed(file, change):

@@ -6,15 +6,14 @@ import shutil
 
 import pytest
 import torch
-from conftest import (POINTER, Bomb, difference, random_ids, random_model, refusal, same_weights,
-                      small_config)
+from conftest import (IDS, POINTER, Bomb, difference, random_ids, random_model, refusal,
+                      same_weights, small_config)
 from test_checkpoint import refused, write_step
 from test_model import ONE_B, SEVEN_B
 
 import model as m
 import support.files
 import support.weights
-from corpus.bpe import train_bpe
 from corpus.tokenizer import Tokenizer
 from data import render_chat
 from support.hf_tokenizer import CHAT_TEMPLATE
@@ -243,17 +242,6 @@ def test_a_path_without_a_model_says_what_may_be_there(tmp_path):
 # ---- Hugging Face: writing -----------------------------------------------------------------------
 
 # What cannot be exported: test_forks.py.
-
-TEXTS = ["the quick brown fox jumps over the lazy dog again and again, and the dog sleeps " * 9]
-IDS = dict(vocab_size=300, embedding_size=320, eos_token_id=299, pad_token_id=298)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    """tokenizer.json of 300 ids, with padding and EOS at the end."""
-    file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    train_bpe(TEXTS, 300).save(file)
-    return file
 
 
 def test_a_tokenizer_travels_with_the_model(transformers, tokenizer, tmp_path):
