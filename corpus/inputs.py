@@ -25,20 +25,18 @@ def input_digests(path, data_dir):
     """
     if path == "stdlib":
         return sys.version
-    root = Path(path)
     remembered = read_digests(data_dir)
-    files = [(file, key_of(file), state_of(file)) for file in input_files(root, Counter())]
+    files = files_at(path)
     unknown = [entry for entry in files if remembered.get(entry[1], [])[:2] != entry[2]]
     total = sum(size for _, _, (size, _) in unknown)
     with tqdm(desc=f"hashing {path}", total=total, unit="B", unit_scale=True, leave=False,
               disable=not unknown) as bar:
-        for file, key, state in unknown:
-            remembered[key] = [*state, file_sha256(file)]
+        for _, key, state in unknown:
+            remembered[key] = [*state, file_sha256(key)]
             bar.update(state[0])
     if unknown:
         write_digests(data_dir, remembered)
-    return [(file.relative_to(root).as_posix() if file != root else file.name, remembered[key][2])
-            for file, key, _ in files]
+    return [(name, remembered[key][2]) for name, key, _ in files]
 
 
 def check_unchanged(path, known, data_dir):
@@ -49,9 +47,9 @@ def check_unchanged(path, known, data_dir):
     if path == "stdlib":
         return
     remembered = read_digests(data_dir)
-    files = input_files(Path(path), Counter())
-    changed = [file for file in files if remembered.get(key_of(file), [])[:2] != state_of(file)]
-    if changed or input_digests(path, data_dir) != list(known):
+    files = files_at(path)
+    changed = [key for _, key, state in files if remembered.get(key, [])[:2] != state]
+    if changed or [(name, remembered[key][2]) for name, key, _ in files] != list(known):
         raise UserError(f"{changed[0] if changed else path}: changed while it was read; run the "
                         "same command again when nothing writes to it")
 
@@ -67,8 +65,11 @@ def is_same_text(path, known, data_dir):
     return known == [list(entry) for entry in input_digests(path, data_dir)]
 
 
-def key_of(file):
-    return str(file.absolute())
+def files_at(path):
+    """[(name, absolute path, state)] of a source's files; see input_digests and state_of."""
+    root = Path(path)
+    return [(file.relative_to(root).as_posix() if file != root else file.name,
+             str(file.absolute()), state_of(file)) for file in input_files(root, Counter())]
 
 
 def state_of(file):

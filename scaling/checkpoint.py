@@ -31,14 +31,10 @@ def run_of(path):
     path = Path(path)
     if path.is_file():
         raise UserError(f"{path}: a file; name its directory, {path.parent}")
-    steps = step_directories(path.parent)
-    if steps and not path.is_dir():
-        raise UserError(f"{path}: no such step; {path.parent} has "
-                        f"{', '.join(step.name for step in steps)}")
     if not path.is_dir():
         steps = [step.name for step in step_directories(path.parent)]
         if steps:
-            raise UserError(f"{path}: no such step; {path.parent} has {', '.join(steps[-9:])}")
+            raise UserError(f"{path}: no such step; {path.parent} has {', '.join(steps)}")
         raise UserError(f"{path}: no such directory{here(path)}; python train.py configs/tiny.py "
                         "makes runs/tiny, and then python adapt.py configs/tiny_sft.py makes "
                         "runs/tiny_sft")

@@ -43,35 +43,30 @@ def data_for_run(config, data_config, settings, free_keys, build_data):
     """
     check_directory(config.run_dir, config.overwrite)
     check_outside(config.run_dir, "run_dir", data_config.parse_sources())
-    home = home_of(config)
-    if home is None:
+    origin = origin_of(config)
+    if origin is None:
         return build_data(data_config)
-    check_before_build(home, step_before(config), config, settings, free_keys)
+    home = run_of(origin)
+    is_step = (origin / "state.json").is_file()
+    likely_step = origin if is_step else next(reversed(step_directories(origin)), None)
+    check_before_build(home, likely_step, config, settings, free_keys)
     folder = data_already_built(home, data_config, config.accept_changes)
     return folder or build_data(with_tokenizer_of(home, data_config))
 
 
-def home_of(config):
-    """The run that holds the weights from which the run of `config` goes on; None for a new one."""
+def origin_of(config):
+    """What holds the weights from which the run of `config` goes on; None for a new one.
+
+    Its own run, the run or step that it is a fork of, or the step that start_from names.
+    """
     run = Path(config.run_dir)
     if step_directories(run) and not config.overwrite:
         return run
-    if forked_from(config):
-        return run_of(forked_from(config))
-    if not config.start_from:
-        return None
+    if not config.start_from or forked_from(config):
+        return forked_from(config)
     start = Path(config.start_from)
     check_start_from(start, config.max_steps)
-    return run_of(start)
-
-
-def step_before(config):
-    """The step that the run of `config` most likely goes on from; None if there is none."""
-    run = Path(config.run_dir)
-    is_begun = step_directories(run) and not config.overwrite
-    start = run if is_begun else forked_from(config) or Path(config.start_from)
-    return start if (start / "state.json").is_file() else next(reversed(step_directories(start)),
-                                                               None)
+    return start
 
 
 def check_start_from(start, max_steps):

@@ -45,17 +45,18 @@ def without_nan(value):
 
 def write_json(path, value):
     """Write a JSON file so that a crash leaves the old file or the new one, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(to_json(value, indent=1) + "\n")
-    fsync(temporary)  # first the content, then the name
-    temporary.replace(path)
+    replace_text(path, to_json(value, indent=1) + "\n")
 
 
 def write_rows(path, rows):
     """Write JSON lines in the same way."""
+    replace_text(path, "".join(to_json(row) + "\n" for row in rows))
+
+
+def replace_text(path, text):
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(to_json(row) + "\n" for row in rows))
-    fsync(temporary)
+    temporary.write_text(text)
+    fsync(temporary)  # first the content, then the name
     temporary.replace(path)
 
 
