@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,6 +26,16 @@ TINY = dict(d_model=32, n_layers=2, n_heads=2, mlp_hidden_size=48, max_seq_len=3
             max_steps=20, warmup_steps=5, eval_every_steps=10, log_every_steps=1, max_new_tokens=8)
 # The shape of a model of random weights for the fixture `tokenizer`; 20 rows are padding.
 IDS = dict(vocab_size=300, embedding_size=320, eos_token_id=299, pad_token_id=298)
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers():
+    """A test draws the same numbers alone as in the suite; NANOLMO_TEST_SEED draws others."""
+    import torch
+    seed = int(os.environ.get("NANOLMO_TEST_SEED", 0))
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
 
 
 @pytest.fixture(scope="module")
