@@ -82,7 +82,7 @@ def fields_of(schemas):
 
 # ---- Config files --------------------------------------------------------------------------------
 
-def read_config_file(path, known, before=()):
+def read_config_file(path, known, before):
     """Returns {key: value} of what a config file sets; before: the config files to its left."""
     if not os.path.isfile(path):  # unlike path.is_file(), it takes names of any length
         raise no_config_file(path, known)

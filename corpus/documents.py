@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from corpus.source_files import (JSON_SUFFIXES, ONE_LIST, Truncated, input_files, read_lines,
-                                 read_parts)
+from corpus.source_files import (JSON_SUFFIXES, ONE_LIST, Truncated, input_files, name_in,
+                                 read_lines, read_parts)
 from corpus.stdlib import stdlib_documents
+from corpus.tokenizer import EOS
 from support.text import UserError, decoded, json_type, parsed_json, refuse_pointer
 
-EOS = "<|endoftext|>"  # what many corpora have between the documents of a text file
-MANY_EOS = 10  # so many in one text file are no accident
+MANY_EOS = 10  # so many in one text file are no accident: many corpora put it between documents
 
 
 def read_documents(path, source, counts=None):
@@ -66,8 +66,7 @@ def read_records(path, source="", counts=None, allow_truncated=False, progress=F
     with tqdm(desc=f"cleaning {source}", total=total, unit="B", unit_scale=True, leave=False,
               disable=not progress) as bar:
         for file in files:
-            # relative, so that ids and provenance do not depend on where the source is
-            name = file.relative_to(root).as_posix() if root.is_dir() else file.name
+            name = name_in(root, file)
             try:
                 refuse_pointer(file)
                 if not name.endswith(JSON_SUFFIXES):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from corpus.source_files import input_files
+from corpus.source_files import input_files, name_in
 from support.files import UserError, file_sha256
 
 
@@ -65,11 +65,20 @@ def is_same_text(path, known, data_dir):
     return known == [list(entry) for entry in input_digests(path, data_dir)]
 
 
+def inputs_of(source, clean):
+    """Yield (name, path, its files as the built data knows them): a source, its evaluation sets.
+
+    clean: the settings of the source's clean documents.
+    """
+    yield source.name, source.path, clean["inputs"]
+    yield from clean.get("decontaminate", ())
+
+
 def files_at(path):
     """[(name, absolute path, state)] of a source's files; see input_digests and state_of."""
     root = Path(path)
-    return [(file.relative_to(root).as_posix() if file != root else file.name,
-             str(file.absolute()), state_of(file)) for file in input_files(root, Counter())]
+    return [(name_in(root, file), str(file.absolute()), state_of(file))
+            for file in input_files(root, Counter())]
 
 
 def state_of(file):

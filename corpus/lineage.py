@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from corpus.inputs import is_same_text
+from corpus.inputs import inputs_of, is_same_text
 from support.files import UserError, read_json
 
 
@@ -31,7 +31,10 @@ def text_behind(settings, config):
     whose text has changed.
     """
     gone, libraries, changed = {}, {}, {}
-    for name, path, known in inputs_of(settings, config):
+    inputs = []
+    for source in config.parse_sources():
+        inputs += inputs_of(source, settings["clean"][source.name])
+    for name, path, known in inputs:
         if path == "stdlib":
             if known != sys.version:
                 libraries[f"Python {known.split()[0]}"] = True
@@ -40,14 +43,6 @@ def text_behind(settings, config):
         elif not is_same_text(path, known, config.data_dir):
             changed[name] = True
     return list(gone), list(libraries), list(changed)
-
-
-def inputs_of(settings, config):
-    """Yield (name, path, its files as the built data knows them) of sources and evaluation sets."""
-    for source in config.parse_sources():
-        clean = settings["clean"][source.name]
-        yield source.name, source.path, clean["inputs"]
-        yield from clean.get("decontaminate", ())
 
 
 def order_at(run, step):

@@ -1,9 +1,8 @@
 """manifest.json: what built data is, how it came about, and the hashes of its files."""
 
 from collections import Counter
-from pathlib import Path
 
-from corpus.source_files import input_files
+from corpus.inputs import input_digests
 from corpus.storage import hash_of, shards_of, vocabulary_of
 from corpus.tokenizer import Tokenizer
 from support.files import file_sha256, read_json, write_json
@@ -21,10 +20,8 @@ def write_manifest(folder, config, repeats, mixed, settings):
     # and data that was built again by other code has the same one if its content is the same
     identity = [file_sha256(tokenizer), [[shard["file"], shard["sha256"]] for shard in mixed],
                 [file_sha256(file) for file in held_out]]
-    evaluation_files = {}
-    for name, path in config.decontaminate.items():
-        files = input_files(Path(path), Counter())
-        evaluation_files[name] = [file_sha256(file) for file in files]
+    evaluation_files = {name: [sha256 for _, sha256 in input_digests(path, config.data_dir)]
+                        for name, path in config.decontaminate.items()}
     write_json(folder / "manifest.json", {
         "sha256": hash_of(identity), **vocabulary_of(Tokenizer.load(tokenizer)),
         "sources": describe_sources(folder, config, repeats, mixed, settings["clean"]),

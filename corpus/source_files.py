@@ -9,7 +9,7 @@ from pathlib import Path
 
 from support.files import here
 from support.hints import command
-from support.text import SIGNATURES, UserError, decoded, other_encoding
+from support.text import UserError, decoded, other_encoding, signature_of
 
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".json.gz")  # an object a line
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")  # a document a file
@@ -75,6 +75,12 @@ def input_files(root, counts):
                         + remedy_for(others))
     counts.update(+found)
     return readable
+
+
+def name_in(root, file):
+    """A file's name in the source `root`; ids and provenance need one without the source's place.
+    """
+    return file.relative_to(root).as_posix() if file != root else file.name
 
 
 def files_below(root, counts):
@@ -173,10 +179,10 @@ def check_kind(file, line):
         decoded(head, f"{file}:1")  # raises the error that names it
     if not file.name.endswith(JSON_SUFFIXES):
         return
-    for mark, name in SIGNATURES.items():
-        if head.startswith(mark):
-            raise UserError(f"{file}: not lines of JSON but {name}; "
-                            + (f"rename it to {file.name}.gz" if name == "gzip" else "convert it"))
+    name = signature_of(head)
+    if name:
+        raise UserError(f"{file}: not lines of JSON but {name}; "
+                        + (f"rename it to {file.name}.gz" if name == "gzip" else "convert it"))
     # JSON over several lines, or a list of all the objects
     value = line.removeprefix(b"\xef\xbb\xbf").strip()
     if value == b"{":
@@ -193,7 +199,7 @@ def check_gzip(file, raw):
     raw.seek(0)
     if not head:  # subtle: gzip would take 0 bytes for an empty file
         raise EOFError("0 bytes")
-    kind = next((name for mark, name in SIGNATURES.items() if head.startswith(mark)), None)
+    kind = signature_of(head)
     if kind == "gzip":
         return
     if not kind and head.lstrip()[:1] in (b"{", b"["):

@@ -23,7 +23,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from corpus.dedup import evaluation_sets
-from corpus.inputs import check_unchanged, input_digests, state_of
+from corpus.inputs import check_unchanged, input_digests, inputs_of, state_of
 from corpus.rules import DEDUPLICATIONS
 from corpus.sources import check_outside
 from corpus.storage import hash_of
@@ -77,7 +77,7 @@ class Stages:
             # the path is in the manifest: text that has moved is mixed again, and not cleaned again
             weights = [(source.name, source.weight, source.path) for source in sources]
             self.settings = {
-                "code": [building_code("mix"), building_code("tokens")],
+                "code": code_of_mix(),
                 "clean": {source.name: clean_settings(config, source) for source in sources},
                 "mix": [weights, config.mix_tokens]}
         self.settings["tokenizer"] = tokenizer_settings(config)
@@ -94,10 +94,8 @@ class Stages:
         Its stage is named by the digests of its files and must hold the text of these very files.
         """
         yield from records
-        settings = self.settings["clean"][source.name]
-        sets = [entry[1:] for entry in settings.get("decontaminate", ())]
-        for path, digests in ((source.path, settings["inputs"]), *sets):
-            check_unchanged(path, digests, self.config.data_dir)
+        for _, path, known in inputs_of(source, self.settings["clean"][source.name]):
+            check_unchanged(path, known, self.config.data_dir)
 
     def tokenizer(self):
         """The folder of the tokenizer."""
@@ -202,11 +200,15 @@ def building_code(stage):
     return hash_of(code)
 
 
+def code_of_mix():
+    """The code of the tokens and of their mix; that of the clean documents is in their settings."""
+    return [building_code("mix"), building_code("tokens")]
+
+
 def is_built_by_this_code(settings):
     """Whether the code that built data, by the settings in its manifest, is that of today."""
     codes = [settings["code"], *(clean["code"] for clean in settings["clean"].values())]
-    today = [building_code("mix"), building_code("tokens")]
-    return codes == [today] + [building_code("clean")] * len(settings["clean"])
+    return codes == [code_of_mix()] + [building_code("clean")] * len(settings["clean"])
 
 
 # ---- Complete or absent ---------------------------------------------------------------------

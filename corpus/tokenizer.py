@@ -103,30 +103,25 @@ class Tokenizer:
         """
         if not specials:
             return self.encode_text(text).tolist()
-        ids = []
-        for part in regex.split(r"(<\|endoftext\|>|<\|padding\|>)", text):
-            if part in self.specials:  # cut out before NFC, as HF does
-                ids.append(self.specials[part])
-            else:
-                ids += self.encode_text(part).tolist()
-        return ids
+        # cut out before NFC, as HF does
+        return self.encode_around(self.specials, text, self.encode_text).tolist()
 
     def encode_text(self, text):
         """The ids, uint32 (n,), of a text in which only the markers are special."""
         if self.raw_markers:
-            return self.encode_around_raw_markers(text)
+            return self.encode_around(self.raw_markers, text, self.encode_normalised)
         return self.encode_normalised(text)
 
-    def encode_around_raw_markers(self, text):
-        """encode_text for a tokenizer to which somebody added tokens."""
-        pattern = "|".join(map(regex.escape, self.raw_markers))
-        parts = []
+    def encode_around(self, tokens, text, encode):
+        """The ids of `text`: those of `tokens`, {token: id}, and encode(part) of the rest."""
+        pattern = "|".join(map(regex.escape, tokens))
+        parts = [np.zeros(0, dtype=np.uint32)]
         for part in regex.split(f"({pattern})", text):
-            if part in self.raw_markers:
-                parts.append(np.array([self.raw_markers[part]], dtype=np.uint32))
+            if part in tokens:
+                parts.append(np.array([tokens[part]], dtype=np.uint32))
             elif part:
-                parts.append(self.encode_normalised(part))
-        return np.concatenate(parts or [np.zeros(0, dtype=np.uint32)])
+                parts.append(encode(part))
+        return np.concatenate(parts)
 
     def encode_normalised(self, text):
         return np.concatenate([
@@ -264,8 +259,14 @@ def tokenizer_file(name):
     return file
 
 
-@lru_cache(maxsize=1)  # a worker encodes many blocks with one tokenizer
 def tokenizer_at(path):
+    """The Tokenizer in the file `path`; parsed once, as long as it does not change."""
+    stat = path.stat()
+    return parsed(path, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=2)  # a worker encodes many blocks with one tokenizer
+def parsed(path, mtime, size):  # the two tell one content of the file from another
     return Tokenizer.load(path)
 
 

@@ -171,17 +171,20 @@ class RunData:
         return ranges
 
     def steps_of(self, instances, last_step):
-        """[(step, sequence, instance)] of the batches up to `last_step` that hold `instances`."""
+        """[(step, sequence, instance)] of the batches up to `last_step` that hold `instances`.
+
+        Steps before first_step were taken on other data, and hold none of them.
+        """
         seen = []
         per_epoch = self.batches.steps_per_epoch
         epochs = -(-last_step // per_epoch)  # rounded up
-        for epoch in range(epochs):
+        for epoch in range((self.first_step - 1) // per_epoch, epochs):
             # without the instances at the end of the order, which no step of the epoch uses
             order = self.batches.order(epoch)[:per_epoch * self.batches.batch_size]
             for position in np.flatnonzero(np.isin(order, instances)).tolist():
                 step, sequence = divmod(position, self.batches.batch_size)
                 step += epoch * per_epoch + 1
-                if step <= last_step:
+                if self.first_step <= step <= last_step:
                     seen.append((step, sequence, int(order[position])))
         return seen
 
@@ -344,7 +347,7 @@ def print_steps(data, found):
     if first > 1:
         print(f"steps 1 to {first - 1} were taken on other data, and are not searched")
     for document, instances in found:
-        steps = [seen for seen in data.steps_of(instances, done) if seen[0] >= first]
+        steps = data.steps_of(instances, done)
         print(f"{document['id']}  ({document['source']}, {document['metadata']['provenance']})")
         print(f"  in {counted(len(steps), 'sequence')} of steps {first} to {done}")
         for step, sequence, instance in steps:

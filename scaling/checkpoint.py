@@ -77,6 +77,13 @@ def newest_step(run, digests=True):
     raise UserError(f"{run}: has no undamaged step directory")
 
 
+def step_at(path, digests=True):
+    """Returns (path, state) of the step that `path` is, verified, or of a run's newest good one."""
+    if (path / "state.json").is_file():
+        return path, verify_step(path, digests)
+    return newest_step(path, digests)
+
+
 def no_step(run):
     """The UserError for a run without a step directory."""
     return UserError(f"{run}: a run that has saved no step; finish it first: --resume={run}")

@@ -17,7 +17,7 @@ from configs import ROOT, flat
 from corpus.storage import tokenizer_digest
 from scaling.checkpoint import no_step, run_of, step_directories, step_of
 from scaling.ranks import gather, rank
-from support.files import UserError, fsync, here, log_rows, read_json, write_json
+from support.files import UserError, here, log_rows, read_json, replace_file, write_json
 from support.lock import Lock
 
 # Keys that say what to do this time, not what the run is. They are not saved.
@@ -166,10 +166,7 @@ def keep_tokenizer(new, kept):
             raise UserError(f"{kept}: is another tokenizer than {new}, and what was trained here "
                             "needs it; choose another --run_dir")
         return
-    aside = kept.with_name("tokenizer.json.tmp")
-    shutil.copyfile(new, aside)
-    fsync(aside)  # first the content, then the name
-    aside.rename(kept)
+    replace_file(kept, new.read_bytes())
 
 
 def saved_settings(*configs):

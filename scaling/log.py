@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from scaling.machine import peak_flops
 from scaling.ranks import rank, world_size
-from support.files import UserError, disk_remedy, read_log, to_json, write_rows
+from support.files import UserError, disk_remedy, read_log, rows_until, to_json, write_rows
 from support.records import domains_table, tasks_table
 from support.text import counted
 
@@ -26,10 +26,9 @@ class Log:
             return
         path = run / "metrics.jsonl"
         rows, torn = read_log(run, path.name)
-        kept = [row for row in rows if row["step"] <= step and row["kind"] != "end"]
         if torn:
             print(f"{path}: dropped: {counted(torn, 'incomplete line')}, as a crash leaves one")
-        write_rows(path, kept)
+        write_rows(path, rows_until(rows, step))
         self.file = open(path, "a")
         if tensorboard:
             self.board = open_tensorboard(run / "tensorboard", step)

@@ -23,28 +23,28 @@ SHAPE = {"d_model", "n_layers", "mlp_hidden_size", "embedding_size", "weight_tyi
 
 # ---- Before the data is built --------------------------------------------------------------------
 
-def check_before_build(home, step, config, settings, free_keys):
-    """UserError for what differs from the saved run `home` and is known before the data is built.
+def check_before_build(step, config, settings, free_keys):
+    """UserError for what differs from a saved run and is known before the data is built.
 
-    step: the directory that the run goes on from, not verified yet; None if there is none.
+    step: the directory that the run goes on from, not verified yet.
     """
     try:
-        saved = read_json(step / "state.json") if step else {}
+        saved = read_json(step / "state.json")
         before, known = saved.get("config", {}), saved.get("data", {}).get("tokenizer_sha256")
     except (UserError, AttributeError):
         return  # a damaged step, which is told when it is verified
     if starts_another(config, step):
         check_shape(step, before, settings)
     else:
-        check_changes(step.parent if step else home, before, settings, config, free_keys)
-    file = home / "tokenizer.json"
+        check_changes(step.parent, before, settings, config, free_keys)
+    file = step.parent / "tokenizer.json"
     if known and file.is_file():
         check_digest(file, known, tokenizer_digest(file))
 
 
 def starts_another(config, step):
     """True if the run of `config` is a new one that begins with the weights of `step`."""
-    return bool(step and config.start_from and not forked_from(config)
+    return bool(config.start_from and not forked_from(config)
                 and step.resolve().parent != Path(config.run_dir).resolve())
 
 
@@ -101,7 +101,7 @@ def check_data(place, saved, fingerprint, config):
     """UserError for data that differs from a saved run's; a printed line with accept_changes."""
     check_tokenizer(run_of(place) / "tokenizer.json", saved["data"], fingerprint)
     changes = [f"{key}: {short(saved['data'].get(key))} there, {short(fingerprint[key])} now"
-               for key in compared(fingerprint) if saved["data"].get(key) != fingerprint[key]]
+               for key in differing(saved, fingerprint)]
     if changes and config.accept_changes:
         print(f"{place}: continues with changed data: {'; '.join(changes)}")
     elif changes:
@@ -111,9 +111,10 @@ def check_data(place, saved, fingerprint, config):
                         f"or the data that was built of it, or {remedy} --accept_changes")
 
 
-def compared(fingerprint):
-    """The keys of a fingerprint that may change on request: all but the tokenizer's."""
-    return [key for key in fingerprint if key != "tokenizer_sha256"]
+def differing(saved, fingerprint):
+    """The keys of a saved run's data that have changed, but for the tokenizer's, which may not."""
+    return [key for key, value in fingerprint.items()
+            if key != "tokenizer_sha256" and saved["data"].get(key) != value]
 
 
 def short(value):

@@ -16,16 +16,16 @@ from pathlib import Path
 from configs import load_config
 from corpus.lineage import data_of_run, text_behind
 from corpus.sources import check_outside
-from corpus.stages import Stages, is_built_by_this_code
+from corpus.stages import Stages, is_built_by_this_code, written_aside
 from corpus.storage import tokenizer_digest
 from corpus.tokenizer import tokenizer_file
 from data import DataConfig
-from scaling.checkpoint import (Unreadable, check_model_keys, newest_step, run_of,
-                                step_directories, step_of, verify_step)
+from scaling.checkpoint import (Unreadable, check_model_keys, run_of, step_at, step_directories,
+                                step_of, verify_step)
 from scaling.directory import MEASURED, check_directory, forked_from, overwrite
-from scaling.same_run import check_before_build, check_data, check_settings, compared
-from support.files import (UserError, fsync, here, link_or_copy, log_rows, read_json, write_json,
-                           write_rows)
+from scaling.same_run import check_before_build, check_data, check_settings, differing
+from support.files import (UserError, here, link_or_copy, log_rows, read_json, rows_until,
+                           write_json, write_rows)
 from support.text import counted
 
 NEW_STATE = {"step": 0, "tokens": 0, "seconds": 0.0, "kwh": 0.0}
@@ -49,7 +49,8 @@ def data_for_run(config, data_config, settings, free_keys, build_data):
     home = run_of(origin)
     is_step = (origin / "state.json").is_file()
     likely_step = origin if is_step else next(reversed(step_directories(origin)), None)
-    check_before_build(home, likely_step, config, settings, free_keys)
+    if likely_step:
+        check_before_build(likely_step, config, settings, free_keys)
     folder = data_already_built(home, data_config, config.accept_changes)
     return folder or build_data(with_tokenizer_of(home, data_config))
 
@@ -130,8 +131,9 @@ def with_tokenizer_of(home, data_config):
         stages = Stages(data_config)  # was it trained on this very text? then nothing is built
         same = stages.are_done() and tokenizer_digest(stages.folder / "tokenizer.json") == kept
     else:
-        same = name_is_file(name) and tokenizer_digest(tokenizer_file(name)) == kept
-        if name_is_file(name) and not same:
+        is_here = name_is_file(name)
+        same = is_here and tokenizer_digest(tokenizer_file(name)) == kept
+        if is_here and not same:
             raise UserError(f"tokenizer={name}: not that of {home}, whose weights have learned "
                             f"other ids; leave it out, as {file} is used, or begin a new run")
     if same:
@@ -171,7 +173,7 @@ def find_start(config, settings, fingerprint, free_keys):
     if home is None:
         return start_new(config, fingerprint)
     try:
-        step, saved = step_to_resume(home, config.verify == "sha256")
+        step, saved = step_at(home, config.verify == "sha256")
     except Unreadable:
         raise
     except UserError as error:
@@ -185,13 +187,6 @@ def find_start(config, settings, fingerprint, free_keys):
     else:
         step = begin_fork(run, run_of(home), step)
     return step, continued_state(saved, fingerprint, energy_of_log(run, saved["step"]))
-
-
-def step_to_resume(home, digests):
-    """Returns (path, state) of a run's newest good step, or of the step that `home` is."""
-    if (home / "state.json").is_file():
-        return home, verify_step(home, digests)
-    return newest_step(home, digests)
 
 
 def check_max_steps(max_steps, home, step):
@@ -215,17 +210,14 @@ def begin_fork(run, home, step):
         for file in home.glob(pattern):
             shutil.copyfile(file, run / file.name)
     for name in ("metrics.jsonl", "eval.jsonl"):
-        kept = [row for row in log_rows(home, name) if row["step"] <= last and row["kind"] != "end"]
+        kept = rows_until(log_rows(home, name), last)
         if kept:
             write_rows(run / name, kept)
     write_json(run / "fork.json", {"of": str(home.resolve()), "step": last})
-    aside = run / f"{step.name}.tmp"
-    aside.mkdir()
-    for file in step.iterdir():
-        link_or_copy(file, aside / file.name)
-    fsync(aside)
-    begun = aside.rename(run / step.name)
-    fsync(run)
+    begun = run / step.name
+    with written_aside(begun) as aside:
+        for file in step.iterdir():
+            link_or_copy(file, aside / file.name)
     print(f"{run}: a fork of {home}, from its step {last} on; {home} stays as it is")
     return begun
 
@@ -271,7 +263,7 @@ def continued_state(saved, fingerprint, kwh):
 def data_changes(saved, fingerprint):
     """For data.py trace: [{until_step, and the fingerprint until then}] of data that changed."""
     changes = list(saved.get("data_changes", []))
-    if any(saved["data"].get(key) != fingerprint[key] for key in compared(fingerprint)):
+    if differing(saved, fingerprint):
         changes.append({"until_step": saved["step"], **saved["data"]})
     return changes
 

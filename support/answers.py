@@ -8,7 +8,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from corpus.documents import Record, parse
 from corpus.source_files import JSON_SUFFIXES, ONE_LIST
 from data import render_chat
 from model import generate
@@ -22,6 +21,7 @@ from support.models import open_base
 from support.progress import watched
 from support.rows import Faults, checked_rows, listed
 from support.talk import ANSWER_BATCH, open_assistant, paths_and_options
+from support.text import parsed_json
 
 # the keys that `generate` adds to a row, beside how it was drawn
 OF_AN_ANSWER = ("output", "ended", "error")
@@ -160,7 +160,7 @@ def rows_done(out, rows, drawn):
     torn = content[size:]
     answered = []
     for number, line in enumerate(content[:size].splitlines(), 1):
-        answered.append(parse(Record(out.name, number, f"{out}:{number}", line)))
+        answered.append(parsed_json(line, f"{out}:{number}"))
     ours = len(answered) <= len(rows) and (not torn or torn.startswith(b"{"))
     for answer, row in zip(answered, rows, strict=False):
         ours = ours and answers_row(answer, row, drawn)

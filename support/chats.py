@@ -248,7 +248,7 @@ def asked_in(row, place):
     is the prompt, and the model answers it itself.
     """
     messages, prompt = row["messages"], row.get("prompt")
-    has_answer = isinstance(messages, list) and messages and begins_with_an_answer(messages[-1:])
+    has_answer = isinstance(messages, list) and begins_with_an_answer(messages[-1:])
     last = "assistant" if prompt is not None and has_answer else "user"
     messages = checked_messages(messages, f"{place}: messages", last)
     check_prompt(prompt, messages, place)

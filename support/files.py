@@ -45,17 +45,18 @@ def without_nan(value):
 
 def write_json(path, value):
     """Write a JSON file so that a crash leaves the old file or the new one, never a part."""
-    replace_text(path, to_json(value, indent=1) + "\n")
+    replace_file(path, (to_json(value, indent=1) + "\n").encode())
 
 
 def write_rows(path, rows):
     """Write JSON lines in the same way."""
-    replace_text(path, "".join(to_json(row) + "\n" for row in rows))
+    replace_file(path, "".join(to_json(row) + "\n" for row in rows).encode())
 
 
-def replace_text(path, text):
+def replace_file(path, content):
+    """Give a file this content, bytes, so that a crash leaves the old file or the new one."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
+    temporary.write_bytes(content)
     fsync(temporary)  # first the content, then the name
     temporary.replace(path)
 
@@ -141,3 +142,8 @@ def read_log(run, name):
         elif line.strip():
             skipped += 1
     return rows, skipped
+
+
+def rows_until(rows, step):
+    """The rows of a log that stand when a run goes on after `step`."""
+    return [row for row in rows if row["step"] <= step and row["kind"] != "end"]

@@ -98,14 +98,14 @@ def check_settings(hf, place):
         raise UserError(f"{place}: hidden_size={hf['hidden_size']} must be a multiple of "
                         f"num_attention_heads={heads}")
     fixed = {**FIXED, **ALSO_FIXED, "num_key_value_heads": heads,
-             "head_dim": hf["hidden_size"] // max(1, heads),
+             "head_dim": hf["hidden_size"] // heads,
              "layer_types": ["full_attention"] * len(hf.get("layer_types") or "")}
+    known = {*fixed, *SIZES, *OTHERS, *HARMLESS}
     for key, value in hf.items():
         if key in fixed and value not in (fixed[key], None):
             raise UserError(f"{place}: {key}={shown(value)} is not OLMo 1.0, which has "
                             f"{key}={shown(fixed[key])}")
-        is_known = key in fixed.keys() | SIZES.keys() | OTHERS | HARMLESS
-        if not is_known and value is not None:
+        if key not in known and value is not None:
             raise UserError(f"{place}: {key}={shown(value)}: Hugging Face's OLMo has no such "
                             "setting; delete the key if it changes nothing")
 

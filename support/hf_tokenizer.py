@@ -20,16 +20,15 @@ CHAT_TEMPLATE = (
     "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}")
 
 
-def check_tokenizer_config(path):
-    """UserError if tokenizer_config.json makes transformers' ids differ from tokenizer.json's."""
+def check_tokenizer_config(path, tokenizer):
+    """UserError if tokenizer_config.json makes transformers' ids differ from the Tokenizer's."""
     place = path / "tokenizer_config.json"
     settings = read_json(place) if place.is_file() else {}
     for key in ("add_bos_token", "add_eos_token", "add_prefix_space"):
         if settings.get(key):
             raise UserError(f"{place}: {key}={shown(settings[key])} adds to each text what OLMo "
                             "1.0 was not trained with; set it to false")
-    added = {token["id"]: token["content"]
-             for token in read_json(path / "tokenizer.json")["added_tokens"]}
+    added = {token["id"]: token["content"] for token in tokenizer.spec["added_tokens"]}
     decoder = settings.get("added_tokens_decoder") or {}
     try:
         listed = {int(number): token["content"] for number, token in decoder.items()}

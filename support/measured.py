@@ -24,18 +24,22 @@ class Evaluations(NamedTuple):
 
 
 def read_metrics(run):
-    """{kind: rows} of a run's metrics.jsonl; each row has its tokens, its place in a picture."""
+    """Returns ({kind: rows} of a run's metrics.jsonl, sentences about what is left out).
+
+    Each row has its tokens, its place in a picture.
+    """
     path = Path(run) / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"{path}: missing; name a run directory that train.py wrote")
     rows = {"train": [], "eval": [], "end": []}
-    for row in placed_rows(run, path.name)[0]:
+    placed, left_out = placed_rows(run, path.name)
+    for row in placed:
         if row["kind"] == "eval":
             row["tuned"] = numbers(row.get("tuned"))
         else:
             row = {"kind": row["kind"], **numbers(row)}
         rows.setdefault(row["kind"], []).append(row)
-    return rows
+    return rows, left_out
 
 
 def placed_rows(run, name):
@@ -48,16 +52,15 @@ def placed_rows(run, name):
     return placed, [f"{name}: left out are lines that are no complete rows: {skipped:,}"]
 
 
-def read_evaluations(run, rows):
-    """The Evaluations in a run's logs; `rows` are those of read_metrics.
+def read_evaluations(run, rows, left_out=()):
+    """The Evaluations in a run's logs; `rows` and `left_out` are read_metrics'.
 
     A task may have been evaluated with different limits, and a domain grown: the results with the
     most questions or bytes count. Results of another metric, dtype or prompt cannot be compared:
     the largest group of comparable ones counts. Of each step the latest result counts.
     """
-    _, left_out = placed_rows(run, "metrics.jsonl")
     later, skipped = placed_rows(run, "eval.jsonl")
-    left_out += skipped
+    left_out = [*left_out, *skipped]
     measured = {"sums": {}, "tasks": {}}  # {(name, size): {conditions: {tokens: result}}}
     samples = {}  # as an ordered set
     said = {}

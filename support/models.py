@@ -10,7 +10,7 @@ import torch
 from configs import load_config
 from data import DataConfig
 from model import ModelConfig
-from scaling.checkpoint import newest_step, read_step, run_of, verify_step
+from scaling.checkpoint import read_step, run_of, step_at
 from scaling.directory import has_steps
 from scaling.machine import choose_device
 from scaling.sharding import own_part
@@ -50,7 +50,7 @@ def check_description(path):
     It takes a moment; those of a run are checked when it is opened.
     """
     path = Path(path)
-    if not (path / "state.json").is_file() and not has_steps(path):
+    if not is_ours(path):
         open_tokenizer(path / "tokenizer.json", read_model_config(path))
 
 
@@ -59,9 +59,12 @@ def find_step(path, digests=True):
 
     digests=False leaves the files' SHA-256 out.
     """
-    if (path / "state.json").is_file():
-        return path, verify_step(path, digests)
-    return newest_step(path, digests) if has_steps(path) else (path, {})
+    return step_at(path, digests) if is_ours(path) else (path, {})
+
+
+def is_ours(path):
+    """True for a run or a step of one, False for a directory from elsewhere."""
+    return (path / "state.json").is_file() or has_steps(path)
 
 
 class Base(NamedTuple):

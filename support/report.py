@@ -30,8 +30,9 @@ margin:.3rem 0 1rem}.note{color:#57606a}.scroll{overflow-x:auto;white-space:pre}
 
 def report(paths):
     """Write one HTML page about some runs into the first one's directory; returns its path."""
-    runs = {str(path): read_metrics(path) for path in paths}
-    found = {name: read_evaluations(name, rows) for name, rows in runs.items()}
+    logs = {str(path): read_metrics(path) for path in paths}
+    runs = {name: rows for name, (rows, _) in logs.items()}
+    found = {name: read_evaluations(name, *log) for name, log in logs.items()}
     configs = {name: read_json(Path(name) / "config.json") for name in runs}
     names = [Path(name).resolve().name for name in runs]
     title = html.escape(" and ".join(names))

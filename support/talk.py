@@ -4,6 +4,7 @@ import math
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import count
 
 from configs import load_config, setting
 from corpus.documents import without_surrogates
@@ -61,7 +62,7 @@ def chat(argv):
         sys.stdin.reconfigure(errors="replace")  # a terminal may send bytes that are not UTF-8
     print(f"{paths[0]}: /help shows the commands")
     messages = []  # what was said so far; the model sees all of it each time
-    answers = 0  # each answer draws from a stream of its own
+    numbers = count()  # each answer draws from a stream of its own
     while True:
         try:
             line = without_surrogates(input("> ")).strip()
@@ -74,8 +75,7 @@ def chat(argv):
             if line.startswith("/"):
                 messages, options = obey(line, messages, options)
             elif line:
-                answers += 1
-                messages = reply(line, messages, model, tokenizer, options, answers - 1)
+                messages = reply(line, messages, model, tokenizer, options, next(numbers))
         except KeyboardInterrupt:  # before an answer's first token, or behind its last
             print(STOPPED)
 

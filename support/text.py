@@ -74,9 +74,9 @@ def other_encoding(head):
     """The name of the UTF-16 or UTF-32 that a text begins with; None if it seems to be UTF-8."""
     if b"\0" not in head and not head.startswith((b"\xff\xfe", b"\xfe\xff")):
         return None  # soon, as every line of JSON comes here
-    for mark, name in SIGNATURES.items():
-        if name.startswith("UTF") and head.startswith(mark):
-            return name
+    name = signature_of(head)
+    if name and name.startswith("UTF"):
+        return name
     # without a mark: in UTF-16 every other byte of a Western text is 0, and only every other one
     even = head[0::2].count(0)
     odd = head[1::2].count(0)
@@ -85,11 +85,16 @@ def other_encoding(head):
     return None
 
 
+def signature_of(head):
+    """The name in SIGNATURES of what begins with these bytes; None if they are none of them."""
+    return next((name for mark, name in SIGNATURES.items() if head.startswith(mark)), None)
+
+
 def encoding_at(content, error):
     """What bytes seem to be that a UnicodeDecodeError has shown not to be UTF-8."""
-    for mark, name in SIGNATURES.items():
-        if content.startswith(mark):
-            return name
+    name = signature_of(content)
+    if name:
+        return name
     byte = content[error.start:error.start + 1]
     return (f"another encoding (byte {byte[0]:#04x} at byte {error.start}; in Windows-1252 it is "
             f"{byte.decode('cp1252', 'replace')})")

@@ -5,10 +5,9 @@ model reads another text than the user wrote.
 """
 
 import shlex
-from functools import lru_cache
 from pathlib import Path
 
-from corpus.tokenizer import Tokenizer, tokenizer_file
+from corpus.tokenizer import tokenizer_at, tokenizer_file
 from support.files import UserError, read_json
 
 
@@ -20,20 +19,9 @@ def open_tokenizer(file, config):
     file = Path(file)
     if not file.is_file():
         raise UserError(f"{file}: missing; {remedy_for_missing(file)}")
-    tokenizer = load_tokenizer(file)
+    tokenizer = tokenizer_at(file)
     check_vocabulary(config, tokenizer, file)
     return tokenizer
-
-
-def load_tokenizer(file):
-    """The Tokenizer in `file`. Each check of a directory asks for it: it is parsed once."""
-    stat = file.stat()
-    return parsed(file, stat.st_mtime_ns, stat.st_size)
-
-
-@lru_cache(maxsize=2)
-def parsed(file, mtime, size):
-    return Tokenizer.load(file)
 
 
 def check_vocabulary(config, tokenizer, file):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch.overrides import TorchFunctionMode
 
+from corpus.tokenizer import tokenizer_at
 from model import ModelConfig, OLMo
 from scaling.checkpoint import (check_model_keys, check_tensors, newest_step, read_step, run_of,
                                 verify_step)
@@ -22,7 +23,7 @@ from support.hf_config import config_to_hf, end_ids, is_hf, read_hf_config, why_
 from support.hf_tokenizer import check_tokenizer_config, template_of, write_tokenizer
 from support.hf_weights import import_safetensors, read_safetensors, read_shapes
 from support.official import official_config, read_official
-from support.vocabulary import check_vocabulary, load_tokenizer
+from support.vocabulary import check_vocabulary
 
 # ---- Names ---------------------------------------------------------------------------------------
 
@@ -44,6 +45,11 @@ class Names(NamedTuple):
     official: str
     parts: list
     shape: tuple
+
+    @property
+    def whole(self):
+        """The shape of the tensor itself: the rows of its parts, one after another."""
+        return (len(self.parts) * self.shape[0], *self.shape[1:])
 
 
 def name_table(config):
@@ -88,7 +94,7 @@ def read_model_config(path):
     The tokenizer.json beside it, if there is one, must be the model's.
     """
     file = path / "tokenizer.json"
-    tokenizer = load_tokenizer(file) if file.is_file() else None
+    tokenizer = tokenizer_at(file) if file.is_file() else None
     if (path / "model.pt").is_file():
         config = official_config(path / "config.yaml", tokenizer)
     elif is_hf(path):
@@ -96,7 +102,7 @@ def read_model_config(path):
     else:
         raise UserError(why_no_model(path))
     if tokenizer:
-        check_tokenizer_config(path)
+        check_tokenizer_config(path, tokenizer)
         check_vocabulary(config, tokenizer, file)
     return config
 
@@ -142,9 +148,7 @@ class NoInit(TorchFunctionMode):
 def assemble(config, tensors, place, device):
     """An OLMo filled with `tensors`, {our name: tensor}; every name and shape must fit."""
     model = empty_model(config)
-    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    check_tensors(wanted, found, place)
+    check_tensors(shapes_of(dict(model.named_parameters())), shapes_of(tensors), place)
     finite.check_weights(tensors, place)
     tensors = {name: tensor.to(device, torch.float32) for name, tensor in tensors.items()}
     model.load_state_dict(tensors, assign=True)
@@ -154,7 +158,7 @@ def assemble(config, tensors, place, device):
 def check_weights(path, config):
     """UserError if the weights of a directory from elsewhere do not fit `config`; loads none."""
     is_official = (path / "model.pt").is_file()
-    found = official_shapes(path) if is_official else read_shapes(path)
+    found = shapes_of(read_official(path)) if is_official else read_shapes(path)
     # before the table of their names is made: a damaged file may ask for 10^12 blocks
     if config.n_layers > len(found):
         raise UserError(f"{path}: its configuration has {config.n_layers:,} blocks, and its files "
@@ -162,7 +166,7 @@ def check_weights(path, config):
     wanted = {}
     for names in name_table(config):
         if is_official:
-            wanted[names.official] = (len(names.parts) * names.shape[0], *names.shape[1:])
+            wanted[names.official] = names.whole
         else:
             wanted.update(dict.fromkeys(names.parts, names.shape))
     if config.weight_tying and not is_official:
@@ -170,8 +174,8 @@ def check_weights(path, config):
     check_tensors(wanted, found, path)
 
 
-def official_shapes(path):
-    return {name: tuple(tensor.shape) for name, tensor in read_official(path).items()}
+def shapes_of(tensors):
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def load_official(path, device):
@@ -279,9 +283,9 @@ def hf_tensors(model, out):
     """{HF's name: float32 tensor} of a model; UserError names one that HF's OLMo does not have."""
     state = model.state_dict()
     table = name_table(model.config)
-    wanted = {names.ours: (len(names.parts) * names.shape[0], *names.shape[1:]) for names in table}
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    check_tensors(wanted, found, f"{out}: not written: Hugging Face's OLMo has other tensors")
+    wanted = {names.ours: names.whole for names in table}
+    check_tensors(wanted, shapes_of(state),
+                  f"{out}: not written: Hugging Face's OLMo has other tensors")
     tensors = {}
     for names in table:
         pieces = state[names.ours].cpu().float().chunk(len(names.parts))

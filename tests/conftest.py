@@ -329,12 +329,12 @@ def seal(path, state):
 PATIENCE_S = 600  # a test that waits longer hangs; a loaded machine may need minutes for seconds
 
 
-def wait_until(condition, process=None, seconds=PATIENCE_S):
+def wait_until(condition, process=None):
     """Wait until `condition()` holds; until then the process must not end."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + PATIENCE_S
     while not condition():
         assert process is None or is_running(process), "it ended too early"
-        assert time.monotonic() < deadline, f"not within {seconds} s"
+        assert time.monotonic() < deadline, f"not within {PATIENCE_S} s"
         time.sleep(0.002)
 
 
@@ -453,14 +453,12 @@ def manifest_of(folder):
 
 def index_of(folder, shard):
     """The index of a shard in a manifest."""
-    import numpy as np
     from corpus.storage import DOCUMENT_INDEX
     return np.fromfile((folder / shard["file"]).with_suffix(".index"), DOCUMENT_INDEX)
 
 
 def official_order(n, seed, epoch):
     """The order of an epoch, as in OLMo's iterable_dataset.py."""
-    import numpy as np
     indices = np.arange(n, dtype=np.uint32)
     np.random.Generator(np.random.PCG64(seed=seed + epoch)).shuffle(indices)
     return indices

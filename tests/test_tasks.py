@@ -883,7 +883,7 @@ def run(tmp_path_factory, tiny_config, request_file):
 
 def test_the_loop_measures_as_eval_does_and_draws_a_sample(run, call, request_file, tmp_path):
     run = shutil.copytree(run, tmp_path / "run")
-    rows = read_metrics(run)["eval"]
+    rows = read_metrics(run)[0]["eval"]
     assert [row["step"] for row in rows] == [15, 30]
     result = call(evaluation, run, f"--suite=domains,{request_file}")
     assert result.returncode == 0, result.stderr
@@ -982,7 +982,7 @@ def test_the_report_is_one_page_with_everything(run, call, tmp_path, request_fil
     assert re.search(r"made_up +40 ", page) and not re.search(r"made_up +9 ", page)
     for word in ("training loss", "learning rate", "web", "(pooled)", "(macro)", "tokens/s",
                  "not decontaminated: the source", "documents held out", "&lt;b&gt;wo", "step 15",
-                 "step 30", f"{read_metrics(run)['eval'][-1]['bits_per_byte']['web']:.4f}"):
+                 "step 30", f"{read_metrics(run)[0]['eval'][-1]['bits_per_byte']['web']:.4f}"):
         assert word in page
     assert "<b>wo" not in page and "src=" not in page and "href=\"http" not in page
 
