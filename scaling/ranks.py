@@ -230,6 +230,22 @@ def on_rank0(work, *arguments, patience=None):
     return result
 
 
+def on_each_rank(work, *arguments):
+    """Run `work(*arguments)`, in which the ranks do not talk, on every rank; returns its result.
+
+    A UserError or OSError of any rank becomes a UserError on all, so that none waits for another.
+    """
+    result, error = None, None
+    try:
+        result = work(*arguments)
+    except (UserError, OSError) as raised:
+        error = str(raised)
+    errors = [each for each in gather(error) if each]
+    if errors:
+        raise UserError(errors[0])
+    return result
+
+
 def from_rank0(value):
     """Rank 0's `value` on every rank; another rank may have rounded its own differently."""
     return on_rank0(lambda: value)
