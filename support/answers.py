@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from corpus.source_files import JSON_SUFFIXES, ONE_LIST
+from corpus.lines import JSON_SUFFIXES, ONE_LIST
 from data import render_chat
 from model import generate
 from scaling.ranks import from_rank0
