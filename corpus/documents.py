@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from corpus.source_files import (JSON_SUFFIXES, ONE_LIST, Truncated, input_files, name_in,
-                                 read_lines, read_parts)
+from corpus.lines import JSON_SUFFIXES, ONE_LIST, Truncated, read_lines, read_parts
+from corpus.source_files import input_files, name_in
 from corpus.stdlib import stdlib_documents
 from corpus.tokenizer import EOS
 from support.text import UserError, decoded, json_type, parsed_json, refuse_pointer
@@ -68,14 +68,8 @@ def read_records(path, source="", counts=None, allow_truncated=False, progress=F
         for file in files:
             name = name_in(root, file)
             try:
-                refuse_pointer(file)
-                if not name.endswith(JSON_SUFFIXES):
-                    for line, part, content in read_parts(file, separator, bar):
-                        yield Record(name, line, f"{file}:{line}", content, part)
-                    continue
-                for line, content in read_lines(file, bar):
-                    if content.strip():
-                        yield Record(name, line, f"{file}:{line}", content)
+                for line, part, content in contents_of(file, separator, bar):
+                    yield Record(name, line, f"{file}:{line}", content, part)
             except OSError as error:
                 raise UserError(f"{file}: cannot be read ({error.strerror}); restore it or its "
                                 "rights, or take it out") from None
@@ -84,6 +78,17 @@ def read_records(path, source="", counts=None, allow_truncated=False, progress=F
                     raise
                 notes["files cut off"] += 1
                 warn(str(error))
+
+
+def contents_of(file, separator, bar):
+    """Yield (line, part, content) of each document in a file, as Record has them."""
+    refuse_pointer(file)
+    if not file.name.endswith(JSON_SUFFIXES):
+        yield from read_parts(file, separator, bar)
+        return
+    for line, content in read_lines(file, bar):
+        if content.strip():
+            yield line, 1, content
 
 
 def parse(record):

@@ -17,12 +17,14 @@ from corpus.tokenizer import tokenizer_file
 from model import ModelConfig
 from scaling.checkpoint import load_checkpoint, run_of, step_directories
 from scaling.directory import last_value
-from scaling.ranks import launched, on_each_rank
+from scaling.ranks import launched
 from support.config_text import read_assignments
 from support.files import UserError, here, read_json
 from support.models import Base, fill_weights, find_step, is_ours
 from support.weights import check_weights, read_model_config, step_config
 
+KINDS = {"run": "a step of ours", "hf": "a Hugging Face directory",
+         "official": "an official checkpoint"}
 SHAPE = [each.name for each in fields(ModelConfig)]
 
 
@@ -167,10 +169,6 @@ def load_start(run, model, optimizer):
         load_checkpoint(start, model, optimizer)
         print(f"{run.path}: continues after step {run.step}")
         return
-    is_step = (start.weights / "state.json").is_file()
-    if is_step:
-        fill_weights(model, start)  # its ranks read together
-    else:
-        on_each_rank(fill_weights, model, start)
-    print(f"{run.path}: begins at step 1 with the weights of {start.weights}; the optimiser is new "
-          "and the data begins at its start")
+    fill_weights(model, start)
+    print(f"{run.path}: begins at step 1 with the weights of {start.weights} ({KINDS[start.kind]}); "
+          "the optimiser is new, and the data begins at its start")

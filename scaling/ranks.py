@@ -231,18 +231,19 @@ def on_rank0(work, *arguments, patience=None):
 
 
 def on_each_rank(work, *arguments):
-    """Run `work(*arguments)`, in which the ranks do not talk, on every rank; returns its result.
+    """Run `work(*arguments)` on every rank, each for itself; returns this rank's own result.
 
-    A UserError or OSError of any rank becomes a UserError on all, so that none waits for another.
+    A UserError or OSError of one rank becomes a UserError on every rank. The others would else wait
+    for that rank in their next collective.
     """
     result, error = None, None
     try:
         result = work(*arguments)
     except (UserError, OSError) as raised:
         error = str(raised)
-    errors = [each for each in gather(error) if each]
-    if errors:
-        raise UserError(errors[0])
+    for each in gather(error):
+        if each:
+            raise UserError(each)
     return result
 
 

@@ -20,7 +20,8 @@ from corpus.bpe import sample_texts
 from corpus.dedup import evaluation_texts
 from corpus.documents import as_document, read_documents, read_records
 from corpus.inputs import input_digests, state_of
-from corpus.source_files import CHUNK_BYTES, input_files
+from corpus.lines import CHUNK_BYTES
+from corpus.source_files import input_files
 from corpus.storage import DocumentWriter, mapped_order, read_block
 from corpus.token_files import read_sidecar, token_file
 from corpus.tokenizer import Tokenizer
