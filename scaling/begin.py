@@ -170,5 +170,5 @@ def load_start(run, model, optimizer):
         print(f"{run.path}: continues after step {run.step}")
         return
     fill_weights(model, start)
-    print(f"{run.path}: begins at step 1 with the weights of {start.weights} ({KINDS[start.kind]}); "
-          "the optimiser is new, and the data begins at its start")
+    print(f"{run.path}: begins at step 1 with the weights of {start.weights}, "
+          f"{KINDS[start.kind]}; the optimiser is new, and the data begins at its start")
