@@ -4,21 +4,16 @@ tests/data/official holds a small run of it, saved at step 10 of 20, and make.py
 """
 
 import json
-import os
 import pickle
 import shutil
-import subprocess
-import sys
 import zipfile
 from importlib.util import find_spec
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT, Bomb, refusal
 
 from support.official import official_config
-from support.official_run import check_place, settings_to_go_on
 from support.official_state import (check_optimizer, has_training_state, read_optimizer,
                                     read_progress, steps_taken)
 from support.plain_pickle import read_plain
