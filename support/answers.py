@@ -13,6 +13,7 @@ from data import render_chat
 from model import generate
 from scaling.ranks import from_rank0
 from scaling.sharding import evaluating
+from support.chat_forms import PROMPTS
 from support.chats import checked_request
 from support.cpu import packed_weights
 from support.fields import require
@@ -109,7 +110,7 @@ def read_prompts(path, drawn):
         return messages
 
     faults, counts = Faults(), Counter()
-    found = list(checked_rows(path, check, counts, faults))
+    found = list(checked_rows(path, PROMPTS, check, counts, faults))
     faults.stop()
     if any(counts.values()):
         print(f"{path}{listed(counts)}")
