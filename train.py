@@ -2,6 +2,7 @@
 
     python train.py configs/tiny.py [--key=value ...]   # train; a run that exists is continued
     python train.py --resume=RUN [--key=value ...]      # the same, with the config of the run
+    python train.py CONFIG --start_from=DIRECTORY       # begin with somebody's weights
     torchrun --nproc_per_node=8 train.py CONFIG         # the same batches and losses on 8 GPUs
     python train.py CONFIG --plan --gpus=256            # trains nothing: memory, days, kWh, CO2
 
@@ -26,6 +27,7 @@ from corpus.trace import places_of_step
 from data import Batches, DataConfig, TokenShards, build_data
 from eval import EvalConfig, evaluate, sample_text
 from model import ModelConfig, OLMo, init_weights, next_token_loss
+from scaling.begin import settings_of_start
 from scaling.checkpoint import create_state
 from scaling.directory import resumed_argv, saved_settings
 from scaling.log import print_results, print_run
@@ -51,8 +53,10 @@ class TrainConfig:
     overwrite: bool = setting(False, "Delete the run that is in run_dir and begin at step 1.")
     accept_changes: bool = setting(False, "Continue although config or data differ; prints how.")
     start_from: str = setting(
-        "", "Begin with weights, optimiser and data position of this RUN/step... (an anneal); in "
-        "adapt.py: the model to tune, its weights alone.")
+        "", "Begin a new run with this RUN/step..., optimiser and place in the data included (an "
+        "anneal), or with the weights of another directory; in adapt.py: the model to tune.")
+    fresh_optimizer: bool = setting(
+        False, "Take the weights of start_from alone, and begin at step 1 of the data.")
     # the machine
     device: Literal["auto", "cpu", "cuda", "mps"] = setting(
         "auto", "auto is cuda where there is one, else cpu; mps was never tried.")
@@ -222,11 +226,9 @@ def build_optimizer(model, config):
 def resume(run, model, optimizer):
     """Load the run's checkpoint; print it if the learning rate goes on differently from before."""
     run.load(model, optimizer)
-    if run.config_before is None or run.step >= run.config.max_steps:
+    before = run.config_before  # None for a new run
+    if before is None or run.step >= run.config.max_steps:
         return
-    known = TrainConfig.__dataclass_fields__
-    saved = {key: value for key, value in run.config_before.items() if key in known}
-    before = TrainConfig(**saved)
     step = run.step + 1
     lr_before = lr_at_step(step, before)
     lr_now = lr_at_step(step, run.config)
@@ -371,11 +373,9 @@ def sample_at_the_end(run, model, tokenizer, eval_config):
 
 @on_all_ranks
 def main(argv):
-    argv = resumed_argv(argv, "train.py", is_tuned=False)
-    wants_help = {"-h", "--help"} & set(argv)
-    if all(word.startswith("-") for word in argv) and not wants_help:
-        raise UserError("name a config file (python train.py configs/tiny.py) or --resume=RUN")
-    model_config, data_config, eval_config, config, plan = load_config(argv, *SCHEMAS)
+    argv = resumed_argv(argv, "train.py", "configs/tiny.py", is_tuned=False)
+    base = settings_of_start(argv, SCHEMAS)  # the shape of the weights that start_from names
+    model_config, data_config, eval_config, config, plan = load_config(argv, *SCHEMAS, base=base)
     if plan.plan:
         return print_plan(model_config, config, plan, build_optimizer)
     say_unused(argv)
