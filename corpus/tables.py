@@ -21,7 +21,6 @@ BATCH_BYTES = 2**24  # unpacked at a time, about
 BUFFER_BYTES = 2**20  # of a column's pages: without it pyarrow holds a whole row group in memory
 MOST_MEMORY = 4 * MOST_BYTES  # to unpack a few rows: a page, a copy of it, and an array that grows
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
-REWRITE = "write it again, such as by pandas.read_parquet and to_parquet"
 FETCH = "fetch it again, or take it out"
 
 
@@ -90,7 +89,8 @@ def check_format(file):
     kind = "Parquet" if file.suffix == ".parquet" else "Arrow"
     found = signature_of(head)
     if head.startswith(b"FEA1"):
-        raise UserError(f"{file}: Feather's old format; {REWRITE.replace('parquet', 'feather')}")
+        raise UserError(f"{file}: Feather's first format; write it again: pandas.read_feather(OLD)"
+                        ".to_feather(NEW), with pyarrow below 20")
     if not found and head.lstrip()[:1] in (b"{", b"["):
         raise UserError(f"{file}: not {kind} but JSON; rename it to {file.stem}.jsonl")
     if found and found != kind:
@@ -114,17 +114,16 @@ def named_faults(file, row):
     except UserError:
         raise
     except MemoryError:
-        raise UserError(f"{file}:{row + 1}: the next {MOST_ROWS} rows or fewer need over "
-                        f"{MOST_MEMORY:,} bytes of memory; {REWRITE}, or take it out") from None
+        raise UserError(f"{file}:{row + 1}: from this row on, the next ones need over "
+                        f"{MOST_MEMORY:,} bytes of memory to be unpacked; take the file out"
+                        ) from None
     except (ArrowException, OSError, ValueError, KeyError, OverflowError, RecursionError) as error:
         if getattr(error, "errno", None):  # of the disk
             raise
         reason = str(error).strip().partition("\n")[0][:200]
-        message = f"{file}: damaged, cut off, or of a kind that pyarrow cannot read behind row {row:,}"
-        if file.suffix == ".parquet":
-            raise UserError(f"{message} ({reason}); {FETCH}") from None
-        raise Truncated(f"{message} ({reason}); {FETCH}, or read what is there: "
-                        "--allow_truncated=true") from None
+        message = f"{file}: pyarrow cannot read it after row {row:,} ({reason}); {FETCH}"
+        # a stream has batches up to where it ends; Parquet and Feather lose all with their end
+        raise (Truncated if file.suffix == ".arrow" else UserError)(message) from None
 
 
 @contextmanager
