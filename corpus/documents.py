@@ -121,8 +121,8 @@ def columns_of_documents(file, text_key, columns):
         remedy = f'did you mean {other}? {{"path": PATH, "text": "{other}"}}'
         if not other:
             remedy = "make it a column of strings, or take the table out"
-        raise UserError(f"{file}: the column {text_key} holds {columns[text_key]}, and no strings; "
-                        + remedy)
+        raise UserError(f"{file}: the column {text_key} holds {columns[text_key]} in each row, not "
+                        f"a string; {remedy}")
     return [text_key, *(name for name in OF_A_DOCUMENT if name in columns and name != text_key)]
 
 
@@ -154,11 +154,12 @@ def as_document(record, source, counts, text_key=None):
         raise UserError(f"{place}: holds {json_type(entry)}, not a JSON object; correct or delete "
                         "it")
     is_text_file = record.file.endswith(TEXT_SUFFIXES)
-    if record.file.endswith(TABLE_SUFFIXES):
+    is_row = record.file.endswith(TABLE_SUFFIXES)
+    if is_row:
         entry = given_in_row(entry, text_key or "text", counts)
     text = entry.get("text" if is_text_file or not text_key else text_key)
     if not isinstance(text, str):
-        raise UserError(f"{place}: {why_no_text(entry, text_key)}")
+        raise UserError(f"{place}: {why_no_text(entry, text_key, 'the row' if is_row else 'it')}")
     # where it was read, as in Dolma: trace leads back to this line
     provenance = f"{record.file}:{line_number(record.line, record.part)}"
     name = entry.get("id", provenance)
@@ -198,13 +199,16 @@ def note_oddities(text, counts):
            "sed -i 's/\\r$//' FILE"] += "\r\n" in text
 
 
-def why_no_text(entry, text_key):
-    """What is wrong with a JSON object that holds no text, and what may be meant by it."""
+def why_no_text(entry, text_key, it="it"):
+    """What is wrong with a JSON object that holds no text, and what may be meant by it.
+
+    it: what to correct.
+    """
     key = text_key or "text"
     if isinstance(entry.get(key), bytes):  # of a table
-        return f"{key} is no text in UTF-8; correct or delete the row"
+        return f"{key} is bytes that are not UTF-8; correct or delete {it}"
     if key in entry:
-        return f"{key} is {json_type(entry[key])}, not a string; correct or delete it"
+        return f"{key} is {json_type(entry[key])}, not a string; correct or delete {it}"
     keys = ", ".join(list(entry)[:10]) or "none at all"
     message = f"no key {key}; its keys are {keys}"
     if entry.keys() & {"messages", "prompt", "chosen", "instruction"}:

@@ -10,7 +10,7 @@ from collections import Counter
 from contextlib import contextmanager
 from decimal import Decimal
 
-from corpus.lines import MOST_BYTES, Truncated
+from corpus.lines import MOST_BYTES, TABLES, Truncated
 from support.text import UserError, shown, signature_of
 
 TABLE_SUFFIXES = (".parquet", ".arrow", ".feather")
@@ -21,6 +21,7 @@ BATCH_BYTES = 2**24  # unpacked at a time, about
 BUFFER_BYTES = 2**20  # of a column's pages: without it pyarrow holds a whole row group in memory
 MOST_MEMORY = 4 * MOST_BYTES  # to unpack a few rows: a page, a copy of it, and an array that grows
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+DECRYPT = "decrypt it first, or take it out"
 FETCH = "fetch it again, or take it out"
 
 
@@ -85,17 +86,16 @@ def check_format(file):
     if not head:
         raise UserError(f"{file}: 0 bytes, a download that failed; {FETCH}")
     if b"PARE" in (head[:4], tail[-4:]):
-        raise UserError(f"{file}: encrypted; decrypt it first, or take it out")
+        raise UserError(f"{file}: encrypted; {DECRYPT}")
     kind = "Parquet" if file.suffix == ".parquet" else "Arrow"
-    found = signature_of(head)
+    found = "Arrow" if head.startswith(END_OF_STREAM[:4]) else signature_of(head)
     if head.startswith(b"FEA1"):
         raise UserError(f"{file}: Feather's first format; write it again: pandas.read_feather(OLD)"
                         ".to_feather(NEW), with pyarrow below 20")
     if not found and head.lstrip()[:1] in (b"{", b"["):
         raise UserError(f"{file}: not {kind} but JSON; rename it to {file.stem}.jsonl")
     if found and found != kind:
-        other = {"Parquet": ".parquet", "Arrow": ".arrow"}.get(found)
-        remedy = f"rename it to {file.stem}{other}" if other else "unpack it, or take it out"
+        remedy = f"rename it to {file.stem}{TABLES[found]}" if found in TABLES else FETCH
         raise UserError(f"{file}: not {kind} but {found}; {remedy}")
     if kind == "Parquet" and not found or head.lstrip()[:1] == b"<":
         raise UserError(f"{file}: not {kind} ({shown(head[:20].decode('latin-1'))}); {FETCH}")
@@ -121,9 +121,11 @@ def named_faults(file, row):
         if getattr(error, "errno", None):  # of the disk
             raise
         reason = str(error).strip().partition("\n")[0][:200]
-        message = f"{file}: pyarrow cannot read it after row {row:,} ({reason}); {FETCH}"
+        if "decrypt" in reason:
+            raise UserError(f"{file}: encrypted; {DECRYPT}") from None
+        message = f"{file}: cannot be read after row {row:,} ({reason}); {FETCH}"
         # a stream has batches up to where it ends; Parquet and Feather lose all with their end
-        raise (Truncated if file.suffix == ".arrow" else UserError)(message) from None
+        raise (Truncated if row and file.suffix == ".arrow" else UserError)(message) from None
 
 
 @contextmanager
@@ -283,6 +285,8 @@ def values_of(column):
 def objects_of(column):
     """The values of a column of structs: dicts without what is null, None for a null."""
     names = [field.name for field in column.type]
+    if len(set(names)) < len(names):
+        raise ValueError(f"an object holds a key twice: {', '.join(names)}")
     rows = zip(*map(values_of, column.flatten()), strict=True) if names else [()] * len(column)
     objects = []
     for is_there, values in zip(column.is_valid().to_pylist(), rows, strict=True):
