@@ -112,7 +112,9 @@ def overwrite(run, start_from):
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0):
         raise UserError("--overwrite with --max-restarts would delete the run at each restart; "
                         "leave out one of them")
-    if start_from and Path(start_from).resolve().parent == run.resolve():
+    start = Path(start_from).resolve()
+    is_ours = start.parent == run.resolve() and NAMES.fullmatch(start.name)
+    if start_from and (is_ours or start == run.resolve()):
         raise UserError(f"--overwrite would delete {start_from}, which start_from names; choose "
                         "another --run_dir")
     clear(run)
