@@ -69,8 +69,7 @@ def check_changes(place, before, settings, config, free_keys):
             if key in before and before[key] != value and not may_change(key, free_keys)]
     if "start_from" in keys and is_same_path(before["start_from"], settings["start_from"]):
         keys.remove("start_from")
-    changes = [f"{key}: {before[key] or 'nothing'} there, {settings[key] or 'nothing'} now"
-               for key in keys]
+    changes = [f"{key}: {given(before[key])} there, {given(settings[key])} now" for key in keys]
     is_fixed = bool(FIXED & set(keys))
     if changes and (is_fixed or not config.accept_changes):
         accept = "" if is_fixed else " or --accept_changes"
@@ -86,6 +85,11 @@ def check_changes(place, before, settings, config, free_keys):
 def is_same_path(one, other):
     """Whether two texts name one directory, such as OUT and ./OUT/, which may be gone."""
     return bool(one and other) and Path(one).resolve() == Path(other).resolve()
+
+
+def given(value):
+    """A setting for a message; an empty text would not be seen."""
+    return "nothing" if value == "" else value
 
 
 def may_change(key, free_keys):
