@@ -103,7 +103,7 @@ def unpacked(file, raw, bar):
                 yield chunk
             lines += chunk.count(b"\n")
     except ImportError:
-        raise UserError(f"{file}: needs the package zstandard: pip install zstandard") from None
+        raise UserError(f"{file}: needs the package zstandard: pip install -U zstandard") from None
     except MemoryError as error:
         raise UserError(f"{file}: unpacking takes more memory than there is ({error}); unpack it "
                         f"elsewhere: zstd -d --long=31 {file.name}") from None
@@ -129,6 +129,8 @@ def zstd_chunks(raw):
     """
     import zstandard
     decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW)
+    if not hasattr(decompressor.decompressobj(), "eof"):
+        raise ImportError("zstandard 0.19 is the first that tells where a frame ends")
     frame = None
     while packed := raw.read(ZSTD_BYTES):
         while packed:

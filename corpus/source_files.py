@@ -38,7 +38,7 @@ def input_files(root, counts):
         others = '--sources=\'{"name": "path"}\''
         if command() == "adapt.py":
             others = "--train_data, --eval_data"
-        raise UserError(f"{root}: no such file or folder{here(root)}; put .jsonl, .jsonl.gz or "
+        raise UserError(f"{root}: no such file or folder{here(root)}; put .jsonl, .json or "
                         '.txt files there, or name others: ' + others)
     if not root.is_dir():
         raise UserError(f"{root}: neither a file nor a folder; save what it holds in a file")
@@ -172,7 +172,7 @@ def ending_of(file):
 
 def remedy_for(files):
     """What to do with files of other kinds: how the first of them become readable."""
-    remedy = (f"name what ends in {', '.join(JSON_SUFFIXES)} (an object a line) or "
+    remedy = (f"name what ends in {', '.join(JSON_SUFFIXES)} (objects) or "
               f"{', '.join(TEXT_SUFFIXES)} (a document a file)")
     ways = [REMEDIES[file.suffix] for file in files if file.suffix in REMEDIES]
     return f"{remedy}; to make one: {ways[0]}" if ways else remedy

@@ -263,7 +263,7 @@ def test_zstandard_is_named_where_it_is_missing(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd\0")
     message = refusal(texts_at, tmp_path)
     assert message == (f"{tmp_path / 'a.jsonl.zst'}: needs the package zstandard: "
-                       "pip install zstandard")
+                       "pip install -U zstandard")
 
 
 # ---- Lists and objects over several lines --------------------------------------------------------
