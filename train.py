@@ -95,11 +95,13 @@ class TrainConfig:
     save_every_minutes: float = setting(0.0, "Minutes between further checkpoints; 0: never.")
     keep_last: int = setting(2, "How many checkpoints to keep; 0 keeps all.")
     keep_every: int = setting(0, "Also keep checkpoints of multiples of this step; 0 keeps none.")
+    keep_best: bool = setting(False, "Also keep the evaluated step with the fewest bits per byte.")
     verify: Literal["sha256", "size"] = setting(
         "sha256", "How a checkpoint is checked before it is loaded; size is for huge ones.")
     stop_after_minutes: float = setting(
         0.0, "Save and leave after so many minutes, with an exit code other than 0; 0: never.")
     tensorboard: bool = setting(False, "Write the log for TensorBoard too, into RUN/tensorboard.")
+    wandb: bool = setting(False, "Send the log to Weights & Biases too; WANDB_PROJECT is obeyed.")
     # energy (paper, section 4.4)
     watts: float = setting(0.0, "Power per rank in watts where no GPU's meter is read; 0: unknown.")
     pue: float = setting(1.1, "PUE: energy of the data centre / energy of its machines.")
@@ -145,7 +147,7 @@ def train(model_config, data_config, eval_config, config):
 
     # The run: new, or as it was left. One command starts a run and continues it after a crash.
     run = Run.open(config, settings, batches.fingerprint(), model_config, device, deadline,
-                   free_keys=vars(eval_config))
+                   free_keys=vars(eval_config), can_compare=any(suite.domains for suite in suites))
     if run.is_finished():
         return 0
     model, optimizer = build_training(model_config, config, device, dtype, compiled)
