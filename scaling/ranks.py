@@ -230,6 +230,23 @@ def on_rank0(work, *arguments, patience=None):
     return result
 
 
+def on_each_rank(work, *arguments):
+    """Run `work(*arguments)` on every rank, each for itself; returns this rank's own result.
+
+    A UserError or OSError of one rank becomes a UserError on every rank. The others would else wait
+    for that rank in their next collective.
+    """
+    result, error = None, None
+    try:
+        result = work(*arguments)
+    except (UserError, OSError) as raised:
+        error = str(raised)
+    for each in gather(error):
+        if each:
+            raise UserError(each)
+    return result
+
+
 def from_rank0(value):
     """Rank 0's `value` on every rank; another rank may have rounded its own differently."""
     return on_rank0(lambda: value)

@@ -118,6 +118,17 @@ def own_part(full, parameter):
                              src_data_rank=None)  # every rank has all of it: nothing is sent
 
 
+def own_slice(tensor):
+    """Returns (first, rows): the rows that this rank stores of a sharded tensor, and the number of
+    the first of them; (0, all of it) of a tensor that is not sharded.
+    """
+    if not isinstance(tensor, DTensor):
+        return 0, tensor.detach()
+    numbers = own_part(torch.arange(len(tensor)), tensor).to_local()  # FSDP's rule, asked itself
+    first = numbers[0].item() if len(numbers) else 0  # a rank may have none
+    return first, tensor.detach().to_local()
+
+
 def sync_gradients(model, is_last):
     """Let FSDP sum the gradients over the ranks in the backward of the last micro-batch alone.
 

@@ -10,6 +10,8 @@ REMEDY = "the training diverged, or the file is damaged: take an earlier step"
 def check_weights(tensors, place):
     """UserError for {name: tensor} with a NaN or an infinite value, of the model at `place`."""
     for name, tensor in tensors.items():
+        if not tensor.numel():  # a rank may store no row of a sharded tensor
+            continue
         extremes = torch.stack(tensor.detach().aminmax())  # one pass; a NaN is both
         if not extremes.isfinite().all():
             raise UserError(f"{place}: {name} holds a NaN or an infinite weight; {REMEDY}")

@@ -52,8 +52,12 @@ def why_no_model(path):
         return f"{config}: names no model_type; restore the file that the weights came with"
     if any(path.glob("*.safetensors")):
         return f"{config}: missing; it describes the weights: copy it from where they came from"
+    if (path / "model_and_optim").is_dir() or any(path.glob("model/rank*.pt")):
+        return (f"{path}: an official checkpoint in the ranks' slices; join them first, with "
+                "scripts/unshard.py of github.com/allenai/OLMo")
     return (f"{path}: no model here; name a run directory, a step directory, a Hugging Face "
-            "directory or an official OLMo directory (model.pt, config.yaml)")
+            "directory (config.json, model.safetensors) or an official OLMo directory "
+            "(config.yaml, model.pt or model.safetensors)")
 
 
 def read_hf_config(path, tokenizer=None):

@@ -1,44 +1,59 @@
-"""The safetensors files of a Hugging Face directory."""
+"""The safetensors files of a Hugging Face directory, or of an official checkpoint."""
+
+from functools import partial
 
 from support.files import UserError, read_json
+from support.slices import StoredTensor
 from support.text import refuse_pointer
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of the dtypes that are read
 
 
-def read_shapes(path):
-    """{name: shape} of the tensors in the safetensors files of a directory; none is loaded."""
-    safe_open = import_safetensors().safe_open
-    shapes = {}
-    for file in safetensors_files(path):
-        found = {}
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118
-                    part = tensors.get_slice(name)
-                    found[name] = (part.get_dtype(), tuple(part.get_shape()))
-        except Exception as error:
-            raise UserError(f"{file}: damaged or not safetensors ({error})") from None
-        for name, (dtype, shape) in found.items():
-            if dtype not in FLOATS:
-                raise UserError(f"{file}: {name} is {dtype}; quantised weights are not read, only "
-                                f"{', '.join(FLOATS)}")
-            if name in shapes:
-                raise UserError(f"{file}: {name} is in another file too; delete one of the two")
-            shapes[name] = shape
-    return shapes
+def open_safetensors(files, name_of=str):
+    """{name: StoredTensor} of safetensors files; no tensor is read yet.
+
+    name_of: our reading of a name in the file. UserError for a name that comes twice, and for
+    numbers that are no floats.
+    """
+    stored = {}
+    for file in files:
+        tensors = opened(file)
+        for key in tensors.keys():  # noqa: SIM118
+            name = name_of(key)
+            part = tensors.get_slice(key)
+            if part.get_dtype() not in FLOATS:
+                raise UserError(f"{file}: {name} is {part.get_dtype()}; quantised weights are not "
+                                f"read, only {', '.join(FLOATS)}")
+            if name in stored:
+                raise UserError(f"{file}: {name} is in {stored[name].file.name} too; delete one of "
+                                "the two")
+            stored[name] = StoredTensor(file, name, tuple(part.get_shape()),
+                                        partial(rows_of, part, file))
+    return stored
 
 
-def read_safetensors(path):
-    """{name: tensor} of the safetensors files of a directory."""
-    load_file = import_safetensors().torch.load_file
-    tensors = {}
-    for file in safetensors_files(path):
-        try:
-            tensors.update(load_file(file))
-        except Exception as error:
-            raise UserError(f"{file}: damaged or not safetensors ({error})") from None
-    return tensors
+def rows_of(part, file, first, last):
+    """Rows of a tensor of a safetensors file, as a view of the file in memory."""
+    try:
+        return part[first:last]
+    except Exception as error:
+        raise UserError(f"{file}: cannot be read ({error})") from None
+
+
+def opened(file):
+    """A safetensors file, opened; UserError unless it is one."""
+    refuse_pointer(file)
+    try:
+        return import_safetensors().safe_open(file, framework="pt")
+    except (UserError, PermissionError):
+        raise
+    except Exception as error:
+        raise UserError(f"{file}: damaged or not safetensors ({error})") from None
+
+
+def tensor_names(file):
+    """The names of the tensors in a safetensors file."""
+    return list(opened(file).keys())
 
 
 def safetensors_files(path):
@@ -55,7 +70,6 @@ def safetensors_files(path):
         if file.parent != path or not file.is_file():
             raise UserError(f"{file}: missing; the directory must hold its safetensors files, as "
                             "transformers' save_pretrained writes them")
-        refuse_pointer(file)
     return files
 
 
@@ -63,6 +77,6 @@ def import_safetensors():
     try:
         import safetensors.torch
     except ImportError:
-        raise UserError("Hugging Face weights need the package safetensors: "
+        raise UserError("safetensors files need the package safetensors: "
                         "pip install safetensors") from None
     return safetensors

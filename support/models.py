@@ -13,12 +13,15 @@ from model import ModelConfig
 from scaling.checkpoint import read_step, run_of, step_at
 from scaling.directory import has_steps
 from scaling.machine import choose_device
-from scaling.sharding import own_part
+from scaling.ranks import check_agreement, on_each_rank
+from scaling.sharding import own_slice
+from support import finite
 from support.files import UserError, file_sha256
 from support.hf_tokenizer import warn_of_other_template
+from support.official import TRAINING_STATE
 from support.vocabulary import open_tokenizer
-from support.weights import (check_weights, load_model, load_step, read_model_config,
-                             step_config)
+from support.weights import (check_weights, fill_from_files, kind_of, load_model, load_step,
+                             read_model_config, step_config)
 
 
 def open_model(path, config):
@@ -68,13 +71,14 @@ def is_ours(path):
 
 
 class Base(NamedTuple):
-    """The model that SFT or DPO starts from: where it lies, its digest and its settings."""
+    """The model that a run starts from: where it lies, its digest and its settings."""
 
     weights: Path  # a step directory, or a directory of another kind
-    home: Path  # holds tokenizer.json; a run's also config.json and manifest.json
+    home: Path  # may hold tokenizer.json; a run's also config.json and manifest.json
     digest: str
     model_config: ModelConfig
     settings: dict  # those of a run's data; {} for another directory
+    kind: str  # "run", "hf" or "official"
 
 
 def open_base(start_from, verify):
@@ -90,22 +94,27 @@ def open_base(start_from, verify):
     if state:
         [data_config] = load_config([str(home / "config.json")], DataConfig)
         model_config = step_config(state, weights)
-        return Base(weights, home, state["sha256"], model_config, asdict(data_config))
+        return Base(weights, home, state["sha256"], model_config, asdict(data_config),
+                    "run")
     patterns = ("*.safetensors", "model.pt", "config.*")
-    files = sorted(file for pattern in patterns for file in weights.glob(pattern))
-    digest = hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
+    files = sorted(file for pattern in patterns for file in weights.glob(pattern)
+                   if file.name not in TRAINING_STATE)
     model_config = read_model_config(weights)
     check_weights(weights, model_config)
-    return Base(weights, home, digest, model_config, {})
+    digest = hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
+    return Base(weights, home, digest, model_config, {}, kind_of(weights))
 
 
-@torch.no_grad()
 def fill_weights(model, base):
-    """Copy the weights of the base into a model, sharded or not."""
-    parameters = dict(model.named_parameters())
-    if (base.weights / "state.json").is_file():
-        read_step(base.weights, {f"model.{name}": p.detach() for name, p in parameters.items()})
+    """Copy the weights of the base into a model, sharded or not: each rank reads its own slice.
+
+    A fault that one rank finds is a UserError on all of them.
+    """
+    if base.kind != "run":
+        files = on_each_rank(fill_from_files, model, base.weights)
+        check_agreement({f"{base.weights / name}, bytes": size for name, size in files.items()})
         return
-    full = dict(load_model(base.weights).named_parameters())  # on each rank, for a moment
-    for name, parameter in parameters.items():
-        parameter.copy_(own_part(full[name].to(parameter.device), parameter))
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    read_step(base.weights, {f"model.{name}": tensor for name, tensor in tensors.items()})
+    slices = {name: own_slice(tensor)[1] for name, tensor in tensors.items()}
+    on_each_rank(finite.check_weights, slices, base.weights)

@@ -1,11 +1,18 @@
-"""Official OLMo 1.0 checkpoints (github.com/allenai/OLMo): model.pt and config.yaml are read."""
+"""Official OLMo 1.0's unsharded checkpoints (github.com/allenai/OLMo).
+
+model.pt or model.safetensors holds the weights, config.yaml describes them.
+"""
 
 import itertools
+from functools import partial
 
 import torch
 
 from model import ModelConfig
-from support.text import UserError, read_text, refuse_pointer
+from support.hf_weights import open_safetensors, tensor_names
+from support.official_names import decode_name, is_encoded
+from support.slices import StoredTensor
+from support.text import UserError, read_text, refuse_pointer, shown
 from support.vocabulary import count_of_ids
 
 # The texts that OLMo 1.0 has. None where the key may be missing, as official OLMo's default for it
@@ -22,6 +29,11 @@ SIZES = {"d_model", "n_heads", "n_layers", "mlp_ratio", "mlp_hidden_size", "max_
          "vocab_size", "embedding_size", "weight_tying", "rope_theta", "eos_token_id",
          "pad_token_id"}
 
+# What lies beside the weights: the optimiser's state and the loop's (also as .pt).
+TRAINING_STATE = ("optim.safetensors", "train.safetensors")
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 OLMO_EOS = 50279  # the last of the ids of OLMo 1.0's tokenizer
 
 # Keys that change no logit: how to start, train, wrap and place the model.
@@ -32,19 +44,60 @@ HARMLESS = {
     "residual_dropout", "scale_emb_init"}
 
 
-def read_official(path):
-    """{official name: tensor} of an unsharded checkpoint's model.pt; nothing in it is run."""
-    refuse_pointer(path / "model.pt")
+def official_weights(path):
+    """The file with the weights of an unsharded checkpoint; None where there is none.
+
+    Official OLMo looks for model.safetensors first too.
+    """
+    encoded = path / "model.safetensors"
+    if encoded.is_file() and any(map(is_encoded, tensor_names(encoded))):
+        return encoded
+    plain = path / "model.pt"
+    return plain if plain.is_file() else None
+
+
+def open_official(path):
+    """{official name: StoredTensor} of an unsharded checkpoint; nothing in its files is run."""
+    file = official_weights(path)
+    if file.suffix == ".safetensors":
+        return open_safetensors([file], partial(name_of_tensor, file=file))
+    stored = {}
+    for name, tensor in mapped_tensors(file).items():
+        stored[name] = StoredTensor(file, name, tuple(tensor.shape), partial(rows_of, tensor))
+    return stored
+
+
+def rows_of(tensor, first, last):
+    return tensor[first:last]
+
+
+def name_of_tensor(encoded, file):
+    """The name of a tensor of the model in an official safetensors file."""
+    keys, is_pickled = decode_name(encoded, file)
+    if is_pickled or len(keys) > 1:
+        raise UserError(f"{file}: {shown(list(keys))} is no tensor of a model; name the directory "
+                        "of an unsharded checkpoint")
+    return keys[0]
+
+
+def mapped_tensors(file):
+    """{name: tensor} of model.pt, mapped into memory: what is not used is not read."""
+    refuse_pointer(file)
     try:
-        found = torch.load(path / "model.pt", map_location="cpu", weights_only=True, mmap=True)
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except PermissionError:
+        raise
     except Exception:  # torch's message runs over lines, and advises to run what is in the file
         found = None
     if not isinstance(found, dict) or not all(map(torch.is_tensor, found.values())):
-        raise UserError(f"{path / 'model.pt'}: damaged, or holds more than named tensors")
+        raise UserError(f"{file}: damaged, or holds more than named tensors; nothing in it was "
+                        "run; download it again")
     for name, tensor in found.items():
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            raise UserError(f"{path / 'model.pt'}: {name} is {tensor.dtype}; quantised weights are "
-                            "not read")
+        if tensor.dtype not in FLOATS:
+            raise UserError(f"{file}: {name} is {tensor.dtype}; quantised weights are not read")
+        if tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise UserError(f"{file}: {name} holds no plain numbers ({tensor.layout}, "
+                            f"{tensor.device}); download it again")
     return found
 
 
@@ -54,7 +107,8 @@ def official_config(path, tokenizer=None):
     tokenizer: the Tokenizer beside it; it may have more ids, as somebody added tokens.
     """
     if not path.is_file():
-        raise UserError(f"{path}: missing; an official checkpoint needs it beside model.pt")
+        raise UserError(f"{path}: missing; an official checkpoint needs it beside "
+                        f"{official_weights(path.parent).name}")
     settings = read_model_block(path)
     check_settings(settings, path)
     try:

@@ -21,8 +21,10 @@ from support.compare import compare_with_transformers
 from support.files import UserError, fsync, fsync_all, read_json, write_json
 from support.hf_config import config_to_hf, end_ids, is_hf, read_hf_config, why_no_model
 from support.hf_tokenizer import check_tokenizer_config, template_of, write_tokenizer
-from support.hf_weights import import_safetensors, read_safetensors, read_shapes
-from support.official import official_config, read_official
+from support.hf_weights import import_safetensors, open_safetensors, safetensors_files
+from support.official import (TRAINING_STATE, official_config, official_weights,
+                              open_official)
+from support.slices import check_same_rows, copy_own_rows, shapes_of
 from support.vocabulary import check_vocabulary
 
 # ---- Names ---------------------------------------------------------------------------------------
@@ -74,18 +76,39 @@ def load_model(path, device="cpu"):
     """The OLMo, in float32, of a directory of any of four kinds.
 
     A run directory (its newest step), a step directory, a Hugging Face directory (one safetensors
-    file or several), or an official OLMo unsharded checkpoint (model.pt beside config.yaml). Raises
-    UserError that names what is missing, unexpected or misshapen. No file's content is run.
+    file or several), or an official OLMo unsharded checkpoint (config.yaml beside model.pt or
+    model.safetensors). Raises UserError that names what is missing, unexpected or misshapen. No
+    file's content is run.
     """
     path = Path(path)
     if (path / "state.json").is_file():
         return load_step(path, verify_step(path), device)
-    if (path / "model.pt").is_file():
-        return load_official(path, device)
     if has_steps(path):
         step, state = newest_step(path)
         return load_step(step, state, device)
-    return load_hf(path, device)
+    config = read_model_config(path)
+    check_weights(path, config)  # before memory is taken for what they are said to be
+    model = empty_model(config).to_empty(device=device)
+    fill_from_files(model, path)
+    return model
+
+
+def kind_of(path):
+    """Whose files a directory from elsewhere holds: "hf" or "official"."""
+    official = official_weights(path)
+    is_described = (path / "config.yaml").is_file()
+    hf = path / "model.safetensors"
+    if official == hf or not hf.is_file():
+        hf = path / "model.safetensors.index.json"
+    has_hf = is_hf(path) and hf.is_file()
+    if official and is_described and has_hf:
+        raise UserError(f"{path}: holds two models, {official.name} with config.yaml and {hf.name} "
+                        "with config.json; move the files of one to a directory of their own")
+    if official and (is_described or not has_hf):
+        return "official"
+    if is_hf(path):
+        return "hf"
+    raise UserError(why_no_model(path))
 
 
 def read_model_config(path):
@@ -95,12 +118,10 @@ def read_model_config(path):
     """
     file = path / "tokenizer.json"
     tokenizer = tokenizer_at(file) if file.is_file() else None
-    if (path / "model.pt").is_file():
+    if kind_of(path) == "official":
         config = official_config(path / "config.yaml", tokenizer)
-    elif is_hf(path):
-        config = read_hf_config(path, tokenizer)
     else:
-        raise UserError(why_no_model(path))
+        config = read_hf_config(path, tokenizer)
     if tokenizer:
         check_tokenizer_config(path, tokenizer)
         check_vocabulary(config, tokenizer, file)
@@ -145,65 +166,71 @@ class NoInit(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def assemble(config, tensors, place, device):
-    """An OLMo filled with `tensors`, {our name: tensor}; every name and shape must fit."""
-    model = empty_model(config)
-    check_tensors(shapes_of(dict(model.named_parameters())), shapes_of(tensors), place)
-    finite.check_weights(tensors, place)
-    tensors = {name: tensor.to(device, torch.float32) for name, tensor in tensors.items()}
-    model.load_state_dict(tensors, assign=True)
-    return model
+# ---- From elsewhere, by slices -------------------------------------------------------------------
 
+def open_weights(path, config):
+    """{our name: [StoredTensor]} of a directory from elsewhere: each tensor's parts, row by row.
 
-def check_weights(path, config):
-    """UserError if the weights of a directory from elsewhere do not fit `config`; loads none."""
-    is_official = (path / "model.pt").is_file()
-    found = shapes_of(read_official(path)) if is_official else read_shapes(path)
+    UserError unless all names and shapes fit `config`. Nothing but them is read yet. A tied model
+    may have an lm_head.weight, as some writers repeat the embedding under that name.
+    """
+    is_official = kind_of(path) == "official"
+    found = open_official(path) if is_official else open_safetensors(safetensors_files(path))
     # before the table of their names is made: a damaged file may ask for 10^12 blocks
     if config.n_layers > len(found):
         raise UserError(f"{path}: its configuration has {config.n_layers:,} blocks, and its files "
                         f"have {len(found)} tensors")
     wanted = {}
+    parts = {}
     for names in name_table(config):
-        if is_official:
-            wanted[names.official] = names.whole
-        else:
-            wanted.update(dict.fromkeys(names.parts, names.shape))
-    if config.weight_tying and not is_official:
-        found.pop("lm_head.weight", None)  # some writers repeat a tied head
-    check_tensors(wanted, found, path)
+        parts[names.ours] = [names.official] if is_official else names.parts
+        shape = names.whole if is_official else names.shape
+        wanted.update(dict.fromkeys(parts[names.ours], shape))
+    head = "lm_head.weight"
+    if config.weight_tying and head in found and not is_official:
+        wanted[head] = (config.embedding_size, config.d_model)
+        parts[head] = [head]
+    check_tensors(wanted, shapes_of(found), path)
+    return {ours: [found[name] for name in theirs] for ours, theirs in parts.items()}
 
 
-def shapes_of(tensors):
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+def check_weights(path, config):
+    """UserError if the weights of a directory from elsewhere do not fit `config`; loads none."""
+    open_weights(path, config)
 
 
-def load_official(path, device):
-    """The model of an official OLMo unsharded checkpoint."""
-    config = read_model_config(path)
-    check_weights(path, config)
-    official = read_official(path)
-    tensors = {names.ours: official[names.official] for names in name_table(config)}
-    return assemble(config, tensors, path, device)
+def fill_from_files(model, path):
+    """Copy the weights of a directory from elsewhere into a model: each rank its own slice.
+
+    Returns {file: its size in bytes}, of what was read.
+    """
+    stored = open_weights(path, model.config)
+    parameters = dict(model.named_parameters())
+    given = {names.ours: names.whole for names in name_table(model.config)}
+    check_tensors(shapes_of(parameters), given, path)  # a fork's network may have others
+    for name, parameter in parameters.items():
+        copy_own_rows(stored[name], parameter)
+    if model.config.weight_tying and "lm_head.weight" in stored:
+        [head] = stored["lm_head.weight"]
+        [embedding] = stored["wte.weight"]
+        check_same_rows(head, embedding, model.wte.weight)
+    files = {part.file for parts in stored.values() for part in parts}
+    say_what_is_unused(path, files, model.config.eos_token_id)
+    return {file.name: file.stat().st_size for file in sorted(files)}
 
 
-# ---- Hugging Face: reading -----------------------------------------------------------------------
-
-def load_hf(path, device):
-    """The model of a Hugging Face directory of an OLMo 1.0."""
-    config = read_model_config(path)
-    check_weights(path, config)
-    found = read_safetensors(path)
-    tied_head = found.pop("lm_head.weight", None) if config.weight_tying else None
-    if tied_head is not None and not torch.equal(tied_head, found["model.embed_tokens.weight"]):
-        raise UserError(f"{path}: lm_head.weight differs from the embedding that it is tied to")
-    tensors = {names.ours: torch.cat([found[part] for part in names.parts])
-               for names in name_table(config)}
-    other_ends = set(end_ids(read_json(path / "config.json"), path)) - {config.eos_token_id}
-    if other_ends:
-        print(f"{path}: eos_token_id lists {sorted(other_ends)} too; here a text ends at "
-              f"{config.eos_token_id} alone")
-    return assemble(config, tensors, path, device)
+def say_what_is_unused(path, files, eos_token_id):
+    """Print which weights and ends of a text in a directory are not used; files: those that are."""
+    unread = [file.name for file in sorted((*path.glob("*.safetensors"), path / "model.pt"))
+              if file.is_file() and file not in files and file.name not in TRAINING_STATE]
+    if unread:
+        print(f"{path}: the weights are those of {', '.join(file.name for file in sorted(files))}; "
+              f"{', '.join(unread)} is not read")
+    if kind_of(path) == "hf":
+        other_ends = set(end_ids(read_json(path / "config.json"), path)) - {eos_token_id}
+        if other_ends:
+            print(f"{path}: eos_token_id lists {sorted(other_ends)} too; here a text ends at "
+                  f"{eos_token_id} alone")
 
 
 # ---- Hugging Face: writing -----------------------------------------------------------------------

@@ -255,8 +255,10 @@ def test_logits_that_are_no_numbers_are_an_error_with_their_place(bad):
     assert "prompt 2 of 2" in refusal(check_logits, torch.tensor([[1.0, 2], [bad, 1]]), 0)
 
 
-@pytest.mark.parametrize("kind", ["run", "hf"])
-def test_weights_that_are_no_numbers_are_named(kind, tmp_path, tokenizer, opened, refused):
+@pytest.mark.parametrize("kind, name", [
+    ("run", "blocks.1.mlp.ff_out.weight"), ("hf", "model.layers.1.mlp.down_proj.weight")])
+def test_weights_that_are_no_numbers_are_named(kind, name, tmp_path, tokenizer, opened, refused):
+    """Under the name that the file gives them."""
     model = random_model(**IDS)
     run = run_directory(tmp_path / "run", tokenizer)
     path = hf_directory(tmp_path / "hf", tokenizer)
@@ -267,10 +269,10 @@ def test_weights_that_are_no_numbers_are_named(kind, tmp_path, tokenizer, opened
     if kind == "hf":
         import safetensors.torch
         tensors = safetensors.torch.load_file(path / "model.safetensors")
-        tensors["model.layers.1.mlp.down_proj.weight"][0, 0] = float("nan")
+        tensors[name][0, 0] = float("nan")
         safetensors.torch.save_file(tensors, path / "model.safetensors")
     for door in ("evaluate", "chat", "export"):
-        refused(opened(door, run if kind == "run" else path), "blocks.1.mlp.ff_out.weight", kind)
+        refused(opened(door, run if kind == "run" else path), name, kind)
 
 
 # ---- Tokens that somebody added ------------------------------------------------------------------
