@@ -36,6 +36,7 @@ from scaling.ranks import (agree_on_machine, on_all_ranks, on_rank0, rank, reduc
 from scaling.run import Run, deadline_after
 from scaling.sharding import full_tensor, own_part, shard_model, sync_gradients
 from scaling.start import data_for_run
+from support.prompts import draw_samples, open_prompts
 from support.suites import check_suites, open_suites
 from support.vocabulary import open_tokenizer
 
@@ -144,6 +145,7 @@ def train(model_config, data_config, eval_config, config):
     batches = Batches(shards, config.batch_size, data_config.seed, folder)
     batches(1, rank(), world_size())  # an indivisible batch size is an error now
     suites = open_suites(eval_config, partial(held_out_files, folder))
+    prompts = on_rank0(open_prompts, eval_config, tokenizer, model_config.max_seq_len)
 
     # The run: new, or as it was left. One command starts a run and continues it after a crash.
     run = Run.open(config, settings, batches.fingerprint(), model_config, device, deadline,
@@ -163,7 +165,7 @@ def train(model_config, data_config, eval_config, config):
     # run needs weights, optimiser and this one integer, and any number of ranks does the same.
     with run:
         if run.evaluation_was_missed():
-            run.log_evaluation(evaluate_in_loop(model, tokenizer, suites, eval_config))
+            run.log_evaluation(evaluate_in_loop(model, tokenizer, suites, prompts, eval_config))
         for step in run.steps():
             lr = lr_at_step(step, config)
             max_norm = clip_at_step(step, config)
@@ -178,9 +180,10 @@ def train(model_config, data_config, eval_config, config):
             if run.save_is_due(step):
                 run.save(model, optimizer)  # first: an evaluation may fail, and a signal gives 30 s
             if run.evaluation_is_due(step):
-                run.log_evaluation(evaluate_in_loop(model, tokenizer, suites, eval_config))
+                run.log_evaluation(evaluate_in_loop(model, tokenizer, suites, prompts, eval_config))
     if not run.ended_by:
-        print_results(run, sample_at_the_end(run, model, tokenizer, eval_config))
+        print_results(run, run.results.get("samples") or draw_samples(
+            model, tokenizer, prompts, eval_config, sample_text))
     return run.exit_code("train.py")
 
 
@@ -352,21 +355,15 @@ def global_count(micro_batches):
 
 # ---- Evaluation ----------------------------------------------------------------------------------
 
-def evaluate_in_loop(model, tokenizer, suites, eval_config):
-    """What eval.evaluate returns and, with a single process, a sample.
+def evaluate_in_loop(model, tokenizer, suites, prompts, eval_config):
+    """What eval.evaluate returns and, with a single process, samples.
 
     With several ranks none is drawn: every new token would need all weights gathered once.
     """
     results = evaluate(model, tokenizer, suites, eval_config)
     if world_size() == 1:
-        results["samples"] = [sample_text(model, tokenizer, eval_config)]
+        results["samples"] = draw_samples(model, tokenizer, prompts, eval_config, sample_text)
     return results
-
-
-def sample_at_the_end(run, model, tokenizer, eval_config):
-    """The sample of the last evaluation, or a new one."""
-    samples = run.results.get("samples") or [sample_text(model, tokenizer, eval_config)]
-    return samples[0]
 
 
 # ---- The command ---------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ log: no fault of a board ends a run.
 import os
 import sys
 import uuid
+from importlib.util import find_spec
 
 from support.files import UserError, replace_file
 
@@ -15,14 +16,26 @@ FINISH_S = 20  # how long the end may take: less than torchrun's 30 s between SI
 
 
 def open_boards(run, config, settings, step):
-    """The boards that `config` asks for. step: the one from which the run goes on, -1 for a new run.
-    """
+    """The boards that `config` asks for. step: from which the run goes on; -1: it is new."""
     boards = []
     if config.tensorboard:
         boards.append(TensorBoard(run, step))
     if config.wandb:
         boards.append(WeightsAndBiases(run, settings, step))
     return boards
+
+
+def check_boards(config):
+    """UserError for a board whose package is missing: now, and not when the data is built."""
+    for name in ("tensorboard", "wandb"):
+        spec = find_spec(name) if getattr(config, name) else True
+        # subtle: W&B leaves folders called wandb, which Python takes for packages without a file
+        if not spec or getattr(spec, "origin", name) is None:
+            raise not_installed(name)
+
+
+def not_installed(name):
+    return UserError(f"--{name} needs a package: pip install {name}")
 
 
 def numbers_of(kind, row):
@@ -43,7 +56,7 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise UserError("--tensorboard needs a package: pip install tensorboard") from None
+            raise not_installed("tensorboard") from None
         self.writer = SummaryWriter(run / "tensorboard", purge_step=step + 1)
 
     def write(self, kind, row):
@@ -65,10 +78,9 @@ class WeightsAndBiases:
     """
 
     def __init__(self, run, settings, step):
-        try:
-            import wandb
-        except ImportError:
-            raise UserError("--wandb needs a package: pip install wandb") from None
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # of its own faults, with our paths
+        os.environ.setdefault("WANDB_SILENT", "true")  # what is to be known we say in one line
+        import wandb
         self.wandb = wandb
         self.folder = run / "wandb"
         arguments = dict(
@@ -81,6 +93,8 @@ class WeightsAndBiases:
             settings=private_settings(wandb),
         )
         self.board = self.begin(arguments)
+        if not self.board:
+            return
         # subtle: W&B numbers its rows itself and refuses a number that comes twice. After a crash
         # steps are taken again, so ours is a value, and the x axis of all pictures.
         self.board.define_metric("step")
@@ -88,24 +102,26 @@ class WeightsAndBiases:
         print(f"W&B: {self.remedy() if self.board.offline else self.board.url}")
 
     def begin(self, arguments):
-        """The run at W&B, or one on this disk where the network fails; UserError without a key."""
+        """The run at W&B, or one on this disk where the network fails; None if neither begins."""
         errors = self.wandb.errors
         try:
             return self.wandb.init(**arguments)
         except (errors.UsageError, errors.AuthenticationError) as error:
-            raise UserError(f"--wandb: {first_line(error)}; run `wandb login`, or keep the numbers "
+            raise UserError(f"--wandb: {first_line(error)} Run `wandb login`, or keep the numbers "
                             "on this disk: WANDB_MODE=offline") from None
-        except (errors.Error, OSError) as error:  # the server, or the way to it
-            print(f"warning: W&B cannot be reached ({first_line(error)}); its numbers are kept on "
-                  "this disk", file=sys.stderr)
-        except ValueError as error:  # such as of WANDB_MODE
-            raise UserError(f"--wandb: {first_line(error)}") from None
-        return self.wandb.init(**arguments, mode="offline")
+        except Exception as error:  # the way to the server, the server, or W&B's own process
+            print(f"warning: W&B: {first_line(error)}", file=sys.stderr)
+        try:
+            self.wandb.teardown()  # what is left of the first try holds the id
+            return self.wandb.init(**arguments, mode="offline")
+        except Exception as error:
+            print(f"warning: W&B does not begin: {first_line(error)}; the numbers are in "
+                  "metrics.jsonl alone", file=sys.stderr)
+        return None
 
     def remedy(self):
         """How to send what is on the disk alone."""
-        folder = self.board.settings.sync_dir
-        return f"kept in {folder}; send it later: wandb sync {folder}"
+        return f"the numbers are on this disk; send them: wandb sync {self.board.settings.sync_dir}"
 
     def write(self, kind, row):
         """Hand a row over to W&B's own process, which sends it when it can."""
@@ -123,6 +139,7 @@ class WeightsAndBiases:
             return
         try:
             self.board.finish(exit_code=int(failed))
+            self.wandb.teardown()  # ends its process; at the end of Python it would print its faults
         except Exception as error:
             self.give_up(error)
 
@@ -143,7 +160,7 @@ def kept_id(folder, step):
 def private_settings(wandb):
     """W&B's settings: it gets our numbers and settings, and nothing of this machine or its code."""
     wanted = dict(
-        silent=True,  # nor does it ask for a key, which nobody could give under torchrun
+        silent=True,  # so it does not ask for a key, which nobody could give under torchrun
         console="off", save_code=False, disable_code=True, disable_git=True,
         disable_job_creation=True, host="", x_disable_meta=True, x_disable_stats=True,
         x_disable_machine_info=True, x_save_requirements=False,

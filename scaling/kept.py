@@ -39,8 +39,10 @@ class Kept:
         self.name_best()
 
     def add(self, step, results):
-        """Note an evaluation."""
-        measured_on = json.loads(to_json(results.get("of")))  # as it is read from the log again
+        """Take an evaluation's results, or its row in the log."""
+        # The suites' files, as JSON has them, as the log is read again. A tuning cannot change its
+        # held-out answers.
+        measured_on = None if self.method else json.loads(to_json(results.get("of")))
         self.found[step] = (value_of(results, self.method), measured_on)
 
     def note(self, step, results):

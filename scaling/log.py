@@ -1,7 +1,10 @@
 """The log: RUN/metrics.jsonl, the boards beside it, and what is printed about a run."""
 
 import math
+import sys
+import time
 from dataclasses import dataclass
+from datetime import timedelta
 
 from tqdm import tqdm
 
@@ -80,9 +83,41 @@ class Window:
                 "tokens_per_second_per_device": round(per_device, 1), "mfu": mfu}
 
 
+class Pace:
+    """How long the rest of a run takes, at its pace since the first row of this start.
+
+    That pace has the evaluations and checkpoints in it, and not the first step, which may compile.
+    """
+
+    def __init__(self):
+        self.first = None  # (step, time) of the first row
+
+    def seconds_left(self, step, last, window):
+        """Of the steps after `step`; the first row has the pace of its window alone."""
+        now = time.monotonic()
+        if self.first is None:
+            self.first = (step, now)
+            return (last - step) * window.seconds / window.steps
+        first_step, began = self.first
+        return (last - step) * (now - began) / (step - first_step)
+
+
 def perplexity(loss):
     """exp(loss), of a loss in nats per token; a finite number for any loss."""
     return math.exp(min(loss, 700))
+
+
+def has_bar():
+    """True where this process shows a bar of the steps: rank 0 at a terminal."""
+    return rank() == 0 and sys.stderr.isatty()
+
+
+def say_row(step, last, said, seconds_left, memory):
+    """A line about a step where no bar is seen, such as in the log of a batch system."""
+    if rank() == 0 and not has_bar():
+        left = timedelta(seconds=round(seconds_left))
+        print(f"step {step:,} of {last:,}: {said}, {left} left, {memory:.2f} GB", file=sys.stderr,
+              flush=True)
 
 
 def say_evaluation(step, results):

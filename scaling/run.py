@@ -16,7 +16,7 @@ from scaling import directory, start
 from scaling.boards import open_boards
 from scaling.checkpoint import load_checkpoint, save_checkpoint
 from scaling.kept import Kept, check_comparable
-from scaling.log import Log, Window, perplexity, say_evaluation
+from scaling.log import Log, Pace, Window, has_bar, perplexity, say_evaluation, say_row
 from scaling.machine import PowerMeter, carbon_kg, energy_line, flops_per_token, peak_memory
 from scaling.ranks import (batch_hash, check_agreement, largest, on_rank0, rank, reduce_sum,
                            world_size)
@@ -122,6 +122,7 @@ class Run:
         self.meter = PowerMeter(self.device, self.config.watts)
         self.kwh_before = self.state["kwh"]
         self.flops_per_token = flops_per_token(self.model_config)
+        self.pace = Pace()
         self.last_save = time.monotonic()
         self.is_late_to_save = False
         return self
@@ -139,7 +140,7 @@ class Run:
         self.signals.__enter__()
         last = self.config.max_steps
         self.loop_start = time.perf_counter() - self.state["seconds"]
-        with tqdm(total=last, initial=self.step, unit="step", disable=rank() > 0) as self.bar:
+        with tqdm(total=last, initial=self.step, unit="step", disable=not has_bar()) as self.bar:
             while self.step < last and not self.ended_by:
                 self.step_start = time.perf_counter()
                 yield self.step + 1
@@ -189,8 +190,10 @@ class Run:
         self.metrics_log.write("train", self.state, **row, peak_memory_gb=round(memory, 3),
                                kwh=self.state["kwh"], world_size=world_size(),
                                batch_hash=batch_hash(batch["tokens"]))
-        speed = row["tokens_per_second"]
-        self.bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed:,.0f} tokens/s")
+        said = f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s"
+        self.bar.set_postfix_str(said)
+        last = self.config.max_steps
+        say_row(self.step, last, said, self.pace.seconds_left(self.step, last, self.window), memory)
         self.window = Window()
 
     def count_energy(self):

@@ -1,13 +1,10 @@
-"""What others expect of a loop: Weights & Biases, the best step, prompts of samples, lines in a log."""
+"""What others expect of a loop: Weights & Biases, the best step, files of prompts, a log of lines."""
 
 import importlib.util
-import sys
 
 import pytest
-from conftest import columns, rows, saved_steps, steps
+from conftest import columns, rows
 
-import adapt
-import eval as evaluation
 import train
 
 WANDB = importlib.util.find_spec("wandb") is not None
