@@ -2,6 +2,7 @@
 
     python train.py configs/tiny.py [--key=value ...]   # train; a run that exists is continued
     python train.py --resume=RUN [--key=value ...]      # the same, with the config of the run
+    python train.py CONFIG --start_from=DIRECTORY       # begin with somebody's weights
     torchrun --nproc_per_node=8 train.py CONFIG         # the same batches and losses on 8 GPUs
     python train.py CONFIG --plan --gpus=256            # trains nothing: memory, days, kWh, CO2
 
@@ -26,6 +27,7 @@ from corpus.trace import places_of_step
 from data import Batches, DataConfig, TokenShards, build_data
 from eval import EvalConfig, evaluate, sample_text
 from model import ModelConfig, OLMo, init_weights, next_token_loss
+from scaling.begin import settings_of_start
 from scaling.checkpoint import create_state
 from scaling.directory import resumed_argv, saved_settings
 from scaling.log import print_results, print_run
@@ -52,8 +54,10 @@ class TrainConfig:
     overwrite: bool = setting(False, "Delete the run that is in run_dir and begin at step 1.")
     accept_changes: bool = setting(False, "Continue although config or data differ; prints how.")
     start_from: str = setting(
-        "", "Begin with weights, optimiser and data position of this RUN/step... (an anneal); in "
-        "adapt.py: the model to tune, its weights alone.")
+        "", "Begin a new run with this RUN/step..., optimiser and place in the data included (an "
+        "anneal), or with the weights of another directory; in adapt.py: the model to tune.")
+    fresh_optimizer: bool = setting(
+        False, "Take the weights of start_from alone, and begin at step 1 of the data.")
     # the machine
     device: Literal["auto", "cpu", "cuda", "mps"] = setting(
         "auto", "auto is cuda where there is one, else cpu; mps was never tried.")
@@ -124,10 +128,7 @@ SCHEMAS = (ModelConfig, DataConfig, EvalConfig, TrainConfig, PlanConfig)
 # ---- The main function ---------------------------------------------------------------------------
 
 def train(model_config, data_config, eval_config, config):
-    """Train a run from its start, or from its newest checkpoint, to max_steps.
-
-    Returns the exit code: 0 for a finished run, 128 + n after signal n.
-    """
+    """Train a run from its start, or its newest checkpoint, to max_steps; returns the exit code."""
     # The machine. Under torchrun this process is one of several ranks. All of them run this very
     # function, line by line, each with its share of every batch and its slice of every weight.
     deadline = deadline_after(config.stop_after_minutes)
@@ -165,7 +166,7 @@ def train(model_config, data_config, eval_config, config):
     # run needs weights, optimiser and this one integer, and any number of ranks does the same.
     with run:
         if run.evaluation_was_missed():
-            run.log_evaluation(evaluate_in_loop(model, tokenizer, suites, prompts, eval_config))
+            run.log_evaluation(measure(run, model, tokenizer, suites, prompts, eval_config))
         for step in run.steps():
             lr = lr_at_step(step, config)
             max_norm = clip_at_step(step, config)
@@ -180,10 +181,9 @@ def train(model_config, data_config, eval_config, config):
             if run.save_is_due(step):
                 run.save(model, optimizer)  # first: an evaluation may fail, and a signal gives 30 s
             if run.evaluation_is_due(step):
-                run.log_evaluation(evaluate_in_loop(model, tokenizer, suites, prompts, eval_config))
+                run.log_evaluation(measure(run, model, tokenizer, suites, prompts, eval_config))
     if not run.ended_by:
-        print_results(run, run.results.get("samples") or draw_samples(
-            model, tokenizer, prompts, eval_config, sample_text))
+        print_results(run)
     return run.exit_code("train.py")
 
 
@@ -227,11 +227,9 @@ def build_optimizer(model, config):
 def resume(run, model, optimizer):
     """Load the run's checkpoint; print it if the learning rate goes on differently from before."""
     run.load(model, optimizer)
-    if run.config_before is None or run.step >= run.config.max_steps:
+    before = run.config_before  # None for a new run
+    if before is None or run.step >= run.config.max_steps:
         return
-    known = TrainConfig.__dataclass_fields__
-    saved = {key: value for key, value in run.config_before.items() if key in known}
-    before = TrainConfig(**saved)
     step = run.step + 1
     lr_before = lr_at_step(step, before)
     lr_now = lr_at_step(step, run.config)
@@ -355,13 +353,13 @@ def global_count(micro_batches):
 
 # ---- Evaluation ----------------------------------------------------------------------------------
 
-def evaluate_in_loop(model, tokenizer, suites, prompts, eval_config):
-    """What eval.evaluate returns and, with a single process, samples.
+def measure(run, model, tokenizer, suites, prompts, eval_config):
+    """What eval.evaluate returns and, with a single process or at the end, samples.
 
-    With several ranks none is drawn: every new token would need all weights gathered once.
+    With several ranks every new token needs all weights gathered once, so one round must do.
     """
     results = evaluate(model, tokenizer, suites, eval_config)
-    if world_size() == 1:
+    if world_size() == 1 or run.step == run.config.max_steps:
         results["samples"] = draw_samples(model, tokenizer, prompts, eval_config, sample_text)
     return results
 
@@ -370,11 +368,9 @@ def evaluate_in_loop(model, tokenizer, suites, prompts, eval_config):
 
 @on_all_ranks
 def main(argv):
-    argv = resumed_argv(argv, "train.py", is_tuned=False)
-    wants_help = {"-h", "--help"} & set(argv)
-    if all(word.startswith("-") for word in argv) and not wants_help:
-        raise UserError("name a config file (python train.py configs/tiny.py) or --resume=RUN")
-    model_config, data_config, eval_config, config, plan = load_config(argv, *SCHEMAS)
+    argv = resumed_argv(argv, "train.py", "configs/tiny.py", is_tuned=False)
+    base = settings_of_start(argv, SCHEMAS)  # the shape of the weights that start_from names
+    model_config, data_config, eval_config, config, plan = load_config(argv, *SCHEMAS, base=base)
     if plan.plan:
         return print_plan(model_config, config, plan, build_optimizer)
     say_unused(argv)

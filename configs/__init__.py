@@ -32,13 +32,13 @@ def setting(default, help, least=None):
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def load_config(argv, *schemas, other=(), siblings=()):
-    """Read the words of a command line, config files and options, into one instance per schema.
+def load_config(argv, *schemas, other=(), siblings=(), base=()):
+    """Read a command line, config files and options, into a tuple: an instance per schema.
 
     A later file overrides an earlier one, and an option overrides every file. Config files may
     also hold the keys of `other` and `siblings`, schemas of other commands; the keys of `siblings`
     may be options too, so that the command line of train.py also fits data.py, which says what it
-    does not use. Returns the instances as a tuple. --help prints every key and exits.
+    does not use. base: {key: value} under all files. --help prints every key and exits.
     Raises UserError for an unknown key, a wrong type, a missing file or code in a file.
     """
     if "--help" in argv or "-h" in argv:
@@ -57,7 +57,7 @@ def load_config(argv, *schemas, other=(), siblings=()):
     if unused and not files:
         raise unused_key(unused[0].removeprefix("--"), "--")
 
-    values = {}
+    values = dict(base)
     for number, path in enumerate(files):
         values |= read_config_file(path, known, files[:number])
     values |= options  # after all files: the place of an option among the words does not matter

@@ -139,7 +139,7 @@ class WeightsAndBiases:
             return
         try:
             self.board.finish(exit_code=int(failed))
-            self.wandb.teardown()  # ends its process; at the end of Python it would print its faults
+            self.wandb.teardown()  # ends its process, which Python's end would do in many lines
         except Exception as error:
             self.give_up(error)
 

@@ -176,13 +176,16 @@ def saved_settings(*configs):
     return {key: value for key, value in flat(*configs).items() if key not in NOT_SAVED}
 
 
-def resumed_argv(argv, file, is_tuned):
+def resumed_argv(argv, file, example, is_tuned):
     """argv with the config of the run that --resume names; UserError if `file` did not make it.
 
-    With --resume=OLD --run_dir=NEW, a fork, it is NEW's config once NEW has a step.
+    With --resume=OLD --run_dir=NEW, a fork, it is NEW's config once NEW has a step. A command line
+    without a config is an error that names an example.
     """
     resume = last_value(argv, "--resume=")
     if resume is None:
+        if all(word.startswith("-") for word in argv) and not {"-h", "--help"} & set(argv):
+            raise UserError(f"name a config file (python {file} {example}) or --resume=RUN")
         return argv
     home = run_of(resume)
     saved = home / "config.json"

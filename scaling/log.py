@@ -157,13 +157,14 @@ def print_run(run, model, batches, micro_batch_size):
           f"{shards.tail_tokens} tokens at the ends of files")
 
 
-def print_results(run, samples):
-    """The last evaluation's tables, samples, and what to run next."""
+def print_results(run):
+    """The last evaluation's tables and samples, and what to run next."""
     print(f"\nafter step {run.step}, {run.state['seconds']:.0f} s:")
     if run.results["sums"] or not run.results["tasks"]:
         print(domains_table(run.results["sums"]))
     if run.results["tasks"]:
         print(tasks_table(run.results["tasks"]))
+    samples = run.results["samples"]
     print(f"\n{'a sample' if len(samples) == 1 else counted(len(samples), 'sample')}:")
     print(f"\n{'-' * 40}\n".join(samples))
     best = run.path

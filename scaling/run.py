@@ -13,8 +13,9 @@ import torch
 from tqdm import tqdm
 
 from scaling import directory, start
+from scaling.begin import load_start
 from scaling.boards import open_boards
-from scaling.checkpoint import load_checkpoint, save_checkpoint
+from scaling.checkpoint import save_checkpoint
 from scaling.kept import Kept, check_comparable
 from scaling.log import Log, Pace, Window, has_bar, perplexity, say_evaluation, say_row
 from scaling.machine import PowerMeter, carbon_kg, energy_line, flops_per_token, peak_memory
@@ -31,6 +32,14 @@ def deadline_after(minutes):
     return time.monotonic() + 60 * minutes if minutes else math.inf
 
 
+def config_of(state, schema):
+    """The settings that a run was saved with, an instance of `schema`; None for a new run."""
+    if "config" not in state:
+        return None
+    known = schema.__dataclass_fields__  # a key that is newer than the run takes its default
+    return schema(**{key: value for key, value in state["config"].items() if key in known})
+
+
 class Run:
     """A run directory that this process group holds, and what has happened in it so far.
 
@@ -40,9 +49,9 @@ class Run:
                 ...
                 run.log(step, batch, metrics, lr, max_norm)
 
-    path: the directory. checkpoint: the step directory to begin from, or None. step: the last step
-    taken, 0 for a new run. results: what the last evaluation found. ended_by: the number of the
-    signal that ended the loop, or 0.
+    path: the directory. checkpoint: the step directory to begin from, whole; a Base, of which the
+    weights alone are taken; or None. step: the last step taken, 0 for a new run. results: what the
+    last evaluation found. ended_by: the number of the signal that ended the loop, or 0.
     """
 
     def __init__(self, config, settings, model_config, device, deadline):
@@ -82,7 +91,7 @@ class Run:
         directory.check_shared(run.path, lock_text)
         find_start = partial(start.find_start, config, settings, fingerprint, free_keys)
         run.checkpoint, run.state = on_rank0(find_start, patience=READ_PATIENCE)
-        run.config_before = run.state.get("config")  # None for a new run
+        run.config_before = config_of(run.state, type(config))
         run.state.update(config=settings, data=fingerprint, torch=torch.__version__,
                          model_keys=list(vars(model_config)))
         has_no_row = partial(directory.lacks_evaluation, run.path, run.step)
@@ -102,13 +111,13 @@ class Run:
         return is_finished
 
     def load(self, model, optimizer):
-        """Fill model and optimiser from the checkpoint that the run begins from."""
-        load_checkpoint(self.checkpoint, model, optimizer)
-        print(f"{self.path}: continues after step {self.step}")
+        """Fill model and optimiser from what the run begins from."""
+        load_start(self, model, optimizer)
 
     def describe(self, folder, **facts):
         """Write config.json, tokenizer.json and manifest.json (see scaling/directory.py)."""
-        on_rank0(partial(directory.describe, self.path, self.settings, folder, **facts))
+        began = {"began": self.state["began"]} if "began" in self.state else {}
+        on_rank0(partial(directory.describe, self.path, self.settings, folder, **began, **facts))
 
     # ---- The loop --------------------------------------------------------------------------------
 
@@ -254,8 +263,12 @@ class Run:
         return is_due
 
     def evaluation_was_missed(self):
-        """True if the run was stopped after it saved its last step and before it evaluated it."""
-        return self.lacks_evaluation and self.evaluation_is_due(self.step)
+        """True if the run was stopped after it saved its last step and before it evaluated it.
+
+        True also for one that begins with somebody's weights: what they are worth before step 1.
+        """
+        is_new = self.step == 0 and self.checkpoint is not None
+        return (is_new or self.lacks_evaluation) and self.evaluation_is_due(self.step)
 
     def log_evaluation(self, results):
         """Write a row of kind "eval" about the last step, and print its headline numbers."""

@@ -4,6 +4,7 @@
     python train.py --resume=RUN                    RUN's newest step
     python train.py --resume=OLD --run_dir=NEW      a fork: NEW's newest step, at first OLD's
     python train.py CONFIG --start_from=RUN/step... an anneal: that step, with a schedule of its own
+    python train.py CONFIG --start_from=DIRECTORY   a new run with its weights (scaling/begin.py)
 
 The weights have learned what each id of their tokenizer means. So whatever goes on from weights
 keeps their tokenizer, also where `bpe:N` would train another one on the text as it is now.
@@ -18,14 +19,19 @@ from corpus.lineage import data_of_run, text_behind
 from corpus.sources import check_outside
 from corpus.stages import Stages, is_built_by_this_code, written_aside
 from corpus.storage import tokenizer_digest
-from corpus.tokenizer import tokenizer_file
+from corpus.tokenizer import tokenizer_at, tokenizer_file
 from data import DataConfig
+from model import ModelConfig
+from scaling.begin import check_files
 from scaling.checkpoint import (Unreadable, check_model_keys, run_of, step_at, step_directories,
                                 step_of, verify_step)
-from scaling.directory import MEASURED, check_directory, forked_from, overwrite
-from scaling.same_run import check_before_build, check_data, check_settings, differing
+from scaling.directory import MEASURED, check_directory, forked_from, is_run, overwrite
+from scaling.same_run import (check_before_build, check_data, check_digest, check_settings,
+                              differing)
 from support.files import (UserError, here, link_or_copy, log_rows, read_json, rows_until,
                            write_json, write_rows)
+from support.models import open_base
+from support.vocabulary import open_tokenizer
 from support.text import counted
 
 NEW_STATE = {"step": 0, "tokens": 0, "seconds": 0.0, "kwh": 0.0}
@@ -52,7 +58,7 @@ def data_for_run(config, data_config, settings, free_keys, build_data):
     if likely_step:
         check_before_build(likely_step, config, settings, free_keys)
     folder = data_already_built(home, data_config, config.accept_changes)
-    return folder or build_data(with_tokenizer_of(home, data_config))
+    return folder or build_data(with_tokenizer_of(home, data_config, settings))
 
 
 def origin_of(config):
@@ -66,17 +72,17 @@ def origin_of(config):
     if not config.start_from or forked_from(config):
         return forked_from(config)
     start = Path(config.start_from)
-    check_start_from(start, config.max_steps)
+    if config.fresh_optimizer:
+        check_files(start)
+    else:
+        check_start_from(start, config.max_steps)
     return start
 
 
 def check_start_from(start, max_steps):
     """UserError unless `start` is a step directory before max_steps."""
     if not (start / "state.json").is_file():
-        steps = step_directories(start)
-        example = steps[-1] if steps else "RUN/step000500"
-        raise UserError(f"start_from={start}{here(start)}: not a step of a run; name one, such as "
-                        f"{example}")
+        raise UserError(f"start_from={start}{here(start)}: no such step of a run")
     step = read_json(start / "state.json").get("step", 0)
     if step >= max_steps:
         raise UserError(f"max_steps={max_steps}: start_from={start} is after step {step} already; "
@@ -117,15 +123,18 @@ def data_already_built(home, data_config, accept_changes):
     return folder
 
 
-def with_tokenizer_of(home, data_config):
-    """`data_config` with the tokenizer of the run `home` in place of one that would be trained.
+def with_tokenizer_of(home, data_config, settings):
+    """`data_config` with the tokenizer of `home` in place of one that would be trained.
 
-    UserError if the config names the file of another one.
+    home: a run, or a directory from elsewhere. UserError if the config names the file of another
+    tokenizer, and for a directory that has none if the config names none.
     """
     file = home / "tokenizer.json"
     name = data_config.tokenizer
-    if not file.is_file():  # check_tokenizer decides, by the digest in the step's state.json
-        return data_config
+    if not file.is_file():
+        if not is_run(home):
+            check_named(home, name, settings)
+        return data_config  # of a run, check_tokenizer decides, by the digest in its state.json
     kept = tokenizer_digest(file)
     if name.startswith("bpe:"):
         stages = Stages(data_config)  # was it trained on this very text? then nothing is built
@@ -133,13 +142,29 @@ def with_tokenizer_of(home, data_config):
     else:
         is_here = name_is_file(name)
         same = is_here and tokenizer_digest(tokenizer_file(name)) == kept
-        if is_here and not same:
+        if is_here and not same and not have_same_ids(file, tokenizer_file(name)):
             raise UserError(f"tokenizer={name}: not that of {home}, whose weights have learned "
                             f"other ids; leave it out, as {file} is used, or begin a new run")
     if same:
         return data_config
-    print(f"tokenizer: {file} is kept, whatever tokenizer={name} would give now")
+    print(f"tokenizer: {file} is kept, in place of tokenizer={name}")
     return replace(data_config, tokenizer=str(file))
+
+
+def check_named(home, name, settings):
+    """UserError unless a config names the tokenizer of a directory that has no tokenizer.json."""
+    if name.startswith("bpe:"):
+        raise UserError(f"{home}: has no tokenizer.json, and its weights have learned one; name "
+                        "it: --tokenizer=olmo for OLMo 1.0, or --tokenizer=FILE")
+    keys = ModelConfig.__dataclass_fields__
+    open_tokenizer(tokenizer_file(name), ModelConfig(**{key: settings[key] for key in keys}))
+
+
+def have_same_ids(file, other):
+    """Whether two files of tokenizers, which transformers may have written anew, give equal ids."""
+    one, two = tokenizer_at(file), tokenizer_at(other)
+    return all(getattr(one, part) == getattr(two, part)
+               for part in ("token_bytes", "specials", "markers", "raw_markers"))
 
 
 def name_is_file(name):
@@ -231,12 +256,24 @@ def start_new(config, fingerprint):
     if not config.start_from:
         return None, dict(NEW_STATE)
     start = Path(config.start_from)
+    if config.fresh_optimizer:
+        return start_with_weights(config, fingerprint)
     check_start_from(start, config.max_steps)
     saved = verify_step(start, config.verify == "sha256")
     check_model_keys(saved, start)
     check_data(start, saved, fingerprint, config)
     return start, {**NEW_STATE, "step": saved["step"], "tokens": saved["tokens"],
                    "data_changes": data_changes(saved, fingerprint)}
+
+
+def start_with_weights(config, fingerprint):
+    """Returns (the Base whose weights the run takes, the state of its step 0)."""
+    base = open_base(config.start_from, config.verify)
+    file = base.home / "tokenizer.json"
+    if file.is_file():
+        check_digest(file, tokenizer_digest(file), fingerprint["tokenizer_sha256"])
+    began = {"weights": str(base.weights.resolve()), "sha256": base.digest}
+    return base, {**NEW_STATE, "began": began}
 
 
 def energy_of_log(run, step):
@@ -252,6 +289,8 @@ def continued_state(saved, fingerprint, kwh):
     """The state of a run that goes on from `saved`; kwh: the energy of its log."""
     state = {key: saved.get(key, new) for key, new in NEW_STATE.items()}
     state["kwh"] = max(state["kwh"], kwh)
+    if "began" in saved:
+        state["began"] = saved["began"]
     earlier_data = list(saved.get("earlier_data", []))
     before = saved["data"]["data_sha256"]
     if before != fingerprint["data_sha256"]:

@@ -4,8 +4,6 @@ Any other field only describes the row (id, source, score, ...), and is ignored:
 and preferences have many columns. A field without a value (null, "", [], {}, false) says nothing.
 """
 
-import math
-
 from corpus.documents import without_surrogates
 from support.files import UserError
 from support.text import json_type, shown
@@ -42,6 +40,15 @@ NO_TEXTS = ("role", "from", "label", "name")
 def require(condition, fault):
     if not condition:
         raise UserError(fault)
+
+
+def without_nulls(row):
+    """A row or message without the fields that are null, or NaN, as pandas writes a missing number.
+
+    A table has a value in each of its columns for each row; JSON lines leave them out.
+    """
+    # subtle: only NaN differs from itself
+    return {key: value for key, value in row.items() if value is not None and value == value}
 
 
 def is_given(value):
@@ -81,6 +88,7 @@ def with_system(row, messages, place):
     """Messages, checked, with the system's message that the row holds beside them."""
     for key in SYSTEM:
         text = row.get(key)
+        # DIFFERS FROM OLMo: Open Instruct makes a message also of an empty one in OpenOrca's rows
         if not is_given(text):
             continue
         check_text(text, f"{place}: {key}")
@@ -94,13 +102,10 @@ def with_system(row, messages, place):
 def check_texts(row, messages, place):
     """UserError for a text beside the messages that none of them holds: nobody would read it."""
     said = "\n".join(message["content"] for message in messages)
-    remedy = "put it into a message, or remove the field"
-    if "messages" not in row and "instruction" in row:  # Dolly has a context beside it
-        remedy = "append it to the instruction, or rename it to input"
     for name in TEXTS:
         for text in texts_in(row.get(name)):
             require(text.strip() in said, f"{place}: {name}: no message holds this text, so the "
-                    f"model would not see it; {remedy}")
+                    "model would not see it; put it into a message, or remove the field")
 
 
 def texts_in(value):
@@ -112,13 +117,14 @@ def texts_in(value):
     return [text for each in value for text in texts_in(each)] if isinstance(value, list) else []
 
 
-def is_untrained(message, place):
+def is_untrained(message, role, place):
     """Whether a message says that it shall not be trained: weight, loss or train is 0."""
-    found = {key: message[key] for key in TRAINED if message.get(key) is not None}
+    message = without_nulls(message)
+    found = {key: message[key] for key in TRAINED if key in message}
     for key, value in found.items():
         require(value in (0, 1), f"{place}.{key}: {shown(value)}, where 1 trains a message and "
                 "0 does not; choose one of the two")
-        require(value == 0 or message.get("role") == "assistant", f"{place}.{key}: "
+        require(value == 0 or role == "assistant", f"{place}.{key}: "
                 "only the assistant's messages are trained; remove it")
     require(len(set(found.values())) < 2, f"{place}: {', '.join(found)} disagree; keep one of them")
     return 0 in found.values()
@@ -127,18 +133,16 @@ def is_untrained(message, place):
 def check_scores(row, place):
     """UserError for a preference whose scores say that the rejected answer is the better one.
 
-    Each set has its own name for them: score_chosen, chosen-rating, ...
+    Each set has its own name for them: score_chosen, chosen-rating, ... NaN says that one is
+    missing.
     """
     for key, score in row.items():
         other = key.replace("chosen", "rejected")
         is_score = other != key and ("score" in key or "rating" in key)
         numbers = [as_number(score), as_number(row.get(other))]
         if is_score and None not in numbers:
-            both = f"{place}: {key}: {shown(score)}, and {other} is {shown(row[other])}"
-            require(not any(map(math.isnan, numbers)), f"{both}: they cannot be compared; correct "
-                    "or remove them")
-            require(numbers[0] >= numbers[1], f"{both}, which is higher; swap the answers, or "
-                    "remove the scores")
+            require(not numbers[0] < numbers[1], f"{place}: {key}: {shown(score)}, and {other} is "
+                    f"{shown(row[other])}, which is higher; swap the answers, or remove the scores")
 
 
 def as_number(value):

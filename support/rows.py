@@ -5,6 +5,7 @@ from collections import Counter
 
 from corpus.documents import parse, read_records
 from corpus.questions import stdlib_chats, stdlib_preferences
+from support.chat_forms import CHATS, PREFERENCES, FormOfFile
 from support.chats import checked_chat, checked_preference
 from support.files import UserError
 from support.text import counted
@@ -70,16 +71,17 @@ def read_set(path, config, held_out, eval_share, counts):
     UserError sums up the faulty rows; with config.faulty "skip" they are dropped and counted.
     """
     if config.method == "sft":
-        check = checked_chat
+        check, forms = checked_chat, CHATS
         embedded = stdlib_chats
     else:
-        check = checked_preference
+        check, forms = checked_preference, PREFERENCES
         embedded = stdlib_preferences
     if path == "stdlib":
         rows = [(f"stdlib:{name}", row) for name, row in embedded(held_out, eval_share)]
         return [(place, check(row, place)) for place, row in rows]
     faults = Faults()
-    rows = [(place, checked) for place, _, checked in checked_rows(path, check, counts, faults)]
+    rows = [(place, checked)
+            for place, _, checked in checked_rows(path, forms, check, counts, faults)]
     if config.method == "sft":
         counts["answers of weight 0, not trained"] += sum(
             "weight" in message for _, messages in rows for message in messages)
@@ -94,17 +96,20 @@ def read_set(path, config, held_out, eval_share, counts):
 
 # ---- Rows ----------------------------------------------------------------------------------------
 
-def checked_rows(path, check, counts, faults):
-    """Yield (place, row, check(row, place)) of a file or folder of JSONL; place is file:line.
+def checked_rows(path, forms, check, counts, faults):
+    """Yield (place, row, check(row, place)) of a file or folder; place is file:line.
 
+    A file whose form is not ours is said to be read as what it is: Alpaca, ShareGPT, ...
     A row with a fault goes to `faults`, and the others go on: the user wants to know all faults.
     UserError if there is no row at all.
     """
     is_empty = True
+    form = FormOfFile(forms)
     for record in read_records(path, "", counts):
         is_empty = False
         try:
             row = parse(record)
+            form.check(row, record.place)
             checked = check(row, record.place)
         except UserError as fault:
             faults.add(record.place, str(fault))

@@ -41,12 +41,7 @@ def checked_argv(argv, derived):
     derived: the keys that follow from others here; UserError for one of them, and for no config.
     """
     refuse_derived(argv, derived)
-    argv = resumed_argv(argv, "adapt.py", is_tuned=True)
-    wants_help = {"-h", "--help"} & set(argv)
-    if all(word.startswith("-") for word in argv) and not wants_help:
-        raise UserError("name a config file (python adapt.py configs/tiny_sft.py), --resume=RUN, "
-                        "show, chat or generate")
-    return argv
+    return resumed_argv(argv, "adapt.py", "configs/tiny_sft.py", is_tuned=True)
 
 
 def refuse_derived(argv, derived):

@@ -111,12 +111,12 @@ def kind_of(path):
     raise UserError(why_no_model(path))
 
 
-def read_model_config(path):
+def read_model_config(path, file=None):
     """The configuration of a Hugging Face directory, or of an official OLMo checkpoint.
 
-    The tokenizer.json beside it, if there is one, must be the model's.
+    The tokenizer.json beside it, if there is one, must be the model's. file: another one.
     """
-    file = path / "tokenizer.json"
+    file = file or path / "tokenizer.json"
     tokenizer = tokenizer_at(file) if file.is_file() else None
     if kind_of(path) == "official":
         config = official_config(path / "config.yaml", tokenizer)

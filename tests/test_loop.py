@@ -1,4 +1,4 @@
-"""What others expect of a loop: Weights & Biases, the best step, files of prompts, a log of lines."""
+"""What others expect of a loop: Weights & Biases, the best step, prompts, a log without a bar."""
 
 import importlib.util
 

@@ -19,7 +19,7 @@ CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("[a-z]*.py"))
 
 # A variant names only what differs from the file to its left.
 ALONE = ["olmo_7b", "olmo_1b", "olmo_7b_sft", "olmo_7b_dpo", "small", "tiny", "tiny_sft",
-         "tiny_dpo"]
+         "tiny_dpo", "continue"]
 VARIANTS = ["olmo_7b olmo_7b_tail", "olmo_7b olmo_7b_anneal", "olmo_7b_sft olmo_1b_sft",
             "olmo_7b_dpo olmo_1b_dpo"]
 

@@ -422,7 +422,7 @@ def test_another_run_is_told_before_its_data_is_built(copied, tmp_path, tiny_con
                    "--run_dir", "--overwrite")
     assert "accept_changes" not in line  # it cannot give weights another shape
     start = f"--start_from={copied / 'step000010'}"
-    refused(call(train, other, start), f"{copied / 'step000010'}", "d_model: 32 there, 64")
+    refused(call(train, other, start), copied / "step000010", "other.py:1: d_model=64", "=32")
     train_bpe([Path(__file__).read_text()], 300).save(copied / "tokenizer.json")
     same = tiny_config(tmp_path / "same", max_steps=22)
     for words in ([f"--resume={copied}"], [same, start], [same, f"--run_dir={copied}"],

@@ -1,0 +1,174 @@
+"""What a new run begins with: the directory that `start_from` names, and the shape of its network.
+
+    RUN/step000500                        whole: weights, optimiser, place in the data (an anneal)
+    RUN, RUN/step... --fresh_optimizer    the weights alone: a new run from step 1 on
+    a Hugging Face directory              the same, --fresh_optimizer is implied
+    an official OLMo checkpoint           the same
+
+The shape lies under the config files, so that a config need not say it, and one that says another
+is an error. Here no weight is read until Run.load does it.
+"""
+
+from dataclasses import field, fields, make_dataclass
+from pathlib import Path
+
+from configs import fields_of, load_config
+from corpus.tokenizer import tokenizer_file
+from model import ModelConfig
+from scaling.checkpoint import load_checkpoint, run_of, step_directories
+from scaling.directory import last_value
+from scaling.ranks import launched
+from support.config_text import read_assignments
+from support.files import UserError, here, read_json
+from support.models import Base, fill_weights, find_step, is_ours
+from support.weights import check_weights, read_model_config, step_config
+
+KINDS = {"run": "a step of ours", "hf": "a Hugging Face directory",
+         "official": "an official checkpoint"}
+SHAPE = [each.name for each in fields(ModelConfig)]
+
+
+# ---- The shape -----------------------------------------------------------------------------------
+
+def settings_of_start(argv, schemas):
+    """{key: value} that lies under the config files: shape and tokenizer of the weights.
+
+    schemas: all of train.py's. A run that has begun has them in its own config.json, so that what
+    it began with may be gone. Raises UserError for a key that says another shape.
+    """
+    if {"-h", "--help"} & set(argv):
+        return {}
+    given = settings_given(argv, schemas)
+    run, start = Path(given.run_dir or fields_of(schemas)["run_dir"].default), given.start_from
+    if not start:
+        if given.fresh_optimizer:
+            raise no_start(argv, run)
+        return {}
+    begins_again = bool(given.overwrite)
+    if step_directories(run) and not begins_again:
+        return settings_of_run(run)
+    if given.resume and not begins_again:  # the config of that run says all
+        return {}
+    if not Path(start).exists() and given.d_model is not None:
+        return {}  # such as the plan of an anneal; a run says it later
+    shape, weights_alone = read_start(given)
+    check_shape(argv, given, shape)
+    if not weights_alone:
+        return shape
+    file = run_of(start) / "tokenizer.json"
+    tokenizer = {"tokenizer": str(file)} if file.is_file() else {}
+    return {**shape, **tokenizer, "fresh_optimizer": True}
+
+
+def settings_given(argv, schemas):
+    """An object with every key of the schemas: what the command line sets, else None."""
+    keys = [(name, each.type, field(default=None, metadata=each.metadata))
+            for name, each in fields_of(schemas).items()]
+    [given] = load_config(argv, make_dataclass("Given", keys))
+    return given
+
+
+def no_start(argv, run):
+    """The UserError about a config that begins with weights, when nobody says whose."""
+    config = next((word for word in argv if not word.startswith("-")), "CONFIG")
+    goes_on = f"; --resume={run} continues the run that is there" * bool(step_directories(run))
+    return UserError("start_from: missing, and fresh_optimizer is for a run that begins with "
+                     "somebody's weights; name a run or a Hugging Face directory: python train.py "
+                     f"{config} --start_from=OLMo-1B-hf{goes_on}")
+
+
+def settings_of_run(run):
+    """What settings_of_start gave when the run began, as its config.json has it."""
+    if not (run / "config.json").is_file():
+        return {}
+    saved = read_json(run / "config.json")
+    if not saved.get("start_from"):
+        return {}
+    return {key: saved[key] for key in (*SHAPE, "tokenizer", "fresh_optimizer") if key in saved}
+
+
+def read_start(given):
+    """Returns ({key: value} of the shape, whether weights alone are taken) of given.start_from."""
+    start = Path(given.start_from)
+    try:
+        run_of(start)  # a UserError for what is no directory
+        if is_ours(start):
+            return read_own(start, given.fresh_optimizer)
+        if given.fresh_optimizer is False:
+            raise UserError("has no optimiser; leave out fresh_optimizer=False")
+        shape = read_model_config(start, named_tokenizer(start, given.tokenizer))
+        return vars(shape), True
+    except UserError as error:
+        raise UserError(f"start_from={start}{here(start)}: {error}") from None
+
+
+def read_own(start, fresh_optimizer):
+    """The same for a run of ours or one of its steps."""
+    step, state = find_step(start, digests=False)
+    if not fresh_optimizer and step != start:
+        raise UserError(f"a run; name one of its steps, such as {step}, to go on with its "
+                        "optimiser and its data, or add --fresh_optimizer, to begin with the "
+                        "weights of its newest step alone")
+    return vars(step_config(state, step)), bool(fresh_optimizer)
+
+
+def named_tokenizer(start, name):
+    """The tokenizer.json that a config names for a directory that has none; else None."""
+    if (start / "tokenizer.json").is_file() or not name or name.startswith("bpe:"):
+        return None
+    return tokenizer_file(name)
+
+
+def check_shape(argv, given, shape):
+    """UserError for a key of the command line that says another shape than the weights have.
+
+    max_seq_len may differ, as RoPE has no table of positions that would end.
+    """
+    start = given.start_from
+    for key, there in shape.items():
+        now = getattr(given, key)
+        if now is None or now == there:
+            continue
+        place = place_of(key, argv)
+        if key != "max_seq_len":
+            raise UserError(f"{place}{key}={now}: the weights of start_from={start} have "
+                            f"{key}={there}; leave it out, as the shape comes from there")
+        if launched().rank == 0:
+            print(f"{place}max_seq_len={now}: not {there}, with which {start} was trained; RoPE "
+                  "has no longest context, but the weights have learned none above theirs")
+
+
+def place_of(key, argv):
+    """Where a command line sets a key: "--" or "FILE:LINE: "."""
+    if last_value(argv, f"--{key}=") is not None:
+        return "--"
+    for word in reversed([word for word in argv if not word.startswith("-")]):
+        if word.endswith(".json") and key in read_json(word):
+            return f"{word}: "
+        if not word.endswith(".json"):
+            lines = [line for line, name, _ in read_assignments(Path(word)) if name == key]
+            if lines:
+                return f"{word}:{lines[-1]}: "
+    return ""
+
+
+# ---- Before the data is built --------------------------------------------------------------------
+
+def check_files(start):
+    """UserError if the weights of a directory from elsewhere do not fit its configuration."""
+    if not is_ours(start):
+        check_weights(start, read_model_config(start))
+
+
+# ---- The weights ---------------------------------------------------------------------------------
+
+def load_start(run, model, optimizer):
+    """Fill a model with what `run` begins from; where that is a step whole, the optimiser too."""
+    start = run.checkpoint
+    if not isinstance(start, Base):
+        load_checkpoint(start, model, optimizer)
+        print(f"{run.path}: continues after step {run.step}")
+        return
+    fill_weights(model, start)
+    print(f"{run.path}: begins at step 1 with the weights of {start.weights}, "
+          f"{KINDS[start.kind]}; the optimiser is new, and the data begins at its start")
