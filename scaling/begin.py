@@ -3,13 +3,14 @@
     RUN/step000500                        whole: weights, optimiser, place in the data (an anneal)
     RUN, RUN/step... --fresh_optimizer    the weights alone: a new run from step 1 on
     a Hugging Face directory              the same, --fresh_optimizer is implied
-    an official OLMo checkpoint           the same
+    an official OLMo checkpoint           whole, if optim.pt and train.pt are there; else the same
 
 The shape lies under the config files, so that a config need not say it, and one that says another
 is an error. Here no weight is read until Run.load does it.
 """
 
 from dataclasses import field, fields, make_dataclass
+from functools import partial
 from pathlib import Path
 
 from configs import fields_of, load_config
@@ -21,7 +22,9 @@ from scaling.ranks import launched
 from support.config_text import read_assignments
 from support.files import UserError, here, read_json
 from support.models import Base, fill_weights, find_step, is_ours
-from support.weights import check_weights, read_model_config, step_config
+from support.official_run import TAKEN, settings_to_go_on
+from support.official_state import fill_optimizer, has_training_state
+from support.weights import check_weights, kind_of, read_model_config, step_config
 
 KINDS = {"run": "a step of ours", "hf": "a Hugging Face directory",
          "official": "an official checkpoint"}
@@ -33,8 +36,9 @@ SHAPE = [each.name for each in fields(ModelConfig)]
 def settings_of_start(argv, schemas):
     """{key: value} that lies under the config files: shape and tokenizer of the weights.
 
-    schemas: all of train.py's. A run that has begun has them in its own config.json, so that what
-    it began with may be gone. Raises UserError for a key that says another shape.
+    For an official run that is gone on with, also its batch size, schedule and optimiser. schemas:
+    all of train.py's. A run that has begun has them in its own config.json, so that what it began
+    with may be gone. Raises UserError for a key that says another shape.
     """
     if {"-h", "--help"} & set(argv):
         return {}
@@ -52,6 +56,9 @@ def settings_of_start(argv, schemas):
     if not Path(start).exists() and given.d_model is not None:
         return {}  # such as the plan of an anneal; a run says it later
     shape, weights_alone = read_start(given)
+    if not weights_alone and not is_ours(Path(start)):
+        place = partial(place_of, argv=argv)
+        return settings_to_go_on(Path(start), vars(given), place, shape)
     check_shape(argv, given, shape)
     if not weights_alone:
         return shape
@@ -84,7 +91,12 @@ def settings_of_run(run):
     saved = read_json(run / "config.json")
     if not saved.get("start_from"):
         return {}
-    return {key: saved[key] for key in (*SHAPE, "tokenizer", "fresh_optimizer") if key in saved}
+    keys = [*SHAPE, "tokenizer", "fresh_optimizer"]
+    manifest = run / "manifest.json"
+    began = read_json(manifest).get("began", {}) if manifest.is_file() else {}
+    if "official_step" in began:
+        keys += TAKEN
+    return {key: saved[key] for key in keys if key in saved}
 
 
 def read_start(given):
@@ -94,12 +106,18 @@ def read_start(given):
         run_of(start)  # a UserError for what is no directory
         if is_ours(start):
             return read_own(start, given.fresh_optimizer)
-        if given.fresh_optimizer is False:
+        weights_alone = given.fresh_optimizer or not is_whole_official(start)
+        if weights_alone and given.fresh_optimizer is False:
             raise UserError("has no optimiser; leave out fresh_optimizer=False")
         shape = read_model_config(start, named_tokenizer(start, given.tokenizer))
-        return vars(shape), True
+        return vars(shape), weights_alone
     except UserError as error:
         raise UserError(f"start_from={start}{here(start)}: {error}") from None
+
+
+def is_whole_official(start):
+    """True for an official checkpoint with the state of its training beside the weights."""
+    return not is_ours(start) and kind_of(start) == "official" and has_training_state(start)
 
 
 def read_own(start, fresh_optimizer):
@@ -170,5 +188,13 @@ def load_start(run, model, optimizer):
         print(f"{run.path}: continues after step {run.step}")
         return
     fill_weights(model, start)
+    if not run.config.fresh_optimizer:
+        fill_optimizer(start.weights, model, optimizer)
+        print(f"{run.path}: goes on after step {run.step} of the official run in {start.weights}: "
+              "weights, AdamW's moments, place in the data, settings; what is in the token files "
+              "could not be compared, only their names and order")
+        return
+    lacks = " without optim.pt and train.pt" * (start.kind == "official"
+                                                and not has_training_state(start.weights))
     print(f"{run.path}: begins at step 1 with the weights of {start.weights}, "
-          f"{KINDS[start.kind]}; the optimiser is new, and the data begins at its start")
+          f"{KINDS[start.kind]}{lacks}; the optimiser is new, and the data begins at its start")
