@@ -4,6 +4,7 @@ import os
 from collections import Counter, deque
 from pathlib import Path
 
+from corpus.json_lists import holds_rows
 from corpus.lines import JSON_SUFFIXES, TEXT_SUFFIXES
 from support.files import here
 from support.hints import command
@@ -15,7 +16,7 @@ NAMED_ENDINGS = 5  # the commonest of the files that are not read; the others ar
 TABLE = ('python -c "import pandas; pandas.read_{}(\'OLD\').to_json(\'NEW.jsonl\', '
          'orient=\'records\', lines=True)"')
 REMEDIES = {
-    ".json": "jq -c '.[]' OLD > NEW.jsonl, for a list of objects", ".zst": "zstd -d OLD",
+    ".zst": "zstd -d OLD",
     ".gz": "gunzip OLD", ".xz": "unxz OLD", ".bz2": "bunzip2 OLD", ".zip": "unzip OLD",
     ".parquet": TABLE.format("parquet"), ".csv": TABLE.format("csv"),
     ".arrow": 'python -c "import datasets; '
@@ -49,11 +50,12 @@ def input_files(root, counts):
         found["files not read: Dolma's attributes"] -= len(files)
     others = [file for file in files if not file.name.endswith(JSON_SUFFIXES + TEXT_SUFFIXES)]
     found.update(counted_endings(others))
+    has_text = any(map(is_text, files))
     readable = []
     for file in sorted(set(files) - set(others)):
-        # an empty .txt is an empty document; an empty .gz a download that failed, and an error
-        if file.suffix == ".jsonl" and not file.stat().st_size:
-            found["files not read: empty"] += 1
+        why_not = why_not_read(file, has_text)
+        if why_not:
+            found[f"files not read: {why_not}"] += 1
         else:
             readable.append(file)
     if not readable:
@@ -62,6 +64,28 @@ def input_files(root, counts):
                         + remedy_for(others))
     counts.update(+found)
     return readable
+
+
+def is_text(file):
+    """Whether a file is a text, and not one that only describes the files of a folder."""
+    describes = file.name.lower().startswith(("readme", "license", "changelog"))
+    return file.name.endswith(TEXT_SUFFIXES) and not describes
+
+
+def why_not_read(file, has_text):
+    """Why a file of a folder is not read though its ending is right; "" if it is read.
+
+    has_text: whether the folder holds texts. A .json file may be anything: beside texts and code
+    it configures something, elsewhere it is data if it holds several objects.
+    """
+    # an empty .txt is an empty document; an empty .gz a download that failed, and an error
+    if file.suffix in (".jsonl", ".json") and not file.stat().st_size:
+        return "empty"
+    if file.suffix != ".json":
+        return ""
+    if has_text:
+        return ".json beside text or code; to read one, name it"
+    return "" if holds_rows(file) else ".json of at most one object; to read one, name it"
 
 
 def name_in(root, file):

@@ -48,6 +48,8 @@ CHATS = [
     ({"conversation": TWO, "model": "m", "turn": 1}, TWO, "ShareGPT (conversation)"),  # WildChat
     ({"messages": SHARED}, TWO, None),
     (ALPACA, SUM, "Alpaca (instruction, output)"),
+    ({**ALPACA, "messages": [], "prompt": "Below is an instruction that describes a task: Add."},
+     SUM, "Alpaca (instruction, output)"),
     ({**ALPACA, "input": ""}, say("u:  Add. ", "a: 3"), "Alpaca (instruction, output)"),
     ({"instruction": "Add.", "context": "1 2", "response": "3", "category": "closed_qa"}, SUM,
      "Dolly (instruction, response)"),
@@ -162,7 +164,8 @@ def test_messages_from_a_table_of_both_kinds_have_nulls():
     ({**ALPACA, "instruction": 3}, "instruction: a number"),
     ({**ALPACA, "input": ["1"]}, "input: a list"),
     ({**ALPACA, "history": [["before", "then"]]}, "history: no message"),
-    ({**ALPACA, "prompt": "another"}, "prompt is not the first message"),
+    ({**ALPACA, "prompt": "Below is an instruction that describes a task. Divide."},
+     "prompt is not the first message"),
     ({"instruction": "i", "input": "x", "context": "y", "response": "r"}, "context: no message"),
     ({"prompt": "q", "completion": ""}, "completion: an empty text"),
     ({"prompt": "q", "completion": TWO}, "completion[0].role: user, where assistant"),
