@@ -117,7 +117,8 @@ def read_start(given):
 
 def is_whole_official(start):
     """True for an official checkpoint with the state of its training beside the weights."""
-    return not is_ours(start) and kind_of(start) == "official" and has_training_state(start)
+    is_described = (start / "config.yaml").is_file() and not is_ours(start)
+    return is_described and kind_of(start) == "official" and has_training_state(start)
 
 
 def read_own(start, fresh_optimizer):

@@ -231,6 +231,12 @@ def test_a_packed_file_is_not_unpacked(checkpoint, monkeypatch):
         assert str(checkpoint / name) in line and ("65,537" in line or "packed" in line)
 
 
+def test_a_moment_that_is_no_number_is_named(config, checkpoint, call, refused):
+    save(lambda value: first(value)["exp_avg_sq"].fill_(float("nan")))(checkpoint / "optim.pt")
+    refused(call(train, config, f"--start_from={checkpoint}"), checkpoint / "optim.pt",
+            "transformer.blocks.0.att_proj.weight.exp_avg_sq", "NaN")
+
+
 def test_half_a_training_state_is_named(checkpoint):
     assert has_training_state(checkpoint)
     for there, missing in (("train.pt", "optim.pt"), ("optim.pt", "train.pt")):
@@ -494,7 +500,7 @@ def check_goes_on(run, recorded, record):
     for names in name_table(official_config(recorded / "step10-unsharded/config.yaml")):
         wanted = theirs[names.official]
         assert (ours[names.ours] - wanted).norm() <= 1e-4 * wanted.norm()
-        assert (before[names.official] - wanted).norm() > 0.1 * wanted.norm()  # it has learned
+        assert (before[names.official] - wanted).norm() > 0.01 * wanted.norm()  # it has learned
 
 
 def test_a_run_goes_on_as_official_olmo_would_have(config, checkpoint, call, one_thread):
