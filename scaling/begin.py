@@ -17,7 +17,6 @@ from configs import fields_of, load_config
 from corpus.tokenizer import tokenizer_file
 from model import ModelConfig
 from scaling.checkpoint import load_checkpoint, run_of, step_directories
-from scaling.directory import last_value
 from scaling.ranks import launched
 from support.config_text import read_assignments
 from support.files import UserError, here, read_json
@@ -53,17 +52,17 @@ def settings_of_start(argv, schemas):
         return settings_of_run(run)
     if given.resume and not begins_again:  # the config of that run says all
         return {}
-    if not Path(start).exists() and given.d_model is not None:
-        return {}  # such as the plan of an anneal; a run says it later
+    if given.plan and given.d_model is not None and not Path(start).exists():
+        return {}  # the plan of a run whose start is still to be trained
     shape, weights_alone = read_start(given)
+    file = run_of(start) / "tokenizer.json"
+    tokenizer = {"tokenizer": str(file)} if file.is_file() else {}
     if not weights_alone and not is_ours(Path(start)):
         place = partial(place_of, argv=argv)
-        return settings_to_go_on(Path(start), vars(given), place, shape)
+        return {**settings_to_go_on(Path(start), vars(given), place, shape), **tokenizer}
     check_shape(argv, given, shape)
     if not weights_alone:
         return shape
-    file = run_of(start) / "tokenizer.json"
-    tokenizer = {"tokenizer": str(file)} if file.is_file() else {}
     return {**shape, **tokenizer, "fresh_optimizer": True}
 
 
@@ -103,22 +102,23 @@ def read_start(given):
     """Returns ({key: value} of the shape, whether weights alone are taken) of given.start_from."""
     start = Path(given.start_from)
     try:
-        run_of(start)  # a UserError for what is no directory
+        if not start.exists():
+            raise UserError(f"no such directory{hub_remedy(start)}")
+        run_of(start)  # a UserError for a file
         if is_ours(start):
             return read_own(start, given.fresh_optimizer)
-        weights_alone = given.fresh_optimizer or not is_whole_official(start)
-        if weights_alone and given.fresh_optimizer is False:
-            raise UserError("has no optimiser; leave out fresh_optimizer=False")
         shape = read_model_config(start, named_tokenizer(start, given.tokenizer))
-        return vars(shape), weights_alone
+        return vars(shape), given.fresh_optimizer or not is_whole_official(start)
     except UserError as error:
         raise UserError(f"start_from={start}{here(start)}: {error}") from None
 
 
-def is_whole_official(start):
-    """True for an official checkpoint with the state of its training beside the weights."""
-    is_described = (start / "config.yaml").is_file() and not is_ours(start)
-    return is_described and kind_of(start) == "official" and has_training_state(start)
+def hub_remedy(start):
+    """How to get a model whose name on the hub stands where its directory should."""
+    if start.is_absolute() or len(start.parts) != 2 or start.parent.exists():
+        return "; name a run, one of its steps, or a directory that holds a model"
+    return ("; if it is a model of Hugging Face's hub, download it first: huggingface-cli download "
+            f"{start} --local-dir {start.name}, and then --start_from={start.name}")
 
 
 def read_own(start, fresh_optimizer):
@@ -159,7 +159,7 @@ def check_shape(argv, given, shape):
 
 def place_of(key, argv):
     """Where a command line sets a key: "--" or "FILE:LINE: "."""
-    if last_value(argv, f"--{key}=") is not None:
+    if any(word.partition("=")[0] == f"--{key}" for word in argv):
         return "--"
     for word in reversed([word for word in argv if not word.startswith("-")]):
         if word.endswith(".json") and key in read_json(word):
@@ -172,6 +172,19 @@ def place_of(key, argv):
 
 
 # ---- Before the data is built --------------------------------------------------------------------
+
+def takes_weights_alone(config):
+    """True if the new run of `config` takes no more than weights from its start."""
+    start = Path(config.start_from)
+    is_whole = (start / "state.json").is_file() or is_whole_official(start)
+    return config.fresh_optimizer or not is_whole
+
+
+def is_whole_official(start):
+    """True for an official checkpoint with the state of its training beside the weights."""
+    is_described = (start / "config.yaml").is_file() and not is_ours(start)
+    return is_described and kind_of(start) == "official" and has_training_state(start)
+
 
 def check_files(start):
     """UserError if the weights of a directory from elsewhere do not fit its configuration."""
@@ -189,7 +202,7 @@ def load_start(run, model, optimizer):
         print(f"{run.path}: continues after step {run.step}")
         return
     fill_weights(model, start)
-    if not run.config.fresh_optimizer:
+    if "official_step" in run.state["began"]:
         fill_optimizer(start.weights, model, optimizer)
         print(f"{run.path}: goes on after step {run.step} of the official run in {start.weights}: "
               "weights, AdamW's moments, place in the data, settings; what is in the token files "

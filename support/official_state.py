@@ -237,6 +237,8 @@ def fill_optimizer(path, model, optimizer):
 def fill_own_slices(path, model, optimizer):
     """On one rank: the work of fill_optimizer."""
     found = read_optimizer(path)
+    if not found.state and read_progress(path).step == 0:
+        return  # saved before the first step; our optimiser begins with zeros as well
     check_optimizer(found, model.config)
     parameters = dict(model.named_parameters())
     for names in name_table(model.config):

@@ -528,6 +528,19 @@ def test_two_ranks_go_on_as_official_olmo_would_have(config, checkpoint):
     check_goes_on(config.parent / "run", RECORDED, RUN)
 
 
+def test_a_checkpoint_from_before_the_first_step_has_no_moments(config, checkpoint, call, refused):
+    """Official OLMo saves one, to see that it can; AdamW has no state yet."""
+    optimizer, loop = checkpoint / "optim.pt", checkpoint / "train.pt"
+    save(lambda value: value["state"].clear())(optimizer)
+    words = [train, config, f"--start_from={checkpoint}", "--max_steps=12"]
+    refused(call(*words), optimizer, "missing transformer.wte.weight.exp_avg")
+    save(lambda value: value.update(global_step=0, global_train_examples_seen_this_epoch=0,
+                                    global_train_tokens_seen=0))(loop)
+    result = call(*words)
+    assert result.returncode == 0 and "after step 0 of the official run" in result.stdout
+    assert steps(config.parent / "run") == list(range(1, 13))
+
+
 def test_a_run_stops_where_official_olmo_would_go_on_differently(config, checkpoint, call,
                                                                  refused):
     words = [train, config, f"--start_from={checkpoint}"]
