@@ -257,9 +257,9 @@ def test_no_rank_of_a_1b_holds_more_than_its_slice_and_one_tensor(tmp_path, monk
     rows_of = support.hf_weights.rows_of
     alive, read = [], []
 
-    def counted(part, file, first, last):
+    def counted(file, key, first, last):
         assert not [tensor for tensor in alive if tensor() is not None]  # one at a time
-        rows = rows_of(part, file, first, last)
+        rows = rows_of(file, key, first, last)
         alive.append(weakref.ref(rows))
         read.append(rows.numel())
         return rows
