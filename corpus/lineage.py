@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from corpus.inputs import inputs_of, is_same_text
+from corpus.source_files import is_there
 from support.files import UserError, read_json
 
 
@@ -38,7 +39,7 @@ def text_behind(settings, config):
         if path == "stdlib":
             if known != sys.version:
                 libraries[f"Python {known.split()[0]}"] = True
-        elif not Path(path).exists():
+        elif not is_there(path):
             gone[path] = True
         elif not is_same_text(path, known, config.data_dir):
             changed[name] = True

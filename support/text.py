@@ -106,7 +106,7 @@ def encoding_at(content, error):
             f"{byte.decode('cp1252', 'replace')})")
 
 
-def parsed_json(content, place, remedy="correct or delete the line"):
+def parsed_json(content, place, remedy="correct or delete it"):
     """The value of JSON in UTF-8 bytes; place: file:line of the first byte.
 
     Raises UserError for what json.loads would let pass: a key that an object holds twice, of which
@@ -174,7 +174,7 @@ def shown(value):
 def json_type(value):
     """What JSON calls the type of a value, for messages."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false",
-             type(None): "null"}
+             type(None): "null", bytes: "bytes"}
     return names.get(type(value), "a number")
 
 
