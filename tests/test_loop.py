@@ -457,7 +457,7 @@ def test_a_line_is_in_the_file_at_once(tmp_path):
 
 
 @pytest.mark.slow
-def test_of_several_ranks_one_speaks(tmp_path, tiny_config, offline):
+def test_of_several_ranks_one_speaks(tmp_path, finished, tiny_config, offline):
     """One run at W&B, a line for each row of the log, the best step and the samples said once."""
     run = tmp_path / "run"
     file = write_lines(tmp_path / "prompts.jsonl", [{"prompt": "wo"}, {"prompt": "ab"}])
