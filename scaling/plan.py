@@ -69,7 +69,7 @@ def steps_before(config):
     """The steps that were taken before start_from, as for an anneal; else 0."""
     if config.fresh_optimizer:
         return 0
-    match = re.fullmatch(r"step(\d+)", Path(config.start_from).name)
+    match = re.fullmatch(r"step(\d+)(?:-unsharded)?", Path(config.start_from).name)
     return int(match[1]) if match else 0
 
 
