@@ -45,6 +45,8 @@ CHATS = [
     ({"conversations": sent("User: q", "Assistant: a", "human: r", "bard: b"), "system": "be"},
      LONG, "ShareGPT (conversations)"),
     ({"conversations": LONG, "source": "s"}, LONG, "ShareGPT (conversations)"),
+    ({"conversations": [{**message, "weight": float(message["from"] == "gpt")}
+                        for message in SHARED]}, TWO, "ShareGPT (conversations)"),  # SlimOrca
     ({"conversation": TWO, "model": "m", "turn": 1}, TWO, "ShareGPT (conversation)"),  # WildChat
     ({"messages": SHARED}, TWO, None),
     (ALPACA, SUM, "Alpaca (instruction, output)"),
@@ -77,10 +79,14 @@ PREFERENCES = [
     # LLaMA-Factory's and Intel's Orca pairs
     ({"conversations": sent("human: q"), "chosen": sent("gpt: a")[0],
       "rejected": sent("gpt: b")[0]}, PAIR, None),
-    ({"question": "q", "chosen": "a", "rejected": "b", "system": ""}, PAIR, None),
+    ({"question": "q", "chosen": "a", "rejected": "b", "system": "", "prompt": ""}, PAIR, None),
     ({"instruction": "Add.", "input": "1 2", "chosen": "a", "rejected": "b"},
      {**PAIR, "prompt": SUM[:1]}, None),
     ({"chosen": transcript("q", "a", "r", "b"), "rejected": transcript("q", "a", "r", "c")}, DEEP,
+     "HH-RLHF (texts with Human: and Assistant:)"),
+    ({"chosen": transcript("Human: or\nAssistant: ?", "a"),
+      "rejected": transcript("Human: or\nAssistant: ?", "b")},
+     {**PAIR, "prompt": say("u: Human: or\nAssistant: ?")},
      "HH-RLHF (texts with Human: and Assistant:)"),
     ({"prompt": transcript("q", "a", "r") + "\n\nAssistant:", "chosen": " b", "rejected": " c",
       "response": " b"}, DEEP, "HH-RLHF (texts with Human: and Assistant:)")]
@@ -88,6 +94,7 @@ PREFERENCES = [
 PROMPTS = [
     ({"conversations": sent("human: q")}, say("u: q"), "ShareGPT"),
     ({"conversation": LONG[:4]}, LONG[:4], "ShareGPT"),
+    ({"conversations": SHARED, "prompt": "q"}, say("u: q"), "ShareGPT"),
     ({"instruction": "Add.", "context": "1 2", "response": "3"}, SUM[:1], "instruction"),
     ({"system_prompt": "be", "question": "q", "response": "a"}, LONG[:2], "question"),
     ({"query": "q", "answer": "a"}, say("u: q"), "query"),
@@ -103,7 +110,9 @@ def without_weights(messages):
 def test_a_form_of_the_hubs_is_read_and_named_once(row, wanted, name, tmp_path, capsys):
     """Also with the columns of other rows of the same table, which are null or NaN in this one."""
     method = "dpo" if "chosen" in row else "sft"
-    file = write_lines(tmp_path / "rows.jsonl", [row, row])
+    columns = dict.fromkeys(("messages", "conversations", "prompt", "completion", "instruction",
+                             "output", "label", "weight", "system", "tools", "margin"))
+    file = write_lines(tmp_path / "rows.jsonl", [row, {**columns, **row}])
     config = adapt.AdaptConfig(method=method)
     found = read_set(str(file), config, False, 0.1, Counter())
     assert [place for place, _ in found] == [f"{file}:1", f"{file}:2"]
@@ -112,8 +121,6 @@ def test_a_form_of_the_hubs_is_read_and_named_once(row, wanted, name, tmp_path, 
     said = [line for line in capsys.readouterr().out.splitlines() if "read as" in line]
     assert said == ([f"{file}: read as {name}"] if name else [])
     check = checked_preference if method == "dpo" else checked_chat
-    columns = dict.fromkeys(("messages", "conversations", "prompt", "completion", "instruction",
-                             "output", "label", "weight", "system", "tools", "margin"))
     scores = {"score_chosen": math.nan, "score_rejected": 5.0, "num_turns": math.nan}
     assert check({**columns, **scores, **copy.deepcopy(row)}, "") == found[0][1]
 
@@ -136,7 +143,8 @@ def test_messages_from_a_table_of_both_kinds_have_nulls():
     rows = [{"conversations": [{"role": None, "content": None, "name": None, "weight": math.nan,
                                 **message} for message in SHARED]},
             {"messages": [{"from": None, "value": None, "tool_calls": None, **message}
-                          for message in TWO]}]
+                          for message in TWO]},
+            {"messages": [{"from": "the web", "value": 3, **message} for message in TWO]}]
     for row in rows:
         assert checked_chat({"id": None, **row}, "") == TWO
     assert without_nulls({"a": None, "b": math.nan, "c": [None], "d": 0}) == {"c": [None], "d": 0}
@@ -146,16 +154,18 @@ def test_messages_from_a_table_of_both_kinds_have_nulls():
 
 @pytest.mark.parametrize("row, place", [
     ({"conversations": sent("human: q", "function_call: f", "observation: o", "gpt: a")},
-     'conversations[1].from: "function_call" is'),
+     'conversations[1].from: "function_call" is not one of human, user, gpt, chatgpt, bard, bing, '
+     "assistant, system; the chat format of OLMo has no tools"),
     ({"conversations": sent("human: q", "tool: 4", "gpt: a")}, 'conversations[1].from: "tool" is'),
-    ({"conversations": sent("human: q", "Bob: a")}, 'conversations[1].from: "Bob" is not one of'),
+    ({"conversations": sent("human: q", "Bob: a")},
+     'conversations[1].from: "Bob" is not one of human, user, gpt, '),
     ({"conversations": sent("human: q", "gpt:  \n")}, "conversations[1].value: an empty text"),
     ({"conversations": [SHARED[0], {"from": "gpt", "value": [{"type": "text", "text": "a"}]}]},
      "conversations[1].value: a list, not a text; join the texts"),
     ({"conversations": sent("human: q", "human: r", "gpt: a")}, "conversations[1].from: user"),
     ({"conversations": sent("gpt: a", "human: q")}, "conversations[0].from: assistant, where"),
     ({"conversations": sent("human: q")}, "conversations[0].from: user, where the last"),
-    ({"conversations": []}, "conversations: an empty list"),
+    ({"messages": None, "conversations": []}, "conversations: an empty list"),
     ({"conversations": ["q", "a"]}, "conversations[0]: a string"),  # LIMA
     ({"conversations": [SHARED[0], {**SHARED[1], "weight": 0}]}, "conversations: none is trained"),
     ({"conversations": SHARED, "tools": "[{}]"}, "tools: "),
@@ -185,6 +195,8 @@ def test_messages_from_a_table_of_both_kinds_have_nulls():
     ({"question": "q", "chosen": {"from": "gpt", "value": ""}, "rejected": SHARED[1]},
      "chosen.value: an empty"),
     ({"question": "q", "chosen": SHARED[0], "rejected": SHARED[1]}, "chosen.from: user, where"),
+    ({"question": "q", "chosen": {**SHARED[1], "weight": 0}, "rejected": SHARED[1]},
+     "chosen.weight: 0, and only"),
     ({"prompt": "q", "chosen": sent("gpt: a"), "rejected": sent("gpt: b", "gpt: c")},
      "rejected[1].from: assistant"),
     ({"conversations": SHARED, "chosen": "a", "rejected": "b"},
