@@ -134,7 +134,7 @@ def build_data(config):
             funnel = Funnel()  # counts what comes in and what each rule drops
             records = stages.checked(source, read_records(
                 source.path, source.name, funnel.notes, config.allow_truncated, progress=True,
-                separator=source.separator))
+                separator=source.separator, text_key=source.text))
             documents = decontaminate_and_filter(records, config, source, funnel)
             documents = deduplicate_source(documents, config, source, funnel)
             split = hold_out(documents, config, source, funnel)

@@ -4,7 +4,7 @@ import difflib
 import hashlib
 import sys
 from collections import Counter
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,12 +14,14 @@ from corpus.json_lists import read_json_values
 from corpus.lines import JSON_SUFFIXES, TEXT_SUFFIXES, Truncated, read_parts
 from corpus.source_files import input_files, name_in
 from corpus.stdlib import stdlib_documents
+from corpus.tables import TABLE_SUFFIXES, read_table
 from corpus.tokenizer import EOS
 from support.text import UserError, decoded, json_type, parsed_json, refuse_pointer
 
 # What the text is called in data sets of others, for "did you mean".
 TEXT_KEYS = ("text", "content", "raw_content", "body", "document", "article", "story", "passage",
              "code", "markdown", "sentence", "page_content", "completion", "abstract")
+OF_A_DOCUMENT = ("id", "metadata", "added", "created")  # its keys beside the text, as in Dolma
 MANY_EOS = 10  # so many in one text file are no accident: many corpora put it between documents
 
 
@@ -43,18 +45,19 @@ class Record(NamedTuple):
     file: str  # relative to the source's path
     line: int
     place: str  # file:line as the user knows it, for messages
-    content: bytes | dict  # JSON, text, or an embedded document (finished)
+    content: bytes | dict  # JSON, text, a row of a table, or an embedded document (finished)
     part: int = 1  # of the documents that begin on this line, which one
 
 
 def read_records(path, source="", counts=None, allow_truncated=None, progress=False,
-                 separator=""):
+                 separator="", text_key=""):
     """Yield the Records of a source.
 
     counts: a Counter of what is not read, for the caller to show; None prints it here.
     allow_truncated: read a file that is cut off as far as it goes, warn and count it; False names
     this key in the error, and None does not, as for what the user cannot set it for.
-    progress: show a bar of the bytes read. separator: cuts a text file into documents.
+    progress: show a bar of the bytes read. separator: cuts a text file into documents. text_key:
+    of a table, read only what a document is made of, whose text has this key; "" reads all columns.
     """
     if path == "stdlib":
         for document in stdlib_documents(source):
@@ -65,7 +68,7 @@ def read_records(path, source="", counts=None, allow_truncated=None, progress=Fa
     files = input_files(root, notes)
     if counts is None:
         print_once(path, notes)
-    if separator and all(file.name.endswith(JSON_SUFFIXES) for file in files):
+    if separator and not any(file.name.endswith(TEXT_SUFFIXES) for file in files):
         raise UserError(f"{root}: separator={separator!r} cuts text files, and none is there; "
                         "leave it out")
     total = sum(file.stat().st_size for file in files)
@@ -74,9 +77,12 @@ def read_records(path, source="", counts=None, allow_truncated=None, progress=Fa
         for file in files:
             name = name_in(root, file)
             try:
-                for line, part, content in contents_of(file, separator, bar):
+                is_empty = True
+                for line, part, content in contents_of(file, separator, text_key, bar):
+                    is_empty = False
                     place = f"{file}:{line_number(line, part)}"
                     yield Record(name, line, place, content, part)
+                notes["tables without rows"] += is_empty and name.endswith(TABLE_SUFFIXES)
             except OSError as error:
                 raise UserError(f"{file}: cannot be read ({error.strerror}); restore it or its "
                                 "rights, or take it out") from None
@@ -88,13 +94,36 @@ def read_records(path, source="", counts=None, allow_truncated=None, progress=Fa
                 warn(str(error))
 
 
-def contents_of(file, separator, bar):
+def contents_of(file, separator, text_key, bar):
     """Yield (line, part, content) of each document in a file, as Record has them."""
     refuse_pointer(file)
-    if file.name.endswith(JSON_SUFFIXES):
+    if file.name.endswith(TABLE_SUFFIXES):
+        columns = partial(columns_of_documents, file, text_key) if text_key else None
+        for row, values in read_table(file, columns, bar):
+            yield row, 1, values
+    elif file.name.endswith(JSON_SUFFIXES):
         yield from read_json_values(file, bar)
     else:
         yield from read_parts(file, separator, bar)
+
+
+def columns_of_documents(file, text_key, columns):
+    """The names of the columns to read of a table of documents.
+
+    columns: {name: what it holds}. UserError, once for the table, if there is no text.
+    """
+    values = {name: "" if kind == "a string" else None for name, kind in columns.items()}
+    if text_key not in columns:
+        raise UserError(f"{file}: {why_no_text(values, text_key)}")
+    if columns[text_key] != "a string":
+        del values[text_key]
+        other = text_key_in(values, text_key)
+        remedy = f'did you mean {other}? {{"path": PATH, "text": "{other}"}}'
+        if not other:
+            remedy = "make it a column of strings, or take the table out"
+        raise UserError(f"{file}: the column {text_key} holds {columns[text_key]} in each row, not "
+                        f"a string; {remedy}")
+    return [text_key, *(name for name in OF_A_DOCUMENT if name in columns and name != text_key)]
 
 
 def line_number(line, part):
@@ -104,6 +133,8 @@ def line_number(line, part):
 
 def parse(record):
     """The JSON value in a Record; for a text file, an object with its text."""
+    if isinstance(record.content, dict):
+        return record.content
     if record.file.endswith(JSON_SUFFIXES):
         return parsed_json(record.content, record.place)
     return {"text": decoded(record.content, record.place)}
@@ -115,7 +146,7 @@ def as_document(record, source, counts, text_key=None):
     text_key: where its text is, if the user can name it; a text file has none. Raises UserError
     with file:line and the remedy for a field that is missing or of the wrong type.
     """
-    if isinstance(record.content, dict):  # an embedded document is finished already
+    if not record.file:  # an embedded document is finished already
         return record.content
     entry = parse(record)
     place = record.place
@@ -123,9 +154,12 @@ def as_document(record, source, counts, text_key=None):
         raise UserError(f"{place}: holds {json_type(entry)}, not a JSON object; correct or delete "
                         "it")
     is_text_file = record.file.endswith(TEXT_SUFFIXES)
+    is_row = record.file.endswith(TABLE_SUFFIXES)
+    if is_row:
+        entry = given_in_row(entry, text_key or "text", counts)
     text = entry.get("text" if is_text_file or not text_key else text_key)
     if not isinstance(text, str):
-        raise UserError(f"{place}: {why_no_text(entry, text_key)}")
+        raise UserError(f"{place}: {why_no_text(entry, text_key, 'the row' if is_row else 'it')}")
     # where it was read, as in Dolma: trace leads back to this line
     provenance = f"{record.file}:{line_number(record.line, record.part)}"
     name = entry.get("id", provenance)
@@ -147,6 +181,15 @@ def as_document(record, source, counts, text_key=None):
             "metadata": metadata}
 
 
+def given_in_row(row, text_key, counts):
+    """What a row of a table says of a document: a table has each column in each row, often null."""
+    entry = {key: value for key, value in row.items() if value is not None or key == text_key}
+    if not isinstance(entry.get("metadata", {}), dict):
+        counts["rows whose metadata is no object (a struct), and is left out"] += 1
+        del entry["metadata"]
+    return entry
+
+
 def note_oddities(text, counts):
     """Count what is kept in a text file and what few people want there."""
     if text.count(EOS) >= MANY_EOS:
@@ -156,11 +199,16 @@ def note_oddities(text, counts):
            "sed -i 's/\\r$//' FILE"] += "\r\n" in text
 
 
-def why_no_text(entry, text_key):
-    """What is wrong with a JSON object that holds no text, and what may be meant by it."""
+def why_no_text(entry, text_key, it="it"):
+    """What is wrong with a JSON object that holds no text, and what may be meant by it.
+
+    it: what to correct.
+    """
     key = text_key or "text"
+    if isinstance(entry.get(key), bytes):  # of a table
+        return f"{key} is bytes that are not UTF-8; correct or delete {it}"
     if key in entry:
-        return f"{key} is {json_type(entry[key])}, not a string; correct or delete it"
+        return f"{key} is {json_type(entry[key])}, not a string; correct or delete {it}"
     keys = ", ".join(list(entry)[:10]) or "none at all"
     message = f"no key {key}; its keys are {keys}"
     if entry.keys() & {"messages", "prompt", "chosen", "instruction"}:

@@ -20,6 +20,7 @@ ZSTD_BYTES = 2**10
 ZSTD_WINDOW = 2**31  # the most that zstd --long=31 uses; such a file takes as much memory
 PACKED = {".gz": "gzip", ".zst": "zstd"}
 SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")
+TABLES = {"Parquet": ".parquet", "Arrow": ".arrow"}  # kinds of files that corpus/tables.py reads
 SUFFIXES = {name: suffix for suffix, name in PACKED.items()}
 
 
@@ -177,6 +178,8 @@ def check_kind(file, head):
     name = signature_of(head) if file.name.endswith(JSON_SUFFIXES) else None
     if name:
         remedy = "convert it"
+        if name in TABLES:
+            remedy = f"rename it to {file.stem}{TABLES[name]}"
         if name in SUFFIXES and file.suffix not in PACKED:
             remedy = f"rename it to {file.name}{SUFFIXES[name]}"
         raise UserError(f"{file}: not JSON but {name}; {remedy}")

@@ -4,12 +4,15 @@ import os
 from collections import Counter, deque
 from pathlib import Path
 
+from corpus.hub_folders import files_with_rows
 from corpus.json_lists import holds_rows
 from corpus.lines import JSON_SUFFIXES, TEXT_SUFFIXES
+from corpus.tables import TABLE_SUFFIXES
 from support.files import here
 from support.hints import command
 from support.text import UserError
 
+SUFFIXES = JSON_SUFFIXES + TABLE_SUFFIXES + TEXT_SUFFIXES
 NAMED_ENDINGS = 5  # the commonest of the files that are not read; the others are counted together
 
 # How a file of another kind becomes one that is read, by its ending.
@@ -18,18 +21,19 @@ TABLE = ('python -c "import pandas; pandas.read_{}(\'OLD\').to_json(\'NEW.jsonl\
 REMEDIES = {
     ".zst": "zstd -d OLD",
     ".gz": "gunzip OLD", ".xz": "unxz OLD", ".bz2": "bunzip2 OLD", ".zip": "unzip OLD",
-    ".parquet": TABLE.format("parquet"), ".csv": TABLE.format("csv"),
-    ".arrow": 'python -c "import datasets; '
-              "datasets.Dataset.from_file('OLD').to_json('NEW.jsonl')\""}
+    ".csv": TABLE.format("csv")}
 
 
 def input_files(root, counts):
     """The files at `root` that are read, sorted; `counts` receives how many others there are.
 
-    Links are followed. Raises UserError if nothing there can be read.
+    root: a file, a folder or a pattern, such as data/train-*.parquet. Links are followed. Raises
+    UserError if nothing there can be read.
     """
+    if is_pattern(root):
+        return [file for each in matches(root) for file in input_files(each, counts)]
     if root.is_file():
-        if root.name.endswith(JSON_SUFFIXES + TEXT_SUFFIXES):
+        if root.name.endswith(SUFFIXES):
             return [root]
         raise UserError(f"{root}: cannot read this kind of file; {remedy_for([root])}")
     if root.is_symlink() and not root.exists():
@@ -48,7 +52,8 @@ def input_files(root, counts):
         found["files not read: Dolma's attributes"] = len(files)
         files = [file for file in files if root / "attributes" not in file.parents]
         found["files not read: Dolma's attributes"] -= len(files)
-    others = [file for file in files if not file.name.endswith(JSON_SUFFIXES + TEXT_SUFFIXES)]
+    files = files_with_rows(root, files, found)
+    others = [file for file in files if not file.name.endswith(SUFFIXES)]
     found.update(counted_endings(others))
     has_text = any(map(is_text, files))
     readable = []
@@ -64,6 +69,22 @@ def input_files(root, counts):
                         + remedy_for(others))
     counts.update(+found)
     return readable
+
+
+def is_there(path):
+    """Whether a path leads to a file or folder, or is a pattern of some."""
+    path = Path(path)
+    return path.exists() or is_pattern(path)
+
+
+def is_pattern(path):
+    """Whether a path stands for files by a * in its last part."""
+    return "*" in path.name and not path.exists() and bool(matches(path))
+
+
+def matches(pattern):
+    """The files and folders that a pattern stands for, sorted."""
+    return sorted(pattern.parent.glob(pattern.name))
 
 
 def is_text(file):
@@ -91,7 +112,8 @@ def why_not_read(file, has_text):
 def name_in(root, file):
     """A file's name in the source `root`; ids and provenance need one without the source's place.
     """
-    return file.relative_to(root).as_posix() if file != root else file.name
+    above = root.parent if is_pattern(root) else root
+    return file.relative_to(above).as_posix() if file != root else file.name
 
 
 def files_below(root, counts):
@@ -172,7 +194,8 @@ def ending_of(file):
 
 def remedy_for(files):
     """What to do with files of other kinds: how the first of them become readable."""
-    remedy = (f"name what ends in {', '.join(JSON_SUFFIXES)} (an object a line) or "
+    remedy = (f"name what ends in {', '.join(JSON_SUFFIXES)} (an object a line), "
+              f"{', '.join(TABLE_SUFFIXES)} (a document a row) or "
               f"{', '.join(TEXT_SUFFIXES)} (a document a file)")
     ways = [REMEDIES[file.suffix] for file in files if file.suffix in REMEDIES]
     return f"{remedy}; to make one: {ways[0]}" if ways else remedy

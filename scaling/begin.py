@@ -16,7 +16,6 @@ from configs import fields_of, load_config
 from corpus.tokenizer import tokenizer_file
 from model import ModelConfig
 from scaling.checkpoint import load_checkpoint, run_of, step_directories
-from scaling.directory import last_value
 from scaling.ranks import launched
 from support.config_text import read_assignments
 from support.files import UserError, here, read_json
@@ -49,8 +48,8 @@ def settings_of_start(argv, schemas):
         return settings_of_run(run)
     if given.resume and not begins_again:  # the config of that run says all
         return {}
-    if not Path(start).exists() and given.d_model is not None:
-        return {}  # such as the plan of an anneal; a run says it later
+    if given.plan and given.d_model is not None and not Path(start).exists():
+        return {}  # the plan of a run whose start is still to be trained
     shape, weights_alone = read_start(given)
     check_shape(argv, given, shape)
     if not weights_alone:
@@ -91,15 +90,23 @@ def read_start(given):
     """Returns ({key: value} of the shape, whether weights alone are taken) of given.start_from."""
     start = Path(given.start_from)
     try:
-        run_of(start)  # a UserError for what is no directory
+        if not start.exists():
+            raise UserError(f"no such directory{hub_remedy(start)}")
+        run_of(start)  # a UserError for a file
         if is_ours(start):
             return read_own(start, given.fresh_optimizer)
-        if given.fresh_optimizer is False:
-            raise UserError("has no optimiser; leave out fresh_optimizer=False")
         shape = read_model_config(start, named_tokenizer(start, given.tokenizer))
         return vars(shape), True
     except UserError as error:
         raise UserError(f"start_from={start}{here(start)}: {error}") from None
+
+
+def hub_remedy(start):
+    """How to get a model whose name on the hub stands where its directory should."""
+    if start.is_absolute() or len(start.parts) != 2 or start.parent.exists():
+        return "; name a run, one of its steps, or a directory that holds a model"
+    return ("; if it is a model of Hugging Face's hub, download it first: huggingface-cli download "
+            f"{start} --local-dir {start.name}, and then --start_from={start.name}")
 
 
 def read_own(start, fresh_optimizer):
@@ -140,7 +147,7 @@ def check_shape(argv, given, shape):
 
 def place_of(key, argv):
     """Where a command line sets a key: "--" or "FILE:LINE: "."""
-    if last_value(argv, f"--{key}=") is not None:
+    if any(word.partition("=")[0] == f"--{key}" for word in argv):
         return "--"
     for word in reversed([word for word in argv if not word.startswith("-")]):
         if word.endswith(".json") and key in read_json(word):
@@ -153,6 +160,11 @@ def place_of(key, argv):
 
 
 # ---- Before the data is built --------------------------------------------------------------------
+
+def takes_weights_alone(config):
+    """True if the new run of `config` takes no more than weights from its start."""
+    return config.fresh_optimizer or not (Path(config.start_from) / "state.json").is_file()
+
 
 def check_files(start):
     """UserError if the weights of a directory from elsewhere do not fit its configuration."""

@@ -107,19 +107,21 @@ def forked_from(config):
     return Path(config.resume)
 
 
-def overwrite(run, start_from):
-    """Delete the run, unless that would delete more than the user means."""
+def check_overwrite(run, start_from):
+    """UserError if --overwrite would delete more than the user means."""
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0):
         raise UserError("--overwrite with --max-restarts would delete the run at each restart; "
                         "leave out one of them")
-    if start_from and Path(start_from).resolve().parent == run.resolve():
+    start = Path(start_from).resolve()
+    is_ours = start.parent == run.resolve() and NAMES.fullmatch(start.name)
+    if start_from and (is_ours or start == run.resolve()):
         raise UserError(f"--overwrite would delete {start_from}, which start_from names; choose "
                         "another --run_dir")
-    clear(run)
 
 
-def clear(run):
+def overwrite(run, start_from):
     """Delete what a run writes, and nothing else that may lie in its directory."""
+    check_overwrite(run, start_from)
     for name in names_of_run(run):
         path = run / name
         if path.is_dir():

@@ -48,6 +48,8 @@ def print_plan(model_config, config, plan, build_optimizer):
     print(f"{count_parameters(model_config):,} parameters; {steps:,} steps of "
           f"{config.batch_size:,} x {model_config.max_seq_len:,} tokens: {tokens / 1e9:,.4g} G "
           "tokens")
+    if config.fresh_optimizer:
+        print(f"  step 1 begins with the weights of {config.start_from}, of which none is read now")
     print_batch_size_hint(config, plan.gpus)
     print_memory(model_config, config, plan, state_bytes)
     print_time_and_energy(model_config, config, plan, tokens)

@@ -9,6 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from corpus.lines import JSON_SUFFIXES
+from corpus.tables import TABLE_SUFFIXES
 from data import render_chat
 from model import generate
 from scaling.ranks import from_rank0
@@ -62,8 +63,10 @@ def generate_answers(argv):
     paths, options = paths_and_options(argv)
     require(len(paths) == 3,
             f"{' '.join(['generate', *paths])}: the form is generate RUN PROMPTS.jsonl OUT.jsonl")
-    require(Path(paths[1]).is_dir() or paths[1].endswith(JSON_SUFFIXES), f"{paths[1]}: the name of "
-            "a file of prompts must end in .jsonl, with an object a line, or in .json")
+    is_file = Path(paths[1]).is_file()
+    require(not is_file or paths[1].endswith(JSON_SUFFIXES + TABLE_SUFFIXES), f"{paths[1]}: the "
+            "name of a file of prompts must end in .jsonl, with an object a line, in .json or in "
+            f"{', '.join(TABLE_SUFFIXES)}")
     require(paths[2].endswith(".jsonl"), f"{paths[2]}: answers are written as an object a line: "
             "give OUT a name that ends in .jsonl")
     run = Path(paths[0]).as_posix()

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 from corpus.documents import as_document, parse, print_line, read_documents, read_records
-from corpus.source_files import input_files
+from corpus.source_files import input_files, is_there
 from support.files import UserError, file_sha256
 from support.tasks import PAPER_METRIC, REQUEST, mmlu, packaged_task, read_task
 
@@ -104,7 +104,7 @@ def open_suite(word, config, held_out):
         tasks = [packaged_task(name, variant or "rc_0shot", config) for name in PAPER_METRIC]
     elif kind == "mmlu":
         tasks = [mmlu(variant, config)]
-    elif Path(word).exists():
+    elif is_there(word):
         return suite_at(word, config)
     else:
         tasks = [packaged_task(kind, variant, config)]

@@ -174,7 +174,7 @@ def shown(value):
 def json_type(value):
     """What JSON calls the type of a value, for messages."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false",
-             type(None): "null"}
+             type(None): "null", bytes: "bytes"}
     return names.get(type(value), "a number")
 
 

@@ -76,7 +76,7 @@ def test_links_are_followed_and_each_file_is_read_once(tmp_path):
 def test_what_is_not_read_is_counted_by_reason_and_printed(tmp_path, call):
     home = tmp_path / "in"
     write_jsonl(home / "a.jsonl", [{"text": f"words of text {i}"} for i in range(30)])
-    for name in (".hidden.jsonl", ".git/x.py", "b.parquet", "c.parquet", "d.csv.gz", "none",
+    for name in (".hidden.jsonl", ".git/x.py", "b.orc", "c.orc", "d.csv.gz", "none",
                  "e.1", "e.2", "e.3", "deep/._a.jsonl"):
         (home / name).parent.mkdir(parents=True, exist_ok=True)
         (home / name).write_bytes(b"x")
@@ -88,7 +88,7 @@ def test_what_is_not_read_is_counted_by_reason_and_printed(tmp_path, call):
     notes = manifest_of(folder)["sources"]["main"]["notes"]
     assert notes == {
         "files and folders not read: hidden": 3, "files not read: empty": 1,
-        "files not read: .parquet": 2, "files not read: .csv.gz": 1, "files not read: .1": 1,
+        "files not read: .orc": 2, "files not read: .csv.gz": 1, "files not read: .1": 1,
         "files not read: .2": 1, "files not read: .3": 1,
         "files not read: other endings": 1, "files not read: pipes, sockets or devices": 1}
     assert result.returncode == 0
@@ -97,7 +97,7 @@ def test_what_is_not_read_is_counted_by_reason_and_printed(tmp_path, call):
 
 
 @pytest.mark.parametrize("name, remedy", [
-    ("x.parquet", "read_parquet"), ("x.json", "one object"), ("x.csv.zst", "zstd -d"), ("x", ""),
+    ("x.orc", ".parquet"), ("x.json", "one object"), ("x.csv.zst", "zstd -d"), ("x", ""),
     ("x.csv", "read_csv"), (".x.jsonl", "hidden"), ("x.csv.gz", "gunzip"), ("empty.jsonl", "")])
 def test_a_folder_of_other_files_is_refused_with_what_it_holds(tmp_path, name, remedy):
     """At every door: a source, an evaluation set, a contamination set."""
