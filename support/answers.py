@@ -18,7 +18,7 @@ from support.chat_forms import PROMPTS
 from support.chats import checked_request
 from support.cpu import packed_weights
 from support.fields import require
-from support.files import to_json, without_nan
+from support.files import to_json
 from support.models import open_base
 from support.progress import watched
 from support.rows import Faults, checked_rows, listed
@@ -184,9 +184,9 @@ def answers_row(answer, row, drawn):
 
 
 def canonical(row):
-    """The JSON of a row without its answer: equal rows have equal texts, also with NaN in them.
+    """The JSON of a row without its answer: equal rows have equal texts.
 
-    OUT has null for NaN, which JSON does not know.
+    It is OUT's: that has null for NaN, and base64 for the bytes in a table.
     """
     kept = {key: value for key, value in row.items() if key not in OF_AN_ANSWER}
-    return json.dumps(without_nan(kept), sort_keys=True)
+    return json.dumps(json.loads(to_json(kept)), sort_keys=True)

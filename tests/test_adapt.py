@@ -1052,7 +1052,7 @@ def test_generate_goes_on_where_it_was_torn(learnt, tmp_path, call, refused):
 
 def test_generate_names_the_prompt_that_cannot_be_answered(learnt, tmp_path, call, refused):
     run, prompts, out = learnt["sft"][0], tmp_path / "prompts.jsonl", tmp_path / "new.jsonl"
-    for line, key in (("{}", "messages is missing"), ("[]", "messages is missing"),
+    for line, key in (("{}", "messages is missing"), ("3", "messages is missing"),
                       ({"prompt": ""}, "prompt: an empty"), ({"prompt": "q", "top_p": 0}, "top_p"),
                       ({"prompt": "q", "input": "x"}, "input"),
                       ({"messages": say("u: q", "a: a")}, "messages[1].role")):
