@@ -220,11 +220,10 @@ def why_no_text(entry, text_key, it="it"):
         if isinstance(value, list) and value and isinstance(value[0], dict):
             return f"{message}; if {name} holds the rows: jq -c '.{name}[]' OLD > NEW.jsonl"
     found = text_key_in(entry, key)
-    if found:
-        message += f"; did you mean {found}?"
+    asked = f"did you mean {found}? " if found else ""
     if not text_key:
-        return f"{message}; rename the one that holds the text to text"
-    return f'{message}; name it in `sources`: {{"path": PATH, "text": "{found or "KEY"}"}}'
+        return f"{message}; {asked}Rename it to text"
+    return f'{message}; {asked}Name it in `sources`: {{"path": PATH, "text": "{found or "KEY"}"}}'
 
 
 def text_key_in(entry, key):

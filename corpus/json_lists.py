@@ -86,10 +86,13 @@ class Values:
         self.line = 1  # on which it begins
 
     def of_list(self):
-        """Yield (line, bytes) of the values in a list."""
-        self.take(1)  # the bracket
+        """Yield (line, bytes) of the values in a list, whose bracket is next."""
+        self.take(1)
         char = self.next_char()
         while char != b"]":
+            if not char:
+                raise Truncated(f"{self.file}: cut off on line {self.line}, where its list has no "
+                                "end; fetch it again")
             line = self.line
             yield line, self.cut()
             char = self.next_char()
@@ -98,10 +101,7 @@ class Values:
                 char = self.next_char()
                 if char == b"]":
                     raise self.fault("a comma before the end of the list", "remove it")
-            elif not char:
-                raise Truncated(f"{self.file}: cut off after line {line}: its list has no end; "
-                                "fetch it again")
-            elif char != b"]":
+            elif char not in (b"]", b""):
                 raise self.fault("no comma between two values of a list", "write it")
         self.take(1)
         if self.next_char():

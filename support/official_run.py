@@ -8,6 +8,7 @@ olmo/config.py, olmo/train.py, olmo/optim.py, scripts/train.py at v0.2.5 and v0.
 import math
 from typing import NamedTuple
 
+from corpus.storage import token_dtype
 from corpus.token_files import listed_token_files
 from support.files import UserError
 from support.official_state import read_optimizer, read_progress
@@ -42,6 +43,12 @@ SCHEDULES = {"linear_with_warmup": "linear", "cosine_with_warmup": "cosine",
              "constant_with_warmup": "linear", "constant": "linear"}
 
 
+# Our keys that are taken from an official run, besides the shape of its network.
+TAKEN = ["batch_size", "seed", "lr", "min_lr", "schedule", "warmup_steps", "decay_steps",
+         "max_steps", "weight_decay", "beta1", "beta2", "eps", "grad_clip",
+         "grad_clip_warmup_steps", "grad_clip_warmup_factor"]
+
+
 class Theirs(NamedTuple):
     """The value that one of our keys must have, and what the official files say of it."""
 
@@ -64,8 +71,12 @@ def official_settings(path):
             raise UserError(f"{file}: has no `{name}:` block; fetch the file again")
     check_can_go_on({"": yaml, **blocks}, file)
     try:
-        return {**batch_settings(yaml), **optimizer_settings(yaml, path),
-                **schedule_settings(yaml)}
+        found = {**batch_settings(yaml), **optimizer_settings(yaml, path),
+                 **schedule_settings(yaml)}
+        end, _, line = end_of_schedule(yaml)
+        if end and not yaml["scheduler"]["name"].startswith("constant"):
+            found["decay_steps"] = Theirs(end, line)
+        return found
     except KeyError as error:
         raise UserError(f"{file}: {error.args[0]}: missing; fetch the file again") from None
     except (ValueError, TypeError, OverflowError) as error:
@@ -167,6 +178,7 @@ def number(text):
 
 
 def said(key, value):
+    """The line of config.yaml, for messages."""
     return f"{key}: {'null' if value is None else value} in config.yaml"
 
 
@@ -180,7 +192,7 @@ def end_of_schedule(yaml, steps_per_epoch=None):
     schedule = yaml["scheduler"]
     per_step = count(yaml["global_train_batch_size"]) * count(yaml["model"]["max_sequence_length"])
     unit = per_step if schedule.get("units") == "tokens" else 1
-    duration = str(yaml.get("max_duration") or 10_000)
+    duration = yaml["max_duration"]
     last = duration_in_steps(duration, per_step, steps_per_epoch)
     end = schedule.get("t_max")
     if end:
@@ -204,31 +216,25 @@ def duration_in_steps(duration, tokens_per_step, steps_per_epoch):
 
 # ---- Comparing -----------------------------------------------------------------------------------
 
-def settings_to_go_on(path, given, place_of):
+def settings_to_go_on(path, given, place_of, shape):
     """{our key: value} of an official checkpoint's run, for the keys that nobody has set.
 
-    given(key): what the command line or a config file sets, or None. place_of(key): where it does,
-    such as "FILE:1: ". Raises UserError that names everything that is set to another value.
+    given: {our key: what the command line or a config file sets, or None}. place_of(key): where it
+    does, such as "FILE:1: ". shape: {key: value} of the weights. Raises UserError that names
+    everything that is set to another value.
     """
-    theirs = official_settings(path)
-    end, last, line = end_of_schedule(read_yaml(path / "config.yaml"))
-    if not theirs["schedule"].said.startswith("scheduler.name: constant") and end:
-        theirs["decay_steps"] = Theirs(end, line)
-    faults = [f"{place_of(key)}{key}={given(key)}, and {wanted.said}" + in_ours(key, wanted)
+    theirs = {key: Theirs(value, "the shape of the weights") for key, value in shape.items()}
+    theirs |= official_settings(path)
+    faults = [f"{place_of(key)}{key}={given[key]}, not {wanted.value} ({wanted.said})"
               for key, wanted in theirs.items()
-              if given(key) is not None and not same(given(key), wanted.value)]
+              if given[key] is not None and not same(given[key], wanted.value)]
     if faults:
         raise UserError(f"start_from={path}: official OLMo would go on with other settings "
                         f"({'; '.join(faults)}); leave them out, as its values are taken, or begin "
                         "with the weights alone: --fresh_optimizer")
     taken = {key: wanted.value for key, wanted in theirs.items()}
+    _, last, _ = end_of_schedule(read_yaml(path / "config.yaml"))
     return {**taken, "max_steps": last} if last else taken
-
-
-def in_ours(key, wanted):
-    """The value in our key, where config.yaml has it in another form."""
-    return "" if wanted.said.partition(": ")[2].startswith(f"{wanted.value} ") else (
-        f", which is {key}={wanted.value}")
 
 
 def same(value, other):
@@ -236,26 +242,51 @@ def same(value, other):
     return math.isclose(value, other, rel_tol=1e-9) if is_number else value == other
 
 
-def check_place(path, settings, instances):
-    """UserError unless our loop, with this data, goes on where official OLMo stopped.
+def check_place(path, settings):
+    """UserError unless our loop, with the token files, goes on where official OLMo stopped.
 
-    settings: every key of our run. instances: how many sequences its token files have. All that
-    differs is named at once. Returns the Progress.
+    settings: every key of our run. All that differs is named at once.
     """
     yaml = read_yaml(path / "config.yaml")
     progress = read_progress(path)
-    per_epoch = instances // settings["batch_size"]
-    faults = [*faults_of_files(yaml, settings), *faults_of_position(progress, settings, per_epoch)]
-    end, _, line = end_of_schedule(yaml, per_epoch)
-    now = settings["decay_steps"] or settings["max_steps"]
-    if now != end and not yaml["scheduler"]["name"].startswith("constant"):
-        faults.append(f"the learning rate would fall until step {now:,}, and {line}, which is step "
-                      f"{end:,}: --decay_steps={end}")
+    faults = faults_of_files(yaml, settings)
+    per_epoch = instances_of(settings) // settings["batch_size"]
+    if not faults and not per_epoch:
+        faults.append(f"token_files={settings['token_files']} has less than one batch")
+    if not faults:
+        faults += faults_of_position(progress, settings, per_epoch)
+        faults += faults_of_end(yaml, settings, per_epoch)
+    if settings["max_steps"] <= progress.step:
+        faults.append(f"max_steps={settings['max_steps']}, and it is at step {progress.step:,} "
+                      "already; max_steps counts from the first step of that run")
     if faults:
         raise UserError(f"start_from={path}: official OLMo would go on differently "
                         f"({'; '.join(faults)}); correct that, or begin with the weights alone: "
                         "--fresh_optimizer")
-    return progress
+
+
+def instances_of(settings):
+    """How many sequences the listed token files have; 0 without a list."""
+    if not settings["token_files"]:
+        return 0
+    bytes_each = settings["max_seq_len"] * token_dtype(settings["vocab_size"]).itemsize
+    paths = listed_token_files(settings["token_files"])
+    return sum(path.stat().st_size // bytes_each for path in paths)
+
+
+def faults_of_end(yaml, settings, per_epoch):
+    """What differs in the last step, and in the step at which the learning rate has fallen."""
+    end, last, line = end_of_schedule(yaml, per_epoch)
+    now = settings["decay_steps"] or settings["max_steps"]
+    faults = []
+    if now != end and not yaml["scheduler"]["name"].startswith("constant"):
+        faults.append(f"the learning rate falls until step {now:,} here, and there until step "
+                      f"{end:,} ({line}): --decay_steps={end}")
+    if settings["max_steps"] > last:
+        duration = said("max_duration", yaml["max_duration"])
+        faults.append(f"max_steps={settings['max_steps']}, and that run ends at step {last:,} "
+                      f"({duration}): --max_steps={last}")
+    return faults
 
 
 def faults_of_position(progress, settings, per_epoch):
@@ -264,7 +295,8 @@ def faults_of_position(progress, settings, per_epoch):
     The last step of an epoch may be saved as the end of that epoch or as the start of the next.
     """
     batch_size = settings["batch_size"]
-    if progress.epoch * per_epoch * batch_size + progress.examples == progress.step * batch_size:
+    seen = progress.epoch * per_epoch * batch_size + progress.examples
+    if seen == progress.step * batch_size and progress.examples <= per_epoch * batch_size:
         return []
     epoch, steps = divmod(progress.step, per_epoch)
     return [f"train.pt: after step {progress.step:,} it stood at example {progress.examples:,} of "
@@ -308,6 +340,6 @@ def short_names(paths):
         return names
     parts = [path.split("/") for path in paths]
     shared = 0
-    while len({tuple(each[:shared + 1]) for each in parts}) == 1:
+    while shared < min(map(len, parts)) - 1 and len({each[shared] for each in parts}) == 1:
         shared += 1
     return ["/".join(each[shared:]) for each in parts]

@@ -11,6 +11,7 @@ from corpus.lineage import data_of_run
 from corpus.storage import held_out_files, tokenizer_digest
 from data import DataConfig
 from scaling.directory import check_directory, resumed_argv
+from scaling.log import best_in
 from scaling.machine import choose_micro_batch
 from scaling.ranks import world_size
 from support.config_text import read_assignments
@@ -121,9 +122,13 @@ def print_results(run, step, results):
         print(tasks_table(results["tasks"]))
     for text in results.get("samples", []):
         print(f"\n{harmless(text)}")
-    print(f"\nnext:\n  python adapt.py chat {run}")
+    chosen = run
+    if results.get("best"):
+        chosen = run / results["best"]["path"]
+        print(f"\nthe best step: {best_in(results)}")
+    print(f"\nnext:\n  python adapt.py chat {chosen}")
     if (run / "manifest.json").is_file():  # it says which text was held out
-        print(f"  python eval.py {run}")
+        print(f"  python eval.py {chosen}")
 
 
 # ---- Show ----------------------------------------------------------------------------------------
