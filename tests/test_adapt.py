@@ -1065,7 +1065,10 @@ def test_generate_names_the_prompt_that_cannot_be_answered(learnt, tmp_path, cal
     refused(call(adapt, "generate", run, prompts), "generate RUN PROMPTS.jsonl OUT.jsonl")
     assert refused(call(adapt, "chat")).startswith("error: chat: the form")
     refused(call(adapt, "generate", run, prompts, "out.json"), "out.json: ", ".jsonl")
-    refused(call(adapt, "generate", run, "in.json", out), "in.json: ", ".jsonl", "jq -c '.[]'")
+    refused(call(adapt, "generate", run, "in.json", out), "in.json: no such file",
+            "of prompts")
+    (tmp_path / "in.txt").write_text("q")
+    refused(call(adapt, "generate", run, tmp_path / "in.txt", out), "in.txt: ", ".jsonl")
 
 
 def test_answers_are_gone_on_with_if_weights_and_options_are_the_same(learnt, tmp_path, call,
