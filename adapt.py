@@ -8,8 +8,8 @@
     python adapt.py generate RUN PROMPTS.jsonl OUT.jsonl     # write its answers, for a judge
 
 RUN is a run directory, one of its step directories, or a Hugging Face directory of an OLMo. Chats
-are JSONL of {messages: [{role, content}]}. Preferences are JSONL of {chosen, rejected}: two such
-lists, or two texts with a `prompt`. "stdlib" makes both from the Python that runs this.
+are rows of {messages: [{role, content}]}, preferences of {chosen, rejected}, or of the other forms
+in docs/adaptation.md. "stdlib" makes both from the Python that runs this.
 
 Paper: OLMo (arXiv 2402.00838), section 4.3, which follows Tulu 2 and Open Instruct; DPO is arXiv
 2305.18290. In order: configuration, adapt(), examples, schedule, batches, losses, evaluation,
@@ -108,7 +108,7 @@ def adapt(adapt_config, eval_config, config):
 
     # The run: new, with the base's weights, or as it was left. The base is DPO's reference too.
     run = Run.open(replace(config, start_from=""), settings, fingerprint, base.model_config, device,
-                   deadline, free_keys={*DERIVED, *vars(eval_config)})
+                   deadline, {*DERIVED, *vars(eval_config)}, can_compare=bool(eval_set))
     if run.is_finished():
         return 0
     model, optimizer = build_training(base.model_config, config, device, dtype, compiled)

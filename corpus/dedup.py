@@ -4,11 +4,11 @@ import hashlib
 import math
 from collections import Counter
 from functools import lru_cache
-from pathlib import Path
 
 from corpus.documents import as_document, parse, read_records, warn
 from corpus.inputs import input_digests
 from corpus.rules import DEDUPLICATIONS, Drop, keep_parts
+from corpus.source_files import is_there
 from corpus.words import count_words, has_more_than_marks
 from support.files import UserError, here
 
@@ -206,7 +206,7 @@ def evaluation_paragraphs(sets):
 def evaluation_sets(config, source):
     """((name, path, digests of its files), ...) of the sets that a source must not hold."""
     for name, path in config.decontaminate.items():
-        if not Path(path).exists():
+        if not is_there(path):
             raise UserError(f"decontaminate: {name}: {path}: no such file or folder"
                             f"{here(path)}; put it there or leave it out")
     if "code_extension" in source.rules:  # code is exempt (Dolma, Paloma)

@@ -1,20 +1,27 @@
-"""Documents: JSONL, gzip and text files in, one checked dict a document out."""
+"""Documents: files of JSON and text in, one checked dict a document out."""
 
+import difflib
 import hashlib
 import sys
 from collections import Counter
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
 
-from corpus.lines import JSON_SUFFIXES, ONE_LIST, Truncated, read_lines, read_parts
+from corpus.json_lists import read_json_values
+from corpus.lines import JSON_SUFFIXES, TEXT_SUFFIXES, Truncated, read_parts
 from corpus.source_files import input_files, name_in
 from corpus.stdlib import stdlib_documents
+from corpus.tables import TABLE_SUFFIXES, read_table
 from corpus.tokenizer import EOS
 from support.text import UserError, decoded, json_type, parsed_json, refuse_pointer
 
+# What the text is called in data sets of others, for "did you mean".
+TEXT_KEYS = ("text", "content", "raw_content", "body", "document", "article", "story", "passage",
+             "code", "markdown", "sentence", "page_content", "completion", "abstract")
+OF_A_DOCUMENT = ("id", "metadata", "added", "created")  # its keys beside the text, as in Dolma
 MANY_EOS = 10  # so many in one text file are no accident: many corpora put it between documents
 
 
@@ -38,17 +45,19 @@ class Record(NamedTuple):
     file: str  # relative to the source's path
     line: int
     place: str  # file:line as the user knows it, for messages
-    content: bytes | dict  # a line of JSON, a text file, or an embedded document (finished)
-    part: int = 1  # of the parts of a text that begin on this line, which one
+    content: bytes | dict  # JSON, text, a row of a table, or an embedded document (finished)
+    part: int = 1  # of the documents that begin on this line, which one
 
 
-def read_records(path, source="", counts=None, allow_truncated=False, progress=False,
-                 separator=""):
+def read_records(path, source="", counts=None, allow_truncated=None, progress=False,
+                 separator="", text_key=""):
     """Yield the Records of a source.
 
     counts: a Counter of what is not read, for the caller to show; None prints it here.
-    allow_truncated: read a .gz file that is cut off as far as it goes, warn and count it.
-    progress: show a bar of the bytes read. separator: cuts a text file into documents.
+    allow_truncated: read a file that is cut off as far as it goes, warn and count it; False names
+    this key in the error, and None does not, as for what the user cannot set it for.
+    progress: show a bar of the bytes read. separator: cuts a text file into documents. text_key:
+    of a table, read only what a document is made of, whose text has this key; "" reads all columns.
     """
     if path == "stdlib":
         for document in stdlib_documents(source):
@@ -59,7 +68,7 @@ def read_records(path, source="", counts=None, allow_truncated=False, progress=F
     files = input_files(root, notes)
     if counts is None:
         print_once(path, notes)
-    if separator and all(file.name.endswith(JSON_SUFFIXES) for file in files):
+    if separator and not any(file.name.endswith(TEXT_SUFFIXES) for file in files):
         raise UserError(f"{root}: separator={separator!r} cuts text files, and none is there; "
                         "leave it out")
     total = sum(file.stat().st_size for file in files)
@@ -68,89 +77,161 @@ def read_records(path, source="", counts=None, allow_truncated=False, progress=F
         for file in files:
             name = name_in(root, file)
             try:
-                for line, part, content in contents_of(file, separator, bar):
-                    yield Record(name, line, f"{file}:{line}", content, part)
+                is_empty = True
+                for line, part, content in contents_of(file, separator, text_key, bar):
+                    is_empty = False
+                    place = f"{file}:{line_number(line, part)}"
+                    yield Record(name, line, place, content, part)
+                notes["tables without rows"] += is_empty and name.endswith(TABLE_SUFFIXES)
             except OSError as error:
                 raise UserError(f"{file}: cannot be read ({error.strerror}); restore it or its "
                                 "rights, or take it out") from None
             except Truncated as error:
                 if not allow_truncated:
-                    raise
+                    way = ", or read what is there: --allow_truncated=true"
+                    raise UserError(f"{error}{way * (allow_truncated is False)}") from None
                 notes["files cut off"] += 1
                 warn(str(error))
 
 
-def contents_of(file, separator, bar):
+def contents_of(file, separator, text_key, bar):
     """Yield (line, part, content) of each document in a file, as Record has them."""
     refuse_pointer(file)
-    if not file.name.endswith(JSON_SUFFIXES):
+    if file.name.endswith(TABLE_SUFFIXES):
+        columns = partial(columns_of_documents, file, text_key) if text_key else None
+        for row, values in read_table(file, columns, bar):
+            yield row, 1, values
+    elif file.name.endswith(JSON_SUFFIXES):
+        yield from read_json_values(file, bar)
+    else:
         yield from read_parts(file, separator, bar)
-        return
-    for line, content in read_lines(file, bar):
-        if content.strip():
-            yield line, 1, content
+
+
+def columns_of_documents(file, text_key, columns):
+    """The names of the columns to read of a table of documents.
+
+    columns: {name: what it holds}. UserError, once for the table, if there is no text.
+    """
+    values = {name: "" if kind == "a string" else None for name, kind in columns.items()}
+    if text_key not in columns:
+        raise UserError(f"{file}: {why_no_text(values, text_key)}")
+    if columns[text_key] != "a string":
+        del values[text_key]
+        other = text_key_in(values, text_key)
+        remedy = f'did you mean {other}? {{"path": PATH, "text": "{other}"}}'
+        if not other:
+            remedy = "make it a column of strings, or take the table out"
+        raise UserError(f"{file}: the column {text_key} holds {columns[text_key]} in each row, not "
+                        f"a string; {remedy}")
+    return [text_key, *(name for name in OF_A_DOCUMENT if name in columns and name != text_key)]
+
+
+def line_number(line, part):
+    """A line as places name it: 7, or 7.2 for the second document that begins on line 7."""
+    return f"{line}.{part}" if part > 1 else str(line)
 
 
 def parse(record):
     """The JSON value in a Record; for a text file, an object with its text."""
+    if isinstance(record.content, dict):
+        return record.content
     if record.file.endswith(JSON_SUFFIXES):
         return parsed_json(record.content, record.place)
     return {"text": decoded(record.content, record.place)}
 
 
-def as_document(record, source, counts, text_key="text"):
+def as_document(record, source, counts, text_key=None):
     """The document in a Record: the fields that Dolma's format keeps, checked.
 
-    text_key: where its text is; a text file has none. Raises UserError with file:line and the
-    remedy for a field that is missing or of the wrong type.
+    text_key: where its text is, if the user can name it; a text file has none. Raises UserError
+    with file:line and the remedy for a field that is missing or of the wrong type.
     """
-    if isinstance(record.content, dict):  # an embedded document is finished already
+    if not record.file:  # an embedded document is finished already
         return record.content
     entry = parse(record)
     place = record.place
     if not isinstance(entry, dict):
         raise UserError(f"{place}: holds {json_type(entry)}, not a JSON object; correct or delete "
-                        "the line" + f", or {ONE_LIST}" * isinstance(entry, list))
-    text = entry.get(text_key if record.file.endswith(JSON_SUFFIXES) else "text")
+                        "it")
+    is_text_file = record.file.endswith(TEXT_SUFFIXES)
+    is_row = record.file.endswith(TABLE_SUFFIXES)
+    if is_row:
+        entry = given_in_row(entry, text_key or "text", counts)
+    text = entry.get("text" if is_text_file or not text_key else text_key)
     if not isinstance(text, str):
-        raise UserError(f"{place}: {why_no_text(entry, text_key)}")
+        raise UserError(f"{place}: {why_no_text(entry, text_key, 'the row' if is_row else 'it')}")
     # where it was read, as in Dolma: trace leads back to this line
-    provenance = f"{record.file}:{record.line}" + f".{record.part}" * (record.part > 1)
+    provenance = f"{record.file}:{line_number(record.line, record.part)}"
     name = entry.get("id", provenance)
     metadata = entry.get("metadata") or {}  # null means none
     # subtle: True is an int in Python, and no id
     if isinstance(name, bool) or not isinstance(name, (str, int)):
-        raise UserError(f"{place}: id is {json_type(name)}, not a string; correct the line")
+        raise UserError(f"{place}: id is {json_type(name)}, not a string; correct it")
     if not isinstance(metadata, dict):
-        raise UserError(f"{place}: metadata is {json_type(metadata)}, not an object; "
-                        "correct the line")
+        raise UserError(f"{place}: metadata is {json_type(metadata)}, not an object; correct it")
     metadata = {**metadata, "provenance": provenance}
     metadata.pop("edited_by", None)  # written by an earlier build
     repaired = without_surrogates(text)
     counts["texts with lone surrogates repaired"] += repaired != text
     counts["texts with NUL characters, which are kept"] += "\0" in text
-    if not record.file.endswith(JSON_SUFFIXES) and text.count(EOS) >= MANY_EOS:
-        counts[f"text files read as one document that hold {EOS} {MANY_EOS} times or more; to cut "
-               f"them, set separator=\"{EOS}\" of the source"] += 1
+    if is_text_file:
+        note_oddities(text, counts)
     dates = {key: entry[key] for key in ("added", "created") if key in entry}
     return {"id": without_surrogates(str(name)), "text": repaired, "source": source, **dates,
             "metadata": metadata}
 
 
-def why_no_text(entry, text_key):
-    """What is wrong with a JSON object that holds no text, and what may be meant by it."""
-    if text_key in entry:
-        return (f"{text_key} is {json_type(entry[text_key])}, not a string; correct or delete the "
-                "line")
+def given_in_row(row, text_key, counts):
+    """What a row of a table says of a document: a table has each column in each row, often null."""
+    entry = {key: value for key, value in row.items() if value is not None or key == text_key}
+    if not isinstance(entry.get("metadata", {}), dict):
+        counts["rows whose metadata is no object (a struct), and is left out"] += 1
+        del entry["metadata"]
+    return entry
+
+
+def note_oddities(text, counts):
+    """Count what is kept in a text file and what few people want there."""
+    if text.count(EOS) >= MANY_EOS:
+        counts[f"text files read as one document that hold {EOS} {MANY_EOS} times or more; to cut "
+               f"them, set separator=\"{EOS}\" of the source"] += 1
+    counts["text files with the line ends of Windows (CR LF), which are kept; to change them: "
+           "sed -i 's/\\r$//' FILE"] += "\r\n" in text
+
+
+def why_no_text(entry, text_key, it="it"):
+    """What is wrong with a JSON object that holds no text, and what may be meant by it.
+
+    it: what to correct.
+    """
+    key = text_key or "text"
+    if isinstance(entry.get(key), bytes):  # of a table
+        return f"{key} is bytes that are not UTF-8; correct or delete {it}"
+    if key in entry:
+        return f"{key} is {json_type(entry[key])}, not a string; correct or delete {it}"
     keys = ", ".join(list(entry)[:10]) or "none at all"
-    message = f"no key {text_key}; its keys are {keys}"
+    message = f"no key {key}; its keys are {keys}"
     if entry.keys() & {"messages", "prompt", "chosen", "instruction"}:
         return f"{message}: chats and prompts are read by adapt.py, not as documents"
     if "request" in entry:
         return (f"{message}: a request, and not a document; a file holds one of the two kinds: "
                 "move the requests to another, which eval.py --suite=FILE reads")
-    return (f"{message}; rename the one that holds the text, or name it in `sources`: "
-            '{"path": PATH, "text": KEY}')
+    for name, value in entry.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            return f"{message}; if {name} holds the rows: jq -c '.{name}[]' OLD > NEW.jsonl"
+    found = text_key_in(entry, key)
+    asked = f"did you mean {found}? " if found else ""
+    if not text_key:
+        return f"{message}; {asked}Rename it to text"
+    return f'{message}; {asked}Name it in `sources`: {{"path": PATH, "text": "{found or "KEY"}"}}'
+
+
+def text_key_in(entry, key):
+    """Which key of an object may hold its text: one spelt like `key`, or a usual one; or ""."""
+    texts = [name for name, value in entry.items() if isinstance(value, str)]
+    likely = difflib.get_close_matches(key, texts, n=1)
+    likely += [name for name in TEXT_KEYS if name in texts]
+    return likely[0] if likely else ""
 
 
 def without_surrogates(text):

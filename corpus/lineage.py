@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from corpus.inputs import inputs_of, is_same_text
+from corpus.source_files import is_there
 from support.files import UserError, read_json
 
 
@@ -38,7 +39,7 @@ def text_behind(settings, config):
         if path == "stdlib":
             if known != sys.version:
                 libraries[f"Python {known.split()[0]}"] = True
-        elif not Path(path).exists():
+        elif not is_there(path):
             gone[path] = True
         elif not is_same_text(path, known, config.data_dir):
             changed[name] = True
@@ -66,6 +67,7 @@ def manifests_behind(run, state):
 
     state: the content of the step's state.json. Raises UserError where the data is not known.
     """
+    seen = set()
     while True:
         if not state or not (run / "manifest.json").is_file():
             raise UserError(f"{run} has no manifest of its training data")
@@ -76,11 +78,31 @@ def manifests_behind(run, state):
             raise UserError(f"the data of {run} changed during the run (--accept_changes)")
         yield manifest
         # a run that started from another one's weights has also seen that one's data
-        start = state["config"].get("start_from")
-        if not start:
+        start = start_of(state)
+        if not start or start in seen:  # a circle of runs, which only an edited file can make
             return
-        step = state["step"]
-        run = Path(start).parent
-        state = read_json(Path(start) / "state.json")
-        if state["step"] >= step:  # also ends a circle of runs
-            raise UserError(f"{start} is not what a run at step {step} can have started from")
+        seen.add(start)
+        run = start.parent
+        state = read_json(start / "state.json")
+
+
+def start_of(state):
+    """The step directory from whose weights a run started; None for a new one.
+
+    state: of a step of that run. Raises UserError where nobody knows what those weights have seen.
+    """
+    began = state.get("began")
+    if began:  # with the weights alone
+        start = Path(began["weights"])
+        if not (start / "state.json").is_file():
+            raise UserError(f"what the weights of {start}, with which it began, were trained on is "
+                            "not known")
+        if read_json(start / "state.json").get("sha256") != began["sha256"]:
+            raise UserError(f"{start} is not what it was when the run began with its weights")
+        return start
+    start = state["config"].get("start_from")
+    if not start:
+        return None
+    if read_json(Path(start) / "state.json")["step"] >= state["step"]:
+        raise UserError(f"{start} is not what a run at step {state['step']} can have started from")
+    return Path(start)

@@ -4,31 +4,36 @@ import os
 from collections import Counter, deque
 from pathlib import Path
 
+from corpus.hub_folders import files_with_rows
+from corpus.json_lists import holds_rows
 from corpus.lines import JSON_SUFFIXES, TEXT_SUFFIXES
+from corpus.tables import TABLE_SUFFIXES
 from support.files import here
 from support.hints import command
 from support.text import UserError
 
+SUFFIXES = JSON_SUFFIXES + TABLE_SUFFIXES + TEXT_SUFFIXES
 NAMED_ENDINGS = 5  # the commonest of the files that are not read; the others are counted together
 
 # How a file of another kind becomes one that is read, by its ending.
 TABLE = ('python -c "import pandas; pandas.read_{}(\'OLD\').to_json(\'NEW.jsonl\', '
          'orient=\'records\', lines=True)"')
 REMEDIES = {
-    ".json": "jq -c '.[]' OLD > NEW.jsonl, for a list of objects", ".zst": "zstd -d OLD",
+    ".zst": "zstd -d OLD",
     ".gz": "gunzip OLD", ".xz": "unxz OLD", ".bz2": "bunzip2 OLD", ".zip": "unzip OLD",
-    ".parquet": TABLE.format("parquet"), ".csv": TABLE.format("csv"),
-    ".arrow": 'python -c "import datasets; '
-              "datasets.Dataset.from_file('OLD').to_json('NEW.jsonl')\""}
+    ".csv": TABLE.format("csv")}
 
 
 def input_files(root, counts):
     """The files at `root` that are read, sorted; `counts` receives how many others there are.
 
-    Links are followed. Raises UserError if nothing there can be read.
+    root: a file, a folder or a pattern, such as data/train-*.parquet. Links are followed. Raises
+    UserError if nothing there can be read.
     """
+    if is_pattern(root):
+        return [file for each in matches(root) for file in input_files(each, counts)]
     if root.is_file():
-        if root.name.endswith(JSON_SUFFIXES + TEXT_SUFFIXES):
+        if root.name.endswith(SUFFIXES):
             return [root]
         raise UserError(f"{root}: cannot read this kind of file; {remedy_for([root])}")
     if root.is_symlink() and not root.exists():
@@ -37,7 +42,7 @@ def input_files(root, counts):
         others = '--sources=\'{"name": "path"}\''
         if command() == "adapt.py":
             others = "--train_data, --eval_data"
-        raise UserError(f"{root}: no such file or folder{here(root)}; put .jsonl, .jsonl.gz or "
+        raise UserError(f"{root}: no such file or folder{here(root)}; put .jsonl, .json or "
                         '.txt files there, or name others: ' + others)
     if not root.is_dir():
         raise UserError(f"{root}: neither a file nor a folder; save what it holds in a file")
@@ -47,13 +52,15 @@ def input_files(root, counts):
         found["files not read: Dolma's attributes"] = len(files)
         files = [file for file in files if root / "attributes" not in file.parents]
         found["files not read: Dolma's attributes"] -= len(files)
-    others = [file for file in files if not file.name.endswith(JSON_SUFFIXES + TEXT_SUFFIXES)]
+    files = files_with_rows(root, files, found)
+    others = [file for file in files if not file.name.endswith(SUFFIXES)]
     found.update(counted_endings(others))
+    has_text = any(map(is_text, files))
     readable = []
     for file in sorted(set(files) - set(others)):
-        # an empty .txt is an empty document; an empty .gz a download that failed, and an error
-        if file.suffix == ".jsonl" and not file.stat().st_size:
-            found["files not read: empty"] += 1
+        why_not = why_not_read(file, has_text)
+        if why_not:
+            found[f"files not read: {why_not}"] += 1
         else:
             readable.append(file)
     if not readable:
@@ -64,10 +71,49 @@ def input_files(root, counts):
     return readable
 
 
+def is_there(path):
+    """Whether a path leads to a file or folder, or is a pattern of some."""
+    path = Path(path)
+    return path.exists() or is_pattern(path)
+
+
+def is_pattern(path):
+    """Whether a path stands for files by a * in its last part."""
+    return "*" in path.name and not path.exists() and bool(matches(path))
+
+
+def matches(pattern):
+    """The files and folders that a pattern stands for, sorted."""
+    return sorted(pattern.parent.glob(pattern.name))
+
+
+def is_text(file):
+    """Whether a file is a text, and not one that only describes the files of a folder."""
+    describes = file.name.lower().startswith(("readme", "license", "changelog"))
+    return file.name.endswith(TEXT_SUFFIXES) and not describes
+
+
+def why_not_read(file, has_text):
+    """Why a file of a folder is not read though its ending is right; "" if it is read.
+
+    has_text: whether the folder holds texts. A .json file may be anything: beside texts and code
+    it configures something, elsewhere it is data if it holds several objects.
+    """
+    # an empty .txt is an empty document; an empty .gz a download that failed, and an error
+    if file.suffix in (".jsonl", ".json") and not file.stat().st_size:
+        return "empty"
+    if file.suffix != ".json":
+        return ""
+    if has_text:
+        return ".json beside text or code; to read one, name it"
+    return "" if holds_rows(file) else ".json of at most one object; to read one, name it"
+
+
 def name_in(root, file):
     """A file's name in the source `root`; ids and provenance need one without the source's place.
     """
-    return file.relative_to(root).as_posix() if file != root else file.name
+    above = root.parent if is_pattern(root) else root
+    return file.relative_to(above).as_posix() if file != root else file.name
 
 
 def files_below(root, counts):
@@ -148,7 +194,8 @@ def ending_of(file):
 
 def remedy_for(files):
     """What to do with files of other kinds: how the first of them become readable."""
-    remedy = (f"name what ends in {', '.join(JSON_SUFFIXES)} (an object a line) or "
+    remedy = (f"name what ends in {', '.join(JSON_SUFFIXES)} (objects), "
+              f"{', '.join(TABLE_SUFFIXES)} (a document a row) or "
               f"{', '.join(TEXT_SUFFIXES)} (a document a file)")
     ways = [REMEDIES[file.suffix] for file in files if file.suffix in REMEDIES]
     return f"{remedy}; to make one: {ways[0]}" if ways else remedy

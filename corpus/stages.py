@@ -39,9 +39,10 @@ BATCH_BYTES = 2**19  # of records that a worker receives at a time
 # The files whose code decides what a stage contains.
 STAGE_FILES = {
     "clean": ("data.py", "corpus/dedup.py", "corpus/documents.py", "corpus/funnel.py",
-              "corpus/gopher.py", "corpus/lines.py", "corpus/pages.py", "corpus/questions.py",
-              "corpus/rules.py", "corpus/source_files.py", "corpus/sources.py",
-              "corpus/stages.py", "corpus/stdlib.py", "corpus/storage.py", "corpus/tokenizer.py",
+              "corpus/gopher.py", "corpus/hub_folders.py", "corpus/json_lists.py",
+              "corpus/lines.py", "corpus/pages.py", "corpus/questions.py", "corpus/rules.py",
+              "corpus/source_files.py", "corpus/sources.py", "corpus/stages.py",
+              "corpus/stdlib.py", "corpus/storage.py", "corpus/tables.py", "corpus/tokenizer.py",
               "corpus/words.py", "support/text.py"),
     "tokens": ("data.py", "corpus/bpe.py", "corpus/stages.py", "corpus/storage.py",
                "corpus/tokenizer.py"),
@@ -254,14 +255,20 @@ def in_batches(records):
     size = 0
     for record in records:
         batch.append(record)
-        embedded = isinstance(record.content, dict)
-        size += len(record.content["text"] if embedded else record.content)
+        size += size_in_memory(record.content)
         if size >= BATCH_BYTES:
             yield batch
             batch = []
             size = 0
     if batch:
         yield batch
+
+
+def size_in_memory(content):
+    """About the bytes of a Record's content."""
+    if isinstance(content, bytes):
+        return len(content)
+    return sum(len(value) for value in content.values() if isinstance(value, str))
 
 
 def ordered_map(function, items, workers):

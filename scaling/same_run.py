@@ -17,8 +17,10 @@ from support.files import UserError, read_json
 MAY_CHANGE = {"run_dir", "data_dir", "max_steps", "device", "dtype", "compile", "micro_batch_size",
               "workers", "shard", "activation_checkpointing", "reduce_every_micro_batch",
               "not_finite", "save_every_minutes", "watts", "pue", "kg_co2_per_kwh"}
-# Keys that give the weights their shapes.
-SHAPE = {"d_model", "n_layers", "mlp_hidden_size", "embedding_size", "weight_tying"}
+# Keys that may not change at all: those that give the weights their shapes, and what the run began
+# with, which it would now be wrong about.
+FIXED = {"d_model", "n_layers", "mlp_hidden_size", "embedding_size", "weight_tying", "start_from",
+         "fresh_optimizer"}
 
 
 # ---- Before the data is built --------------------------------------------------------------------
@@ -33,9 +35,7 @@ def check_before_build(step, config, settings, free_keys):
         before, known = saved.get("config", {}), saved.get("data", {}).get("tokenizer_sha256")
     except (UserError, AttributeError):
         return  # a damaged step, which is told when it is verified
-    if starts_another(config, step):
-        check_shape(step, before, settings)
-    else:
+    if not starts_another(config, step):
         check_changes(step.parent, before, settings, config, free_keys)
     file = step.parent / "tokenizer.json"
     if known and file.is_file():
@@ -46,15 +46,6 @@ def starts_another(config, step):
     """True if the run of `config` is a new one that begins with the weights of `step`."""
     return bool(config.start_from and not forked_from(config)
                 and step.resolve().parent != Path(config.run_dir).resolve())
-
-
-def check_shape(step, before, settings):
-    """UserError if weights of another shape are to start a new run."""
-    wrong = [f"{key}: {before[key]} there, {settings[key]} now" for key in sorted(SHAPE)
-             if key in before and before[key] != settings[key]]
-    if wrong:
-        raise UserError(f"start_from={step}: its weights have another shape ({'; '.join(wrong)}); "
-                        "give the values of that run")
 
 
 # ---- Settings ------------------------------------------------------------------------------------
@@ -76,17 +67,29 @@ def check_changes(place, before, settings, config, free_keys):
     """Returns the changes of settings as text; UserError if they are not accepted."""
     keys = [key for key, value in settings.items()
             if key in before and before[key] != value and not may_change(key, free_keys)]
-    changes = [f"{key}: {before[key]} there, {settings[key]} now" for key in keys]
-    is_shape = bool(SHAPE & set(keys))
-    if changes and (is_shape or not config.accept_changes):
-        accept = "" if is_shape else " or --accept_changes"
+    if "start_from" in keys and is_same_path(before["start_from"], settings["start_from"]):
+        keys.remove("start_from")
+    changes = [f"{key}: {given(before[key])} there, {given(settings[key])} now" for key in keys]
+    is_fixed = bool(FIXED & set(keys))
+    if changes and (is_fixed or not config.accept_changes):
+        accept = "" if is_fixed else " or --accept_changes"
         # with --resume every value that is not named is the run's, in any run_dir
         remedy = f"choose another --run_dir, or use --overwrite{accept}"
         if config.resume:
             remedy = f"leave out what sets {', '.join(keys)}: the values of {place} are then used"
-            remedy += "" if is_shape else "; or use --accept_changes"
+            remedy += "" if is_fixed else "; or use --accept_changes"
         raise UserError(f"{place}: holds another run ({'; '.join(changes)}); {remedy}")
     return changes
+
+
+def is_same_path(one, other):
+    """Whether two texts name one directory, such as OUT and ./OUT/, which may be gone."""
+    return bool(one and other) and Path(one).resolve() == Path(other).resolve()
+
+
+def given(value):
+    """A setting for a message; an empty text would not be seen."""
+    return "nothing" if value == "" else value
 
 
 def may_change(key, free_keys):
@@ -107,6 +110,8 @@ def check_data(place, saved, fingerprint, config):
     elif changes:
         is_own = run_of(place).resolve() == Path(config.run_dir).resolve()
         remedy = "use --overwrite or" if is_own and not config.resume else "use"
+        if starts_another(config, Path(place)):
+            remedy = "take its weights alone (--fresh_optimizer), or use"
         raise UserError(f"{place}: its data has changed ({'; '.join(changes)}); restore the text, "
                         f"or the data that was built of it, or {remedy} --accept_changes")
 

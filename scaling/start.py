@@ -22,16 +22,19 @@ from corpus.storage import tokenizer_digest
 from corpus.tokenizer import tokenizer_at, tokenizer_file
 from data import DataConfig
 from model import ModelConfig
-from scaling.begin import check_files
+from scaling.begin import check_files, is_whole_official, takes_weights_alone
 from scaling.checkpoint import (Unreadable, check_model_keys, run_of, step_at, step_directories,
                                 step_of, verify_step)
-from scaling.directory import MEASURED, check_directory, forked_from, is_run, overwrite
+from scaling.directory import (MEASURED, check_directory, check_overwrite, forked_from, is_run,
+                               overwrite)
 from scaling.same_run import (check_before_build, check_data, check_digest, check_settings,
                               differing)
-from support.files import (UserError, here, link_or_copy, log_rows, read_json, rows_until,
+from support.files import (UserError, link_or_copy, log_rows, read_json, rows_until,
                            write_json, write_rows)
 from support.models import open_base
 from support.vocabulary import open_tokenizer
+from support.official_run import check_place
+from support.official_state import read_progress
 from support.text import counted
 
 NEW_STATE = {"step": 0, "tokens": 0, "seconds": 0.0, "kwh": 0.0}
@@ -48,11 +51,15 @@ def data_for_run(config, data_config, settings, free_keys, build_data):
     built, for a run_dir or a start_from that cannot be used, or that holds another run.
     """
     check_directory(config.run_dir, config.overwrite)
+    if config.overwrite:
+        check_overwrite(Path(config.run_dir), config.start_from)
     check_outside(config.run_dir, "run_dir", data_config.parse_sources())
     origin = origin_of(config)
     if origin is None:
         return build_data(data_config)
     home = run_of(origin)
+    if not config.fresh_optimizer and is_whole_official(origin):
+        check_place(origin, settings)
     is_step = (origin / "state.json").is_file()
     likely_step = origin if is_step else next(reversed(step_directories(origin)), None)
     if likely_step:
@@ -72,7 +79,7 @@ def origin_of(config):
     if not config.start_from or forked_from(config):
         return forked_from(config)
     start = Path(config.start_from)
-    if config.fresh_optimizer:
+    if takes_weights_alone(config) or is_whole_official(start):
         check_files(start)
     else:
         check_start_from(start, config.max_steps)
@@ -80,9 +87,7 @@ def origin_of(config):
 
 
 def check_start_from(start, max_steps):
-    """UserError unless `start` is a step directory before max_steps."""
-    if not (start / "state.json").is_file():
-        raise UserError(f"start_from={start}{here(start)}: no such step of a run")
+    """UserError unless the step `start` is before max_steps."""
     step = read_json(start / "state.json").get("step", 0)
     if step >= max_steps:
         raise UserError(f"max_steps={max_steps}: start_from={start} is after step {step} already; "
@@ -256,8 +261,13 @@ def start_new(config, fingerprint):
     if not config.start_from:
         return None, dict(NEW_STATE)
     start = Path(config.start_from)
-    if config.fresh_optimizer:
+    if takes_weights_alone(config):
         return start_with_weights(config, fingerprint)
+    if is_whole_official(start):
+        base, state = start_with_weights(config, fingerprint)
+        progress = read_progress(start)
+        began = {**state["began"], "official_step": progress.step}
+        return base, {**state, "step": progress.step, "tokens": progress.tokens, "began": began}
     check_start_from(start, config.max_steps)
     saved = verify_step(start, config.verify == "sha256")
     check_model_keys(saved, start)

@@ -43,10 +43,11 @@ PREFERENCES = Forms("a preference has both", {("chosen", "rejected"): "chosen an
                   "KTO, is not read",
     **dict.fromkeys(("messages", "conversations", "output", "response"),
                     "these are chats: --method=sft")})
-ASKING = ("messages", "conversations", "conversation", "prompt", "instruction", "question", "query",
-          "inputs")
+ASKING = {"messages": "messages", "conversations": "ShareGPT", "conversation": "ShareGPT",
+          "prompt": "prompt", "instruction": "Alpaca", "question": "questions", "query": "queries",
+          "inputs": "inputs"}
 PROMPTS = Forms(f"a prompt is an object with one of {', '.join(ASKING)}",
-                {(key,): key for key in ASKING}, {})
+                {(key,): name for key, name in ASKING.items()}, {})
 OURS = ("messages", "chosen and rejected", "prompt")  # nanOLMo's own: they need no word
 
 # under which key the prompt of two answers stands: TRL's; LLaMA-Factory's; Intel's Orca pairs
@@ -55,7 +56,10 @@ BEFORE_ANSWERS = ("prompt", "conversations", "question", "instruction")
 
 def form_of(row, forms):
     """The keys by which a row has one of the forms; None if it has none of them."""
-    return next((keys for keys in forms.names if all(key in row for key in keys)), None)
+    has_all = [keys for keys in forms.names if all(key in row for key in keys)]
+    # a column that is empty in this row may belong to other rows of a table
+    filled = [keys for keys in has_all if all(is_given(row[key]) for key in keys)]
+    return next(iter(filled + has_all), None)
 
 
 def recognised(row, forms, place):
@@ -250,10 +254,11 @@ def answer_of(answer, place):
 
 
 def instruction_of(row, place):
-    """An instruction and its input, joined as Open Instruct joins them without templates.
+    """An instruction and its input, which Dolly calls a context.
 
-    Dolly calls the input a context. Source: encode_instruction_example in its
-    scripts/data/sft_v1_v2/reformat_datasets.py.
+    # DIFFERS FROM OLMo: joined as encode_instruction_example in Open Instruct's
+    # scripts/data/sft_v1_v2/reformat_datasets.py joins them without a template. Tulu 2 was made
+    # with one of 14 templates for each row, drawn at random.
     """
     name = "input" if is_given(row.get("input")) else "context"
     if not is_given(row.get(name)):

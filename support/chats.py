@@ -23,7 +23,7 @@ def checked_chat(row, place):
     refuse_fields(row, f"{place}: ", NO_PLACE)
     refuse_weight(row, place)
     messages = chat_of(row, keys, place)
-    if "prompt" not in keys:
+    if "prompt" not in keys and not has_alpacas_template(row):
         check_prompt(row.get("prompt"), messages, place)
     messages = with_system(row, messages, place)
     check_texts(row, messages, place)
@@ -34,6 +34,14 @@ def checked_chat(row, place):
 
 def is_trained(message):
     return message["role"] == "assistant" and "weight" not in message
+
+
+def has_alpacas_template(row):
+    """Whether a row's prompt is Alpaca's template with the row's instruction: it says no more."""
+    prompt, instruction = row.get("prompt"), row.get("instruction")
+    are_texts = isinstance(prompt, str) and isinstance(instruction, str)
+    return (are_texts and prompt.startswith("Below is an instruction that describes a task")
+            and instruction.strip() in prompt)
 
 
 # ---- Preferences ---------------------------------------------------------------------------------

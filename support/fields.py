@@ -88,6 +88,7 @@ def with_system(row, messages, place):
     """Messages, checked, with the system's message that the row holds beside them."""
     for key in SYSTEM:
         text = row.get(key)
+        # DIFFERS FROM OLMo: Open Instruct makes a message also of an empty one in OpenOrca's rows
         if not is_given(text):
             continue
         check_text(text, f"{place}: {key}")

@@ -1,5 +1,6 @@
 """JSON, digests, writes that survive a crash, and the rows of a log."""
 
+import base64
 import errno
 import hashlib
 import json
@@ -26,11 +27,18 @@ def read_json(path):
 
 
 def to_json(value, indent=None):
-    """A value as JSON text. JSON has no NaN and no Infinity: null stands in for them."""
+    """A value as JSON text. JSON has no NaN and no Infinity: null stands in for them.
+
+    It has no bytes either, which a row of a table may hold: base64 stands in for those.
+    """
     try:
-        return json.dumps(value, indent=indent, allow_nan=False)
+        return json.dumps(value, indent=indent, allow_nan=False, default=base64_of)
     except ValueError:
-        return json.dumps(without_nan(value), indent=indent, allow_nan=False)
+        return json.dumps(without_nan(value), indent=indent, allow_nan=False, default=base64_of)
+
+
+def base64_of(content):
+    return base64.b64encode(content).decode()
 
 
 def without_nan(value):

@@ -6,8 +6,9 @@ from functools import cached_property
 from pathlib import Path
 
 from corpus.documents import as_document, parse, print_line, read_documents, read_records
-from corpus.source_files import input_files
+from corpus.source_files import input_files, is_there
 from support.files import UserError, file_sha256
+from support.prompts import read_prompts
 from support.tasks import PAPER_METRIC, REQUEST, mmlu, packaged_task, read_task
 
 # The sources of Paloma that the paper reports (4.2). It leaves out those that are not public, code,
@@ -42,8 +43,9 @@ class Suite:
 # ---- Suites by their names -----------------------------------------------------------------------
 
 def check_suites(config):
-    """UserError for a suite that config.suite misspells, or whose files hold a fault."""
+    """UserError for a suite or prompts that config misspells, or whose files hold a fault."""
     read_suites(config, held_out=dict)
+    read_prompts(config.prompts)
 
 
 def open_suites(config, held_out=dict):
@@ -104,7 +106,7 @@ def open_suite(word, config, held_out):
         tasks = [packaged_task(name, variant or "rc_0shot", config) for name in PAPER_METRIC]
     elif kind == "mmlu":
         tasks = [mmlu(variant, config)]
-    elif Path(word).exists():
+    elif is_there(word):
         return suite_at(word, config)
     else:
         tasks = [packaged_task(kind, variant, config)]

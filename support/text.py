@@ -21,6 +21,7 @@ SIGNATURES = {
     b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\0": "xz", b"BZh": "bzip2",
     b"PK\x03\x04": "a zip archive", b"PAR1": "Parquet", b"ARROW1": "Arrow", b"%PDF": "PDF"}
 
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # of UTF-8: Windows writes it; it is no text
 LFS_POINTER = b"version https://git-lfs"
 
 MOST_LEVELS = 200  # of lists and objects in each other: code that walks through them is recursive
@@ -62,12 +63,17 @@ def decoded(content, place):
     except UnicodeDecodeError as error:
         found = encoding_at(content, error)
         begin = error.start
-    file, _, line = place.rpartition(":")
-    line = int(line) + content.count(b"\n", 0, begin)
     remedy = "convert the file to UTF-8"
     if found.startswith("UTF"):
         remedy += f", such as by: iconv -f {found.split()[0]} -t UTF-8 OLD > NEW"
-    raise UserError(f"{file}:{line}: not UTF-8 but {found}; {remedy}")
+    place = lines_after(place, content.count(b"\n", 0, begin))
+    raise UserError(f"{place}: not UTF-8 but {found}; {remedy}")
+
+
+def lines_after(place, lines):
+    """The place so many lines after file:line, or after file:line.K, the Kth value of a line."""
+    file, _, line = place.rpartition(":")
+    return f"{file}:{int(line.partition('.')[0]) + lines}" if lines else place
 
 
 def other_encoding(head):
@@ -100,7 +106,7 @@ def encoding_at(content, error):
             f"{byte.decode('cp1252', 'replace')})")
 
 
-def parsed_json(content, place, remedy="correct or delete the line"):
+def parsed_json(content, place, remedy="correct or delete it"):
     """The value of JSON in UTF-8 bytes; place: file:line of the first byte.
 
     Raises UserError for what json.loads would let pass: a key that an object holds twice, of which
@@ -115,12 +121,11 @@ def parsed_json(content, place, remedy="correct or delete the line"):
         raise UserError(f"{place}: lists or objects in each other, over {MOST_LEVELS} levels; "
                         f"{remedy}") from None
     except json.JSONDecodeError as error:
-        file, _, line = place.rpartition(":")
         if error.msg == "Extra data" and "\r" in text:
             raise UserError(f"{place}: its lines end with CR alone; convert the file: "
                             "tr '\\r' '\\n' < OLD > NEW") from None
-        raise UserError(f"{file}:{int(line) + error.lineno - 1}: not JSON ({error.msg}, "
-                        f"character {error.colno}); {remedy}") from None
+        raise UserError(f"{lines_after(place, error.lineno - 1)}: not JSON ({error.msg}, character "
+                        f"{error.colno}); {remedy}") from None
     except ValueError as error:  # a key that is there twice, a number of 5,000 digits
         reason = str(error).partition(";")[0]
         raise UserError(f"{place}: not JSON that can be read ({reason}); {remedy}") from None
@@ -169,7 +174,7 @@ def shown(value):
 def json_type(value):
     """What JSON calls the type of a value, for messages."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false",
-             type(None): "null"}
+             type(None): "null", bytes: "bytes"}
     return names.get(type(value), "a number")
 
 

@@ -107,15 +107,16 @@ def test_folder_is_read_sorted_and_deep_without_other_kinds_and_dolmas_attribute
         assert list(read_documents(tmp_path, "web", counts)) == [
             {"id": name, "text": text, "source": "web", "metadata": {"provenance": name}}
             for name, text in places]
-        assert +counts == {"files not read: .png": 1} | attributes
+        assert {what: n for what, n in (+counts).items() if "CR LF" not in what} == {
+            "files not read: .png": 1} | attributes
         attributes = {"files not read: Dolma's attributes": 1}
         (tmp_path / "documents").mkdir(exist_ok=True)  # now it is Dolma's layout
         places = [place for place in places if place[1] != "fourth"]
 
 
 def test_source_that_cannot_be_read_is_refused_by_name(tmp_path):
-    (tmp_path / "data.json").write_text("[]")
-    for name in ("data.json", "nowhere"):
+    (tmp_path / "data.csv").write_text("[]")
+    for name in ("data.csv", "nowhere"):
         assert name in refusal(list, read_documents(tmp_path / name, "web"))
     assert "docstrings" in refusal(list, read_documents("stdlib", "books"))
 

@@ -76,7 +76,7 @@ def test_links_are_followed_and_each_file_is_read_once(tmp_path):
 def test_what_is_not_read_is_counted_by_reason_and_printed(tmp_path, call):
     home = tmp_path / "in"
     write_jsonl(home / "a.jsonl", [{"text": f"words of text {i}"} for i in range(30)])
-    for name in (".hidden.jsonl", ".git/x.py", "b.parquet", "c.parquet", "d.csv.gz", "none",
+    for name in (".hidden.jsonl", ".git/x.py", "b.orc", "c.orc", "d.csv.gz", "none",
                  "e.1", "e.2", "e.3", "deep/._a.jsonl"):
         (home / name).parent.mkdir(parents=True, exist_ok=True)
         (home / name).write_bytes(b"x")
@@ -88,7 +88,7 @@ def test_what_is_not_read_is_counted_by_reason_and_printed(tmp_path, call):
     notes = manifest_of(folder)["sources"]["main"]["notes"]
     assert notes == {
         "files and folders not read: hidden": 3, "files not read: empty": 1,
-        "files not read: .parquet": 2, "files not read: .csv.gz": 1, "files not read: .1": 1,
+        "files not read: .orc": 2, "files not read: .csv.gz": 1, "files not read: .1": 1,
         "files not read: .2": 1, "files not read: .3": 1,
         "files not read: other endings": 1, "files not read: pipes, sockets or devices": 1}
     assert result.returncode == 0
@@ -97,8 +97,8 @@ def test_what_is_not_read_is_counted_by_reason_and_printed(tmp_path, call):
 
 
 @pytest.mark.parametrize("name, remedy", [
-    ("x.parquet", "read_parquet"), ("x.json", "jq"), ("x.jsonl.zst", "zstd -d"), ("x", ""),
-    ("x.csv", "read_csv"), (".x.jsonl", "hidden"), ("x.txt.gz", "gunzip"), ("empty.jsonl", "")])
+    ("x.orc", ".parquet"), ("x.json", "one object"), ("x.csv.zst", "zstd -d"), ("x", ""),
+    ("x.csv", "read_csv"), (".x.jsonl", "hidden"), ("x.csv.gz", "gunzip"), ("empty.jsonl", "")])
 def test_a_folder_of_other_files_is_refused_with_what_it_holds(tmp_path, name, remedy):
     """At every door: a source, an evaluation set, a contamination set."""
     (tmp_path / "in").mkdir()
@@ -185,7 +185,8 @@ def test_an_evaluation_set_that_is_never_found_is_said(tmp_path, capsys):
 
 @pytest.mark.parametrize("name, content, words", [
     ("a.jsonl.gz", b'{"text": "x"}\n', ["plain JSON", "rename it to a.jsonl"]),
-    ("a.jsonl.gz", b"\x28\xb5\x2f\xfd", ["zstd", "again"]), ("a.jsonl.gz", b"?", ["again"]),
+    ("a.jsonl.gz", b"\x28\xb5\x2f\xfd", ["zstd", "rename it to a.jsonl.zst"]),
+    ("a.jsonl.gz", b"?", ["again"]),
     ("a.jsonl", b'{"text": "x"}\r{"text": "y"}\r', ["CR alone", "tr '\\r'"])])
 def test_a_file_of_another_kind_is_named_with_what_mends_it(tmp_path, name, content, words):
     """--allow_truncated would not: nothing of such a file can be read."""
@@ -272,24 +273,14 @@ def test_json_of_many_brackets_and_large_numbers_is_read():
 
 
 @pytest.mark.parametrize("rows, words", [
-    ([{"content": "x", "url": "u"}], ["keys are content, url", '"text": KEY']),
+    ([{"content": "x", "url": "u"}], ["keys are content, url", '"text": "content"']),
     ([{"text": None}], ["text is null"]), ([{"prompt": "x"}], ["adapt.py"]),
-    ([{"request": {}}], ["--suite"]), ([{}], ["none at all"]), ([["x"]], ["a list", "jq"])])
+    ([{"request": {}}], ["--suite"]), ([{}], ["none at all"]), ([["x"]], ["a list"])])
 def test_a_source_without_documents_says_what_its_rows_hold(tmp_path, rows, words):
     file = write_jsonl(tmp_path / "a.jsonl", rows * 30)
     message = refusal(build, tmp_path, path=file)
     for word in (f"sources: main: {file}: ", "30 lines", f"{file}:1: ", *words):
         assert word in message
-
-
-@pytest.mark.parametrize("value, way", [({"text": "x", "list": [1, 2]}, "jq -c ."),
-                                        ([{"text": "x"}, {"text": "y"}], "jq -c '.[]'")])
-def test_pretty_printed_json_is_one_error_not_one_a_line(tmp_path, value, way, capsys):
-    file = tmp_path / "a.jsonl"
-    file.write_text("\n" + json.dumps(value, indent=2))
-    message = refusal(build, tmp_path, path=str(file))
-    assert message.startswith(f"{file}:1: ") and way in message
-    assert "left out" not in capsys.readouterr().err
 
 
 def test_text_may_lie_under_another_key(tmp_path):
@@ -387,7 +378,7 @@ def test_documents_of_one_line_have_different_ids(tmp_path):
     file.write_text("a\nb|  c|\n \nd|e||f")
     records = list(read_records(file, separator="|"))
     assert [(record.line, record.place) for record in records] == [
-        (line, f"{file}:{line}") for line in (1, 2, 4, 4, 4)]
+        (int(float(line)), f"{file}:{line}") for line in ("1", "2", "4", "4.2", "4.3")]
     found, _ = texts_at(tmp_path)
     assert found == [("a.txt:1", file.read_text())]
     ids = [as_document(record, "main", Counter())["id"] for record in records]
@@ -417,8 +408,8 @@ def test_only_the_begin_of_a_file_tells_its_encoding(tmp_path):
 def test_a_text_that_holds_many_eos_is_said_to_be_one_document(tmp_path):
     (tmp_path / "a.txt").write_text(f"{STORY}{EOT}\n" * 20)
     folder = build(tmp_path, path=str(tmp_path / "a.txt"))
-    [note] = manifest_of(folder)["sources"]["main"]["notes"]
-    assert f'separator="{EOT}"' in note
+    note, windows = manifest_of(folder)["sources"]["main"]["notes"]
+    assert f'separator="{EOT}"' in note and "CR LF" in windows
     assert manifest_of(folder)["sources"]["main"]["documents"] == 1
 
 
@@ -546,9 +537,7 @@ def test_a_pointer_of_git_lfs_is_no_damaged_file(tmp_path):
 @pytest.mark.parametrize("door", ["chats", "preferences", "contamination", "suite"])
 @pytest.mark.parametrize("content, words", [
     ((PRICE * 9).encode("utf-16"), "UTF-16"), (gzip.compress(b"{}"), "gzip"),
-    (b'[\n {"text": "x"}\n]', "jq -c '.[]'"), (b'{\n "text": "x"\n}', "jq -c ."),
-    (b'[{"messages": []}, {"text": "x"}]', "jq -c '.[]'"), (POINTER, "git lfs pull")],
-    ids=["UTF-16", "gzip", "list", "object", "line", "LFS"])
+    (POINTER, "git lfs pull")], ids=["UTF-16", "gzip", "LFS"])
 def test_a_file_of_another_kind_is_one_error_at_every_door(tmp_path, door, content, words):
     import adapt
     import eval as evaluation

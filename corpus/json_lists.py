@@ -1,0 +1,203 @@
+"""JSON files: an object a line, one list of objects, or objects over several lines.
+
+What is not an object a line is cut into its values here, by quotes and brackets alone. They are
+parsed one by one later, like lines, so a list of many GB is never in memory.
+"""
+
+import re
+
+from tqdm import tqdm
+
+from corpus.lines import MOST_BYTES, Truncated, numbered, opened, read_lines
+from support.text import MOST_LEVELS, UserError, parsed_json, refuse_pointer
+
+NO_SPACE = re.compile(rb"[^ \t\r\n]")
+MARK = re.compile(rb'["\[\]{}]')
+WORD_END = re.compile(rb"[ \t\r\n,\[\]{}]")  # of a number, or of null, or of what is no JSON
+CLOSING = {b"{": b"}", b"[": b"]"}
+
+
+def read_json_values(file, bar):
+    """Yield (line, number, bytes) of each line or value of a JSON file.
+
+    line: where it begins; number: which of the values that begin on this line it is, from 1.
+    """
+    with opened(file, bar) as content:
+        if holds_lines(content.head()):
+            for line, each in read_lines(file, content):
+                yield line, 1, each
+            return
+        values = Values(file, content)
+        is_list = values.next_char() == b"["
+        yield from numbered(values.of_list() if is_list else values.one_by_one())
+
+
+def holds_lines(head):
+    """Whether a JSON file that begins like this has a value on each line."""
+    begin = head.lstrip()
+    first, newline, others = begin.partition(b"\n")
+    if begin.startswith(b"{"):  # an object that goes on on the next line
+        return not (newline and first.rstrip().endswith((b"{", b"[", b",", b":")))
+    # a list on each line: chats in another form, of which each is an error of its line
+    return not begin.startswith(b"[") or (bool(others.strip()) and is_json(first))
+
+
+def is_json(line):
+    try:
+        parsed_json(line, ":1")
+    except UserError:
+        return False
+    return True
+
+
+def holds_rows(file):
+    """Whether a .json file in a folder is data: a list of objects, or several objects.
+
+    Else it is one object, as the configuration of something is. What is an error to read, such as
+    UTF-16, is data: the error tells more than a count.
+    """
+    try:
+        refuse_pointer(file)
+        with opened(file, tqdm(disable=True)) as content:
+            head = content.head().lstrip()
+            if head.startswith(b"["):
+                return head[1:].lstrip().startswith(b"{")
+            return holds_objects(Values(file, content))
+    except (UserError, OSError):
+        return True
+
+
+def holds_objects(values):
+    """Whether there is more than one object; what is broken before its end is not even one."""
+    try:
+        values.next_char()
+        return values.cut().startswith(b"{") and values.next_char() == b"{"
+    except UserError:
+        return False
+
+
+class Values:
+    """Cuts a stream of JSON into its outermost values."""
+
+    def __init__(self, file, content):
+        self.file = file
+        self.content = content
+        self.held = bytearray()  # what is read and not taken
+        self.line = 1  # on which it begins
+
+    def of_list(self):
+        """Yield (line, bytes) of the values in a list, whose bracket is next."""
+        self.take(1)
+        char = self.next_char()
+        while char != b"]":
+            if not char:
+                raise Truncated(f"{self.file}: cut off on line {self.line}, where its list has no "
+                                "end; fetch it again")
+            line = self.line
+            yield line, self.cut()
+            char = self.next_char()
+            if char == b",":
+                self.take(1)
+                char = self.next_char()
+                if char == b"]":
+                    raise self.fault("a comma before the end of the list", "remove it")
+            elif char not in (b"]", b""):
+                raise self.fault("no comma between two values of a list", "write it")
+        self.take(1)
+        if self.next_char():
+            raise self.fault("more after the end of the list", "remove what is not the list")
+
+    def one_by_one(self):
+        """Yield (line, bytes) of values after one another."""
+        while self.next_char():
+            line = self.line
+            yield line, self.cut()
+
+    def next_char(self):
+        """The next character that is no space, which is then the first held; b"" at the end."""
+        while not (found := NO_SPACE.search(self.held)):
+            self.take(len(self.held))
+            if not self.fill():
+                return b""
+        self.take(found.start())
+        return bytes(self.held[:1])
+
+    def cut(self):
+        """The bytes of the value that begins what is held, which is at no space."""
+        return self.take(self.end())
+
+    def end(self):
+        """Where the value ends that begins what is held."""
+        first = bytes(self.held[:1])
+        if first not in (b"{", b"[", b'"'):
+            return self.end_of_word()
+        closing = []  # the brackets that must come yet, the next one last
+        position = 0
+        while True:
+            found = MARK.search(self.held, position)
+            if not found:
+                position = len(self.held)
+                self.fill_value()
+                continue
+            mark = found[0]
+            position = found.end()
+            if mark == b'"':
+                position = self.end_of_string(position)
+            elif mark in CLOSING:
+                closing.append(CLOSING[mark])
+            elif mark != closing.pop():
+                self.take(found.start())
+                raise self.fault(f"{mark.decode()} closes what it did not open", "correct it")
+            if not closing:
+                return position
+            if len(closing) > MOST_LEVELS:
+                self.take(position)
+                raise self.fault(f"lists or objects in each other, over {MOST_LEVELS} levels",
+                                 "remove the value")
+
+    def end_of_word(self):
+        """Where a number, null or what is no JSON ends that begins what is held."""
+        while not (found := WORD_END.search(self.held, 1)):
+            if not self.fill():
+                return len(self.held)
+        return found.start()
+
+    def end_of_string(self, position):
+        """Where the string ends whose first character is at `position`."""
+        while True:
+            quote = self.held.find(b'"', position)
+            if quote < 0:
+                position = len(self.held)
+                self.fill_value()
+                continue
+            escapes = 0
+            while self.held[quote - 1 - escapes] == ord("\\"):
+                escapes += 1
+            position = quote + 1
+            if escapes % 2 == 0:
+                return position
+
+    def fill(self):
+        """Read more; returns whether there was more. UserError if one value takes too much."""
+        if len(self.held) > MOST_BYTES:
+            raise UserError(f"{self.file}:{self.line}: one value of over {MOST_BYTES:,} bytes; "
+                            "write several, or remove it")
+        chunk = self.content.take()
+        self.held += chunk
+        return bool(chunk)
+
+    def fill_value(self):
+        """The same within a value, which must have an end."""
+        if not self.fill():
+            raise Truncated(f"{self.file}: cut off in the value that begins on line {self.line}; "
+                            "fetch it again")
+
+    def take(self, size):
+        """Removes the first bytes from what is held, and returns them."""
+        taken = bytes(self.held[:size])
+        self.line += taken.count(b"\n")
+        del self.held[:size]  # subtle: takes no time, as a bytearray keeps its start
+        return taken
+
+    def fault(self, what, remedy):
+        return UserError(f"{self.file}:{self.line}: not JSON ({what}); {remedy}")
