@@ -63,12 +63,13 @@ def open_official(path):
         return open_safetensors([file], partial(name_of_tensor, file=file))
     stored = {}
     for name, tensor in mapped_tensors(file).items():
-        stored[name] = StoredTensor(file, name, tuple(tensor.shape), partial(rows_of, tensor))
+        stored[name] = StoredTensor(file, name, tuple(tensor.shape), partial(rows_of, file, name))
     return stored
 
 
-def rows_of(tensor, first, last):
-    return tensor[first:last]
+def rows_of(file, name, first, last):
+    """Rows of a tensor of model.pt, opened anew for the reason told in support/hf_weights.py."""
+    return mapped_tensors(file)[name][first:last]
 
 
 def name_of_tensor(encoded, file):

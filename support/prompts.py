@@ -7,7 +7,7 @@ from corpus.documents import parse, print_line, read_records
 from corpus.lines import TEXT_SUFFIXES
 from support.files import UserError, here
 from support.progress import watched
-from support.text import counted, read_text, shown
+from support.text import counted, decoded, shown
 
 
 def draw_samples(model, tokenizer, prompts, config, sample_text):
@@ -50,19 +50,18 @@ def read_prompts(path):
         kind = "a folder, not a file" if file.is_dir() else f"no such file{here(path)}"
         raise UserError(f"prompts={path}: {kind}; name a text file with a prompt a line, or JSON "
                         'lines of {"prompt": TEXT}')
-    if file.suffix in ("", *TEXT_SUFFIXES):
-        prompts = prompts_of_lines(file)
-    else:
-        prompts = [(record.place, prompt_of(record)) for record in read_records(path)]
+    prompts = []
+    for record in read_records(path):
+        is_text = path.endswith(TEXT_SUFFIXES)
+        prompts += prompts_of_lines(file, record) if is_text else [prompt_of(record)]
     if not prompts:
         raise UserError(f"prompts={path}: holds no prompt; write one a line")
     return prompts
 
 
-def prompts_of_lines(file):
-    """The prompts of a text file."""
-    lines = read_text(file).split("\n")
-    lines = lines[:-1] if lines[-1] == "" else lines  # the last line ends like the others
+def prompts_of_lines(file, record):
+    """[(file:line, text), ...] of a text file."""
+    lines = decoded(record.content, record.place).removesuffix("\n").split("\n")
     prompts = [(f"{file}:{number}", line.removesuffix("\r")) for number, line in enumerate(lines, 1)
                if line.strip()]
     blank = len(lines) - len(prompts)
@@ -72,10 +71,10 @@ def prompts_of_lines(file):
 
 
 def prompt_of(record):
-    """The prompt in a row of JSON lines or of a table."""
+    """(file:line, text) of a row of JSON lines or of a table."""
     row = record.content if isinstance(record.content, dict) else parse(record)
     prompt = row.get("prompt") if isinstance(row, dict) else None
     if not isinstance(prompt, str):
         raise UserError(f"{record.place}: holds no text under the key prompt; a sample goes on "
                         'from a text, {"prompt": TEXT}; python adapt.py generate answers chats')
-    return prompt
+    return record.place, prompt

@@ -45,12 +45,18 @@ def checked_argv(argv, derived):
 
 
 def refuse_derived(argv, derived):
-    """UserError for a key of `derived` on the command line; a config file may name it, unused."""
+    """UserError for a key of `derived` on the command line, and for prompts, which no tuning uses;
+    a config file may name them.
+    """
     # 1. the command line
     given = [word for word in argv if word.removeprefix("--").partition("=")[0] in derived]
     if given:
         raise UserError(f"{' '.join(given)}: here it follows from --epochs and --warmup_share; set "
                         "those, such as --epochs=0.1")
+    prompts = [word for word in argv if word.startswith("--prompts=")]
+    if prompts:
+        raise UserError(f"{prompts[0]}: a tuning answers prompts of its eval_data; afterwards, "
+                        "adapt.py generate RUN PROMPTS OUT answers a file")
     # 2. config files, which other commands may share
     for word in argv:
         if not word.endswith(".py") or not Path(word).is_file():
