@@ -108,7 +108,7 @@ def adapt(adapt_config, eval_config, config):
 
     # The run: new, with the base's weights, or as it was left. The base is DPO's reference too.
     run = Run.open(replace(config, start_from=""), settings, fingerprint, base.model_config, device,
-                   deadline, free_keys={*DERIVED, *vars(eval_config)})
+                   deadline, {*DERIVED, *vars(eval_config)}, can_compare=bool(eval_set))
     if run.is_finished():
         return 0
     model, optimizer = build_training(base.model_config, config, device, dtype, compiled)

@@ -55,15 +55,15 @@ class DataConfig:
         "of its own in it.")
     sources: dict[str, str | dict] = setting(
         {"reference": "stdlib", "docstrings": "stdlib", "code": "stdlib"},
-        'Name -> {"path": ..., "rules": "web", "weight": 1}, or the path alone: a file or folder '
-        'of .jsonl(.gz), .txt; "stdlib" is the embedded source of that name. rules: names in RULES '
+        'Name -> {"path": ..., "rules": "web", "weight": 1}, or the path alone: files of .jsonl, '
+        '.json or .txt; "stdlib" is the embedded source of that name. rules: names in RULES '
         "and RULE_SETS; weight: how often a source is shown (0.5: half of it), or its share of "
         'mix_tokens; text: the key of the text in JSON; separator: cuts a .txt into documents.')
     token_files: str = setting(
         "", "A list of ready token files (the Dolma toolkit's), one path a line; used instead of "
         "sources.")
     allow_truncated: bool = setting(
-        False, "Read a .gz file that is cut off as far as it goes, and count it, instead of "
+        False, "Read a file that is cut off as far as it goes, and count it, instead of "
         "stopping.")
 
     # what the rules need to know

@@ -3,7 +3,7 @@
     python eval.py RUN                              # bits per byte of each source's held-out text
     python eval.py RUN --suite=core                 # the paper's eight tasks; several: a,b,c
     python eval.py RUN --every_checkpoint           # the same for each step that is still there
-    python eval.py sample RUN --prompt="def read_"  # continue a prompt, or several
+    python eval.py sample RUN --prompt="def read_"  # continue a prompt, or --prompts=FILE
     python eval.py report RUN [RUN ...]             # curves, tables, samples: RUN/report.html
 
 RUN is a run directory, one of its step directories, or a Hugging Face directory. A suite is
@@ -48,18 +48,21 @@ class EvalConfig:
     # What is measured
     suite: str = setting("domains", "Suites, with commas between; domains is the held-out text of "
                          "the run's sources.")
-    limit: int = setting(0, "Questions of a task, drawn with seed 1234; the paper: 1,000; 0: all.")
+    limit: int = setting(
+        0, "Questions of a task, drawn with seed 1234; the paper: 1,000; 0: all.", least=0)
     metric: Literal["paper", "acc_raw", "acc_per_token", "acc_per_char", "acc_uncond"] = setting(
         "paper", "What ranks the choices of a task; paper is the paper's choice for each task.")
     chat: bool = setting(False, "Ask a task's questions in the chat format of a tuned model.")
     subdomain: str = setting("", "The field that names a document's part of a domain: source, ...")
     # The forward
-    eval_batch_tokens: int = setting(2048, "Tokens in one forward pass of an evaluation.")
+    eval_batch_tokens: int = setting(2048, "Tokens in one forward of an evaluation.", least=1)
     eval_dtype: Literal["float32", "bfloat16"] = setting(
         "float32", "Dtype of the forward in eval.py; train.py evaluates in its own dtype.")
     # The sample
     prompt: str = setting("class ", "What the sample starts with.")
-    max_new_tokens: int = setting(200, "Longest sample in tokens; the context length ends it too.")
+    prompts: str = setting("", "A file of prompts instead, one a line: a sample of each is drawn.")
+    max_new_tokens: int = setting(
+        200, "Longest sample in tokens; the context length ends it too.", least=1)
     temperature: float = setting(0.6, "0: the likeliest token; 1: samples as the model predicts.")
     top_p: float = setting(0.95, "Sample from the likeliest tokens that hold this probability.")
     sample_seed: int = setting(1, "Seed of the sample.")
@@ -69,11 +72,6 @@ class EvalConfig:
             raise UserError(f"temperature={self.temperature} must be at least 0")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p={self.top_p} must be above 0 and at most 1")
-        for key in ("max_new_tokens", "eval_batch_tokens"):
-            if getattr(self, key) < 1:
-                raise UserError(f"{key}={getattr(self, key)} must be at least 1")
-        if self.limit < 0:
-            raise UserError(f"limit={self.limit} must be at least 0; 0 uses all questions")
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ from scaling.ranks import (agree_on_machine, on_all_ranks, on_rank0, rank, reduc
 from scaling.run import Run, deadline_after
 from scaling.sharding import full_tensor, own_part, shard_model, sync_gradients
 from scaling.start import data_for_run
+from support.prompts import draw_samples, open_prompts
 from support.suites import check_suites, open_suites
 from support.vocabulary import open_tokenizer
 
@@ -99,11 +100,13 @@ class TrainConfig:
     save_every_minutes: float = setting(0.0, "Minutes between further checkpoints; 0: never.")
     keep_last: int = setting(2, "How many checkpoints to keep; 0 keeps all.")
     keep_every: int = setting(0, "Also keep checkpoints of multiples of this step; 0 keeps none.")
+    keep_best: bool = setting(False, "Also keep the evaluated step with the fewest bits per byte.")
     verify: Literal["sha256", "size"] = setting(
         "sha256", "How a checkpoint is checked before it is loaded; size is for huge ones.")
     stop_after_minutes: float = setting(
         0.0, "Save and leave after so many minutes, with an exit code other than 0; 0: never.")
     tensorboard: bool = setting(False, "Write the log for TensorBoard too, into RUN/tensorboard.")
+    wandb: bool = setting(False, "Send the log to Weights & Biases too; WANDB_PROJECT is obeyed.")
     # energy (paper, section 4.4)
     watts: float = setting(0.0, "Power per rank in watts where no GPU's meter is read; 0: unknown.")
     pue: float = setting(1.1, "PUE: energy of the data centre / energy of its machines.")
@@ -125,10 +128,7 @@ SCHEMAS = (ModelConfig, DataConfig, EvalConfig, TrainConfig, PlanConfig)
 # ---- The main function ---------------------------------------------------------------------------
 
 def train(model_config, data_config, eval_config, config):
-    """Train a run from its start, or from its newest checkpoint, to max_steps.
-
-    Returns the exit code: 0 for a finished run, 128 + n after signal n.
-    """
+    """Train a run from its start, or its newest checkpoint, to max_steps; returns the exit code."""
     # The machine. Under torchrun this process is one of several ranks. All of them run this very
     # function, line by line, each with its share of every batch and its slice of every weight.
     deadline = deadline_after(config.stop_after_minutes)
@@ -146,10 +146,11 @@ def train(model_config, data_config, eval_config, config):
     batches = Batches(shards, config.batch_size, data_config.seed, folder)
     batches(1, rank(), world_size())  # an indivisible batch size is an error now
     suites = open_suites(eval_config, partial(held_out_files, folder))
+    prompts = on_rank0(open_prompts, eval_config, tokenizer, model_config.max_seq_len)
 
     # The run: new, or as it was left. One command starts a run and continues it after a crash.
     run = Run.open(config, settings, batches.fingerprint(), model_config, device, deadline,
-                   free_keys=vars(eval_config))
+                   free_keys=vars(eval_config), can_compare=any(suite.domains for suite in suites))
     if run.is_finished():
         return 0
     model, optimizer = build_training(model_config, config, device, dtype, compiled)
@@ -165,7 +166,7 @@ def train(model_config, data_config, eval_config, config):
     # run needs weights, optimiser and this one integer, and any number of ranks does the same.
     with run:
         if run.evaluation_was_missed():
-            run.log_evaluation(evaluate_in_loop(model, tokenizer, suites, eval_config))
+            run.log_evaluation(measure(run, model, tokenizer, suites, prompts, eval_config))
         for step in run.steps():
             lr = lr_at_step(step, config)
             max_norm = clip_at_step(step, config)
@@ -180,9 +181,9 @@ def train(model_config, data_config, eval_config, config):
             if run.save_is_due(step):
                 run.save(model, optimizer)  # first: an evaluation may fail, and a signal gives 30 s
             if run.evaluation_is_due(step):
-                run.log_evaluation(evaluate_in_loop(model, tokenizer, suites, eval_config))
+                run.log_evaluation(measure(run, model, tokenizer, suites, prompts, eval_config))
     if not run.ended_by:
-        print_results(run, sample_at_the_end(run, model, tokenizer, eval_config))
+        print_results(run)
     return run.exit_code("train.py")
 
 
@@ -352,21 +353,15 @@ def global_count(micro_batches):
 
 # ---- Evaluation ----------------------------------------------------------------------------------
 
-def evaluate_in_loop(model, tokenizer, suites, eval_config):
-    """What eval.evaluate returns and, with a single process, a sample.
+def measure(run, model, tokenizer, suites, prompts, eval_config):
+    """What eval.evaluate returns and, with a single process or at the end, samples.
 
-    With several ranks none is drawn: every new token would need all weights gathered once.
+    With several ranks every new token needs all weights gathered once, so one round must do.
     """
     results = evaluate(model, tokenizer, suites, eval_config)
-    if world_size() == 1:
-        results["samples"] = [sample_text(model, tokenizer, eval_config)]
+    if world_size() == 1 or run.step == run.config.max_steps:
+        results["samples"] = draw_samples(model, tokenizer, prompts, eval_config, sample_text)
     return results
-
-
-def sample_at_the_end(run, model, tokenizer, eval_config):
-    """The sample of the last evaluation, or a new one."""
-    samples = run.results.get("samples") or [sample_text(model, tokenizer, eval_config)]
-    return samples[0]
 
 
 # ---- The command ---------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ weight_tying = True  # as in OLMo-1B
 eos_token_id = 50279
 pad_token_id = 1
 
-# the data: put .jsonl, .jsonl.gz or .txt files into this folder, or name another
+# the data: put .jsonl, .json or .txt files into this folder, or name another
 data_dir = "datasets/small"
 sources = {"documents": {"path": "documents", "rules": "gopher pii document"}}
 tokenizer = "olmo"  # pip install --no-deps ai2-olmo-eval==0.9.0; or "bpe:50280"

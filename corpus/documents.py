@@ -11,7 +11,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from corpus.json_lists import read_json_values
-from corpus.lines import JSON_SUFFIXES, TEXT_SUFFIXES, Truncated, read_parts
+from corpus.lines import JSON_SUFFIXES, TEXT_SUFFIXES, Truncated, line_number, read_parts
 from corpus.source_files import input_files, name_in
 from corpus.stdlib import stdlib_documents
 from corpus.tables import TABLE_SUFFIXES, read_table
@@ -126,11 +126,6 @@ def columns_of_documents(file, text_key, columns):
     return [text_key, *(name for name in OF_A_DOCUMENT if name in columns and name != text_key)]
 
 
-def line_number(line, part):
-    """A line as places name it: 7, or 7.2 for the second document that begins on line 7."""
-    return f"{line}.{part}" if part > 1 else str(line)
-
-
 def parse(record):
     """The JSON value in a Record; for a text file, an object with its text."""
     if isinstance(record.content, dict):
@@ -220,11 +215,10 @@ def why_no_text(entry, text_key, it="it"):
         if isinstance(value, list) and value and isinstance(value[0], dict):
             return f"{message}; if {name} holds the rows: jq -c '.{name}[]' OLD > NEW.jsonl"
     found = text_key_in(entry, key)
-    if found:
-        message += f"; did you mean {found}?"
+    asked = f"did you mean {found}? " if found else ""
     if not text_key:
-        return f"{message}; rename the one that holds the text to text"
-    return f'{message}; name it in `sources`: {{"path": PATH, "text": "{found or "KEY"}"}}'
+        return f"{message}; {asked}Rename it to text"
+    return f'{message}; {asked}Name it in `sources`: {{"path": PATH, "text": "{found or "KEY"}"}}'
 
 
 def text_key_in(entry, key):

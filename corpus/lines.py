@@ -13,10 +13,11 @@ JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".jso
 TEXT_SUFFIXES = (".txt", ".txt.gz", ".txt.zst", ".md", ".rst", ".py")  # a document a file
 
 MOST_BYTES = 2**30  # of one document: the rules and the tokenizer hold all of it in memory
-CHUNK_BYTES = 2**20  # that are read at a time, and that tell how a file is read
+CHUNK_BYTES = 2**20  # that are read at a time
+HEAD_BYTES = 2**20  # that tell how a file is read
 # zstd makes up to 128 KiB of 4 bytes, and zstandard returns all that it makes of its input. So a
-# bomb gives 32 MiB at a time. Measured: larger inputs are no faster.
-ZSTD_BYTES = 2**10
+# bomb gives 16 MiB at a time. Measured: larger inputs are hardly faster.
+ZSTD_BYTES = 2**9
 ZSTD_WINDOW = 2**31  # the most that zstd --long=31 uses; such a file takes as much memory
 PACKED = {".gz": "gzip", ".zst": "zstd"}
 SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")
@@ -57,10 +58,10 @@ class Content(io.RawIOBase):
         self.fault = None  # what ended the chunks
 
     def head(self):
-        """Up to CHUNK_BYTES that are read next; they are not taken."""
+        """Up to about HEAD_BYTES that are read next; they are not taken."""
         found = bytearray(self.held)
         try:
-            while len(found) < CHUNK_BYTES and (chunk := next(self.chunks, b"")):
+            while len(found) < HEAD_BYTES and (chunk := next(self.chunks, b"")):
                 found += chunk
         except Truncated as fault:  # what came before it is read first
             self.fault = fault
@@ -103,7 +104,7 @@ def unpacked(file, raw, bar):
                 yield chunk
             lines += chunk.count(b"\n")
     except ImportError:
-        raise UserError(f"{file}: needs the package zstandard: pip install zstandard") from None
+        raise UserError(f"{file}: needs the package zstandard: pip install -U zstandard") from None
     except MemoryError as error:
         raise UserError(f"{file}: unpacking takes more memory than there is ({error}); unpack it "
                         f"elsewhere: zstd -d --long=31 {file.name}") from None
@@ -129,6 +130,8 @@ def zstd_chunks(raw):
     """
     import zstandard
     decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW)
+    if not hasattr(decompressor.decompressobj(), "eof"):
+        raise ImportError("zstandard 0.19 is the first that tells where a frame ends")
     frame = None
     while packed := raw.read(ZSTD_BYTES):
         while packed:
@@ -228,6 +231,11 @@ def numbered(parts):
         number = number + 1 if line == last else 1
         last = line
         yield line, number, part
+
+
+def line_number(line, number):
+    """A line as places name it: 7, or 7.2 for the second document that begins on line 7."""
+    return f"{line}.{number}" if number > 1 else str(line)
 
 
 def without_blank(parts):

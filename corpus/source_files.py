@@ -42,7 +42,7 @@ def input_files(root, counts):
         others = '--sources=\'{"name": "path"}\''
         if command() == "adapt.py":
             others = "--train_data, --eval_data"
-        raise UserError(f"{root}: no such file or folder{here(root)}; put .jsonl, .jsonl.gz or "
+        raise UserError(f"{root}: no such file or folder{here(root)}; put .jsonl, .json or "
                         '.txt files there, or name others: ' + others)
     if not root.is_dir():
         raise UserError(f"{root}: neither a file nor a folder; save what it holds in a file")
@@ -194,7 +194,7 @@ def ending_of(file):
 
 def remedy_for(files):
     """What to do with files of other kinds: how the first of them become readable."""
-    remedy = (f"name what ends in {', '.join(JSON_SUFFIXES)} (an object a line), "
+    remedy = (f"name what ends in {', '.join(JSON_SUFFIXES)} (objects), "
               f"{', '.join(TABLE_SUFFIXES)} (a document a row) or "
               f"{', '.join(TEXT_SUFFIXES)} (a document a file)")
     ways = [REMEDIES[file.suffix] for file in files if file.suffix in REMEDIES]

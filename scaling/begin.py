@@ -3,13 +3,14 @@
     RUN/step000500                        whole: weights, optimiser, place in the data (an anneal)
     RUN, RUN/step... --fresh_optimizer    the weights alone: a new run from step 1 on
     a Hugging Face directory              the same, --fresh_optimizer is implied
-    an official OLMo checkpoint           the same
+    an official OLMo checkpoint           whole, if optim.pt and train.pt are there; else the same
 
 The shape lies under the config files, so that a config need not say it, and one that says another
 is an error. Here no weight is read until Run.load does it.
 """
 
 from dataclasses import field, fields, make_dataclass
+from functools import partial
 from pathlib import Path
 
 from configs import fields_of, load_config
@@ -20,7 +21,9 @@ from scaling.ranks import launched
 from support.config_text import read_assignments
 from support.files import UserError, here, read_json
 from support.models import Base, fill_weights, find_step, is_ours
-from support.weights import check_weights, read_model_config, step_config
+from support.official_run import TAKEN, notes, settings_to_go_on
+from support.official_state import fill_optimizer, has_training_state
+from support.weights import check_weights, kind_of, read_model_config, step_config
 
 KINDS = {"run": "a step of ours", "hf": "a Hugging Face directory",
          "official": "an official checkpoint"}
@@ -32,8 +35,9 @@ SHAPE = [each.name for each in fields(ModelConfig)]
 def settings_of_start(argv, schemas):
     """{key: value} that lies under the config files: shape and tokenizer of the weights.
 
-    schemas: all of train.py's. A run that has begun has them in its own config.json, so that what
-    it began with may be gone. Raises UserError for a key that says another shape.
+    For an official run that is gone on with, also its batch size, schedule and optimiser. schemas:
+    all of train.py's. A run that has begun has them in its own config.json, so that what it began
+    with may be gone. Raises UserError for a key that says another shape.
     """
     if {"-h", "--help"} & set(argv):
         return {}
@@ -51,11 +55,14 @@ def settings_of_start(argv, schemas):
     if given.plan and given.d_model is not None and not Path(start).exists():
         return {}  # the plan of a run whose start is still to be trained
     shape, weights_alone = read_start(given)
+    file = run_of(start) / "tokenizer.json"
+    tokenizer = {"tokenizer": str(file)} if file.is_file() else {}
+    if not weights_alone and not is_ours(Path(start)):
+        place = partial(place_of, argv=argv)
+        return {**settings_to_go_on(Path(start), vars(given), place, shape), **tokenizer}
     check_shape(argv, given, shape)
     if not weights_alone:
         return shape
-    file = run_of(start) / "tokenizer.json"
-    tokenizer = {"tokenizer": str(file)} if file.is_file() else {}
     return {**shape, **tokenizer, "fresh_optimizer": True}
 
 
@@ -83,7 +90,12 @@ def settings_of_run(run):
     saved = read_json(run / "config.json")
     if not saved.get("start_from"):
         return {}
-    return {key: saved[key] for key in (*SHAPE, "tokenizer", "fresh_optimizer") if key in saved}
+    keys = [*SHAPE, "tokenizer", "fresh_optimizer"]
+    manifest = run / "manifest.json"
+    began = read_json(manifest).get("began", {}) if manifest.is_file() else {}
+    if "official_step" in began:
+        keys += TAKEN
+    return {key: saved[key] for key in keys if key in saved}
 
 
 def read_start(given):
@@ -96,7 +108,7 @@ def read_start(given):
         if is_ours(start):
             return read_own(start, given.fresh_optimizer)
         shape = read_model_config(start, named_tokenizer(start, given.tokenizer))
-        return vars(shape), True
+        return vars(shape), given.fresh_optimizer or not is_whole_official(start)
     except UserError as error:
         raise UserError(f"start_from={start}{here(start)}: {error}") from None
 
@@ -163,7 +175,15 @@ def place_of(key, argv):
 
 def takes_weights_alone(config):
     """True if the new run of `config` takes no more than weights from its start."""
-    return config.fresh_optimizer or not (Path(config.start_from) / "state.json").is_file()
+    start = Path(config.start_from)
+    is_whole = (start / "state.json").is_file() or is_whole_official(start)
+    return config.fresh_optimizer or not is_whole
+
+
+def is_whole_official(start):
+    """True for an official checkpoint with the state of its training beside the weights."""
+    is_described = (start / "config.yaml").is_file() and not is_ours(start)
+    return is_described and kind_of(start) == "official" and has_training_state(start)
 
 
 def check_files(start):
@@ -182,5 +202,15 @@ def load_start(run, model, optimizer):
         print(f"{run.path}: continues after step {run.step}")
         return
     fill_weights(model, start)
+    if "official_step" in run.state["began"]:
+        fill_optimizer(start.weights, model, optimizer)
+        print(f"{run.path}: goes on after step {run.step} of the official run in {start.weights}: "
+              "weights, AdamW's moments, place in the data, settings; what is in the token files "
+              "could not be compared, only their names and order")
+        for note in notes(start.weights, run.settings):
+            print(f"  {note}")
+        return
+    lacks = " without optim.pt and train.pt" * (start.kind == "official"
+                                                and not has_training_state(start.weights))
     print(f"{run.path}: begins at step 1 with the weights of {start.weights}, "
-          f"{KINDS[start.kind]}; the optimiser is new, and the data begins at its start")
+          f"{KINDS[start.kind]}{lacks}; the optimiser is new, and the data begins at its start")

@@ -348,17 +348,3 @@ def describe_files(files):
 def load_checkpoint(path, model, optimizer):
     """Restore weights and optimiser in place from a step that any number of ranks wrote."""
     read_step(path, training_tensors(model, optimizer))
-
-
-def drop_old_checkpoints(run, keep_last, keep_every):
-    """Delete all steps but the newest `keep_last` and the multiples of `keep_every`; 0 is no rule.
-
-    A step is renamed before it is deleted, because its name promises that it is complete.
-    """
-    if not keep_last:
-        return
-    for path in step_directories(run)[:-keep_last]:
-        is_kept = keep_every and step_of(path) % keep_every == 0
-        if not is_kept:
-            doomed = path.rename(path.with_name(path.name + ".tmp"))
-            shutil.rmtree(doomed)

@@ -2,6 +2,7 @@
 
     config.json  tokenizer.json  manifest.json      what the run is made of
     metrics.jsonl  eval.jsonl  report.html          what was measured
+    best.json                                       which step is the best, with keep_best
     step000500/                                     checkpoints (scaling/checkpoint.py)
     fork.json                                       the run and step that this one is a fork of
     .lock                                           held by the process that trains there
@@ -21,12 +22,13 @@ from support.files import UserError, here, log_rows, read_json, replace_file, wr
 from support.lock import Lock
 
 # Keys that say what to do this time, not what the run is. They are not saved.
-NOT_SAVED = {"resume", "overwrite", "accept_changes", "stop_after_minutes", "tensorboard", "verify"}
+NOT_SAVED = {"resume", "overwrite", "accept_changes", "stop_after_minutes", "tensorboard", "wandb",
+             "verify"}
 
 MEASURED = ("eval.jsonl", "report.html")  # what eval.py writes about a run
 # All names in its directory that a run writes, replaces or deletes.
-NAMES = re.compile(r"(config|tokenizer|manifest|fork)\.json|manifest-\w+\.json|metrics\.jsonl|"
-                   r"eval\.jsonl|report\.html|reference-\w+\.json|tensorboard|"
+NAMES = re.compile(r"(config|tokenizer|manifest|fork|best)\.json|manifest-\w+\.json|metrics\.jsonl|"
+                   r"eval\.jsonl|report\.html|reference-\w+\.json|tensorboard|wandb|"
                    r"(damaged-|unread-)?step\d+|step\d+\.tmp")
 
 # After a node dies, a network disk may hold its lock for a minute or two; torchrun's restart waits.

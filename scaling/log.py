@@ -1,7 +1,10 @@
-"""The log: RUN/metrics.jsonl, TensorBoard, and a line in the terminal now and then."""
+"""The log: RUN/metrics.jsonl, the boards beside it, and what is printed about a run."""
 
 import math
+import sys
+import time
 from dataclasses import dataclass
+from datetime import timedelta
 
 from tqdm import tqdm
 
@@ -13,15 +16,14 @@ from support.text import counted
 
 
 class Log:
-    """RUN/metrics.jsonl: one JSON object a row, written by rank 0 alone, and TensorBoard if asked.
+    """RUN/metrics.jsonl: one JSON object a row, written by rank 0 alone.
 
     step: the step from which the run goes on. Rows of later steps are dropped, because those steps
-    will be taken again.
+    will be taken again. open_boards(): the boards that get the rows too (scaling/boards.py).
     """
 
-    def __init__(self, run, step, tensorboard=False):
+    def __init__(self, run, step, open_boards=list):
         self.file = None
-        self.board = None
         if rank() > 0:
             return
         path = run / "metrics.jsonl"
@@ -29,9 +31,8 @@ class Log:
         if torn:
             print(f"{path}: dropped: {counted(torn, 'incomplete line')}, as a crash leaves one")
         write_rows(path, rows_until(rows, step))
+        self.boards = open_boards()
         self.file = open(path, "a")
-        if tensorboard:
-            self.board = open_tensorboard(run / "tensorboard", step)
 
     def write(self, kind, state, **row):
         """Append a row of this kind, with the step, tokens and seconds of `state`."""
@@ -45,32 +46,15 @@ class Log:
         except OSError as error:
             raise UserError(f"{self.file.name}: could not be written ({error}); "
                             f"{disk_remedy(error)}") from None
-        if self.board:
-            self.write_tensorboard(kind, row)
+        for board in self.boards:
+            board.write(kind, row)
 
-    def write_tensorboard(self, kind, row):
-        """The numbers of a row as scalars called kind/name."""
-        numbers = {**row, **row.get("bits_per_byte", {})}
-        for name, result in row.get("tasks", {}).items():
-            numbers[name] = result.get("accuracy")
-        for name, value in numbers.items():
-            if type(value) in (int, float) and name not in ("step", "tokens", "seconds"):
-                self.board.add_scalar(f"{kind}/{name}", value, row["step"])
-        self.board.flush()
-
-    def close(self):
+    def close(self, failed=False):
         """Close the file; rows are on their way to the disk as soon as they are written."""
         if self.file:
             self.file.close()
-
-
-def open_tensorboard(folder, step):
-    """TensorBoard's writer, which drops what it wrote about steps after `step`."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard needs a package: pip install tensorboard") from None
-    return SummaryWriter(folder, purge_step=step + 1)
+            for board in self.boards:
+                board.close(failed)
 
 
 @dataclass
@@ -99,9 +83,41 @@ class Window:
                 "tokens_per_second_per_device": round(per_device, 1), "mfu": mfu}
 
 
+class Pace:
+    """How long the rest of a run takes, at its pace since the first row of this start.
+
+    That pace has the evaluations and checkpoints in it, and not the first step, which may compile.
+    """
+
+    def __init__(self):
+        self.first = None  # (step, time) of the first row
+
+    def seconds_left(self, step, last, window):
+        """Of the steps after `step`; the first row has the pace of its window alone."""
+        now = time.monotonic()
+        if self.first is None:
+            self.first = (step, now)
+            return (last - step) * window.seconds / window.steps
+        first_step, began = self.first
+        return (last - step) * (now - began) / (step - first_step)
+
+
 def perplexity(loss):
     """exp(loss), of a loss in nats per token; a finite number for any loss."""
     return math.exp(min(loss, 700))
+
+
+def has_bar():
+    """True where this process shows a bar of the steps: rank 0 at a terminal."""
+    return rank() == 0 and sys.stderr.isatty()
+
+
+def say_row(step, last, said, seconds_left, memory):
+    """A line about a step where no bar is seen, such as in the log of a batch system."""
+    if rank() == 0 and not has_bar():
+        left = timedelta(seconds=round(seconds_left))
+        print(f"step {step:,} of {last:,}: {said}, {left} left, {memory:.2f} GB", file=sys.stderr,
+              flush=True)
 
 
 def say_evaluation(step, results):
@@ -120,6 +136,14 @@ def say_evaluation(step, results):
         if numbers:
             line = ", ".join(f"{name} {value}" for name, value in numbers.items())
             tqdm.write(f"step {step}: {title}: {line}")
+    if results.get("best"):
+        tqdm.write(f"step {step}: the best so far: {best_in(results)}")
+
+
+def best_in(results):
+    """What keep_best has found, in words: where it is, and its number (scaling/kept.py)."""
+    best = results["best"]
+    return f"{best['path']}, {best['measure']} {best['value']:.4f}"
 
 
 def print_run(run, model, batches, micro_batch_size):
@@ -133,15 +157,22 @@ def print_run(run, model, batches, micro_batch_size):
           f"{shards.tail_tokens} tokens at the ends of files")
 
 
-def print_results(run, sample):
-    """The last evaluation's tables, a sample, and what to run next."""
+def print_results(run):
+    """The last evaluation's tables and samples, and what to run next."""
     print(f"\nafter step {run.step}, {run.state['seconds']:.0f} s:")
     if run.results["sums"] or not run.results["tasks"]:
         print(domains_table(run.results["sums"]))
     if run.results["tasks"]:
         print(tasks_table(run.results["tasks"]))
-    print(f"\na sample:\n{sample}\n\nnext:")
-    print(f"  python eval.py {run.path}")
-    print(f'  python eval.py sample {run.path} --prompt="def read_"')
+    samples = run.results["samples"]
+    print(f"\n{'a sample' if len(samples) == 1 else counted(len(samples), 'sample')}:")
+    print(f"\n{'-' * 40}\n".join(samples))
+    best = run.path
+    if run.results.get("best"):
+        best = run.path / run.results["best"]["path"]
+        print(f"\nthe best step: {best_in(run.results)}")
+    print("\nnext:")
+    print(f"  python eval.py {best}")
+    print(f'  python eval.py sample {best} --prompt="def read_"')
     print(f"  python eval.py report {run.path}")
-    print(f"  python model.py export {run.path} OUT")
+    print(f"  python model.py export {best} OUT")

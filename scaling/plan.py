@@ -69,7 +69,7 @@ def steps_before(config):
     """The steps that were taken before start_from, as for an anneal; else 0."""
     if config.fresh_optimizer:
         return 0
-    match = re.fullmatch(r"step(\d+)", Path(config.start_from).name)
+    match = re.fullmatch(r"step(\d+)(?:-unsharded)?", Path(config.start_from).name)
     return int(match[1]) if match else 0
 
 
@@ -226,10 +226,15 @@ def print_time_and_energy(model_config, config, plan, tokens):
 def print_disk(model_config, config, steps, state_bytes):
     """The size of a checkpoint, and of all that are kept: weights and optimiser state."""
     size = (4 + state_bytes) * count_parameters(model_config)
-    saved = math.ceil(steps / config.save_every_steps) if config.save_every_steps else 1
+    due = {steps}
+    for interval in (config.save_every_steps, config.keep_best and config.eval_every_steps):
+        if interval:
+            due.update(range(interval, steps, interval))
+    saved = len(due)
     kept = min(saved, config.keep_last or saved)
     if config.keep_every and config.save_every_steps:
         also_kept = steps // math.lcm(config.keep_every, config.save_every_steps)
         kept = min(saved, kept + also_kept)
+    kept = min(saved, kept + config.keep_best)
     print(f"  {size / 1e9:,.1f} GB per checkpoint, {size * kept / 1e12:,.2f} TB for the {kept:,} "
           "that are kept")

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from configs import ROOT
+from scaling.boards import check_boards
 from scaling.machine import choose_compile, choose_device, choose_dtype, keep_freed_memory
 from support.files import UserError, file_sha256
 
@@ -273,6 +274,7 @@ def agree_on_machine(config, settings, device):
     """
     text = "config: " + ", ".join(f"{key}={value}" for key, value in settings.items())
     print(textwrap.fill(text, width=100, subsequent_indent="  "))
+    on_rank0(check_boards, config)
     ranks_per_node = launched().ranks_per_node if config.shard == "hybrid" else None
     check_agreement({**settings, "code": code_version(), "torch": torch.__version__,
                      "ranks per node": ranks_per_node})

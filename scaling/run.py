@@ -14,8 +14,10 @@ from tqdm import tqdm
 
 from scaling import directory, start
 from scaling.begin import load_start
-from scaling.checkpoint import drop_old_checkpoints, save_checkpoint
-from scaling.log import Log, Window, perplexity, say_evaluation
+from scaling.boards import open_boards
+from scaling.checkpoint import save_checkpoint
+from scaling.kept import Kept, check_comparable
+from scaling.log import Log, Pace, Window, has_bar, perplexity, say_evaluation, say_row
 from scaling.machine import PowerMeter, carbon_kg, energy_line, flops_per_token, peak_memory
 from scaling.ranks import (batch_hash, check_agreement, largest, on_rank0, rank, reduce_sum,
                            world_size)
@@ -72,14 +74,16 @@ class Run:
 
     @classmethod
     def open(cls, config, settings, fingerprint, model_config, device, deadline=math.inf,
-             free_keys=()):
+             free_keys=(), can_compare=True):
         """Hold the run directory of `config`, and find where the run goes on.
 
         settings: every key of the run, as config.json saves them. fingerprint: what identifies the
         data. deadline: of time.monotonic(). free_keys: keys that a resumed run may change besides
-        the usual ones. Raises UserError on all ranks for a directory that is in use, that a node
-        does not share, or that holds another run.
+        the usual ones. can_compare: whether evaluations measure what keep_best needs. Raises
+        UserError on all ranks for a directory that is in use, that a node does not share, or that
+        holds another run.
         """
+        check_comparable(config, settings, can_compare)
         run = cls(config, settings, model_config, device, deadline)
         check_agreement(fingerprint)
         on_rank0(directory.check_directory, config.run_dir, config.overwrite)
@@ -119,17 +123,22 @@ class Run:
 
     def __enter__(self):
         # subtle: a new run drops the rows of step 0 too; its evaluation of step 0 is done again
-        self.metrics_log = Log(self.path, self.step or -1, self.config.tensorboard)
+        step = self.step or -1
+        self.metrics_log = Log(self.path, step, partial(open_boards, self.path, self.config,
+                                                        self.settings, step))
+        if rank() == 0:
+            self.kept = Kept(self.path, self.config, self.settings)
         self.meter = PowerMeter(self.device, self.config.watts)
         self.kwh_before = self.state["kwh"]
         self.flops_per_token = flops_per_token(self.model_config)
+        self.pace = Pace()
         self.last_save = time.monotonic()
         self.is_late_to_save = False
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, error, *_):
         self.signals.restore()
-        self.metrics_log.close()
+        self.metrics_log.close(failed=error is not None)
 
     def steps(self):
         """Yield the number of each step to take, the same on all ranks.
@@ -140,7 +149,7 @@ class Run:
         self.signals.__enter__()
         last = self.config.max_steps
         self.loop_start = time.perf_counter() - self.state["seconds"]
-        with tqdm(total=last, initial=self.step, unit="step", disable=rank() > 0) as self.bar:
+        with tqdm(total=last, initial=self.step, unit="step", disable=not has_bar()) as self.bar:
             while self.step < last and not self.ended_by:
                 self.step_start = time.perf_counter()
                 yield self.step + 1
@@ -190,8 +199,10 @@ class Run:
         self.metrics_log.write("train", self.state, **row, peak_memory_gb=round(memory, 3),
                                kwh=self.state["kwh"], world_size=world_size(),
                                batch_hash=batch_hash(batch["tokens"]))
-        speed = row["tokens_per_second"]
-        self.bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed:,.0f} tokens/s")
+        said = f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s"
+        self.bar.set_postfix_str(said)
+        last = self.config.max_steps
+        say_row(self.step, last, said, self.pace.seconds_left(self.step, last, self.window), memory)
         self.window = Window()
 
     def count_energy(self):
@@ -230,16 +241,18 @@ class Run:
         return step == self.config.max_steps or (interval > 0 and step % interval == 0)
 
     def save_is_due(self, step):
-        """True also before the run ends for a signal, and after save_every_minutes."""
+        """True also before the run ends for a signal, after save_every_minutes, and with keep_best
+        before an evaluation.
+        """
         is_urgent = self.ended_by > 0 or self.is_late_to_save
-        return is_urgent or self.is_due(step, self.config.save_every_steps)
+        is_judged = self.config.keep_best and self.is_due(step, self.config.eval_every_steps)
+        return is_urgent or is_judged or self.is_due(step, self.config.save_every_steps)
 
     def save(self, model, optimizer):
         """Write a checkpoint of the step that was just taken, and delete those no longer kept."""
         self.count_energy()
         save_checkpoint(self.path, self.state, model, optimizer)
-        on_rank0(partial(drop_old_checkpoints, self.path, self.config.keep_last,
-                         self.config.keep_every))
+        on_rank0(lambda: self.kept.drop_old())
         self.last_save = time.monotonic()
 
     def evaluation_is_due(self, step):
@@ -262,8 +275,12 @@ class Run:
         self.results = results
         if self.bar is not None:
             self.bar.set_postfix_str("")
+        if self.config.keep_best:
+            results["best"] = on_rank0(lambda: self.kept.note(self.step, results))
         self.metrics_log.write("eval", self.state, **results)
         say_evaluation(self.step, results)
+        if self.config.keep_best:
+            on_rank0(lambda: self.kept.drop_old())  # the one that was the best before
 
     # ---- The end ---------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from corpus.storage import tokenizer_digest
 from corpus.tokenizer import tokenizer_at, tokenizer_file
 from data import DataConfig
 from model import ModelConfig
-from scaling.begin import check_files, takes_weights_alone
+from scaling.begin import check_files, is_whole_official, takes_weights_alone
 from scaling.checkpoint import (Unreadable, check_model_keys, run_of, step_at, step_directories,
                                 step_of, verify_step)
 from scaling.directory import (MEASURED, check_directory, check_overwrite, forked_from, is_run,
@@ -33,6 +33,8 @@ from support.files import (UserError, link_or_copy, log_rows, read_json, rows_un
                            write_json, write_rows)
 from support.models import open_base
 from support.vocabulary import open_tokenizer
+from support.official_place import check_place
+from support.official_state import read_progress
 from support.text import counted
 
 NEW_STATE = {"step": 0, "tokens": 0, "seconds": 0.0, "kwh": 0.0}
@@ -56,6 +58,8 @@ def data_for_run(config, data_config, settings, free_keys, build_data):
     if origin is None:
         return build_data(data_config)
     home = run_of(origin)
+    if not config.fresh_optimizer and is_whole_official(origin):
+        check_place(origin, settings)
     is_step = (origin / "state.json").is_file()
     likely_step = origin if is_step else next(reversed(step_directories(origin)), None)
     if likely_step:
@@ -75,7 +79,7 @@ def origin_of(config):
     if not config.start_from or forked_from(config):
         return forked_from(config)
     start = Path(config.start_from)
-    if takes_weights_alone(config):
+    if takes_weights_alone(config) or is_whole_official(start):
         check_files(start)
     else:
         check_start_from(start, config.max_steps)
@@ -259,6 +263,11 @@ def start_new(config, fingerprint):
     start = Path(config.start_from)
     if takes_weights_alone(config):
         return start_with_weights(config, fingerprint)
+    if is_whole_official(start):
+        base, state = start_with_weights(config, fingerprint)
+        progress = read_progress(start)
+        began = {**state["began"], "official_step": progress.step}
+        return base, {**state, "step": progress.step, "tokens": progress.tokens, "began": began}
     check_start_from(start, config.max_steps)
     saved = verify_step(start, config.verify == "sha256")
     check_model_keys(saved, start)

@@ -43,10 +43,11 @@ PREFERENCES = Forms("a preference has both", {("chosen", "rejected"): "chosen an
                   "KTO, is not read",
     **dict.fromkeys(("messages", "conversations", "output", "response"),
                     "these are chats: --method=sft")})
-ASKING = ("messages", "conversations", "conversation", "prompt", "instruction", "question", "query",
-          "inputs")
+ASKING = {"messages": "messages", "conversations": "ShareGPT", "conversation": "ShareGPT",
+          "prompt": "prompt", "instruction": "Alpaca", "question": "questions", "query": "queries",
+          "inputs": "inputs"}
 PROMPTS = Forms(f"a prompt is an object with one of {', '.join(ASKING)}",
-                {(key,): key for key in ASKING}, {})
+                {(key,): name for key, name in ASKING.items()}, {})
 OURS = ("messages", "chosen and rejected", "prompt")  # nanOLMo's own: they need no word
 
 # under which key the prompt of two answers stands: TRL's; LLaMA-Factory's; Intel's Orca pairs

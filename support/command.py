@@ -136,7 +136,8 @@ class Output:
         self.stream = stream or open(os.devnull, "w")  # None: the shell has closed it (>&-)
         self.error = None
         if hasattr(self.stream, "reconfigure"):
-            self.stream.reconfigure(errors="backslashreplace")
+            # a line at once, also into a file: the log of a batch system shows how far a run is
+            self.stream.reconfigure(errors="backslashreplace", line_buffering=True)
 
     def write(self, text):
         self.attempt(self.stream.write, harmless(text, self.codes))

@@ -12,6 +12,7 @@ from corpus.trace import held_out_of
 from scaling.checkpoint import run_of, step_directories
 from support.files import UserError
 from support.models import check_description, open_model
+from support.prompts import draw_samples, open_prompts, read_prompts
 from support.records import (domains_table, evaluation_key, keys_recorded, record, sample_key,
                              tasks_table, verdict_on)
 from support.suites import open_suites
@@ -107,32 +108,39 @@ def evaluate_every_checkpoint(path, config, evaluate, sample_text):
 
 
 def evaluate_missing(run, step, suites, config, evaluate, sample_text):
-    """Evaluate one step on the suites that eval.jsonl lacks, and draw its sample if that lacks."""
+    """Evaluate one step on the suites that eval.jsonl lacks, and draw the samples that it lacks."""
     done = keys_recorded(run, step)
     missing = [suite for suite in suites
                if evaluation_key(suite, config, config.eval_dtype) not in done]
-    needs_sample = sample_key(config) not in done
-    if not missing and not needs_sample:
+    prompts = [prompt for _, prompt in read_prompts(config.prompts)] or [config.prompt]
+    prompts = [prompt for prompt in prompts
+               if sample_key(replace(config, prompt=prompt)) not in done]
+    if not missing and not prompts:
         print(f"{step}: done already")
         return
     print(f"{step}:")
     model, tokenizer, state = open_model(step, config)
+    open_prompts(config, tokenizer, model.config.max_seq_len)  # one that is too long is told now
     evaluate_and_record(run, model, tokenizer, state, missing, config, evaluate)
-    if needs_sample:
-        text = sample_text(model, tokenizer, config)
-        record(run, "sample", state, of=sample_key(config), text=text)
+    for prompt in prompts:
+        [text] = draw_samples(model, tokenizer, [prompt], config, sample_text)
+        record(run, "sample", state, of=sample_key(replace(config, prompt=prompt)), text=text)
 
 
 # ---- Samples -------------------------------------------------------------------------------------
 
 def print_samples(path, options, config, sample_text):
-    """Print a sample for each --prompt= of the command line, or for the config's one prompt."""
+    """Print a sample for each --prompt= of the command line, or for the prompts of the config."""
     if config.chat:
         raise UserError("chat=True: `sample` continues a text; python adapt.py chat "
                         f"{run_of(path)} talks to a tuned model")
+    given = [word.partition("=")[2] for word in options if word.startswith("--prompt=")]
+    if given and config.prompts:
+        raise UserError(f"--prompt={given[0]} and --prompts={config.prompts}: give one of the two")
+    read_prompts(config.prompts)  # a fault is told before the model is loaded
     model, tokenizer, _ = open_model(path, config)
-    prompts = [word.partition("=")[2] for word in options if word.startswith("--prompt=")]
-    for i, prompt in enumerate(prompts or [config.prompt]):
+    prompts = given or open_prompts(config, tokenizer, model.config.max_seq_len)
+    for i, prompt in enumerate(prompts):
         if i > 0:
             print("-" * 40)
-        print(sample_text(model, tokenizer, replace(config, prompt=prompt)))
+        print(*draw_samples(model, tokenizer, [prompt], config, sample_text))

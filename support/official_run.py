@@ -8,10 +8,8 @@ olmo/config.py, olmo/train.py, olmo/optim.py, scripts/train.py at v0.2.5 and v0.
 import math
 from typing import NamedTuple
 
-from corpus.token_files import listed_token_files
 from support.files import UserError
-from support.official_state import read_optimizer, read_progress
-from support.text import counted
+from support.official_state import read_optimizer
 from support.yaml_text import read_yaml
 
 # The keys of each block that decide what is learned, each with the texts with which official OLMo
@@ -42,6 +40,12 @@ SCHEDULES = {"linear_with_warmup": "linear", "cosine_with_warmup": "cosine",
              "constant_with_warmup": "linear", "constant": "linear"}
 
 
+# Our keys that are taken from an official run, besides the shape of its network.
+TAKEN = ["batch_size", "seed", "lr", "min_lr", "schedule", "warmup_steps", "decay_steps",
+         "max_steps", "weight_decay", "beta1", "beta2", "eps", "grad_clip",
+         "grad_clip_warmup_steps", "grad_clip_warmup_factor"]
+
+
 class Theirs(NamedTuple):
     """The value that one of our keys must have, and what the official files say of it."""
 
@@ -64,11 +68,15 @@ def official_settings(path):
             raise UserError(f"{file}: has no `{name}:` block; fetch the file again")
     check_can_go_on({"": yaml, **blocks}, file)
     try:
-        return {**batch_settings(yaml), **optimizer_settings(yaml, path),
-                **schedule_settings(yaml)}
+        found = {**batch_settings(yaml), **optimizer_settings(yaml, path),
+                 **schedule_settings(yaml)}
+        end, _, line = end_of_schedule(yaml)
+        if end and not yaml["scheduler"]["name"].startswith("constant"):
+            found["decay_steps"] = Theirs(end, line)
+        return found
     except KeyError as error:
         raise UserError(f"{file}: {error.args[0]}: missing; fetch the file again") from None
-    except (ValueError, TypeError, OverflowError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{file}: cannot be understood ({error}); fetch the file again") from None
 
 
@@ -78,13 +86,13 @@ def check_can_go_on(blocks, file):
     for name, fixed in FIXED.items():
         block = blocks[name]
         prefix = f"{name}." * bool(name)
-        faults += [f"{prefix}{key}: {block.get(key)}, not {accepted[0]}"
+        faults += [f"{prefix}{key}: {block.get(key) or 'null'}, not {accepted[0] or 'null'}"
                    for key, accepted in fixed.items() if block.get(key) not in accepted]
         unknown = block.keys() - KNOWN.get(name, block.keys()) - fixed.keys()
         faults += [f"{prefix}{key} is unknown" for key in sorted(unknown)
                    if block[key] not in (None, "false", [])]
     schedule = blocks["scheduler"].get("name")
-    if schedule not in SCHEDULES:
+    if str(schedule) not in SCHEDULES:
         faults.append(f"scheduler.name: {schedule}, not one of {', '.join(SCHEDULES)}")
     if faults:
         raise UserError(f"{file}: this code cannot go on as official OLMo would "
@@ -97,6 +105,8 @@ def batch_settings(yaml):
     length = yaml["model"]["max_sequence_length"]
     batch_size = yaml["global_train_batch_size"]
     seed = yaml["data"].get("seed") or yaml["seed"]
+    if int(seed) < 0:
+        raise ValueError(f"seed: {seed}")
     return {"batch_size": Theirs(count(batch_size), said("global_train_batch_size", batch_size)),
             "max_seq_len": Theirs(count(length), said("model.max_sequence_length", length)),
             "seed": Theirs(int(seed), said("seed", seed))}
@@ -167,6 +177,7 @@ def number(text):
 
 
 def said(key, value):
+    """The line of config.yaml, for messages."""
     return f"{key}: {'null' if value is None else value} in config.yaml"
 
 
@@ -180,7 +191,7 @@ def end_of_schedule(yaml, steps_per_epoch=None):
     schedule = yaml["scheduler"]
     per_step = count(yaml["global_train_batch_size"]) * count(yaml["model"]["max_sequence_length"])
     unit = per_step if schedule.get("units") == "tokens" else 1
-    duration = str(yaml.get("max_duration") or 10_000)
+    duration = yaml["max_duration"]
     last = duration_in_steps(duration, per_step, steps_per_epoch)
     end = schedule.get("t_max")
     if end:
@@ -196,118 +207,49 @@ def end_of_schedule(yaml, steps_per_epoch=None):
 def duration_in_steps(duration, tokens_per_step, steps_per_epoch):
     """The steps of a max_duration: "1000", "2e12T" (tokens) or "1ep" (epochs, if known)."""
     if duration.endswith("T"):
-        return int(float(duration[:-1])) // tokens_per_step
+        return int(number(duration[:-1])) // tokens_per_step
     if duration.endswith("ep"):
-        return steps_per_epoch and int(duration[:-2]) * steps_per_epoch
-    return int(float(duration))
+        epochs = count(duration[:-2])
+        return steps_per_epoch and epochs * steps_per_epoch
+    return int(number(duration))
 
 
 # ---- Comparing -----------------------------------------------------------------------------------
 
-def settings_to_go_on(path, given, place_of):
+def notes(path, settings):
+    """What of an official run is not the same here, and does not stop us; a line each."""
+    yaml = read_yaml(path / "config.yaml")
+    found = []
+    if "distributed_strategy" in yaml:  # a key since v0.4.0
+        found.append("its code, OLMo 0.4 or later, divides the loss by the tokens of a sequence, "
+                     f"{settings['max_seq_len']:,}, and this code by one less, its targets: "
+                     "gradients are that much larger here")
+    if yaml.get("precision") not in ("fp32", None):
+        found.append(f"precision: {yaml['precision']} there, and --dtype={settings['dtype']} here")
+    return found
+
+
+def settings_to_go_on(path, given, place_of, shape):
     """{our key: value} of an official checkpoint's run, for the keys that nobody has set.
 
-    given(key): what the command line or a config file sets, or None. place_of(key): where it does,
-    such as "FILE:1: ". Raises UserError that names everything that is set to another value.
+    given: {our key: what the command line or a config file sets, or None}. place_of(key): where it
+    does, such as "FILE:1: ". shape: {key: value} of the weights. Raises UserError that names
+    everything that is set to another value.
     """
-    theirs = official_settings(path)
-    end, last, line = end_of_schedule(read_yaml(path / "config.yaml"))
-    if not theirs["schedule"].said.startswith("scheduler.name: constant") and end:
-        theirs["decay_steps"] = Theirs(end, line)
-    faults = [f"{place_of(key)}{key}={given(key)}, and {wanted.said}" + in_ours(key, wanted)
+    theirs = {key: Theirs(value, "the shape of the weights") for key, value in shape.items()}
+    theirs |= official_settings(path)
+    faults = [f"{place_of(key)}{key}={given[key]}, not {wanted.value} ({wanted.said})"
               for key, wanted in theirs.items()
-              if given(key) is not None and not same(given(key), wanted.value)]
+              if given[key] is not None and not same(given[key], wanted.value)]
     if faults:
         raise UserError(f"start_from={path}: official OLMo would go on with other settings "
                         f"({'; '.join(faults)}); leave them out, as its values are taken, or begin "
                         "with the weights alone: --fresh_optimizer")
     taken = {key: wanted.value for key, wanted in theirs.items()}
+    _, last, _ = end_of_schedule(read_yaml(path / "config.yaml"))
     return {**taken, "max_steps": last} if last else taken
-
-
-def in_ours(key, wanted):
-    """The value in our key, where config.yaml has it in another form."""
-    return "" if wanted.said.partition(": ")[2].startswith(f"{wanted.value} ") else (
-        f", which is {key}={wanted.value}")
 
 
 def same(value, other):
     is_number = isinstance(value, int | float) and isinstance(other, int | float)
     return math.isclose(value, other, rel_tol=1e-9) if is_number else value == other
-
-
-def check_place(path, settings, instances):
-    """UserError unless our loop, with this data, goes on where official OLMo stopped.
-
-    settings: every key of our run. instances: how many sequences its token files have. All that
-    differs is named at once. Returns the Progress.
-    """
-    yaml = read_yaml(path / "config.yaml")
-    progress = read_progress(path)
-    per_epoch = instances // settings["batch_size"]
-    faults = [*faults_of_files(yaml, settings), *faults_of_position(progress, settings, per_epoch)]
-    end, _, line = end_of_schedule(yaml, per_epoch)
-    now = settings["decay_steps"] or settings["max_steps"]
-    if now != end and not yaml["scheduler"]["name"].startswith("constant"):
-        faults.append(f"the learning rate would fall until step {now:,}, and {line}, which is step "
-                      f"{end:,}: --decay_steps={end}")
-    if faults:
-        raise UserError(f"start_from={path}: official OLMo would go on differently "
-                        f"({'; '.join(faults)}); correct that, or begin with the weights alone: "
-                        "--fresh_optimizer")
-    return progress
-
-
-def faults_of_position(progress, settings, per_epoch):
-    """What differs between the place in the data in train.pt and ours, which follows from the step.
-
-    The last step of an epoch may be saved as the end of that epoch or as the start of the next.
-    """
-    batch_size = settings["batch_size"]
-    if progress.epoch * per_epoch * batch_size + progress.examples == progress.step * batch_size:
-        return []
-    epoch, steps = divmod(progress.step, per_epoch)
-    return [f"train.pt: after step {progress.step:,} it stood at example {progress.examples:,} of "
-            f"epoch {progress.epoch}; with these token files an epoch has "
-            f"{counted(per_epoch, 'step')}, so that it would stand at example "
-            f"{steps * batch_size:,} of epoch {epoch}"]
-
-
-def faults_of_files(yaml, settings):
-    """What differs between the token files' names in config.yaml and in our list, in their order.
-
-    They lie elsewhere now, so that names are compared: the last part where all are distinct, else
-    the path below the folder that holds them all.
-    """
-    theirs = official_paths(yaml["data"])
-    if not settings["token_files"]:
-        return ["token_files is empty, and config.yaml reads "
-                f"{counted(len(theirs), 'token file')}: --token_files=LIST names them"]
-    ours = list(map(str, listed_token_files(settings["token_files"])))
-    place = f"token_files={settings['token_files']}"
-    if len(ours) != len(theirs):
-        return [f"{place} names {counted(len(ours), 'file')}, and config.yaml {len(theirs)}"]
-    for number, (our, their) in enumerate(zip(short_names(ours), short_names(theirs), strict=True)):
-        if our != their:
-            return [f"{place}: file {number + 1} is {our}, and {their} in config.yaml"]
-    return []
-
-
-def official_paths(data):
-    """The token files of an official run, in their order."""
-    if data.get("paths"):
-        return data["paths"]
-    datasets = data.get("datasets") or {}
-    return [path for label in sorted(datasets) for path in datasets[label]]
-
-
-def short_names(paths):
-    """What is compared of each path."""
-    names = [path.rpartition("/")[2] for path in paths]
-    if len(set(names)) == len(names):
-        return names
-    parts = [path.split("/") for path in paths]
-    shared = 0
-    while len({tuple(each[:shared + 1]) for each in parts}) == 1:
-        shared += 1
-    return ["/".join(each[shared:]) for each in parts]

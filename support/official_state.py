@@ -91,7 +91,7 @@ def read_mapped(file):
     try:
         check_archive(file)
         found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except PermissionError:
+    except (PermissionError, UserError):
         raise
     except Exception as error:
         named = re.search(r"GLOBAL (\S+)", str(error))  # the rest advises to run what it found
@@ -102,13 +102,13 @@ def read_mapped(file):
 
 
 def check_archive(file):
-    """ValueError for a file whose small part would unpack to more than any optimiser needs."""
+    """UserError for a file whose small part would unpack to more than any optimiser needs."""
     with zipfile.ZipFile(file) as archive:
         packed = [entry.filename for entry in archive.infolist() if entry.compress_type]
         sizes = [entry.file_size for entry in archive.infolist()
                  if entry.filename.endswith("data.pkl")]
     if packed or max(sizes, default=0) > MOST_BYTES:
-        raise ValueError("packed, or with a list of over 64 MiB, as torch.save writes none")
+        raise UserError(f"{file}: packed, as torch.save writes none; fetch it again")
 
 
 def with_stored(value, file, keys):
@@ -237,6 +237,8 @@ def fill_optimizer(path, model, optimizer):
 def fill_own_slices(path, model, optimizer):
     """On one rank: the work of fill_optimizer."""
     found = read_optimizer(path)
+    if not found.state and read_progress(path).step == 0:
+        return  # saved before the first step; our optimiser begins with zeros as well
     check_optimizer(found, model.config)
     parameters = dict(model.named_parameters())
     for names in name_table(model.config):

@@ -11,7 +11,7 @@ from configs import load_config
 from corpus.funnel import funnel_rows
 from model import ModelConfig, count_parameters
 from support.files import read_json, to_json
-from support.measured import read_evaluations, read_metrics
+from support.measured import dict_at, read_evaluations, read_metrics
 from support.records import bits_per_byte, cell, domains_table, tasks_table
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;color:#1b1f24;background:#fff;max-width:1120px;
@@ -38,7 +38,7 @@ def report(paths):
     title = html.escape(" and ".join(names))
     parts = [f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title>"
              "<meta name=viewport content='width=device-width'>"
-             f"<style>{STYLE}</style><h1>{title}</h1>", summary(runs, configs)]
+             f"<style>{STYLE}</style><h1>{title}</h1>", summary(runs, configs), *best_steps(runs)]
     pyplot = drawing()
     if not pyplot:
         parts.append("<p class=note>There are no pictures: they are drawn with matplotlib "
@@ -99,6 +99,17 @@ def summary(runs, configs):
             cell(end.get("kg_co2"), ".3g")])
     return table(["run", "parameters", "steps", "tokens", "training loss", "minutes", "kWh",
                   "kg CO2eq"], lines)
+
+
+def best_steps(runs):
+    """A line for each run that keeps its best step: which it is (scaling/kept.py)."""
+    lines = []
+    for name, rows in runs.items():
+        best = dict_at(rows["eval"][-1], "best") if rows["eval"] else {}
+        if isinstance(best.get("path"), str) and type(best.get("value")) is float:
+            said = f"{name}: the best step: {best['path']}, {best.get('measure')} "
+            lines.append(f"<p>{html.escape(said)}{best['value']:.4f}</p>")
+    return lines
 
 
 def last_results(found, kind, to_text):

@@ -117,8 +117,7 @@ def checked_rows(path, forms, check, counts, faults):
         faults.sound += 1
         yield record.place, row, checked
     if is_empty:
-        raise UserError(f"{path}: holds no rows{listed(counts)}; name a file of one JSON object a "
-                        "line")
+        raise UserError(f"{path}: holds no rows{listed(counts)}; name a file of JSON objects")
 
 
 class Faults:

@@ -8,6 +8,7 @@ from pathlib import Path
 from corpus.documents import as_document, parse, print_line, read_documents, read_records
 from corpus.source_files import input_files, is_there
 from support.files import UserError, file_sha256
+from support.prompts import read_prompts
 from support.tasks import PAPER_METRIC, REQUEST, mmlu, packaged_task, read_task
 
 # The sources of Paloma that the paper reports (4.2). It leaves out those that are not public, code,
@@ -42,8 +43,9 @@ class Suite:
 # ---- Suites by their names -----------------------------------------------------------------------
 
 def check_suites(config):
-    """UserError for a suite that config.suite misspells, or whose files hold a fault."""
+    """UserError for a suite or prompts that config misspells, or whose files hold a fault."""
     read_suites(config, held_out=dict)
+    read_prompts(config.prompts)
 
 
 def open_suites(config, held_out=dict):

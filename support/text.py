@@ -106,7 +106,7 @@ def encoding_at(content, error):
             f"{byte.decode('cp1252', 'replace')})")
 
 
-def parsed_json(content, place, remedy="correct or delete the line"):
+def parsed_json(content, place, remedy="correct or delete it"):
     """The value of JSON in UTF-8 bytes; place: file:line of the first byte.
 
     Raises UserError for what json.loads would let pass: a key that an object holds twice, of which

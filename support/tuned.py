@@ -11,6 +11,7 @@ from corpus.lineage import data_of_run
 from corpus.storage import held_out_files, tokenizer_digest
 from data import DataConfig
 from scaling.directory import check_directory, resumed_argv
+from scaling.log import best_in
 from scaling.machine import choose_micro_batch
 from scaling.ranks import world_size
 from support.config_text import read_assignments
@@ -44,12 +45,18 @@ def checked_argv(argv, derived):
 
 
 def refuse_derived(argv, derived):
-    """UserError for a key of `derived` on the command line; a config file may name it, unused."""
+    """UserError for a key of `derived` on the command line, and for prompts, which no tuning uses;
+    a config file may name them.
+    """
     # 1. the command line
     given = [word for word in argv if word.removeprefix("--").partition("=")[0] in derived]
     if given:
         raise UserError(f"{' '.join(given)}: here it follows from --epochs and --warmup_share; set "
                         "those, such as --epochs=0.1")
+    prompts = [word for word in argv if word.startswith("--prompts=")]
+    if prompts:
+        raise UserError(f"{prompts[0]}: a tuning answers prompts of its eval_data; afterwards, "
+                        "adapt.py generate RUN PROMPTS OUT answers a file")
     # 2. config files, which other commands may share
     for word in argv:
         if not word.endswith(".py") or not Path(word).is_file():
@@ -121,9 +128,13 @@ def print_results(run, step, results):
         print(tasks_table(results["tasks"]))
     for text in results.get("samples", []):
         print(f"\n{harmless(text)}")
-    print(f"\nnext:\n  python adapt.py chat {run}")
+    chosen = run
+    if results.get("best"):
+        chosen = run / results["best"]["path"]
+        print(f"\nthe best step: {best_in(results)}")
+    print(f"\nnext:\n  python adapt.py chat {chosen}")
     if (run / "manifest.json").is_file():  # it says which text was held out
-        print(f"  python eval.py {run}")
+        print(f"  python eval.py {chosen}")
 
 
 # ---- Show ----------------------------------------------------------------------------------------

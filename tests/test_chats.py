@@ -266,7 +266,7 @@ def test_a_preference_that_contradicts_itself_is_refused(row, key):
     assert refusal(checked_preference, row, "f:1").startswith(f"f:1: {key}")
     assert checked_preference({**PAIR, "weight": 1.0, "margin": None}, "")
     # "10" is above "9"; the others are no numbers
-    for score in ("10", "N/A", [1], 10**400, math.nan):
+    for score in ("10", "N/A", [1], 10**400, math.nan, "nan"):
         assert checked_preference({**PAIR, "score_chosen": score, "score_rejected": "9"}, "")
 
 

@@ -4,20 +4,32 @@ tests/data/official holds a small run of it, saved at step 10 of 20, and make.py
 """
 
 import json
+import math
+import os
 import pickle
 import shutil
+import subprocess
 import zipfile
+from collections import defaultdict
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Bomb, refusal
+from conftest import ROOT, Bomb, columns, forked_ranks, refusal, steps
+
+import train
+from scaling.ranks import batch_hash
 
 from support.official import official_config
+from support.official_place import check_place, short_names
+from support.official_run import notes, settings_to_go_on
 from support.official_state import (check_optimizer, has_training_state, read_optimizer,
                                     read_progress, steps_taken)
 from support.plain_pickle import read_plain
+from support.weights import load_model, name_table
 from support.yaml_text import read_yaml
+from train import TrainConfig, lr_at_step
 
 RECORDED = ROOT / "tests" / "data" / "official"
 RUN = json.loads((RECORDED / "run.json").read_text())
@@ -211,11 +223,19 @@ def test_damage_is_named(checkpoint, name, damage, word):
     assert str(file) in line and word in line
 
 
-def test_a_packed_file_is_not_unpacked(checkpoint):
+def test_a_packed_file_is_not_unpacked(checkpoint, monkeypatch):
+    monkeypatch.setattr("support.plain_pickle.MOST_BYTES", 2**16)  # 64 MiB take a second to pack
     for name, read in (("train.pt", read_progress), ("optim.pt", read_optimizer)):
         with zipfile.ZipFile(checkpoint / name, "w", zipfile.ZIP_DEFLATED) as archive:
-            archive.writestr("x/data.pkl", bytes(2**26 + 1))  # 64 KiB on the disk
-        assert str(checkpoint / name) in refusal(read, checkpoint)
+            archive.writestr("x/data.pkl", bytes(2**16 + 1))
+        line = refusal(read, checkpoint)
+        assert str(checkpoint / name) in line and ("65,537" in line or "packed" in line)
+
+
+def test_a_moment_that_is_no_number_is_named(config, checkpoint, call, refused):
+    save(lambda value: first(value)["exp_avg_sq"].fill_(float("nan")))(checkpoint / "optim.pt")
+    refused(call(train, config, f"--start_from={checkpoint}"), checkpoint / "optim.pt",
+            "transformer.blocks.0.att_proj.weight.exp_avg_sq", "NaN")
 
 
 def test_half_a_training_state_is_named(checkpoint):
@@ -264,6 +284,10 @@ url: https://example.org/a:b
 after:
 - 1
 - null
+long: a text that is
+  folded, as it is wide
+quoted: 'it''s
+  folded: too'
 """
 
 
@@ -290,10 +314,296 @@ def plain_numbers(wanted, ours):
 
 
 @pytest.mark.parametrize(("text", "line"), [
-    ("a: 1\na: 2", 2), ("a: |\n  text", 1), ("a: &x 1", 1), ("a: 1\n  more", 2), ("\ta: 1", 1),
-    ("a: {b: 1}", 1), ("just text", 1), ("a: 'open", 1), ("- 1\na: 1", 2), ("a:\n  b: 1\n c: 2", 3),
+    ("a: 1\na: 2", 2), ("a: |\n  text", 1), ("a: &x 1", 1), ("a: 1\n  b: 2", 2), ("\ta: 1", 1),
+    ("a: {b: 1}", 1), ("a: 'x' y", 1), ("just text", 1), ("a: 'open", 1), ("- 1\na: 1", 2),
+    ("a:\n  b: 1\n c: 2", 3),
     ("\n".join("  " * i + "a:" for i in range(60)), 52)])
 def test_other_yaml_is_named_with_its_line(tmp_path, text, line):
     file = tmp_path / "config.yaml"
     file.write_text(text)
     assert f"{file}:{line}: " in refusal(read_yaml, file)
+
+
+def settings_given(**given):
+    """A dict that holds None for every key of ours that is not given."""
+    return defaultdict(type(None), given)
+
+
+def settings_of(path, **given):
+    """What is taken from an official run, beside what is given."""
+    return settings_to_go_on(path, settings_given(**given), lambda key: "--", vars(MODEL))
+
+
+@pytest.mark.parametrize(("changes", "wanted"), [
+    ({}, dict(batch_size=4, max_seq_len=16, seed=6198, lr=0.02, min_lr=0.002, warmup_steps=12,
+              schedule="linear", weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-5, grad_clip=1.0,
+              grad_clip_warmup_steps=0, d_model=8)),
+    (dict(max_duration="30"), dict(decay_steps=30, max_steps=30)),
+    (dict(max_duration="1.3e3T"), dict(decay_steps=20, max_steps=20)),  # 64 tokens a step
+    (dict(max_duration="30", scheduler__t_max="25"), dict(decay_steps=25, max_steps=30)),
+    (dict(scheduler__units="tokens", scheduler__t_warmup="640", scheduler__t_max="1e4"),
+     dict(warmup_steps=10, decay_steps=156)),
+    (dict(max_grad_norm="null", data__prefetch_factor="4"), dict(grad_clip=0.0)),
+    (dict(scheduler__name="cosine_with_warmup", scheduler__alpha_f="0.0"),
+     dict(schedule="cosine", min_lr=0.0)),
+    (dict(scheduler__name="constant"), dict(warmup_steps=0, min_lr=0.02)),
+    (dict(scheduler__grad_clip_warmup_steps="7", scheduler__grad_clip_warmup_factor="5.0"),
+     dict(grad_clip_warmup_steps=7, grad_clip_warmup_factor=5.0))])
+def test_settings_are_taken_from_config_yaml(checkpoint, changes, wanted):
+    change_yaml(checkpoint, **changes)
+    found = settings_of(checkpoint)
+    assert {key: found[key] for key in wanted} == pytest.approx(wanted)
+    assert ("decay_steps" in found) == ("max_duration" in changes or "scheduler__t_max" in changes)
+
+
+@pytest.mark.parametrize("scheduler", ["linear", "cosine"])
+@pytest.mark.parametrize("units", ["steps", "tokens"])
+def test_the_learning_rate_is_that_of_a_slow_scheduler(checkpoint, scheduler, units):
+    """olmo/optim.py at v0.2.5, written again: LinearWithWarmup and CosWithWarmup."""
+    per_step = 1 if units == "steps" else 64
+    change_yaml(checkpoint, scheduler__name=f"{scheduler}_with_warmup", max_duration="100",
+                scheduler__units=units, scheduler__t_warmup=str(12 * per_step),
+                scheduler__t_max=str(80 * per_step), scheduler__alpha_f="0.25")
+    config = TrainConfig(**{key: value for key, value in settings_of(checkpoint).items()
+                            if key in TrainConfig.__dataclass_fields__})
+    for step in range(1, 101):
+        current, warmup, last = (count * per_step for count in (step, 12, 80))
+        if current < warmup:
+            rate = 0.02 * (0.1 + 0.9 * min(current, warmup) / warmup)
+        elif current >= last:
+            rate = 0.02 * 0.25
+        elif scheduler == "cosine":
+            share = (current - warmup) / (last - warmup)
+            rate = 0.005 + (0.02 - 0.005) * (1 + math.cos(math.pi * share)) / 2
+        else:
+            rate = 0.02 - (0.02 - 0.005) * ((current - warmup) / (last - warmup))
+        assert lr_at_step(step, config) == pytest.approx(rate, rel=1e-12)
+
+
+def test_what_is_set_otherwise_is_named_all_at_once(checkpoint):
+    change_yaml(checkpoint, max_duration="30")
+    same = dict(batch_size=4, lr=0.02, min_lr=0.1 * 0.02, schedule="linear", decay_steps=30,
+                max_steps=20, eps=1e-5, d_model=8)
+    assert settings_of(checkpoint, **same)["max_steps"] == 30  # which the config then overrides
+    other = dict(batch_size=8, lr=0.03, schedule="cosine", decay_steps=20, eps=1e-8, seed=1,
+                 beta2=0.99, grad_clip=0.0, weight_decay=0.0, warmup_steps=3, d_model=16,
+                 max_seq_len=8)
+    line = refusal(settings_of, checkpoint, **other)
+    assert str(checkpoint) in line and "--fresh_optimizer" in line
+    for key, value in other.items():
+        assert f"--{key}={value}, not " in line
+    for words in ("not 4 (global_train_batch_size: 4 in config.yaml)", "beta: 0.95 in optim.pt",
+                  "not linear (scheduler.name: linear_with_warmup in config.yaml)"):
+        assert words in line
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    (dict(optimizer__name="lionw", softmax_auxiliary_loss="true"),
+     ["optimizer.name: lionw, not adamw", "softmax_auxiliary_loss: true"]),
+    (dict(optimizer__decay_embeddings="true"), ["decay_embeddings: true"]),
+    (dict(model__attention_dropout="0.1"), ["model.attention_dropout: 0.1"]),
+    (dict(scheduler__name="max_scheduler"), ["scheduler.name: max_scheduler"]),
+    (dict(max_grad_norm_ratio="2.0"), ["max_grad_norm_ratio: 2.0, not null"]),
+    (dict(reset_optimizer_state="true"), ["reset_optimizer_state"]),
+    (dict(data__timeout="0\n  twist: 3"), ["data.twist is unknown"]),
+    (dict(data__generate_attention_mask="true"), ["generate_attention_mask"]),
+    (dict(global_train_batch_size="four"), ["four"]), (dict(max_duration="soon"), ["soon"]),
+    (dict(optimizer__learning_rate="nan"), ["nan"]), (dict(global_train_batch_size="0"), ["0"]),
+    (dict(scheduler__t_max="0"), ["t_max"]), (dict(max_duration="xep"), ["x"]),
+    (dict(max_duration="[1]"), ["endswith"]), (dict(scheduler__name="[a]"), ["scheduler.name"]),
+    (dict(seed="-1"), ["seed: -1"]), (dict(global_train_batch_size="[4]"), ["list"])])
+def test_what_we_do_not_do_as_official_olmo_is_named(checkpoint, changes, words):
+    change_yaml(checkpoint, **changes)
+    line = refusal(settings_of, checkpoint)
+    assert str(checkpoint / "config.yaml") in line
+    for word in words:
+        assert word in line
+
+
+def test_what_is_not_the_same_here_is_said(checkpoint):
+    settings = dict(max_seq_len=16, dtype="auto")
+    assert notes(checkpoint, settings) == []
+    change_yaml(checkpoint, precision="amp_bf16\ndistributed_strategy: fsdp")
+    loss, precision = notes(checkpoint, settings)
+    assert "0.4" in loss and "16" in loss
+    assert "amp_bf16" in precision and "--dtype=auto" in precision
+
+
+# ---- The place in the data -----------------------------------------------------------------------
+
+@pytest.fixture
+def place(tmp_path, checkpoint):
+    """check_place, with our list of the token files and other settings."""
+    def check(names=("tokens-0.npy", "tokens-1.npy"), **changes):
+        (tmp_path / "list").write_text("".join(f"{RECORDED / name}\n" for name in names))
+        settings = dict(batch_size=4, max_seq_len=16, vocab_size=300, decay_steps=28, max_steps=20,
+                        token_files=str(tmp_path / "list"))
+        check_place(checkpoint, {**settings, **changes})
+    return check
+
+
+def test_other_token_files_are_named(place, checkpoint, tmp_path):
+    place()
+    place(decay_steps=0, max_steps=28)
+    (tmp_path / "far").mkdir()
+    for number in (0, 1):
+        shutil.copy(RECORDED / f"tokens-{number}.npy", tmp_path / "far" / f"tokens-{number}.npy")
+    place([tmp_path / "far/tokens-0.npy", tmp_path / "far/tokens-1.npy"])  # only the names count
+    for names, words in (
+            (["tokens-1.npy", "tokens-0.npy"], ["file 1 is tokens-1.npy", "tokens-0.npy in"]),
+            (["tokens-0.npy"], ["1 file", "config.yaml 2"])):
+        line = refusal(place, names)
+        assert all(word in line for word in (*words, f"token_files={tmp_path / 'list'}"))
+    assert "2 token files: --token_files" in refusal(place, token_files="")
+    file = checkpoint / "config.yaml"
+    text = file.read_text()
+    lines = "  paths:\n  - tokens-0.npy\n  - tokens-1.npy\n  datasets: null\n"
+    labelled = "  datasets:\n    b:\n    - x/tokens-1.npy\n    a:\n    - y/tokens-0.npy\n"
+    file.write_text(text.replace(lines, labelled))
+    place()  # the files of the labels, in the order of these
+    for other in ("paths: tokens-0.npy\n", "paths:\n  - [a]\n", "paths:\n  - x:\n"):
+        file.write_text(text.replace(lines, "  " + other))
+        assert "no list of paths" in refusal(place)
+    file.write_text(text)
+    assert "decay_steps=28" in refusal(place, decay_steps=30)
+    assert "max_steps=10, and it is at step 10" in refusal(place, max_steps=10)
+    assert "--max_steps=28" in refusal(place, max_steps=29)
+    assert "less than one batch" in refusal(place, batch_size=1000)
+
+
+def test_files_of_the_same_name_are_told_apart_by_their_folders():
+    paths = ["s3://a/x/cc/part-0.npy", "s3://a/x/wiki/part-0.npy"]
+    assert short_names(paths) == ["cc/part-0.npy", "wiki/part-0.npy"]
+    assert short_names(["/data/cc/part-0.npy", "/data/wiki/part-0.npy"]) == short_names(paths)
+    assert short_names(["/data/wiki/part-0.npy", "/data/cc/part-0.npy"]) != short_names(paths)
+    assert short_names(["/a/part-0.npy"] * 2) == ["part-0.npy"] * 2  # shown twice
+
+
+@pytest.mark.parametrize(("step", "epoch", "examples", "fits"), [
+    (10, 0, 40, True), (14, 0, 56, True), (14, 1, 0, True), (20, 1, 24, True), (28, 2, 0, True),
+    (10, None, 40, True), (10, 0, 80, False), (20, 0, 80, False), (20, 1, 0, False)])
+def test_the_place_in_the_data_follows_from_the_step(place, checkpoint, step, epoch, examples,
+                                                     fits):
+    """Also at the end of an epoch, which official OLMo saves in two ways."""
+    file = checkpoint / "train.pt"
+    save(lambda value: value.update(global_step=step, epoch=epoch,
+                                    global_train_examples_seen_this_epoch=examples))(file)
+    if fits:
+        assert "stood at" not in refusal(place, max_steps=step)  # which it has reached
+    else:
+        line = refusal(place, max_steps=28)
+        assert f"example {examples} of epoch {epoch}" in line and "14 steps" in line
+
+
+# ---- The run -------------------------------------------------------------------------------------
+
+@pytest.fixture
+def config(tmp_path, tokenizer, monkeypatch):
+    """A config file in an empty folder: what an official run does not say."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "list").write_text(f"{RECORDED}/tokens-0.npy\n{RECORDED}/tokens-1.npy\n")
+    (tmp_path / "on.py").write_text(
+        f'token_files = "list"\ntokenizer = "{tokenizer}"\nrun_dir = "run"\ndevice = "cpu"\n'
+        'dtype = "float32"\ncompile = "false"\neval_every_steps = 0\nlog_every_steps = 1\n'
+        "decay_steps = 28\nmax_steps = 20\nmax_new_tokens = 1\nkeep_last = 0\n")
+    return tmp_path / "on.py"
+
+
+def check_goes_on(run, recorded, record):
+    """Loss, learning rate and batch of steps 11 to 20 and the weights are official OLMo's."""
+    found = columns(run, "step", "loss", "lr", "batch_hash", "world_size")
+    assert [step for step, *_ in found] == list(range(11, 21))
+    files = [np.fromfile(recorded / f"tokens-{number}.npy", np.uint16) for number in (0, 1)]
+    instances = np.concatenate([file[:len(file) // 16 * 16].reshape(-1, 16) for file in files])
+    for step, loss, lr, digest, ranks in found:
+        assert loss == pytest.approx(record["loss"][step - 1], abs=1e-4)
+        assert lr == pytest.approx(record["lr"][step - 1], rel=1e-12)
+        if ranks == 1:
+            batch = instances[record["batch"][step - 1]].astype(np.int64)
+            assert digest == batch_hash(torch.from_numpy(batch))
+    ours = dict(load_model(run / "step000020").named_parameters())
+    theirs = torch.load(recorded / "step20.pt", weights_only=True)
+    before = torch.load(recorded / "step10-unsharded/model.pt", weights_only=True)
+    for names in name_table(official_config(recorded / "step10-unsharded/config.yaml")):
+        wanted = theirs[names.official]
+        assert (ours[names.ours] - wanted).norm() <= 1e-4 * wanted.norm()
+        assert (before[names.official] - wanted).norm() > 0.01 * wanted.norm()  # it has learned
+
+
+def test_a_run_goes_on_as_official_olmo_would_have(config, checkpoint, call, one_thread):
+    """Over the border of the first epoch, at step 14. Then it is a run as any other."""
+    words = [train, config, f"--start_from={checkpoint}"]
+    result = call(*words)
+    assert result.returncode == 0, result.stderr
+    assert f"after step 10 of the official run in {checkpoint}" in result.stdout
+    run = config.parent / "run"
+    check_goes_on(run, RECORDED, RUN)
+    settings = json.loads((run / "config.json").read_text())
+    assert (settings["batch_size"], settings["lr"], settings["eps"]) == (4, 0.02, 1e-5)
+    assert not settings["fresh_optimizer"]
+    shutil.rmtree(checkpoint)  # it may be gone once the run has a step of its own
+    assert call(*words, "--max_steps=22").returncode == 0
+    assert call(train, "--resume=run", "--max_steps=24").returncode == 0
+    assert steps(run) == list(range(11, 25))
+
+
+def test_two_ranks_go_on_as_official_olmo_would_have(config, checkpoint):
+    codes, log = forked_ranks(2, config.parent / "log", train.main, str(config),
+                              f"--start_from={checkpoint}")
+    assert codes == [0, 0], log
+    assert {ranks for (ranks,) in columns(config.parent / "run", "world_size")} == {2}
+    check_goes_on(config.parent / "run", RECORDED, RUN)
+
+
+def test_a_checkpoint_from_before_the_first_step_has_no_moments(config, checkpoint, call, refused):
+    """Official OLMo saves one, to see that it can; AdamW has no state yet."""
+    optimizer, loop = checkpoint / "optim.pt", checkpoint / "train.pt"
+    save(lambda value: value["state"].clear())(optimizer)
+    words = [train, config, f"--start_from={checkpoint}", "--max_steps=12"]
+    refused(call(*words), optimizer, "missing transformer.wte.weight.exp_avg")
+    save(lambda value: value.update(global_step=0, global_train_examples_seen_this_epoch=0,
+                                    global_train_tokens_seen=0))(loop)
+    result = call(*words)
+    assert result.returncode == 0 and "after step 0 of the official run" in result.stdout
+    assert steps(config.parent / "run") == list(range(1, 13))
+
+
+def test_a_run_stops_where_official_olmo_would_go_on_differently(config, checkpoint, call,
+                                                                 refused):
+    words = [train, config, f"--start_from={checkpoint}"]
+    refused(call(*words, "--batch_size=8"), "--batch_size=8, not 4", checkpoint)
+    (config.parent / "list").write_text(f"{RECORDED}/tokens-0.npy\n")
+    refused(call(*words), "token_files=list names 1 file", "config.yaml 2")
+    config.write_text(config.read_text() + "lr = 1.0\nschedule = 'cosine'\n")
+    refused(call(*words), f"{config}:13: lr=1.0, not 0.02", f"{config}:14: schedule=cosine")
+    assert not (config.parent / "run").exists() and not (config.parent / "datasets").exists()
+
+
+def test_without_its_training_state_the_weights_alone_are_taken(config, checkpoint, call, refused):
+    words = [train, config, f"--start_from={checkpoint}", "--max_steps=2", "--batch_size=2"]
+    result = call(*words, "--fresh_optimizer")
+    assert result.returncode == 0, result.stderr
+    (checkpoint / "optim.pt").unlink()
+    refused(call(*words, "--run_dir=half"), checkpoint / "optim.pt", "--fresh_optimizer")
+    (checkpoint / "train.pt").unlink()
+    result = call(*words, "--run_dir=alone")
+    assert "begins at step 1" in result.stdout and "without optim.pt" in result.stdout
+    for run in ("run", "alone"):
+        assert steps(config.parent / run) == [1, 2]
+    assert columns(config.parent / "run", "loss") == columns(config.parent / "alone", "loss")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [["--tied"], [], ["--units=tokens"]])
+def test_official_olmo_run_anew(config, call, one_thread, options):
+    """NANOLMO_OFFICIAL_PYTHON names a Python with what make.py needs."""
+    python = os.environ.get("NANOLMO_OFFICIAL_PYTHON")
+    if not python:
+        pytest.skip("needs NANOLMO_OFFICIAL_PYTHON, a Python with ai2-olmo 0.2.5")
+    out = config.parent / "official"
+    subprocess.run([python, RECORDED / "make.py", out, *options], check=True, timeout=600,
+                   capture_output=True)
+    (config.parent / "list").write_text(f"{out}/tokens-0.npy\n{out}/tokens-1.npy\n")
+    result = call(train, config, f"--start_from={out / 'step10-unsharded'}")
+    assert result.returncode == 0, result.stderr
+    check_goes_on(config.parent / "run", out, json.loads((out / "run.json").read_text()))

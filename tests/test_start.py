@@ -557,7 +557,8 @@ def test_a_start_that_is_none_is_found_before_the_data_is_built(tmp_path, copied
         refused(call(train, *words), tmp_path)
 
 
-def test_the_bar_says_when_it_stands_for_an_evaluation(tmp_path, tiny_config, call):
+def test_the_bar_says_when_it_stands_for_an_evaluation(tmp_path, tiny_config, call, monkeypatch):
+    monkeypatch.setattr("scaling.run.has_bar", lambda: True)  # as at a terminal
     result = call(train, tiny_config(tmp_path / "run", max_steps=3, eval_every_steps=0))
     bars = re.split(r"[\r\n]+", result.stderr)
     assert any("3/3" in bar and "evaluating" in bar for bar in bars)

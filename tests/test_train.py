@@ -27,9 +27,10 @@ import train
 from configs import load_config
 from corpus.tokenizer import Tokenizer
 from scaling import checkpoint
-from scaling.checkpoint import create_state, drop_old_checkpoints, newest_step, verify_step
+from scaling.checkpoint import create_state, newest_step, verify_step
 from scaling.compiler import compile_model
 from scaling.directory import MEASURED, NOT_SAVED
+from scaling.kept import drop_old_checkpoints
 from scaling.log import Log, say_evaluation
 from scaling.machine import can_compile, choose_micro_batch
 from scaling.ranks import agree_on_machine, batch_hash

@@ -94,7 +94,7 @@ def write_tokens(out):
     """Two files: 41 and 17 instances of 16 tokens, and some tokens that fill none."""
     dice = np.random.Generator(np.random.PCG64(7))
     for number, count in enumerate((41 * 16 + 5, 17 * 16 + 2)):
-        ids = dice.zipf(1.5, count) % 256
+        ids = dice.zipf(1.5, count) % 290
         ids.astype(np.uint16).tofile(out / f"tokens-{number}.npy")
 
 
@@ -111,8 +111,8 @@ def config(tied, units):
                    multi_query_attention=False, include_bias=False, block_type="sequential",
                    layer_norm_type="default", layer_norm_with_affine=False,
                    bias_for_layer_norm=False, attention_layer_norm_with_affine=False,
-                   activation_type="swiglu", max_sequence_length=16, vocab_size=270,
-                   embedding_size=272, eos_token_id=269, pad_token_id=268, init_device="cpu",
+                   activation_type="swiglu", max_sequence_length=16, vocab_size=300,
+                   embedding_size=304, eos_token_id=299, pad_token_id=298, init_device="cpu",
                    init_fn="mitchell"),
         optimizer=dict(name="adamw", learning_rate=0.02, weight_decay=0.1, betas=[0.9, 0.95]),
         scheduler=dict(name="linear_with_warmup", units=units, t_warmup=12 * per_step,
