@@ -11,7 +11,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from corpus.json_lists import read_json_values
-from corpus.lines import JSON_SUFFIXES, TEXT_SUFFIXES, Truncated, read_parts
+from corpus.lines import JSON_SUFFIXES, TEXT_SUFFIXES, Truncated, line_number, read_parts
 from corpus.source_files import input_files, name_in
 from corpus.stdlib import stdlib_documents
 from corpus.tables import TABLE_SUFFIXES, read_table
@@ -124,11 +124,6 @@ def columns_of_documents(file, text_key, columns):
         raise UserError(f"{file}: the column {text_key} holds {columns[text_key]} in each row, not "
                         f"a string; {remedy}")
     return [text_key, *(name for name in OF_A_DOCUMENT if name in columns and name != text_key)]
-
-
-def line_number(line, part):
-    """A line as places name it: 7, or 7.2 for the second document that begins on line 7."""
-    return f"{line}.{part}" if part > 1 else str(line)
 
 
 def parse(record):
