@@ -47,7 +47,7 @@ PREFERENCES = [
     ({"chosen": A_CHAT, "rejected": "b"}, "chosen is a list and rejected a string"),
     ({"chosen": 1, "rejected": 2}, "chosen: a number"),
     ({"chosen": A_CHAT, "rejected": say("u: p", "a: b")}, "chosen and rejected answer different"),
-    ({"chosen": A_CHAT, "rejected": [ANSWER]}, "rejected[0].role: assistant")]
+    ({"chosen": A_CHAT, "rejected": [ANSWER]}, "prompt is missing; rejected is an answer alone")]
 SOUND = {"sft": {"messages": say("s: s", "u: q", "a: a"), "id": 3},
          "dpo": {"prompt": "q", "chosen": A_CHAT, "rejected": [A_CHAT[0], ANSWER], "score": 1}}
 
