@@ -32,7 +32,7 @@ from support.files import (UserError, link_or_copy, log_rows, read_json, rows_un
                            write_json, write_rows)
 from support.models import open_base
 from support.vocabulary import open_tokenizer
-from support.official_run import check_place
+from support.official_place import check_place
 from support.official_state import read_progress
 from support.text import counted
 

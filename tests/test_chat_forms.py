@@ -45,7 +45,7 @@ SUM = say("u: Add.\n\n1 2", "a: 3")
 # its utils.py, scripts/data/sft, scripts/data/sft_v1_v2 and scripts/data/preferences were run, and
 # TRL 0.28.0's maybe_convert_to_chatml and maybe_extract_prompt.
 CHATS = [
-    ({"id": "1", "conversations": SHARED}, TWO, "ShareGPT (conversations)"),
+    ({"id": "1", "conversations": SHARED, "tools": "[]"}, TWO, "ShareGPT (conversations)"),
     ({"conversations": sent("system: be", "human: q", "chatgpt: a", "user: r", "bing: b")}, LONG,
      "ShareGPT (conversations)"),
     ({"conversations": sent("User: q", "Assistant: a", "human: r", "bard: b"), "system": "be"},
@@ -102,8 +102,8 @@ PROMPTS = [
     ({"conversation": LONG[:4]}, LONG[:4], "ShareGPT (conversation)"),
     ({"conversations": SHARED, "prompt": "q"}, say("u: q"), "ShareGPT (conversations)"),
     ({"instruction": "Add.", "context": "1 2", "response": "3"}, SUM[:1], "Alpaca (instruction)"),
-    ({"system_prompt": "be", "question": "q", "response": "a"}, LONG[:2], "questions (question)"),
-    ({"query": "q", "answer": "a"}, say("u: q"), "queries (query)"),
+    ({"system_prompt": "be", "question": "q", "response": "a"}, LONG[:2], "questions"),
+    ({"query": "q", "answer": "a"}, say("u: q"), "queries"),
     ({"inputs": "q", "targets": "a"}, say("u: q"), "inputs"),
     ({"prompt": "q", "completion": "a", "label": False}, say("u: q"), None),
     ({"prompt": transcript("q", "a", "r") + "\n\nAssistant:"}, say("u: q", "a: a", "u: r"),
