@@ -209,7 +209,7 @@ def why_no_text(entry, text_key, it="it"):
         return f"{key} is {json_type(entry[key])}, not a string; correct or delete {it}"
     keys = ", ".join(list(entry)[:10]) or "none at all"
     message = f"no key {key}; its keys are {keys}"
-    if entry.keys() & {"messages", "prompt", "chosen", "instruction"}:
+    if entry.keys() & {"messages", "conversations", "prompt", "chosen", "instruction"}:
         return f"{message}: chats and prompts are read by adapt.py, not as documents"
     if "request" in entry:
         return (f"{message}: a request, and not a document; a file holds one of the two kinds: "

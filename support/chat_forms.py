@@ -135,7 +135,7 @@ NEXT = {None: ("system", "user"), "system": ("user",), "user": ("assistant",),
 # scripts/data/sft/sharegpt.py; conversations_to_messages in its utils.py has them in capitals too
 SENDERS = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant",
            "bard": "assistant", "bing": "assistant", "assistant": "assistant", "system": "system"}
-TOOLS = ("tool", "function", "ipython", "observation", "tool_call", "tool_response",
+TOOLS = ("tool", "function", "ipython", "observation", "environment", "tool_call", "tool_response",
          "function_call", "function_response")
 
 

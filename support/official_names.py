@@ -19,7 +19,7 @@ MARK = object()
 
 def is_encoded(name):
     """True for a name that begins as every such name does, with a pickle's version."""
-    return name.startswith("gA") and "." not in name
+    return name.startswith("gA")
 
 
 def decode_name(name, file):

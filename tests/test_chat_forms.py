@@ -45,7 +45,7 @@ SUM = say("u: Add.\n\n1 2", "a: 3")
 # its utils.py, scripts/data/sft, scripts/data/sft_v1_v2 and scripts/data/preferences were run, and
 # TRL 0.28.0's maybe_convert_to_chatml and maybe_extract_prompt.
 CHATS = [
-    ({"id": "1", "conversations": SHARED}, TWO, "ShareGPT (conversations)"),
+    ({"id": "1", "conversations": SHARED, "tools": "[]"}, TWO, "ShareGPT (conversations)"),
     ({"conversations": sent("system: be", "human: q", "chatgpt: a", "user: r", "bing: b")}, LONG,
      "ShareGPT (conversations)"),
     ({"conversations": sent("User: q", "Assistant: a", "human: r", "bard: b"), "system": "be"},

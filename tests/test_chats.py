@@ -102,6 +102,7 @@ def test_one_row_is_said_in_the_singular():
     (checked_chat, A_CHAT[0], ["messages is missing", "role, content"]),
     (checked_chat, {"text": "a document"}, ["messages is missing", "are: text"]),
     (checked_chat, {"messages": [{"role": "tool", "content": "4"}]}, ['"tool"', "no tools"]),
+    (checked_chat, {"messages": [{"role": "environment", "content": "4"}]}, ["no tools"]),
     (checked_chat, {"messages": say("s: ")}, ["messages[0].role: system"]),
     (checked_preference, {"messages": A_CHAT}, ["chosen or rejected", "--method=sft"]),
     (checked_preference, {"input": "q", "chosen": "a", "rejected": "b"},
@@ -194,7 +195,8 @@ def test_a_field_that_changes_what_a_row_means_is_refused_by_name(check, row, fi
 
 
 @pytest.mark.parametrize("field, value", [
-    ("tool_calls", TOOL), ("function_call", {"name": "f"}), ("name", "Ann"),
+    ("tool_calls", TOOL), ("function_call", {"name": "f"}), ("function_calls", "f(x=1)"),
+    ("functions", '[{"name": "f"}]'), ("name", "Ann"),
     ("reasoning_content", "so"), ("reasoning", "so"), ("mask", 1), ("loss_mask", [1]),
     ("weight", 0.5), ("loss", "yes"), ("train", 2), ("images", ["a"])])
 def test_a_field_that_changes_what_a_message_means_is_refused_by_name(field, value):
