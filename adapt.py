@@ -63,7 +63,7 @@ class AdaptConfig:
     # sft imitates every answer in a chat; dpo makes one answer likelier than another
     method: Literal["sft", "dpo"] = setting("sft", "Learn from chats, or from preferences.")
     # OLMo: Tulu 2's mixture of 326,154 chats for sft, about 61,000 UltraFeedback pairs for dpo
-    train_data: str = setting("", "JSONL(.gz) file or folder; stdlib is the embedded set.")
+    train_data: str = setting("", "File, folder or pattern of rows; stdlib: the embedded set.")
     eval_data: str = setting("", "The same, held out: never trained on; empty is none.")
     faulty: Literal["stop", "skip"] = setting("stop", "What to do with a row that has a fault.")
     # OLMo: 3 for both; Tulu 2 had stopped at 2 epochs of SFT

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from corpus.json_lists import read_json_values
-from corpus.lines import JSON_SUFFIXES, TEXT_SUFFIXES, Truncated, read_parts
+from corpus.lines import JSON_SUFFIXES, TEXT_SUFFIXES, Truncated, line_number, read_parts
 from corpus.source_files import input_files, name_in
 from corpus.stdlib import stdlib_documents
 from corpus.tables import TABLE_SUFFIXES, read_table
@@ -126,11 +126,6 @@ def columns_of_documents(file, text_key, columns):
     return [text_key, *(name for name in OF_A_DOCUMENT if name in columns and name != text_key)]
 
 
-def line_number(line, part):
-    """A line as places name it: 7, or 7.2 for the second document that begins on line 7."""
-    return f"{line}.{part}" if part > 1 else str(line)
-
-
 def parse(record):
     """The JSON value in a Record; for a text file, an object with its text."""
     if isinstance(record.content, dict):
@@ -211,7 +206,7 @@ def why_no_text(entry, text_key, it="it"):
         return f"{key} is {json_type(entry[key])}, not a string; correct or delete {it}"
     keys = ", ".join(list(entry)[:10]) or "none at all"
     message = f"no key {key}; its keys are {keys}"
-    if entry.keys() & {"messages", "prompt", "chosen", "instruction"}:
+    if entry.keys() & {"messages", "conversations", "prompt", "chosen", "instruction"}:
         return f"{message}: chats and prompts are read by adapt.py, not as documents"
     if "request" in entry:
         return (f"{message}: a request, and not a document; a file holds one of the two kinds: "

@@ -62,7 +62,7 @@ class Funnel:
         """Count a line of input that is no document; `message` begins with its place."""
         self.counts["bad lines"] += 1
         message_alone = message.removeprefix(place.rpartition(":")[0])  # the line may be another
-        reason = re.split(r"[;(]", re.sub(r"^:\d+: ", "", message_alone))[0].strip()
+        reason = re.split(r"[;(]", re.sub(r"^:[\d.]+: ", "", message_alone))[0].strip()
         self.bad_reasons[reason] += 1
         if len(self.bad_lines) < EXAMPLES:
             self.bad_lines.append(message)

@@ -16,6 +16,7 @@ SPLITS = {"train": "train", "training": "train",
           "validation": "validation", "valid": "validation", "val": "validation",
           "dev": "validation",
           "test": "test", "testing": "test", "eval": "test", "evaluation": "test"}
+DESCRIBE = ("readme.md", "dataset_dict.json", "dataset_info.json", "dataset_infos.json")
 SHARD = re.compile(r"-\d{5}-of-\d{5}.*")
 
 
@@ -35,12 +36,13 @@ def files_with_rows(root, files, counts):
             listed = saved_files(file, tables)
             unlisted = {table for table in tables if table.parent == file.parent} - listed
             if listed:
-                left_out |= dict.fromkeys(unlisted, "not in the list of its state.json")
+                left_out[file] = "they describe tables"
+                left_out |= dict.fromkeys(unlisted, "not in the list of a state.json")
     for file in files:
         if file.match("cache-*.arrow"):
             left_out.setdefault(file, "caches of datasets")
-        elif file.name.lower() == "readme.md":
-            left_out[file] = "README.md beside tables"
+        elif file.name.lower() in DESCRIBE:
+            left_out[file] = "they describe tables"
     counts.update(f"files not read: {why}" for why in left_out.values())
     check_splits(root, [table for table in tables if table not in left_out])
     return [file for file in files if file not in left_out]

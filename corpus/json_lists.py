@@ -8,8 +8,8 @@ import re
 
 from tqdm import tqdm
 
-from corpus.lines import MOST_BYTES, Truncated, numbered, opened, read_lines
-from support.text import MOST_LEVELS, UserError, parsed_json, refuse_pointer
+from corpus.lines import MOST_BYTES, Truncated, line_number, opened, read_lines
+from support.text import MOST_LEVELS, UserError, lines_after, parsed_json, refuse_pointer
 
 NO_SPACE = re.compile(rb"[^ \t\r\n]")
 MARK = re.compile(rb'["\[\]{}]')
@@ -29,7 +29,7 @@ def read_json_values(file, bar):
             return
         values = Values(file, content)
         is_list = values.next_char() == b"["
-        yield from numbered(values.of_list() if is_list else values.one_by_one())
+        yield from values.of_list() if is_list else values.one_by_one()
 
 
 def holds_lines(head):
@@ -70,8 +70,9 @@ def holds_rows(file):
 def holds_objects(values):
     """Whether there is more than one object; what is broken before its end is not even one."""
     try:
-        values.next_char()
-        return values.cut().startswith(b"{") and values.next_char() == b"{"
+        first = values.next_char()
+        values.value()
+        return first == b"{" and values.next_char() == b"{"
     except UserError:
         return False
 
@@ -84,17 +85,18 @@ class Values:
         self.content = content
         self.held = bytearray()  # what is read and not taken
         self.line = 1  # on which it begins
+        self.begun = 0  # the line on which the last value begins
+        self.number = 0  # which of the values that begin there it is
 
     def of_list(self):
-        """Yield (line, bytes) of the values in a list, whose bracket is next."""
+        """Yield (line, number, bytes) of the values in a list, whose bracket is next."""
         self.take(1)
         char = self.next_char()
         while char != b"]":
             if not char:
                 raise Truncated(f"{self.file}: cut off on line {self.line}, where its list has no "
                                 "end; fetch it again")
-            line = self.line
-            yield line, self.cut()
+            yield self.value()
             char = self.next_char()
             if char == b",":
                 self.take(1)
@@ -108,10 +110,9 @@ class Values:
             raise self.fault("more after the end of the list", "remove what is not the list")
 
     def one_by_one(self):
-        """Yield (line, bytes) of values after one another."""
+        """Yield (line, number, bytes) of values after one another."""
         while self.next_char():
-            line = self.line
-            yield line, self.cut()
+            yield self.value()
 
     def next_char(self):
         """The next character that is no space, which is then the first held; b"" at the end."""
@@ -122,9 +123,11 @@ class Values:
         self.take(found.start())
         return bytes(self.held[:1])
 
-    def cut(self):
-        """The bytes of the value that begins what is held, which is at no space."""
-        return self.take(self.end())
+    def value(self):
+        """Returns (line, number, bytes) of the value that is next, and takes it."""
+        self.number = self.number + 1 if self.line == self.begun else 1
+        self.begun = self.line
+        return self.begun, self.number, self.take(self.end())
 
     def end(self):
         """Where the value ends that begins what is held."""
@@ -146,20 +149,21 @@ class Values:
             elif mark in CLOSING:
                 closing.append(CLOSING[mark])
             elif mark != closing.pop():
-                self.take(found.start())
-                raise self.fault(f"{mark.decode()} closes what it did not open", "correct it")
+                raise self.fault(f"{mark.decode()} closes what it did not open", "correct it",
+                                 found.start())
             if not closing:
                 return position
             if len(closing) > MOST_LEVELS:
-                self.take(position)
                 raise self.fault(f"lists or objects in each other, over {MOST_LEVELS} levels",
                                  "remove the value")
 
     def end_of_word(self):
         """Where a number, null or what is no JSON ends that begins what is held."""
-        while not (found := WORD_END.search(self.held, 1)):
+        position = 1
+        while not (found := WORD_END.search(self.held, position)):
+            position = len(self.held)
             if not self.fill():
-                return len(self.held)
+                return position
         return found.start()
 
     def end_of_string(self, position):
@@ -180,8 +184,7 @@ class Values:
     def fill(self):
         """Read more; returns whether there was more. UserError if one value takes too much."""
         if len(self.held) > MOST_BYTES:
-            raise UserError(f"{self.file}:{self.line}: one value of over {MOST_BYTES:,} bytes; "
-                            "write several, or remove it")
+            raise self.fault(f"one value of over {MOST_BYTES:,} bytes", "write several")
         chunk = self.content.take()
         self.held += chunk
         return bool(chunk)
@@ -189,8 +192,8 @@ class Values:
     def fill_value(self):
         """The same within a value, which must have an end."""
         if not self.fill():
-            raise Truncated(f"{self.file}: cut off in the value that begins on line {self.line}; "
-                            "fetch it again")
+            raise Truncated(f"{self.file}: cut off in the value that begins on line "
+                            f"{line_number(self.begun, self.number)}; fetch it again")
 
     def take(self, size):
         """Removes the first bytes from what is held, and returns them."""
@@ -199,5 +202,8 @@ class Values:
         del self.held[:size]  # subtle: takes no time, as a bytearray keeps its start
         return taken
 
-    def fault(self, what, remedy):
-        return UserError(f"{self.file}:{self.line}: not JSON ({what}); {remedy}")
+    def fault(self, what, remedy, position=0):
+        """The UserError for a fault at this position of what is held."""
+        place = f"{self.file}:{line_number(self.begun, self.number)}"
+        lines = self.line - self.begun + self.held.count(b"\n", 0, position)
+        return UserError(f"{lines_after(place, lines)}: {what}; {remedy}")

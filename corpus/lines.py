@@ -233,6 +233,11 @@ def numbered(parts):
         yield line, number, part
 
 
+def line_number(line, number):
+    """A line as places name it: 7, or 7.2 for the second document that begins on line 7."""
+    return f"{line}.{number}" if number > 1 else str(line)
+
+
 def without_blank(parts):
     """Yield (line, part) of those that are not blank; line: of the first that is no space."""
     for line, part in parts:

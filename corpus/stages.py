@@ -38,12 +38,12 @@ BATCH_BYTES = 2**19  # of records that a worker receives at a time
 
 # The files whose code decides what a stage contains.
 STAGE_FILES = {
-    "clean": ("data.py", "corpus/dedup.py", "corpus/documents.py", "corpus/funnel.py",
-              "corpus/gopher.py", "corpus/hub_folders.py", "corpus/json_lists.py",
-              "corpus/lines.py", "corpus/pages.py", "corpus/questions.py", "corpus/rules.py",
-              "corpus/source_files.py", "corpus/sources.py", "corpus/stages.py",
-              "corpus/stdlib.py", "corpus/storage.py", "corpus/tables.py", "corpus/tokenizer.py",
-              "corpus/words.py", "support/text.py"),
+    "clean": ("data.py", "corpus/arrow_values.py", "corpus/dedup.py", "corpus/documents.py",
+              "corpus/funnel.py", "corpus/gopher.py", "corpus/hub_folders.py",
+              "corpus/json_lists.py", "corpus/lines.py", "corpus/pages.py", "corpus/questions.py",
+              "corpus/rules.py", "corpus/source_files.py", "corpus/sources.py",
+              "corpus/stages.py", "corpus/stdlib.py", "corpus/storage.py", "corpus/tables.py",
+              "corpus/tokenizer.py", "corpus/words.py", "support/text.py"),
     "tokens": ("data.py", "corpus/bpe.py", "corpus/stages.py", "corpus/storage.py",
                "corpus/tokenizer.py"),
     "mix": ("data.py", "corpus/manifest.py", "corpus/storage.py"),

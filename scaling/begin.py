@@ -21,7 +21,7 @@ from scaling.ranks import launched
 from support.config_text import read_assignments
 from support.files import UserError, here, read_json
 from support.models import Base, fill_weights, find_step, is_ours
-from support.official_run import TAKEN, settings_to_go_on
+from support.official_run import TAKEN, notes, settings_to_go_on
 from support.official_state import fill_optimizer, has_training_state
 from support.weights import check_weights, kind_of, read_model_config, step_config
 
@@ -207,6 +207,8 @@ def load_start(run, model, optimizer):
         print(f"{run.path}: goes on after step {run.step} of the official run in {start.weights}: "
               "weights, AdamW's moments, place in the data, settings; what is in the token files "
               "could not be compared, only their names and order")
+        for note in notes(start.weights, run.settings):
+            print(f"  {note}")
         return
     lacks = " without optim.pt and train.pt" * (start.kind == "official"
                                                 and not has_training_state(start.weights))

@@ -9,6 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from corpus.lines import JSON_SUFFIXES
+from corpus.source_files import is_there
 from corpus.tables import TABLE_SUFFIXES
 from data import render_chat
 from model import generate
@@ -18,7 +19,7 @@ from support.chat_forms import PROMPTS
 from support.chats import checked_request
 from support.cpu import packed_weights
 from support.fields import require
-from support.files import to_json, without_nan
+from support.files import here, to_json
 from support.models import open_base
 from support.progress import watched
 from support.rows import Faults, checked_rows, listed
@@ -63,10 +64,11 @@ def generate_answers(argv):
     paths, options = paths_and_options(argv)
     require(len(paths) == 3,
             f"{' '.join(['generate', *paths])}: the form is generate RUN PROMPTS.jsonl OUT.jsonl")
-    is_file = Path(paths[1]).is_file()
-    require(not is_file or paths[1].endswith(JSON_SUFFIXES + TABLE_SUFFIXES), f"{paths[1]}: the "
-            "name of a file of prompts must end in .jsonl, with an object a line, in .json or in "
-            f"{', '.join(TABLE_SUFFIXES)}")
+    require(is_there(paths[1]), f"{paths[1]}: no such file or folder{here(paths[1])}; name a file "
+            "of prompts")
+    is_read = not Path(paths[1]).is_file() or paths[1].endswith(JSON_SUFFIXES + TABLE_SUFFIXES)
+    require(is_read, f"{paths[1]}: the name of a file of prompts must end in .jsonl, with an "
+            f"object a line, in .json or in {', '.join(TABLE_SUFFIXES)}")
     require(paths[2].endswith(".jsonl"), f"{paths[2]}: answers are written as an object a line: "
             "give OUT a name that ends in .jsonl")
     run = Path(paths[0]).as_posix()
@@ -184,9 +186,9 @@ def answers_row(answer, row, drawn):
 
 
 def canonical(row):
-    """The JSON of a row without its answer: equal rows have equal texts, also with NaN in them.
+    """The JSON of a row without its answer: equal rows have equal texts.
 
-    OUT has null for NaN, which JSON does not know.
+    It is OUT's: that has null for NaN, and base64 for the bytes in a table.
     """
     kept = {key: value for key, value in row.items() if key not in OF_AN_ANSWER}
-    return json.dumps(without_nan(kept), sort_keys=True)
+    return json.dumps(json.loads(to_json(kept)), sort_keys=True)

@@ -27,10 +27,10 @@ class Forms(NamedTuple):
 # open_instruct/utils.py, and scripts/data/sft. A pair that it does not know may mean anything.
 CHATS = Forms("a chat is an object with a list of them: the user's and the assistant's", {
     ("messages",): "messages",
-    ("conversations",): "ShareGPT",
-    ("conversation",): "ShareGPT",  # WildChat and LMSYS-Chat
-    ("instruction", "output"): "Alpaca",
-    ("instruction", "response"): "Dolly",  # and Magicoder's Evol-Instruct
+    ("conversations",): "ShareGPT (conversations)",
+    ("conversation",): "ShareGPT (conversation)",  # WildChat and LMSYS-Chat
+    ("instruction", "output"): "Alpaca (instruction, output)",
+    ("instruction", "response"): "Dolly (instruction, response)",  # and Magicoder's Evol-Instruct
     ("prompt", "completion"): "prompt and completion",  # TRL, CodeAlpaca, Table-GPT
     ("question", "response"): "question and response",  # OpenOrca
     ("question", "answer"): "question and answer",  # WebInstruct, GSM8K
@@ -43,11 +43,19 @@ PREFERENCES = Forms("a preference has both", {("chosen", "rejected"): "chosen an
                   "KTO, is not read",
     **dict.fromkeys(("messages", "conversations", "output", "response"),
                     "these are chats: --method=sft")})
-ASKING = ("messages", "conversations", "conversation", "prompt", "instruction", "question", "query",
-          "inputs")
-PROMPTS = Forms(f"a prompt is an object with one of {', '.join(ASKING)}",
-                {(key,): key for key in ASKING}, {})
-OURS = ("messages", "chosen and rejected", "prompt")  # nanOLMo's own: they need no word
+PROMPTS = Forms("a prompt is an object with one of messages, conversations, prompt, instruction, "
+                "question, query and inputs", {
+    ("messages",): "messages",
+    ("conversations",): "ShareGPT (conversations)",
+    ("conversation",): "ShareGPT (conversation)",
+    ("prompt",): "prompts",
+    ("instruction",): "Alpaca (instruction)",
+    ("question",): "questions",
+    ("query",): "queries",
+    ("inputs",): "inputs",
+}, {})
+HH = "HH-RLHF (texts with Human: and Assistant:)"  # known by the text; the keys are as above
+OURS = ("messages", "chosen and rejected", "prompts")  # nanOLMo's own: they need no word
 
 # under which key the prompt of two answers stands: TRL's; LLaMA-Factory's; Intel's Orca pairs
 BEFORE_ANSWERS = ("prompt", "conversations", "question", "instruction")
@@ -102,21 +110,17 @@ class FormOfFile:
         keys = form_of(row, self.forms)
         if keys is None:  # what it lacks is said when it is read
             return
-        form = self.described(row, keys)
+        is_hh = is_transcript(text_of_transcript(row, keys[0]))
+        form = HH if is_hh else self.forms.names[keys]
         file = place.rpartition(":")[0]
         if file != self.file:
-            self.file, self.form, self.first = file, form, place
+            self.file = file
+            self.form = form
+            self.first = place
             if form not in OURS:
                 print(f"{file}: read as {form}")
         require(form == self.form, f"{place}: it holds {form}, and the file is read as "
                 f"{self.form}, which {self.first} holds; move it to a file of its own")
-
-    def described(self, row, keys):
-        """What a row's form is called, and the keys that show it."""
-        if is_transcript(text_of_transcript(row, keys[0])):
-            return "HH-RLHF (texts with Human: and Assistant:)"
-        name = self.forms.names[keys]
-        return name if name in (*keys, " and ".join(keys)) else f"{name} ({', '.join(keys)})"
 
 
 # ---- Messages ------------------------------------------------------------------------------------
@@ -131,7 +135,7 @@ NEXT = {None: ("system", "user"), "system": ("user",), "user": ("assistant",),
 # scripts/data/sft/sharegpt.py; conversations_to_messages in its utils.py has them in capitals too
 SENDERS = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant",
            "bard": "assistant", "bing": "assistant", "assistant": "assistant", "system": "system"}
-TOOLS = ("tool", "function", "ipython", "observation", "tool_call", "tool_response",
+TOOLS = ("tool", "function", "ipython", "observation", "environment", "tool_call", "tool_response",
          "function_call", "function_response")
 
 

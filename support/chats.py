@@ -7,8 +7,8 @@ The chat format lies in three files: these are its checks. data.py's render_chat
 from support.chat_forms import (BEFORE_ANSWERS, CHATS, PREFERENCES, PROMPTS, answer_of,
                                 begins_with_an_answer, chat_of, checked_messages, is_transcript,
                                 question_of, recognised, text_of_transcript, turns_of)
-from support.fields import (NO_MARGIN, NO_PLACE, check_scores, check_text, check_texts, is_given,
-                            refuse_fields, refuse_weight, require, with_system)
+from support.fields import (NO_MARGIN, NO_PLACE, check_scores, check_texts, is_given, refuse_fields,
+                            refuse_weight, require, with_system)
 from support.text import json_type
 
 
@@ -38,10 +38,12 @@ def is_trained(message):
 
 def has_alpacas_template(row):
     """Whether a row's prompt is Alpaca's template with the row's instruction: it says no more."""
-    prompt, instruction = row.get("prompt"), row.get("instruction")
-    are_texts = isinstance(prompt, str) and isinstance(instruction, str)
-    return (are_texts and prompt.startswith("Below is an instruction that describes a task")
-            and instruction.strip() in prompt)
+    prompt = row.get("prompt")
+    instruction = row.get("instruction")
+    if not isinstance(prompt, str) or not isinstance(instruction, str):
+        return False
+    is_template = prompt.startswith("Below is an instruction that describes a task")
+    return is_template and instruction.strip() in prompt
 
 
 # ---- Preferences ---------------------------------------------------------------------------------
@@ -55,7 +57,8 @@ def checked_preference(row, place):
     row, _ = recognised(row, PREFERENCES, place)
     refuse_fields(row, f"{place}: ", NO_PLACE, NO_MARGIN)
     refuse_weight(row, place)
-    kind, other = json_type(row["chosen"]), json_type(row["rejected"])
+    kind = json_type(row["chosen"])
+    other = json_type(row["rejected"])
     require(kind == other, f"{place}: chosen is {kind} and rejected {other}; both must be lists "
             "of messages, or both texts")
     chosen = checked_side(row, "chosen", place)
@@ -77,19 +80,18 @@ def checked_side(row, side, place):
     """The messages of a preference's side, with the prompt."""
     answer = row[side]
     place_of_side = f"{place}: {side}"
-    if not isinstance(answer, (list, dict)):
-        check_text(answer, place_of_side)
-    asked = next((key for key in BEFORE_ANSWERS if is_given(row.get(key))), None)
     transcript = text_of_transcript(row, side)
     if is_transcript(transcript):
         return checked_messages(turns_of(transcript), place_of_side, "assistant")
-    if isinstance(answer, list) and not (asked and begins_with_an_answer(answer)):
+    if isinstance(answer, list) and not begins_with_an_answer(answer):
         messages = checked_messages(answer, place_of_side, "assistant")
         check_prompt(row.get("prompt"), messages, place)
     else:
-        require(asked, f"{place}: prompt is missing; chosen and rejected are answers alone, which "
-                f"need one; the row's keys are: {', '.join(row)[:80]}")
-        messages = question_of(row, asked, place) + answer_of(answer, place_of_side)
+        answers = answer_of(answer, place_of_side)
+        asked = next((key for key in BEFORE_ANSWERS if is_given(row.get(key))), None)
+        require(asked, f"{place}: prompt is missing; {side} is an answer alone, which needs one; "
+                f"the row's keys are: {', '.join(row)[:80]}")
+        messages = question_of(row, asked, place) + answers
     last = f"[{len(answer) - 1}]" if isinstance(answer, list) else ""
     require(is_trained(messages[-1]), f"{place_of_side}{last}.weight: 0, and only the last answer "
             "is compared; remove the row")

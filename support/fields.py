@@ -20,7 +20,9 @@ NO_MARGIN = {"the loss knows no margin": ("margin",),
 
 # of a message
 OF_MESSAGE = {
-    "the chat format of OLMo has no tools": ("tool_calls", "tool_call_id", "function_call"),
+    # functions and function_calls: OLMo 3's, which has a chat format of its own
+    "the chat format of OLMo has no tools": (
+        "tool_calls", "tool_call_id", "function_call", "functions", "function_calls", "tools"),
     # name: one who talks under two names would be two in the data, and one for the model
     "the chat format has a role and a content alone, which can hold it too": (
         "name", "reasoning", "reasoning_content", "thinking"),
@@ -63,7 +65,8 @@ def refuse_fields(row, place, *tables):
     for name, value in row.items():
         for table in tables:
             for reason, names in table.items():
-                if name in names and is_given(value):
+                # "[]": LLaMA-Factory writes the list of tools as a text
+                if name in names and is_given(value) and value not in ("[]", "{}"):
                     raise UserError(f"{place}{name}: {reason}; remove the field, or the row if "
                                     "it depends on it")
 

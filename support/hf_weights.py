@@ -28,16 +28,17 @@ def open_safetensors(files, name_of=str):
                 raise UserError(f"{file}: {name} is in {stored[name].file.name} too; delete one of "
                                 "the two")
             stored[name] = StoredTensor(file, name, tuple(part.get_shape()),
-                                        partial(rows_of, part, file))
+                                        partial(rows_of, file, key))
     return stored
 
 
-def rows_of(part, file, first, last):
-    """Rows of a tensor of a safetensors file, as a view of the file in memory."""
-    try:
-        return part[first:last]
-    except Exception as error:
-        raise UserError(f"{file}: cannot be read ({error})") from None
+def rows_of(file, key, first, last):
+    """Rows of a tensor of a safetensors file, as a view of the file in memory.
+
+    subtle: the file is opened for each tensor anew, as what was read stays mapped until it is
+    closed: a rank that read its part of a 7B would seem to hold it twice.
+    """
+    return opened(file).get_slice(key)[first:last]
 
 
 def opened(file):

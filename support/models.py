@@ -92,10 +92,9 @@ def open_base(start_from, verify):
     home = run_of(start_from)
     weights, state = find_step(Path(start_from), verify == "sha256")
     if state:
-        [data_config] = load_config([str(home / "config.json")], DataConfig)
-        model_config = step_config(state, weights)
-        return Base(weights, home, state["sha256"], model_config, asdict(data_config),
-                    "run")
+        saved = home / "config.json"  # a step may have been copied alone
+        settings = asdict(load_config([str(saved)], DataConfig)[0]) if saved.is_file() else {}
+        return Base(weights, home, state["sha256"], step_config(state, weights), settings, "run")
     patterns = ("*.safetensors", "model.pt", "config.*")
     files = sorted(file for pattern in patterns for file in weights.glob(pattern)
                    if file.name not in TRAINING_STATE)
@@ -111,8 +110,9 @@ def fill_weights(model, base):
     A fault that one rank finds is a UserError on all of them.
     """
     if base.kind != "run":
-        files = on_each_rank(fill_from_files, model, base.weights)
-        check_agreement({f"{base.weights / name}, bytes": size for name, size in files.items()})
+        row_hash = on_each_rank(fill_from_files, model, base.weights)
+        # a node may have another directory under this name, on a disk of its own
+        check_agreement({f"the weights in {base.weights}": row_hash})
         return
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
     read_step(base.weights, {f"model.{name}": tensor for name, tensor in tensors.items()})

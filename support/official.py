@@ -3,7 +3,6 @@
 model.pt or model.safetensors holds the weights, config.yaml describes them.
 """
 
-import itertools
 from functools import partial
 
 import torch
@@ -12,8 +11,9 @@ from model import ModelConfig
 from support.hf_weights import open_safetensors, tensor_names
 from support.official_names import decode_name, is_encoded
 from support.slices import StoredTensor
-from support.text import UserError, read_text, refuse_pointer, shown
+from support.text import UserError, refuse_pointer, shown
 from support.vocabulary import count_of_ids
+from support.yaml_text import read_yaml
 
 # The texts that OLMo 1.0 has. None where the key may be missing, as official OLMo's default for it
 # is the same; where it is not, the file must say it.
@@ -63,12 +63,13 @@ def open_official(path):
         return open_safetensors([file], partial(name_of_tensor, file=file))
     stored = {}
     for name, tensor in mapped_tensors(file).items():
-        stored[name] = StoredTensor(file, name, tuple(tensor.shape), partial(rows_of, tensor))
+        stored[name] = StoredTensor(file, name, tuple(tensor.shape), partial(rows_of, file, name))
     return stored
 
 
-def rows_of(tensor, first, last):
-    return tensor[first:last]
+def rows_of(file, name, first, last):
+    """Rows of a tensor of model.pt, opened anew for the reason told in support/hf_weights.py."""
+    return mapped_tensors(file)[name][first:last]
 
 
 def name_of_tensor(encoded, file):
@@ -156,19 +157,8 @@ def check_settings(settings, path):
 
 
 def read_model_block(path):
-    """{key: text} of the flat `model:` block of a YAML file; a null has no key here."""
-    lines = [line.split(" #")[0].rstrip() for line in read_text(path).splitlines()]
-    lines = [line for line in lines if line.strip()]
-    if "model:" not in lines:
+    """{key: text} of the `model:` block of a YAML file; a null has no key here."""
+    block = read_yaml(path).get("model")
+    if not isinstance(block, dict):
         raise UserError(f"{path}: has no `model:` block")
-    block = itertools.takewhile(lambda line: line.startswith(" "),
-                                lines[lines.index("model:") + 1:])
-    settings = {}
-    for line in block:
-        key, _, value = line.strip().partition(":")
-        value = value.strip().strip("'\"")
-        if value.lower() in ("true", "false"):  # YAML knows True and TRUE too
-            value = value.lower()
-        if value.lower() not in ("", "null", "~"):
-            settings[key] = value
-    return settings
+    return {key: value for key, value in block.items() if value is not None}

@@ -19,7 +19,7 @@ MARK = object()
 
 def is_encoded(name):
     """True for a name that begins as every such name does, with a pickle's version."""
-    return name.startswith("gA") and "." not in name
+    return name.startswith("gA")
 
 
 def decode_name(name, file):
@@ -51,13 +51,13 @@ def plain_value(pickled):
         elif opcode.name in CONSTANTS:
             stack.append(CONSTANTS[opcode.name])
         elif opcode.name in TUPLES:
-            take_tuple(stack, len(stack) - TUPLES[opcode.name])
+            make_tuple(stack, len(stack) - TUPLES[opcode.name])
         elif opcode.name == "MARK":
             stack.append(MARK)
         elif opcode.name == "TUPLE":
             start = stack.index(MARK)
             del stack[start]
-            take_tuple(stack, start)
+            make_tuple(stack, start)
         elif opcode.name == "MEMOIZE":
             memo.append(stack[-1])
         elif opcode.name == "BINGET":
@@ -68,8 +68,6 @@ def plain_value(pickled):
     return value
 
 
-def take_tuple(stack, start):
+def make_tuple(stack, start):
     """Replace what lies on the stack from `start` on by a tuple of it."""
-    if start < 0:
-        raise ValueError("holds too short a tuple")
     stack[start:] = [tuple(stack[start:])]

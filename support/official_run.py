@@ -8,11 +8,8 @@ olmo/config.py, olmo/train.py, olmo/optim.py, scripts/train.py at v0.2.5 and v0.
 import math
 from typing import NamedTuple
 
-from corpus.storage import token_dtype
-from corpus.token_files import listed_token_files
 from support.files import UserError
-from support.official_state import read_optimizer, read_progress
-from support.text import counted
+from support.official_state import read_optimizer
 from support.yaml_text import read_yaml
 
 # The keys of each block that decide what is learned, each with the texts with which official OLMo
@@ -79,7 +76,7 @@ def official_settings(path):
         return found
     except KeyError as error:
         raise UserError(f"{file}: {error.args[0]}: missing; fetch the file again") from None
-    except (ValueError, TypeError, OverflowError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{file}: cannot be understood ({error}); fetch the file again") from None
 
 
@@ -89,13 +86,13 @@ def check_can_go_on(blocks, file):
     for name, fixed in FIXED.items():
         block = blocks[name]
         prefix = f"{name}." * bool(name)
-        faults += [f"{prefix}{key}: {block.get(key)}, not {accepted[0]}"
+        faults += [f"{prefix}{key}: {block.get(key) or 'null'}, not {accepted[0] or 'null'}"
                    for key, accepted in fixed.items() if block.get(key) not in accepted]
         unknown = block.keys() - KNOWN.get(name, block.keys()) - fixed.keys()
         faults += [f"{prefix}{key} is unknown" for key in sorted(unknown)
                    if block[key] not in (None, "false", [])]
     schedule = blocks["scheduler"].get("name")
-    if schedule not in SCHEDULES:
+    if str(schedule) not in SCHEDULES:
         faults.append(f"scheduler.name: {schedule}, not one of {', '.join(SCHEDULES)}")
     if faults:
         raise UserError(f"{file}: this code cannot go on as official OLMo would "
@@ -108,6 +105,8 @@ def batch_settings(yaml):
     length = yaml["model"]["max_sequence_length"]
     batch_size = yaml["global_train_batch_size"]
     seed = yaml["data"].get("seed") or yaml["seed"]
+    if int(seed) < 0:
+        raise ValueError(f"seed: {seed}")
     return {"batch_size": Theirs(count(batch_size), said("global_train_batch_size", batch_size)),
             "max_seq_len": Theirs(count(length), said("model.max_sequence_length", length)),
             "seed": Theirs(int(seed), said("seed", seed))}
@@ -208,13 +207,27 @@ def end_of_schedule(yaml, steps_per_epoch=None):
 def duration_in_steps(duration, tokens_per_step, steps_per_epoch):
     """The steps of a max_duration: "1000", "2e12T" (tokens) or "1ep" (epochs, if known)."""
     if duration.endswith("T"):
-        return int(float(duration[:-1])) // tokens_per_step
+        return int(number(duration[:-1])) // tokens_per_step
     if duration.endswith("ep"):
-        return steps_per_epoch and int(duration[:-2]) * steps_per_epoch
-    return int(float(duration))
+        epochs = count(duration[:-2])
+        return steps_per_epoch and epochs * steps_per_epoch
+    return int(number(duration))
 
 
 # ---- Comparing -----------------------------------------------------------------------------------
+
+def notes(path, settings):
+    """What of an official run is not the same here, and does not stop us; a line each."""
+    yaml = read_yaml(path / "config.yaml")
+    found = []
+    if "distributed_strategy" in yaml:  # a key since v0.4.0
+        found.append("its code, OLMo 0.4 or later, divides the loss by the tokens of a sequence, "
+                     f"{settings['max_seq_len']:,}, and this code by one less, its targets: "
+                     "gradients are that much larger here")
+    if yaml.get("precision") not in ("fp32", None):
+        found.append(f"precision: {yaml['precision']} there, and --dtype={settings['dtype']} here")
+    return found
+
 
 def settings_to_go_on(path, given, place_of, shape):
     """{our key: value} of an official checkpoint's run, for the keys that nobody has set.
@@ -240,106 +253,3 @@ def settings_to_go_on(path, given, place_of, shape):
 def same(value, other):
     is_number = isinstance(value, int | float) and isinstance(other, int | float)
     return math.isclose(value, other, rel_tol=1e-9) if is_number else value == other
-
-
-def check_place(path, settings):
-    """UserError unless our loop, with the token files, goes on where official OLMo stopped.
-
-    settings: every key of our run. All that differs is named at once.
-    """
-    yaml = read_yaml(path / "config.yaml")
-    progress = read_progress(path)
-    faults = faults_of_files(yaml, settings)
-    per_epoch = instances_of(settings) // settings["batch_size"]
-    if not faults and not per_epoch:
-        faults.append(f"token_files={settings['token_files']} has less than one batch")
-    if not faults:
-        faults += faults_of_position(progress, settings, per_epoch)
-        faults += faults_of_end(yaml, settings, per_epoch)
-    if settings["max_steps"] <= progress.step:
-        faults.append(f"max_steps={settings['max_steps']}, and it is at step {progress.step:,} "
-                      "already; max_steps counts from the first step of that run")
-    if faults:
-        raise UserError(f"start_from={path}: official OLMo would go on differently "
-                        f"({'; '.join(faults)}); correct that, or begin with the weights alone: "
-                        "--fresh_optimizer")
-
-
-def instances_of(settings):
-    """How many sequences the listed token files have; 0 without a list."""
-    if not settings["token_files"]:
-        return 0
-    bytes_each = settings["max_seq_len"] * token_dtype(settings["vocab_size"]).itemsize
-    paths = listed_token_files(settings["token_files"])
-    return sum(path.stat().st_size // bytes_each for path in paths)
-
-
-def faults_of_end(yaml, settings, per_epoch):
-    """What differs in the last step, and in the step at which the learning rate has fallen."""
-    end, last, line = end_of_schedule(yaml, per_epoch)
-    now = settings["decay_steps"] or settings["max_steps"]
-    faults = []
-    if now != end and not yaml["scheduler"]["name"].startswith("constant"):
-        faults.append(f"the learning rate falls until step {now:,} here, and there until step "
-                      f"{end:,} ({line}): --decay_steps={end}")
-    if settings["max_steps"] > last:
-        duration = said("max_duration", yaml["max_duration"])
-        faults.append(f"max_steps={settings['max_steps']}, and that run ends at step {last:,} "
-                      f"({duration}): --max_steps={last}")
-    return faults
-
-
-def faults_of_position(progress, settings, per_epoch):
-    """What differs between the place in the data in train.pt and ours, which follows from the step.
-
-    The last step of an epoch may be saved as the end of that epoch or as the start of the next.
-    """
-    batch_size = settings["batch_size"]
-    seen = progress.epoch * per_epoch * batch_size + progress.examples
-    if seen == progress.step * batch_size and progress.examples <= per_epoch * batch_size:
-        return []
-    epoch, steps = divmod(progress.step, per_epoch)
-    return [f"train.pt: after step {progress.step:,} it stood at example {progress.examples:,} of "
-            f"epoch {progress.epoch}; with these token files an epoch has "
-            f"{counted(per_epoch, 'step')}, so that it would stand at example "
-            f"{steps * batch_size:,} of epoch {epoch}"]
-
-
-def faults_of_files(yaml, settings):
-    """What differs between the token files' names in config.yaml and in our list, in their order.
-
-    They lie elsewhere now, so that names are compared: the last part where all are distinct, else
-    the path below the folder that holds them all.
-    """
-    theirs = official_paths(yaml["data"])
-    if not settings["token_files"]:
-        return ["token_files is empty, and config.yaml reads "
-                f"{counted(len(theirs), 'token file')}: --token_files=LIST names them"]
-    ours = list(map(str, listed_token_files(settings["token_files"])))
-    place = f"token_files={settings['token_files']}"
-    if len(ours) != len(theirs):
-        return [f"{place} names {counted(len(ours), 'file')}, and config.yaml {len(theirs)}"]
-    for number, (our, their) in enumerate(zip(short_names(ours), short_names(theirs), strict=True)):
-        if our != their:
-            return [f"{place}: file {number + 1} is {our}, and {their} in config.yaml"]
-    return []
-
-
-def official_paths(data):
-    """The token files of an official run, in their order."""
-    if data.get("paths"):
-        return data["paths"]
-    datasets = data.get("datasets") or {}
-    return [path for label in sorted(datasets) for path in datasets[label]]
-
-
-def short_names(paths):
-    """What is compared of each path."""
-    names = [path.rpartition("/")[2] for path in paths]
-    if len(set(names)) == len(names):
-        return names
-    parts = [path.split("/") for path in paths]
-    shared = 0
-    while shared < min(map(len, parts)) - 1 and len({each[shared] for each in parts}) == 1:
-        shared += 1
-    return ["/".join(each[shared:]) for each in parts]

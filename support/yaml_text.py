@@ -1,7 +1,7 @@
 """The YAML that official OLMo writes, read without a package: mappings, lists and plain values.
 
-Values stay texts, as who asks for one knows its type. What YAML has besides (anchors, tags, texts
-over several lines) is an error with its line, and nothing is guessed.
+Values stay texts, as who asks for one knows its type. What YAML has besides (anchors, tags, blocks
+of text) is an error with its line, and nothing is guessed.
 """
 
 import re
@@ -13,7 +13,7 @@ from support.text import UserError, read_text
 MOST_LEVELS = 50  # a config of OLMo has five
 KEY = re.compile(r"""(?:"([^"]*)"|'([^']*)'|([^\s"'\[{&*!|>%@#-][^#"']*?)):(?:\s+(.*))?$""")
 COMMENT = re.compile(r"\s+#.*$")
-QUOTED = re.compile(r"""(?:"[^"\\]*"|'[^']*')(?:\s+#.*)?$""")
+QUOTED = re.compile(r"""(?:"[^"\\]*"|'(?:[^']|'')*')(?:\s+#.*)?$""")
 
 
 class Line(NamedTuple):
@@ -25,7 +25,7 @@ class Line(NamedTuple):
 
 
 def read_yaml(path):
-    """The value of a YAML file: dicts and lists of texts, with "true", "false" and None."""
+    """The mapping in a YAML file: dicts and lists of texts, with "true", "false" and None."""
     lines = deque()
     for number, text in enumerate(read_text(path).splitlines(), 1):
         content = text.strip()
@@ -38,6 +38,8 @@ def read_yaml(path):
     value = block(lines, lines[0].indent, 0)
     if lines:
         raise fault(lines[0])
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds a list and no keys")
     return value
 
 
@@ -57,8 +59,10 @@ def block(lines, indent, level):
         if key in found:
             raise UserError(f"{line.place}: {key} is there twice; delete one of the lines")
         rest = without_comment(match[4] or "")
-        found[key] = value_of(rest, line) if rest else nested(lines, indent, level)
-        refuse_continuation(lines, indent, rest)
+        if rest:
+            found[key] = value_of(whole_text(rest, lines, indent), line)
+        else:
+            found[key] = nested(lines, indent, level)
     return found
 
 
@@ -83,8 +87,8 @@ def items(lines, indent, level):
                 lines.appendleft(Line(line.place, deeper, rest))
             found.append(nested(lines, indent + 1, level))
         else:
-            found.append(value_of(without_comment(rest), line))
-        refuse_continuation(lines, indent, rest)
+            rest = whole_text(without_comment(rest), lines, indent)
+            found.append(value_of(rest, line))
     return found
 
 
@@ -92,10 +96,14 @@ def is_item(line):
     return line.text == "-" or line.text.startswith("- ")
 
 
-def refuse_continuation(lines, indent, rest):
-    """UserError for a line that is deeper than a value which stood on the line of its key."""
-    if rest and lines and lines[0].indent > indent:
-        raise fault(lines[0])
+def whole_text(text, lines, indent):
+    """A value with the rest of it, which PyYAML writes on deeper lines if the text is wide."""
+    while lines and lines[0].indent > indent:
+        is_open = text[0] in "\"'" and not QUOTED.match(text)
+        if not is_open and KEY.match(lines[0].text):
+            raise fault(lines[0])
+        text += " " + lines.popleft().text
+    return text
 
 
 def without_comment(text):
@@ -111,9 +119,9 @@ def value_of(text, line):
         parts = inner.split(",") if inner else []
         return [value_of(part.strip(), line) for part in parts]
     if text[0] in "\"'":
-        if not QUOTED.match(text) or text[-1] != text[0] or len(text) < 2:
+        if not QUOTED.match(text) or text[-1] != text[0]:
             raise fault(line)
-        return text[1:-1]
+        return text[1:-1].replace("''", "'") if text[0] == "'" else text[1:-1]
     if text[0] in "[{&*!|>%@":
         raise fault(line)
     if text.lower() in ("true", "false"):

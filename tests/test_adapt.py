@@ -1052,7 +1052,7 @@ def test_generate_goes_on_where_it_was_torn(learnt, tmp_path, call, refused):
 
 def test_generate_names_the_prompt_that_cannot_be_answered(learnt, tmp_path, call, refused):
     run, prompts, out = learnt["sft"][0], tmp_path / "prompts.jsonl", tmp_path / "new.jsonl"
-    for line, key in (("{}", "messages is missing"), ("[]", "messages is missing"),
+    for line, key in (("{}", "messages is missing"), ("3", "messages is missing"),
                       ({"prompt": ""}, "prompt: an empty"), ({"prompt": "q", "top_p": 0}, "top_p"),
                       ({"prompt": "q", "input": "x"}, "input"),
                       ({"messages": say("u: q", "a: a")}, "messages[1].role")):
@@ -1065,7 +1065,10 @@ def test_generate_names_the_prompt_that_cannot_be_answered(learnt, tmp_path, cal
     refused(call(adapt, "generate", run, prompts), "generate RUN PROMPTS.jsonl OUT.jsonl")
     assert refused(call(adapt, "chat")).startswith("error: chat: the form")
     refused(call(adapt, "generate", run, prompts, "out.json"), "out.json: ", ".jsonl")
-    refused(call(adapt, "generate", run, "in.json", out), "in.json: ", ".jsonl", "jq -c '.[]'")
+    refused(call(adapt, "generate", run, "in.json", out), "in.json: no such file",
+            "of prompts")
+    (tmp_path / "in.txt").write_text("q")
+    refused(call(adapt, "generate", run, tmp_path / "in.txt", out), "in.txt: ", ".jsonl")
 
 
 def test_answers_are_gone_on_with_if_weights_and_options_are_the_same(learnt, tmp_path, call,

@@ -1,18 +1,24 @@
 """Chats, preferences and prompts in the forms in which the hubs hold them."""
 
 import copy
+import json
 import math
 from collections import Counter
 
 import pytest
-from conftest import refusal, say, write_jsonl, write_lines
+from conftest import ROOT, manifest_of, refusal, say, write_jsonl, write_lines
 
 import adapt
+import train
+from corpus.tokenizer import Tokenizer
 from support.chat_forms import CHATS as CHAT_FORMS
+from support.chat_forms import PROMPTS as PROMPT_FORMS
 from support.chat_forms import form_of
 from support.chats import checked_chat, checked_preference, checked_request
 from support.fields import without_nulls
-from support.rows import read_set
+from support.models import open_base
+from support.rows import Faults, checked_rows, read_set
+from support.tuned import fingerprint_of
 
 
 def sent(*turns):
@@ -39,12 +45,14 @@ SUM = say("u: Add.\n\n1 2", "a: 3")
 # its utils.py, scripts/data/sft, scripts/data/sft_v1_v2 and scripts/data/preferences were run, and
 # TRL 0.28.0's maybe_convert_to_chatml and maybe_extract_prompt.
 CHATS = [
-    ({"id": "1", "conversations": SHARED}, TWO, "ShareGPT (conversations)"),
+    ({"id": "1", "conversations": SHARED, "tools": "[]"}, TWO, "ShareGPT (conversations)"),
     ({"conversations": sent("system: be", "human: q", "chatgpt: a", "user: r", "bing: b")}, LONG,
      "ShareGPT (conversations)"),
     ({"conversations": sent("User: q", "Assistant: a", "human: r", "bard: b"), "system": "be"},
      LONG, "ShareGPT (conversations)"),
     ({"conversations": LONG, "source": "s"}, LONG, "ShareGPT (conversations)"),
+    ({"conversations": [{**message, "weight": float(message["from"] == "gpt")}
+                        for message in SHARED]}, TWO, "ShareGPT (conversations)"),  # SlimOrca
     ({"conversation": TWO, "model": "m", "turn": 1}, TWO, "ShareGPT (conversation)"),  # WildChat
     ({"messages": SHARED}, TWO, None),
     (ALPACA, SUM, "Alpaca (instruction, output)"),
@@ -77,22 +85,29 @@ PREFERENCES = [
     # LLaMA-Factory's and Intel's Orca pairs
     ({"conversations": sent("human: q"), "chosen": sent("gpt: a")[0],
       "rejected": sent("gpt: b")[0]}, PAIR, None),
-    ({"question": "q", "chosen": "a", "rejected": "b", "system": ""}, PAIR, None),
+    ({"question": "q", "chosen": "a", "rejected": "b", "system": "", "prompt": ""}, PAIR, None),
     ({"instruction": "Add.", "input": "1 2", "chosen": "a", "rejected": "b"},
      {**PAIR, "prompt": SUM[:1]}, None),
     ({"chosen": transcript("q", "a", "r", "b"), "rejected": transcript("q", "a", "r", "c")}, DEEP,
+     "HH-RLHF (texts with Human: and Assistant:)"),
+    ({"chosen": transcript("Human: or\nAssistant: ?", "a"),
+      "rejected": transcript("Human: or\nAssistant: ?", "b")},
+     {**PAIR, "prompt": say("u: Human: or\nAssistant: ?")},
      "HH-RLHF (texts with Human: and Assistant:)"),
     ({"prompt": transcript("q", "a", "r") + "\n\nAssistant:", "chosen": " b", "rejected": " c",
       "response": " b"}, DEEP, "HH-RLHF (texts with Human: and Assistant:)")]
 
 PROMPTS = [
-    ({"conversations": sent("human: q")}, say("u: q"), "ShareGPT"),
-    ({"conversation": LONG[:4]}, LONG[:4], "ShareGPT"),
-    ({"instruction": "Add.", "context": "1 2", "response": "3"}, SUM[:1], "instruction"),
-    ({"system_prompt": "be", "question": "q", "response": "a"}, LONG[:2], "question"),
-    ({"query": "q", "answer": "a"}, say("u: q"), "query"),
+    ({"conversations": sent("human: q")}, say("u: q"), "ShareGPT (conversations)"),
+    ({"conversation": LONG[:4]}, LONG[:4], "ShareGPT (conversation)"),
+    ({"conversations": SHARED, "prompt": "q"}, say("u: q"), "ShareGPT (conversations)"),
+    ({"instruction": "Add.", "context": "1 2", "response": "3"}, SUM[:1], "Alpaca (instruction)"),
+    ({"system_prompt": "be", "question": "q", "response": "a"}, LONG[:2], "questions"),
+    ({"query": "q", "answer": "a"}, say("u: q"), "queries"),
     ({"inputs": "q", "targets": "a"}, say("u: q"), "inputs"),
-    ({"prompt": transcript("q", "a", "r") + "\n\nAssistant:"}, say("u: q", "a: a", "u: r"), "HH")]
+    ({"prompt": "q", "completion": "a", "label": False}, say("u: q"), None),
+    ({"prompt": transcript("q", "a", "r") + "\n\nAssistant:"}, say("u: q", "a: a", "u: r"),
+     "HH-RLHF (texts with Human: and Assistant:)")]
 
 
 def without_weights(messages):
@@ -103,7 +118,9 @@ def without_weights(messages):
 def test_a_form_of_the_hubs_is_read_and_named_once(row, wanted, name, tmp_path, capsys):
     """Also with the columns of other rows of the same table, which are null or NaN in this one."""
     method = "dpo" if "chosen" in row else "sft"
-    file = write_lines(tmp_path / "rows.jsonl", [row, row])
+    columns = dict.fromkeys(("messages", "conversations", "prompt", "completion", "instruction",
+                             "output", "label", "weight", "system", "tools", "margin"))
+    file = write_lines(tmp_path / "rows.jsonl", [row, {**columns, **row}])
     config = adapt.AdaptConfig(method=method)
     found = read_set(str(file), config, False, 0.1, Counter())
     assert [place for place, _ in found] == [f"{file}:1", f"{file}:2"]
@@ -112,15 +129,16 @@ def test_a_form_of_the_hubs_is_read_and_named_once(row, wanted, name, tmp_path, 
     said = [line for line in capsys.readouterr().out.splitlines() if "read as" in line]
     assert said == ([f"{file}: read as {name}"] if name else [])
     check = checked_preference if method == "dpo" else checked_chat
-    columns = dict.fromkeys(("messages", "conversations", "prompt", "completion", "instruction",
-                             "output", "label", "weight", "system", "tools", "margin"))
     scores = {"score_chosen": math.nan, "score_rejected": 5.0, "num_turns": math.nan}
     assert check({**columns, **scores, **copy.deepcopy(row)}, "") == found[0][1]
 
 
 @pytest.mark.parametrize("row, wanted, name", PROMPTS)
-def test_prompts_are_read_in_the_same_forms(row, wanted, name):
-    assert checked_request(row, "") == wanted
+def test_prompts_are_read_in_the_same_forms(row, wanted, name, tmp_path, capsys):
+    file = write_lines(tmp_path / "prompts.jsonl", [row, {"messages": None, **row}])
+    found = list(checked_rows(str(file), PROMPT_FORMS, checked_request, Counter(), Faults()))
+    assert [checked for *_, checked in found] == [wanted, wanted]
+    assert capsys.readouterr().out == (f"{file}: read as {name}\n" if name else "")
 
 
 def test_what_comes_before_a_completion_is_not_trained():
@@ -136,7 +154,8 @@ def test_messages_from_a_table_of_both_kinds_have_nulls():
     rows = [{"conversations": [{"role": None, "content": None, "name": None, "weight": math.nan,
                                 **message} for message in SHARED]},
             {"messages": [{"from": None, "value": None, "tool_calls": None, **message}
-                          for message in TWO]}]
+                          for message in TWO]},
+            {"messages": [{"from": "the web", "value": 3, **message} for message in TWO]}]
     for row in rows:
         assert checked_chat({"id": None, **row}, "") == TWO
     assert without_nulls({"a": None, "b": math.nan, "c": [None], "d": 0}) == {"c": [None], "d": 0}
@@ -146,16 +165,18 @@ def test_messages_from_a_table_of_both_kinds_have_nulls():
 
 @pytest.mark.parametrize("row, place", [
     ({"conversations": sent("human: q", "function_call: f", "observation: o", "gpt: a")},
-     'conversations[1].from: "function_call" is'),
+     'conversations[1].from: "function_call" is not one of human, user, gpt, chatgpt, bard, bing, '
+     "assistant, system; the chat format of OLMo has no tools"),
     ({"conversations": sent("human: q", "tool: 4", "gpt: a")}, 'conversations[1].from: "tool" is'),
-    ({"conversations": sent("human: q", "Bob: a")}, 'conversations[1].from: "Bob" is not one of'),
+    ({"conversations": sent("human: q", "Bob: a")},
+     'conversations[1].from: "Bob" is not one of human, user, gpt, '),
     ({"conversations": sent("human: q", "gpt:  \n")}, "conversations[1].value: an empty text"),
     ({"conversations": [SHARED[0], {"from": "gpt", "value": [{"type": "text", "text": "a"}]}]},
      "conversations[1].value: a list, not a text; join the texts"),
     ({"conversations": sent("human: q", "human: r", "gpt: a")}, "conversations[1].from: user"),
     ({"conversations": sent("gpt: a", "human: q")}, "conversations[0].from: assistant, where"),
     ({"conversations": sent("human: q")}, "conversations[0].from: user, where the last"),
-    ({"conversations": []}, "conversations: an empty list"),
+    ({"messages": None, "conversations": []}, "conversations: an empty list"),
     ({"conversations": ["q", "a"]}, "conversations[0]: a string"),  # LIMA
     ({"conversations": [SHARED[0], {**SHARED[1], "weight": 0}]}, "conversations: none is trained"),
     ({"conversations": SHARED, "tools": "[{}]"}, "tools: "),
@@ -185,6 +206,8 @@ def test_messages_from_a_table_of_both_kinds_have_nulls():
     ({"question": "q", "chosen": {"from": "gpt", "value": ""}, "rejected": SHARED[1]},
      "chosen.value: an empty"),
     ({"question": "q", "chosen": SHARED[0], "rejected": SHARED[1]}, "chosen.from: user, where"),
+    ({"question": "q", "chosen": {**SHARED[1], "weight": 0}, "rejected": SHARED[1]},
+     "chosen.weight: 0, and only"),
     ({"prompt": "q", "chosen": sent("gpt: a"), "rejected": sent("gpt: b", "gpt: c")},
      "rejected[1].from: assistant"),
     ({"conversations": SHARED, "chosen": "a", "rejected": "b"},
@@ -241,3 +264,133 @@ def test_a_row_of_another_form_is_an_error_at_its_line(tmp_path, capsys):
         {"prompt": transcript("q") + "\n\nAssistant:", "chosen": " a", "rejected": " b"}])
     message = refusal(read_set, str(texts), adapt.AdaptConfig(method="dpo"), False, 0.1, Counter())
     assert f"{texts}:2: it holds HH-RLHF (texts with Human: and Assistant:), and" in message
+
+
+# ---- The hubs' own tables ------------------------------------------------------------------------
+
+def told(count):
+    """Chats, the last one with a system's message and two turns."""
+    chats = [say(f"u: What is {i}?", f"a: {i} is a number.") for i in range(count - 1)]
+    chats.append(say("s: Be brief.", "u: Ünd?", "a: Ja.", "u: So?", "a: So."))
+    return chats
+
+
+def preferred(chats):
+    """(prompt, chosen, rejected) of chats: the text of the first question, and two lists."""
+    for chat in chats:
+        prompt = next(message["content"] for message in chat if message["role"] == "user")
+        yield prompt, chat, [*chat[:-1], *say(f"a: {len(prompt)}?")]
+
+
+def as_sharegpt(chat):
+    senders = {"user": "human", "assistant": "gpt", "system": "system"}
+    return [{"from": senders[message["role"]], "value": message["content"],
+             "weight": None if message["role"] == "system" else float(message["role"] != "user")}
+            for message in chat]
+
+
+ULTRA = [{"prompt": prompt, "prompt_id": f"{number:064x}", "chosen": chosen, "rejected": rejected,
+          "messages": chosen, "score_chosen": 8.0 - number, "score_rejected": 1.5}
+         for number, (prompt, chosen, rejected) in enumerate(preferred(told(4)))]
+# {data set: (method, {column: type}, rows)}; the columns and types are those of the sets' cards. A
+# message is a struct of strings, in the order that the card has.
+HUBS = {
+    "allenai/tulu-v2-sft-mixture": ("sft", {"dataset": "", "id": "", "messages": "role content"}, [
+        {"dataset": "open_orca", "id": f"open_orca_{i}", "messages": chat}
+        for i, chat in enumerate(told(4) + [say("s: ", "u: q", "a: a")])]),
+    "allenai/tulu-3-sft-mixture": ("sft", {"id": "", "messages": "content role", "source": ""}, [
+        {"id": f"oasst1_{i}", "messages": chat, "source": "ai2-adapt-dev/oasst1_converted"}
+        for i, chat in enumerate(told(4))]),
+    "HuggingFaceH4/ultrafeedback_binarized": ("dpo", {
+        "prompt": "", "prompt_id": "", "chosen": "content role", "rejected": "content role",
+        "messages": "content role", "score_chosen": 1.0, "score_rejected": 1.0}, ULTRA),
+    "the same, for SFT": ("sft", {
+        "prompt": "", "prompt_id": "", "chosen": "content role", "rejected": "content role",
+        "messages": "content role", "score_chosen": 1.0, "score_rejected": 1.0}, ULTRA),
+    "allenai/ultrafeedback_binarized_cleaned": ("dpo", {
+        "prompt": "", "prompt_id": "", "chosen": "content role", "rejected": "content role",
+        "messages": "content role", "score_chosen": 1.0, "score_rejected": 1.0, "source": ""},
+        [{**row, "source": "flan_v2_cot", "score_chosen": score}
+         for row, score in zip(ULTRA, (8.0, 7.5, None, math.nan), strict=True)]),
+    "allenai/llama-3.1-tulu-3-8b-preference-mixture": ("dpo", {
+        "id": "", "prompt": "", "chosen": "content role", "rejected": "content role",
+        "source": ""}, [
+        {"id": f"{i}", "prompt": prompt, "chosen": chosen, "rejected": rejected, "source": "s"}
+        for i, (prompt, chosen, rejected) in enumerate(preferred(told(4)))]),
+    "Open-Orca/SlimOrca": ("sft", {"conversations": "from value weight"}, [
+        {"conversations": as_sharegpt(chat)} for chat in told(4)]),
+    "tatsu-lab/alpaca": ("sft", {"instruction": "", "input": "", "output": "", "text": ""}, [
+        {"instruction": "Add.", "input": each, "output": "3", "text": "Below is an instruction"}
+        for each in ("1 2", "", "2 1", None)]),
+    "Anthropic/hh-rlhf": ("dpo", {"chosen": "", "rejected": ""}, [
+        {"chosen": transcript("q", "a", "r", f"good {i}"),
+         "rejected": transcript("q", "a", "r", f"bad {i}")} for i in range(4)])}
+
+
+def write_parquet(path, columns, rows):
+    """A table with the hubs' types, in two row groups."""
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+
+    def type_of(words):
+        if isinstance(words, float):
+            return pa.float64()
+        kinds = {"weight": pa.float64()}
+        fields = [(name, kinds.get(name, pa.string())) for name in words.split()]
+        return pa.list_(pa.struct(fields)) if words else pa.string()
+
+    schema = pa.schema([(name, type_of(words)) for name, words in columns.items()])
+    parquet.write_table(pa.Table.from_pylist(rows, schema), path, row_group_size=2)
+    return path
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, tiny_config):
+    """A run of 256 tokens of context that is hardly trained."""
+    run = tmp_path_factory.mktemp("base") / "run"
+    train.main([str(tiny_config(run, max_seq_len=256, max_steps=1, warmup_steps=1,
+                                eval_every_steps=0))])
+    return run
+
+
+@pytest.mark.parametrize("name", HUBS)
+def test_a_table_of_the_hub_is_trained_as_its_rows_of_json(name, base, tmp_path, call):
+    """Through the command that a user types; the digest of all ids and masks is the run's."""
+    method, columns, rows = HUBS[name]
+    table = write_parquet(tmp_path / "train-00000-of-00001.parquet", columns, rows)
+    run = tmp_path / "run"
+    result = call(adapt, ROOT / f"configs/tiny_{method}.py", f"--start_from={base}",
+                  f"--run_dir={run}", f"--train_data={table}", "--eval_data=", "--epochs=1",
+                  "--batch_size=4", "--device=cpu", "--dtype=float32", "--compile=false")
+    assert result.returncode == 0, result.stderr
+    kind = "chats" if method == "sft" else "pairs"
+    assert f"train_data={table}: {len(rows)} {kind} of " in result.stdout
+    assert "cut" not in result.stdout and "dropped" not in result.stdout
+    opened = open_base(str(base), "size")
+    lines = write_lines(tmp_path / "train.jsonl", rows)
+    config = adapt.AdaptConfig(method=method, train_data=str(lines))
+    train_set, _ = adapt.read_sets(config, opened, Tokenizer.load(base / "tokenizer.json"))
+    assert manifest_of(run)["tuned_on"] == fingerprint_of(opened, train_set, [], 4)
+
+
+def test_prompts_of_a_table_are_answered_and_gone_on_with(base, tmp_path, call):
+    """Also with columns that JSON does not know."""
+    pa = pytest.importorskip("pyarrow")
+    rows = [{"conversations": sent("human: q"), "digest": b"\xff\xd8", "score": math.nan},
+            {"conversations": sent("system: be", "human: r"), "digest": None, "score": 1.0}]
+    table = tmp_path / "prompts.parquet"
+    pytest.importorskip("pyarrow.parquet").write_table(pa.Table.from_pylist(rows), table)
+    out = tmp_path / "out.jsonl"
+    words = ["generate", base, table, out, "--max_new_tokens=4"]
+    result = call(adapt, *words)
+    assert f"{table}: read as ShareGPT" in result.stdout and "wrote" in result.stdout
+    first = out.read_bytes()
+    assert "2 answers, 2 of them were there" in call(adapt, *words).stdout
+    assert out.read_bytes() == first
+    messages = [{"messages": say("u: q")}, {"messages": say("s: be", "u: r")}]
+    again = tmp_path / "again.jsonl"
+    call(adapt, "generate", base, write_lines(tmp_path / "prompts.jsonl", messages), again,
+         "--max_new_tokens=4")
+    outputs = [[json.loads(line)["output"] for line in path.read_text().splitlines()]
+               for path in (out, again)]
+    assert outputs[0] == outputs[1] and len(outputs[0]) == 2

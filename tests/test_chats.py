@@ -47,7 +47,7 @@ PREFERENCES = [
     ({"chosen": A_CHAT, "rejected": "b"}, "chosen is a list and rejected a string"),
     ({"chosen": 1, "rejected": 2}, "chosen: a number"),
     ({"chosen": A_CHAT, "rejected": say("u: p", "a: b")}, "chosen and rejected answer different"),
-    ({"chosen": A_CHAT, "rejected": [ANSWER]}, "rejected[0].role: assistant")]
+    ({"chosen": A_CHAT, "rejected": [ANSWER]}, "prompt is missing; rejected is an answer alone")]
 SOUND = {"sft": {"messages": say("s: s", "u: q", "a: a"), "id": 3},
          "dpo": {"prompt": "q", "chosen": A_CHAT, "rejected": [A_CHAT[0], ANSWER], "score": 1}}
 
@@ -102,6 +102,7 @@ def test_one_row_is_said_in_the_singular():
     (checked_chat, A_CHAT[0], ["messages is missing", "role, content"]),
     (checked_chat, {"text": "a document"}, ["messages is missing", "are: text"]),
     (checked_chat, {"messages": [{"role": "tool", "content": "4"}]}, ['"tool"', "no tools"]),
+    (checked_chat, {"messages": [{"role": "environment", "content": "4"}]}, ["no tools"]),
     (checked_chat, {"messages": say("s: ")}, ["messages[0].role: system"]),
     (checked_preference, {"messages": A_CHAT}, ["chosen or rejected", "--method=sft"]),
     (checked_preference, {"input": "q", "chosen": "a", "rejected": "b"},
@@ -194,7 +195,8 @@ def test_a_field_that_changes_what_a_row_means_is_refused_by_name(check, row, fi
 
 
 @pytest.mark.parametrize("field, value", [
-    ("tool_calls", TOOL), ("function_call", {"name": "f"}), ("name", "Ann"),
+    ("tool_calls", TOOL), ("function_call", {"name": "f"}), ("function_calls", "f(x=1)"),
+    ("functions", '[{"name": "f"}]'), ("name", "Ann"),
     ("reasoning_content", "so"), ("reasoning", "so"), ("mask", 1), ("loss_mask", [1]),
     ("weight", 0.5), ("loss", "yes"), ("train", 2), ("images", ["a"])])
 def test_a_field_that_changes_what_a_message_means_is_refused_by_name(field, value):
@@ -266,7 +268,7 @@ def test_a_preference_that_contradicts_itself_is_refused(row, key):
     assert refusal(checked_preference, row, "f:1").startswith(f"f:1: {key}")
     assert checked_preference({**PAIR, "weight": 1.0, "margin": None}, "")
     # "10" is above "9"; the others are no numbers
-    for score in ("10", "N/A", [1], 10**400, math.nan):
+    for score in ("10", "N/A", [1], 10**400, math.nan, "nan"):
         assert checked_preference({**PAIR, "score_chosen": score, "score_rejected": "9"}, "")
 
 

@@ -18,6 +18,7 @@ import eval as evaluation
 from corpus import json_lists, lines
 from corpus.dedup import evaluation_texts
 from corpus.documents import as_document, parse, read_documents, read_records
+from corpus.inputs import input_digests, is_same_text
 from corpus.source_files import input_files
 from data import build_data
 from support.answers import read_prompts
@@ -240,7 +241,7 @@ def test_a_bomb_stops_at_its_place_without_its_memory(tmp_path, monkeypatch, nam
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     line = 1 if name.startswith("a.txt") else 2
-    assert message.startswith(f"{tmp_path / name}:{line}: one ") and "1,048,576 bytes" in message
+    assert message.startswith(f"{tmp_path / name}:{line}: ") and "1,048,576 bytes" in message
     assert peak < most
 
 
@@ -322,6 +323,9 @@ QUOTES = ['"', "\\", "]", "}", ""]
     ('[{"text": "a"}]\n[{"text": "b"}]{', ":1: ", "holds a list"),
     ('[\n{"text": "a"}]\n[{"text": "b"}]', ":3: ", "more after the end"),
     ('[{"text": "a"}] x', ":1: ", "more after the end"),
+    ('[{"text": "a"}, {"text": "b"} {"text": "c"}]', ":1.2: ", "no comma"),
+    ('[{"text": "a"}, {"text": "b"]]', ":1.2: ", "] closes"),
+    ('[{"text": "a"}, {"text": "b"\n}, {\n"text": \n["c"}]', ":4: ", "} closes"),
     ('[{"text": "a"},\n{"text": ["b"}]}]', ":2: ", "} closes"),
     ("[" * 10**6, ":1: ", "200 levels"), ('[{"text": "a"},\n, {}]', ":2: ", "not JSON"),
     ('[\n{"text": "a",\n"x": tru}]', ":3: ", "character 6"), ("[\n1, 2]", ":2: ", "a number"),
@@ -339,9 +343,11 @@ def test_a_fault_in_json_is_named_with_its_line(tmp_path, content, place, word):
 
 def test_a_faulty_value_of_a_list_is_left_out_and_counted_like_a_line(tmp_path, capsys):
     file = tmp_path / "a.json"
-    file.write_text('[{"text": "words"},\n{"text": nul},\n{"txt": "x"}, {"text": "words"}]')
+    file.write_text('[{"text": "words"},\n{"text": nul},\n{"txt": "x"}, {}, {"text": "words"}]')
     folder = build_data(data_config(tmp_path, sources={"main": str(file)}, tokenizer="bpe:284"))
-    assert manifest_of(folder)["sources"]["main"]["bad lines"] == 2
+    counts = manifest_of(folder)["sources"]["main"]
+    assert counts["bad lines"] == 3
+    assert counts["bad_reasons"] == {"not JSON": 1, "no key text": 2}
     err = capsys.readouterr().err
     assert f"{file}:2: not JSON" in err and f"{file}:3: no key text" in err
 
@@ -382,6 +388,22 @@ def test_a_damaged_json_file_of_a_folder_is_an_error_and_not_left_out(tmp_path, 
     (tmp_path / "b.json").write_bytes(content)
     message = refusal(texts_at, tmp_path)
     assert message.startswith(f"{tmp_path / 'b.json'}:") and word in message
+
+
+def test_old_data_is_of_the_same_text_though_more_files_of_its_folder_are_read_now(tmp_path):
+    """Its run goes on; a file that is gone or has changed is another text."""
+    home = tmp_path / "in"
+    write_jsonl(home / "b.jsonl", [{"text": "x"}])
+    known = [list(entry) for entry in input_digests(home, tmp_path)]
+    for name in ("a.json", "c.json", "d.json"):
+        pack(home / name, ROWS.encode())
+    assert is_same_text(home, known, tmp_path)
+    all_known = [list(entry) for entry in input_digests(home, tmp_path)]
+    assert len(all_known) == 4 and is_same_text(home, all_known, tmp_path)
+    (home / "d.json").unlink()
+    assert not is_same_text(home, all_known, tmp_path) and is_same_text(home, known, tmp_path)
+    write_jsonl(home / "b.jsonl", [{"text": "y"}])
+    assert not is_same_text(home, known, tmp_path)
 
 
 def test_one_object_is_a_document_if_it_is_named(tmp_path):

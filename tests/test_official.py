@@ -22,7 +22,8 @@ import train
 from scaling.ranks import batch_hash
 
 from support.official import official_config
-from support.official_run import check_place, settings_to_go_on, short_names
+from support.official_place import check_place, short_names
+from support.official_run import notes, settings_to_go_on
 from support.official_state import (check_optimizer, has_training_state, read_optimizer,
                                     read_progress, steps_taken)
 from support.plain_pickle import read_plain
@@ -283,6 +284,10 @@ url: https://example.org/a:b
 after:
 - 1
 - null
+long: a text that is
+  folded, as it is wide
+quoted: 'it''s
+  folded: too'
 """
 
 
@@ -309,8 +314,9 @@ def plain_numbers(wanted, ours):
 
 
 @pytest.mark.parametrize(("text", "line"), [
-    ("a: 1\na: 2", 2), ("a: |\n  text", 1), ("a: &x 1", 1), ("a: 1\n  more", 2), ("\ta: 1", 1),
-    ("a: {b: 1}", 1), ("just text", 1), ("a: 'open", 1), ("- 1\na: 1", 2), ("a:\n  b: 1\n c: 2", 3),
+    ("a: 1\na: 2", 2), ("a: |\n  text", 1), ("a: &x 1", 1), ("a: 1\n  b: 2", 2), ("\ta: 1", 1),
+    ("a: {b: 1}", 1), ("a: 'x' y", 1), ("just text", 1), ("a: 'open", 1), ("- 1\na: 1", 2),
+    ("a:\n  b: 1\n c: 2", 3),
     ("\n".join("  " * i + "a:" for i in range(60)), 52)])
 def test_other_yaml_is_named_with_its_line(tmp_path, text, line):
     file = tmp_path / "config.yaml"
@@ -397,19 +403,30 @@ def test_what_is_set_otherwise_is_named_all_at_once(checkpoint):
     (dict(optimizer__decay_embeddings="true"), ["decay_embeddings: true"]),
     (dict(model__attention_dropout="0.1"), ["model.attention_dropout: 0.1"]),
     (dict(scheduler__name="max_scheduler"), ["scheduler.name: max_scheduler"]),
-    (dict(max_grad_norm_ratio="2.0"), ["max_grad_norm_ratio"]),
+    (dict(max_grad_norm_ratio="2.0"), ["max_grad_norm_ratio: 2.0, not null"]),
     (dict(reset_optimizer_state="true"), ["reset_optimizer_state"]),
     (dict(data__timeout="0\n  twist: 3"), ["data.twist is unknown"]),
     (dict(data__generate_attention_mask="true"), ["generate_attention_mask"]),
     (dict(global_train_batch_size="four"), ["four"]), (dict(max_duration="soon"), ["soon"]),
     (dict(optimizer__learning_rate="nan"), ["nan"]), (dict(global_train_batch_size="0"), ["0"]),
-    (dict(scheduler__t_max="0"), ["t_max"])])
+    (dict(scheduler__t_max="0"), ["t_max"]), (dict(max_duration="xep"), ["x"]),
+    (dict(max_duration="[1]"), ["endswith"]), (dict(scheduler__name="[a]"), ["scheduler.name"]),
+    (dict(seed="-1"), ["seed: -1"]), (dict(global_train_batch_size="[4]"), ["list"])])
 def test_what_we_do_not_do_as_official_olmo_is_named(checkpoint, changes, words):
     change_yaml(checkpoint, **changes)
     line = refusal(settings_of, checkpoint)
     assert str(checkpoint / "config.yaml") in line
     for word in words:
         assert word in line
+
+
+def test_what_is_not_the_same_here_is_said(checkpoint):
+    settings = dict(max_seq_len=16, dtype="auto")
+    assert notes(checkpoint, settings) == []
+    change_yaml(checkpoint, precision="amp_bf16\ndistributed_strategy: fsdp")
+    loss, precision = notes(checkpoint, settings)
+    assert "0.4" in loss and "16" in loss
+    assert "amp_bf16" in precision and "--dtype=auto" in precision
 
 
 # ---- The place in the data -----------------------------------------------------------------------
@@ -438,6 +455,16 @@ def test_other_token_files_are_named(place, checkpoint, tmp_path):
         line = refusal(place, names)
         assert all(word in line for word in (*words, f"token_files={tmp_path / 'list'}"))
     assert "2 token files: --token_files" in refusal(place, token_files="")
+    file = checkpoint / "config.yaml"
+    text = file.read_text()
+    lines = "  paths:\n  - tokens-0.npy\n  - tokens-1.npy\n  datasets: null\n"
+    labelled = "  datasets:\n    b:\n    - x/tokens-1.npy\n    a:\n    - y/tokens-0.npy\n"
+    file.write_text(text.replace(lines, labelled))
+    place()  # the files of the labels, in the order of these
+    for other in ("paths: tokens-0.npy\n", "paths:\n  - [a]\n", "paths:\n  - x:\n"):
+        file.write_text(text.replace(lines, "  " + other))
+        assert "no list of paths" in refusal(place)
+    file.write_text(text)
     assert "decay_steps=28" in refusal(place, decay_steps=30)
     assert "max_steps=10, and it is at step 10" in refusal(place, max_steps=10)
     assert "--max_steps=28" in refusal(place, max_steps=29)

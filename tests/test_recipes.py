@@ -10,6 +10,7 @@ from adapt import AdaptConfig
 from configs import load_config
 from data import render_chat
 from model import ModelConfig, OLMo
+from support.config_text import read_assignments
 from support.files import UserError
 from train import SCHEMAS, TrainConfig, clip_at_step, lr_at_step
 
@@ -52,6 +53,12 @@ def test_a_variant_alone_names_the_file_that_it_adds_to(names):
         config_of(names.split()[1])
     assert str(caught.value).startswith(f"{variant}:")
     assert str(caught.value).endswith(f"{base} {variant}")
+
+
+def test_continue_fits_any_directory():
+    """It names neither a shape nor a tokenizer, as those are the directory's."""
+    named = {key for _, key, _ in read_assignments(Path(paths_of("continue")[0]))}
+    assert not named & {*vars(ModelConfig()), "tokenizer", "start_from"}
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("olmo_")])
@@ -168,6 +175,17 @@ DPO = [
     ("grad_clip", 0.0, "paper", "no clipping"), ("beta2", 0.999, "code:633", "PyTorch's default"),
     ("eps", 1e-8, "code:633", "the same"),
     ("activation_checkpointing", "whole_layer", "yaml:7", "gradient_checkpointing: true")]
+# configs/mitchish-instruct.yaml at commit 321c4994 ("tune"), and the anneal of OLMo-7B
+CONTINUE = [
+    ("fresh_optimizer", True, "configs/mcli/mitchish-instruct.yml:93", "--reset_optimizer_state"),
+    ("lr", 0.1 * 4e-4, "a tenth of OLMo-1B's peak", "learning_rate: 4.0e-4"),
+    ("min_lr", 0.001 * 4e-5, "tune:55", "alpha_f: 0.001"),
+    ("warmup_steps", 100, "tune:54", "t_warmup: 100"),
+    ("schedule", "linear", "tune:53", "name: linear_with_warmup"),
+    ("max_steps", 557_000 - 556_000, "anneal", "t_max=557000, t_warmup=556000"),
+    ("weight_decay", 0.1, "stage 2:47", "weight_decay: 0.1"), ("decay_steps", 0, "", "the end"),
+    ("eval_every_steps", 100, "anneal", "--eval_interval=100"),
+    ("save_every_steps", 500, "anneal", "--save_interval=500")]
 # Ours: Open Instruct's settings for a model that is a thousand times smaller.
 TINY = [("min_lr", 0.0, "", ""), ("weight_decay", 0.0, "", ""), ("grad_clip", 0.0, "", ""),
         ("beta2", 0.999, "", ""), ("eps", 1e-8, "", ""), ("epochs", 3.0, "", ""),
@@ -177,7 +195,7 @@ TINY = [("min_lr", 0.0, "", ""), ("weight_decay", 0.0, "", ""), ("grad_clip", 0.
 @pytest.mark.parametrize("names, wanted", [
     ("olmo_7b", SEVEN_B), ("olmo_7b olmo_7b_tail", SEVEN_B + TAIL),
     ("olmo_7b olmo_7b_anneal", SEVEN_B + ANNEAL), ("olmo_1b", ONE_B), ("olmo_7b_sft", SFT),
-    ("olmo_7b_dpo", DPO),
+    ("olmo_7b_dpo", DPO), ("continue", CONTINUE),
     ("olmo_7b_sft olmo_1b_sft", SFT + [("start_from", "runs/olmo_1b", "", ""),
                                        ("epochs", 5.0, "card", ""), ("lr", 1e-5, "card", "")]),
     ("olmo_7b_dpo olmo_1b_dpo", DPO + [("start_from", "runs/olmo_1b_sft", "", ""),

@@ -5,8 +5,10 @@ import json
 import os
 import pickle
 import shutil
+import tracemalloc
 import weakref
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +30,7 @@ from scaling.sharding import apply_fsdp, build_mesh, full_tensor, shard_model
 from support import finite
 from support.models import fill_weights, open_base
 from support.official_names import decode_name
+from support.plain_pickle import unpickled
 from support.weights import empty_model, fill_from_files, kind_of, load_model, name_table
 
 pytestmark = [pytest.mark.usefixtures("one_thread"),
@@ -131,15 +134,23 @@ def rounded(dtype, **changes):
     return model.to(dtype).float()
 
 
+def write_settings(run):
+    """config.json of a run."""
+    settings = {**asdict(data.DataConfig()), "run_dir": str(run)}
+    (run / "config.json").write_text(json.dumps(settings))
+
+
 # ---- On several ranks ----------------------------------------------------------------------------
 
 def filled_on_ranks(folder, paths, world_size, per_node=None, shard="all"):
     """Fill a model from each directory on so many ranks; returns what each rank said.
 
-    FOLDER/NAME.pt gets the weights, gathered again.
+    FOLDER/NAME.pt gets the weights, gathered again. A relative path lies in FOLDER/RANK.
     """
     def fill(argv):
         device = setup_distributed("cpu")
+        if (folder / str(rank())).exists():
+            os.chdir(folder / str(rank()))
         for path in paths:
             base = open_base(str(path), "size")
             with torch.device("meta"):
@@ -175,8 +186,7 @@ def test_each_rank_fills_its_own_rows(tmp_path, world_size, per_node, shard):
              write_official(tmp_path / "pt", models["pt"], "pt", torch.float64),
              write_official(tmp_path / "safetensors", models["safetensors"], dtype=torch.float16),
              write_step(tmp_path / "run/step000001", models["step000001"])]
-    settings = {**asdict(data.DataConfig()), "run_dir": "run"}
-    (tmp_path / "run/config.json").write_text(json.dumps(settings))
+    write_settings(tmp_path / "run")
     said = filled_on_ranks(tmp_path, paths, world_size, per_node, shard)
     assert said == {path.name: ["filled"] * world_size for path in paths}
     for name, model in models.items():
@@ -199,10 +209,20 @@ def test_what_one_rank_finds_ends_all_of_them(tmp_path):
              write_hf(tmp_path / "head", model, **{"lm_head.weight": head}),
              write_hf(tmp_path / "same", model, **{"lm_head.weight": last[
                  "model.embed_tokens.weight"]}), official]
-    said = filled_on_ranks(tmp_path, paths, 3)
-    for path, words in ((paths[0], [name, "NaN"]), (paths[1], ["lm_head.weight", "tied"])):
+    with torch.no_grad():
+        model.blocks[0].mlp.ff_proj.weight[0, 0] = torch.inf
+    step = write_step(tmp_path / "run/step000001", model)
+    write_settings(tmp_path / "run")
+    for number in range(3):
+        write_hf(tmp_path / str(number) / "other", rounded(torch.bfloat16, seed=number // 2))
+    said = filled_on_ranks(tmp_path, [*paths, step, Path("other")], 3)
+    [message] = set(said["other"])  # rank 2 sees other weights under that name
+    assert "rank 2" in message and "the weights in other" in message
+    for path, words in ((paths[0], [name, "NaN", "of-00004.safetensors"]),
+                        (paths[1], ["lm_head.weight", "tied", "of-00004.safetensors"]),
+                        (step, ["blocks.0.mlp.ff_proj.weight", "infinite"])):
         [message] = set(said[path.name])
-        assert all(word in message for word in (str(path), "of-00004.safetensors", *words))
+        assert all(word in message for word in (str(path), *words))
     assert said["same"] == said["official"] == ["filled"] * 3
 
 
@@ -257,9 +277,9 @@ def test_no_rank_of_a_1b_holds_more_than_its_slice_and_one_tensor(tmp_path, monk
     rows_of = support.hf_weights.rows_of
     alive, read = [], []
 
-    def counted(part, file, first, last):
+    def counted(file, key, first, last):
         assert not [tensor for tensor in alive if tensor() is not None]  # one at a time
-        rows = rows_of(part, file, first, last)
+        rows = rows_of(file, key, first, last)
         alive.append(weakref.ref(rows))
         read.append(rows.numel())
         return rows
@@ -276,6 +296,7 @@ def test_no_rank_of_a_1b_holds_more_than_its_slice_and_one_tensor(tmp_path, monk
             fill_from_files(model, path)
         finally:
             dist.destroy_process_group()
+        assert read.pop() == 2048  # the row by which the ranks see that they read the same
         own = sum(parameter.to_local().numel() for parameter in model.parameters())
         assert own == sum(read) == pytest.approx(parameters / 4, rel=0.01)
         assert max(read) <= 50_304 * 2048 / 4
@@ -286,15 +307,18 @@ def test_no_rank_of_a_1b_holds_more_than_its_slice_and_one_tensor(tmp_path, monk
 # ---- model.safetensors of official OLMo ----------------------------------------------------------
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_an_official_safetensors_file_loads_bit_for_bit(tmp_path, tied):
+def test_an_official_safetensors_file_loads_bit_for_bit(tmp_path, tied, capsys):
     """So does official OLMo's own writer's (checked once with olmo/safetensors_util.py)."""
     model = random_model(weight_tying=tied)
     path = write_official(tmp_path / "official", model)
     loaded = load_model(path)
     assert loaded.config == model.config and same_weights(loaded, model)
     assert open_base(str(path), "size").kind == "official"
-    shutil.copyfile(path / "model.safetensors", path / "optim.safetensors")  # of no interest here
+    digest = open_base(str(path), "size").digest
+    (path / "optim.safetensors").write_text("of no interest here")
     assert same_weights(load_model(path), model)
+    assert open_base(str(path), "size").digest == digest
+    assert capsys.readouterr().out == ""
 
 
 def test_an_official_safetensors_file_is_exported_and_evaluated(tmp_path, tokenizer, call):
@@ -331,6 +355,12 @@ def test_a_nan_and_integers_in_an_official_file_are_named(tmp_path):
     again = base64.urlsafe_b64encode(pickle.dumps(((name,), False), protocol=5)).decode()
     refused(write_official(tmp_path / "twice", random_model(), **{again: torch.ones(80, 32)}),
             name, "model.safetensors too")
+
+
+def test_a_repeated_tied_head_of_another_shape_is_named(tmp_path):
+    head = {"lm_head.weight": torch.ones(63, 32)}
+    refused(write_hf(tmp_path / "hf", random_model(weight_tying=True), **head),
+            "lm_head.weight has shape (63, 32)")
 
 
 # ---- Nothing that is loaded runs code ------------------------------------------------------------
@@ -371,18 +401,31 @@ def test_a_bomb_in_a_name_does_not_go_off(tmp_path, number):
     (as_name(pickle.dumps(((), False))), []), (as_name(pickle.dumps((("a",), 1))), []),
     (as_name(pickle.dumps("a")), []), (as_name(b"\x80\x04(K\x01\x87."), []),
     (as_name(b"\x80\x04\x87."), []), (as_name(b"\x80\x04h\x05."), []), (as_name(b"\x80\x04."), []),
-    (as_name(pickle.dumps((("a",), False)))[:-8], []), ("gASV", []), ("gAS", []), ("gA\n\n", [])])
+    (as_name(pickle.dumps((("a",), False)))[:-8], []),
+    (as_name(b"\x80\x04K\x01" + pickle.dumps((("a",), False))[2:]), []),  # two values
+    (f"gA!{encoded(('a',))[2:]}", []), ("gASV", []), ("gAS", []), ("gA\n\n", [])])
 def test_a_name_that_official_olmo_does_not_write_is_refused(name, words):
     line = refusal(decode_name, name, "FILE")
     assert "FILE: the name" in line and all(word in line for word in words)
 
 
 @pytest.mark.parametrize("keys", [
-    ("transformer.wte.weight",), ("state", "x" * 300, "exp_avg"), ("same", "same"), ("a",) * 5,
+    ("transformer.wte.weight",), ("state", "x" * 300, "exp_avg"), ("a", "same", "same"), ("a",) * 5,
     ("param_groups", 0, 256, 70_000, -1), ("ä", "日本")])
 @pytest.mark.parametrize("is_pickled", [False, True])
 def test_names_that_official_olmo_writes_are_read(keys, is_pickled):
     assert decode_name(encoded(keys, is_pickled), "FILE") == (keys, is_pickled)
+
+
+def test_eight_bytes_do_not_take_gigabytes():
+    """An index of 2**27 would take 2 GiB in the unpickler that is written in C."""
+    tracemalloc.start()
+    try:
+        assert unpickled(b"\x80\x04K\x01r\xff\xff\xff\x07.", "FILE") == 1
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2**20
 
 
 def test_tensors_without_numbers_are_refused(tmp_path):
