@@ -25,10 +25,9 @@ from model import ModelConfig
 from scaling.begin import check_files, is_whole_official, takes_weights_alone
 from scaling.checkpoint import (Unreadable, check_model_keys, run_of, step_at, step_directories,
                                 step_of, verify_step)
-from scaling.directory import (MEASURED, check_directory, check_overwrite, forked_from, is_run,
-                               overwrite)
+from scaling.directory import (MEASURED, check_directory, check_overwrite, forked_from, overwrite)
 from scaling.same_run import (check_before_build, check_data, check_digest, check_settings,
-                              differing)
+                              check_tokenizer, differing)
 from support.files import (UserError, link_or_copy, log_rows, read_json, rows_until,
                            write_json, write_rows)
 from support.models import open_base
@@ -65,7 +64,12 @@ def data_for_run(config, data_config, settings, free_keys, build_data):
     if likely_step:
         check_before_build(likely_step, config, settings, free_keys)
     folder = data_already_built(home, data_config, config.accept_changes)
-    return folder or build_data(with_tokenizer_of(home, data_config, settings))
+    if folder:
+        return folder
+    takes_data = is_step and not config.fresh_optimizer  # the very same, which is compared later
+    if config.start_from and origin == Path(config.start_from) and not takes_data:
+        check_named(home, data_config.tokenizer, settings)
+    return build_data(with_tokenizer_of(home, data_config))
 
 
 def origin_of(config):
@@ -128,18 +132,16 @@ def data_already_built(home, data_config, accept_changes):
     return folder
 
 
-def with_tokenizer_of(home, data_config, settings):
+def with_tokenizer_of(home, data_config):
     """`data_config` with the tokenizer of `home` in place of one that would be trained.
 
     home: a run, or a directory from elsewhere. UserError if the config names the file of another
-    tokenizer, and for a directory that has none if the config names none.
+    tokenizer.
     """
     file = home / "tokenizer.json"
     name = data_config.tokenizer
-    if not file.is_file():
-        if not is_run(home):
-            check_named(home, name, settings)
-        return data_config  # of a run, check_tokenizer decides, by the digest in its state.json
+    if not file.is_file():  # of a run, check_tokenizer decides, by the digest in its state.json
+        return data_config
     kept = tokenizer_digest(file)
     if name.startswith("bpe:"):
         stages = Stages(data_config)  # was it trained on this very text? then nothing is built
@@ -157,7 +159,9 @@ def with_tokenizer_of(home, data_config, settings):
 
 
 def check_named(home, name, settings):
-    """UserError unless a config names the tokenizer of a directory that has no tokenizer.json."""
+    """UserError unless a config names the tokenizer of weights that have no tokenizer.json."""
+    if (home / "tokenizer.json").is_file():
+        return
     if name.startswith("bpe:"):
         raise UserError(f"{home}: has no tokenizer.json, and its weights have learned one; name "
                         "it: --tokenizer=olmo for OLMo 1.0, or --tokenizer=FILE")
@@ -280,7 +284,9 @@ def start_with_weights(config, fingerprint):
     """Returns (the Base whose weights the run takes, the state of its step 0)."""
     base = open_base(config.start_from, config.verify)
     file = base.home / "tokenizer.json"
-    if file.is_file():
+    if base.kind == "run":
+        check_tokenizer(file, read_json(base.weights / "state.json")["data"], fingerprint)
+    elif file.is_file():
         check_digest(file, tokenizer_digest(file), fingerprint["tokenizer_sha256"])
     began = {"weights": str(base.weights.resolve()), "sha256": base.digest}
     return base, {**NEW_STATE, "began": began}

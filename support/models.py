@@ -92,10 +92,9 @@ def open_base(start_from, verify):
     home = run_of(start_from)
     weights, state = find_step(Path(start_from), verify == "sha256")
     if state:
-        [data_config] = load_config([str(home / "config.json")], DataConfig)
-        model_config = step_config(state, weights)
-        return Base(weights, home, state["sha256"], model_config, asdict(data_config),
-                    "run")
+        saved = home / "config.json"  # a step may have been copied alone
+        settings = asdict(load_config([str(saved)], DataConfig)[0]) if saved.is_file() else {}
+        return Base(weights, home, state["sha256"], step_config(state, weights), settings, "run")
     patterns = ("*.safetensors", "model.pt", "config.*")
     files = sorted(file for pattern in patterns for file in weights.glob(pattern)
                    if file.name not in TRAINING_STATE)

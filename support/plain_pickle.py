@@ -46,11 +46,14 @@ class LeftOut:
     append = extend
 
 
-class PlainUnpickler(pickle.Unpickler):
+class PlainUnpickler(pickle._Unpickler):
     """Builds numbers, texts, lists, tuples and dicts; for the names in LEFT_OUT it builds LeftOut.
 
     No name is imported. Any other name is a UserError.
     """
+
+    # subtle: it is the slow one, in Python. The fast one keeps what a pickle remembers in an array,
+    # and eight bytes that remember one thing as number 2**31 make it take 32 GiB.
 
     def find_class(self, module, name):
         if name not in LEFT_OUT.get(module, ()):

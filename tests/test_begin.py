@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, columns, difference, forked_ranks, rows, saved_steps, steps
 
+import data
 import eval as evaluation
 import model
 import support.models
@@ -197,6 +198,33 @@ def test_the_tokenizer_is_that_of_the_weights(begin, exported, tmp_path, refused
     assert not (tmp_path / "new").exists()
 
 
+def test_the_data_may_be_built_first(begin, exported, tmp_path, sources, call, refused, one_thread):
+    """With the tokenizer of the start; a start that is still to be trained is no hindrance."""
+    words = [CONTINUE, f"--sources={ {'mine': sources['code']} }", "--eval_share=0.2",
+             f"--start_from={exported}"]
+    result = call(data, *words, "--batch_size=2")
+    assert result.returncode == 0 and "data.py does not use --batch_size\n" in result.stdout
+    assert begin(words[-1], "--max_steps=1", "--run_dir=run").returncode == 0
+    assert len(list((tmp_path / "datasets").rglob("manifest.json"))) == 1
+    refused(call(data, *words[:-1]), "start_from: missing")
+    result = call(data, ROOT / "configs/tiny.py", *words[1:3], "--start_from=runs/later",
+                  "--tokenizer=bpe:300", "--workers=1")
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_step_that_was_copied_alone_gives_its_weights(begin, copied, tmp_path, refused,
+                                                        one_thread):
+    """It has no tokenizer.json, but its state.json knows the tokenizer's digest."""
+    (tmp_path / "alone").mkdir()
+    step = shutil.move(copied / "step000010", tmp_path / "alone")
+    words = [f"--start_from={step}", "--run_dir=run", "--max_steps=1"]
+    refused(begin(*words), "alone: has no tokenizer.json", "--tokenizer=")
+    assert not (tmp_path / "datasets").exists()
+    train_bpe([CONTINUE.read_text() * 9], 512).save(tmp_path / "other.json")
+    refused(begin(*words, "--tokenizer=other.json"), "tokenizer_sha256")
+    assert begin(*words, f"--tokenizer={copied / 'tokenizer.json'}").returncode == 0
+
+
 # ---- Weights of ours alone -----------------------------------------------------------------------
 
 @pytest.mark.parametrize("step", ["", "step000010"])
@@ -250,6 +278,10 @@ def test_a_start_that_cannot_be_is_one_line_before_the_data_is_built(
     damaged = shutil.copytree(exported, tmp_path / "damaged")
     (damaged / "model.safetensors").write_bytes(b"0" * 99)
     refused(begin("--start_from=damaged", new), "damaged/model.safetensors")
+    other = shutil.copytree(exported, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text()) | {"num_hidden_layers": 3}
+    (other / "config.json").write_text(json.dumps(config))
+    refused(begin("--start_from=other", new), "other: ", "missing model.layers.2")
     refused(begin(f"--start_from={exported}", f"--run_dir={exported}"), f"run_dir={exported}")
     for start in (copied, copied / "step000010"):
         refused(begin(f"--start_from={start}", f"--run_dir={copied}", "--overwrite"),

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+import tracemalloc
 import weakref
 from dataclasses import asdict
 from pathlib import Path
@@ -29,6 +30,7 @@ from scaling.sharding import apply_fsdp, build_mesh, full_tensor, shard_model
 from support import finite
 from support.models import fill_weights, open_base
 from support.official_names import decode_name
+from support.plain_pickle import unpickled
 from support.weights import empty_model, fill_from_files, kind_of, load_model, name_table
 
 pytestmark = [pytest.mark.usefixtures("one_thread"),
@@ -413,6 +415,17 @@ def test_a_name_that_official_olmo_does_not_write_is_refused(name, words):
 @pytest.mark.parametrize("is_pickled", [False, True])
 def test_names_that_official_olmo_writes_are_read(keys, is_pickled):
     assert decode_name(encoded(keys, is_pickled), "FILE") == (keys, is_pickled)
+
+
+def test_eight_bytes_do_not_take_gigabytes():
+    """An index of 2**27 would take 2 GiB in the unpickler that is written in C."""
+    tracemalloc.start()
+    try:
+        assert unpickled(b"\x80\x04K\x01r\xff\xff\xff\x07.", "FILE") == 1
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2**20
 
 
 def test_tensors_without_numbers_are_refused(tmp_path):
