@@ -383,6 +383,7 @@ def test_a_json_file_of_a_folder_is_read_if_it_is_data(tmp_path, files, texts, c
 @pytest.mark.parametrize("content, word", [
     (("[" + ROWS).encode("utf-16"), "UTF-16"), (b'[{"text": "a"}', "cut off"),
     (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+    (b'{"text": "cut off\n{"text": "b"}\n', "1: not JSON"),
     (gzip.compress(b"[]"), "rename")])
 def test_a_damaged_json_file_of_a_folder_is_an_error_and_not_left_out(tmp_path, content, word):
     write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}])
