@@ -112,6 +112,15 @@ def test_moments_and_progress_are_those_that_torch_reads(checkpoint, form):
     assert read_progress(checkpoint) == (10, 0, 40, 640)
 
 
+@safetensors
+def test_a_tensor_within_a_tensor_is_named(checkpoint):
+    from safetensors.torch import save_file
+    one = torch.zeros(2)
+    save_file({encoded("state"): one, encoded("state", "a", "exp_avg"): one.clone()},
+              checkpoint / "optim.safetensors")
+    assert "no dict" in refusal(read_optimizer, checkpoint)
+
+
 def rewrite(file, change):
     """Change data.pkl in a file of torch.save."""
     with zipfile.ZipFile(file) as archive:
@@ -174,6 +183,12 @@ def test_a_bomb_stops_with_its_place_and_runs_nothing(checkpoint, tmp_path, wher
         assert marker.exists()
 
 
+def test_a_bomb_of_memory_is_refused(checkpoint):
+    """LONG_BINPUT: Python's list of what it remembers would get 2**31 places, of 8 bytes each."""
+    rewrite(checkpoint / "train.pt", lambda content: b"\x80\x02K\x01r\xff\xff\xff\x7f.")
+    assert "LONG_BINPUT" in refusal(read_progress, checkpoint)
+
+
 def cut(file):
     file.write_bytes(file.read_bytes()[:-300])
 
@@ -214,6 +229,9 @@ DAMAGE = {
         (save(lambda value: first(value).update(step=torch.tensor(-1.0))), "step"),
         (save(lambda value: first(value).pop("step")), "step"),
         (save(lambda value: value["param_groups"][0].pop("params")), "KeyError"),
+        (save(lambda value: value["param_groups"][0].pop("betas")), "betas"),
+        (save(lambda value: value["param_groups"][0].update(eps="a")), "eps"),
+        (save(lambda value: value["param_groups"][0].update(betas=0.9)), "betas"),
         (save(lambda value: first(value).update(max_exp_avg_sq=torch.zeros(24, 8))),
          "max_exp_avg_sq")]}
 
@@ -228,6 +246,7 @@ def test_damage_is_named(checkpoint, name, damage, word):
         if name == "train.pt":
             read_progress(checkpoint)
         check_optimizer(read_optimizer(checkpoint), MODEL)
+        settings_of(checkpoint)
     line = refusal(read)
     assert str(file) in line and word in line
 
