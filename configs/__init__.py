@@ -53,7 +53,7 @@ def load_config(argv, *schemas, other=(), siblings=(), base=()):
         if word.startswith("-"):
             key, value = read_option(word, following, fields_of(siblings) | fields, known)
             options[key] = value
-    unused = [f"--{key}" for key in options if key not in fields]
+    unused = [f"--{key}" for key in options if key not in fields and key not in base]
     if unused and not files:
         raise unused_key(unused[0].removeprefix("--"), "--")
 

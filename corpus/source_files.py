@@ -19,8 +19,9 @@ NAMED_ENDINGS = 5  # the commonest of the files that are not read; the others ar
 TABLE = ('python -c "import pandas; pandas.read_{}(\'OLD\').to_json(\'NEW.jsonl\', '
          'orient=\'records\', lines=True)"')
 REMEDIES = {
-    ".zst": "zstd -d OLD",
-    ".gz": "gunzip OLD", ".xz": "unxz OLD", ".bz2": "bunzip2 OLD", ".zip": "unzip OLD",
+    ".zst": "zstd -d OLD; what holds JSON may be packed, as NAME.jsonl.zst",
+    ".gz": "gunzip OLD; what holds JSON may be packed, as NAME.jsonl.gz",
+    ".xz": "unxz OLD", ".bz2": "bunzip2 OLD", ".zip": "unzip OLD",
     ".csv": TABLE.format("csv")}
 
 

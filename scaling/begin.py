@@ -42,21 +42,34 @@ def settings_of_start(argv, schemas):
     if {"-h", "--help"} & set(argv):
         return {}
     given = settings_given(argv, schemas)
-    run, start = Path(given.run_dir or fields_of(schemas)["run_dir"].default), given.start_from
-    if not start:
+    run = Path(given.run_dir or fields_of(schemas)["run_dir"].default)
+    if not given.start_from:
         if given.fresh_optimizer:
             raise no_start(argv, run)
         return {}
-    begins_again = bool(given.overwrite)
-    if step_directories(run) and not begins_again:
-        return settings_of_run(run)
-    if given.resume and not begins_again:  # the config of that run says all
+    if not given.overwrite:
+        if step_directories(run):
+            return settings_of_run(run)
+        if given.resume:  # the config of that run says all
+            return {}
+    comes_later = given.plan or hasattr(given, "show")  # data.py and --plan may come before it
+    if comes_later and given.d_model is not None and not Path(given.start_from).exists():
         return {}
-    if given.plan and given.d_model is not None and not Path(start).exists():
-        return {}  # the plan of a run whose start is still to be trained
+    return settings_of_weights(argv, given)
+
+
+def tokenizer_of_start(argv, schemas):
+    """The same for data.py, which uses the tokenizer alone."""
+    found = settings_of_start(argv, schemas)
+    return {key: found[key] for key in ("tokenizer", "start_from") if key in found}
+
+
+def settings_of_weights(argv, given):
+    """settings_of_start for a new run; given: what settings_given returns."""
+    start = given.start_from
     shape, weights_alone = read_start(given)
     file = run_of(start) / "tokenizer.json"
-    tokenizer = {"tokenizer": str(file)} if file.is_file() else {}
+    tokenizer = {"tokenizer": str(file), "start_from": start} if file.is_file() else {}
     if not weights_alone and not is_ours(Path(start)):
         place = partial(place_of, argv=argv)
         return {**settings_to_go_on(Path(start), vars(given), place, shape), **tokenizer}
@@ -90,7 +103,7 @@ def settings_of_run(run):
     saved = read_json(run / "config.json")
     if not saved.get("start_from"):
         return {}
-    keys = [*SHAPE, "tokenizer", "fresh_optimizer"]
+    keys = [*SHAPE, "tokenizer", "start_from", "fresh_optimizer"]
     manifest = run / "manifest.json"
     began = read_json(manifest).get("began", {}) if manifest.is_file() else {}
     if "official_step" in began:

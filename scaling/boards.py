@@ -5,6 +5,7 @@ log: no fault of a board ends a run.
 """
 
 import os
+import re
 import sys
 import uuid
 from importlib.util import find_spec
@@ -81,6 +82,7 @@ class WeightsAndBiases:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # of its own faults, with our paths
         os.environ.setdefault("WANDB_SILENT", "true")  # what is to be known we say in one line
         import wandb
+        check_version(wandb)
         self.wandb = wandb
         self.folder = run / "wandb"
         arguments = dict(
@@ -146,6 +148,14 @@ class WeightsAndBiases:
     def give_up(self, error):
         print(f"warning: W&B: {first_line(error)}; {self.remedy()}", file=sys.stderr)
         self.board = None
+
+
+def check_version(wandb):
+    """UserError for a W&B that was not tried: 0.19 and 0.27 wait for ever for a dead network."""
+    found = tuple(map(int, re.findall(r"\d+", wandb.__version__)[:2]))
+    if found < (0, 31):
+        raise UserError(f"--wandb needs wandb 0.31 or newer, and {wandb.__version__} is here: pip "
+                        "install --upgrade wandb")
 
 
 def kept_id(folder, step):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, columns, difference, forked_ranks, rows, saved_steps, steps
 
+import data
 import eval as evaluation
 import model
 import support.models
@@ -195,6 +196,20 @@ def test_the_tokenizer_is_that_of_the_weights(begin, exported, tmp_path, refused
     refused(begin(f"--start_from={bare}", new, "--tokenizer=other.json"), "other.json: ",
             "vocab_size")
     assert not (tmp_path / "new").exists()
+
+
+def test_the_data_may_be_built_first(begin, exported, tmp_path, sources, call, refused, one_thread):
+    """With the tokenizer of the start; a start that is still to be trained is no hindrance."""
+    words = [CONTINUE, f"--sources={ {'mine': sources['code']} }", "--eval_share=0.2",
+             f"--start_from={exported}"]
+    result = call(data, *words, "--batch_size=2")
+    assert result.returncode == 0 and "data.py does not use --batch_size\n" in result.stdout
+    assert begin(words[-1], "--max_steps=1", "--run_dir=run").returncode == 0
+    assert len(list((tmp_path / "datasets").rglob("manifest.json"))) == 1
+    refused(call(data, *words[:-1]), "start_from: missing")
+    result = call(data, ROOT / "configs/tiny.py", *words[1:3], "--start_from=runs/later",
+                  "--tokenizer=bpe:300", "--workers=1")
+    assert result.returncode == 0, result.stderr
 
 
 def test_a_step_that_was_copied_alone_gives_its_weights(begin, copied, tmp_path, refused,

@@ -118,6 +118,7 @@ def fake_wandb(monkeypatch, board):
     """A package wandb whose runs are `board`; returns the arguments of each init."""
     fake, begun = ModuleType("wandb"), []
     fake.__spec__ = ModuleSpec("wandb", None, origin="fake")
+    fake.__version__ = "0.31.0"
     fake.Settings = type("Settings", (), {"model_fields": {}})  # it knows none of ours
     fake.errors = SimpleNamespace(UsageError=KeyError, AuthenticationError=KeyError)
     fake.teardown = lambda: None
@@ -172,6 +173,12 @@ def test_without_a_network_the_numbers_stay_on_this_disk(copied, call, monkeypat
     assert result.returncode == 0 and steps(copied)[-1] == 22
     lines = [line for line in result.stderr.splitlines() if line.startswith("warning: W&B")]
     assert len(lines) == 2 and all(word in line for word, line in zip(words, lines, strict=True))
+
+
+def test_a_wandb_that_would_wait_for_ever_is_refused(copied, call, refused, monkeypatch):
+    fake_wandb(monkeypatch, Broken())
+    sys.modules["wandb"].__version__ = "0.27.2rc1"
+    refused(call(train, f"--resume={copied}", "--max_steps=22", "--wandb"), "0.31", "0.27.2rc1")
 
 
 @needs_wandb
