@@ -43,8 +43,8 @@ def input_files(root, counts):
         others = '--sources=\'{"name": "path"}\''
         if command() == "adapt.py":
             others = "--train_data, --eval_data"
-        raise UserError(f"{root}: no such file or folder{here(root)}; put .jsonl, .json or "
-                        '.txt files there, or name others: ' + others)
+        raise UserError(f"{root}: no such file or folder{here(root)}; put .jsonl, .json, "
+                        '.parquet or .txt files there, or name others: ' + others)
     if not root.is_dir():
         raise UserError(f"{root}: neither a file nor a folder; save what it holds in a file")
     found = Counter()  # what is not read: {why: files}
