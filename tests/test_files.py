@@ -135,7 +135,8 @@ def test_every_door_reads_every_form(tmp_path, door, request_file):
 
 
 @pytest.mark.parametrize("door", DOORS)
-@pytest.mark.parametrize("name", ["a.jsonl.zst", "list.json"])
+@pytest.mark.parametrize("name", ["list.json",
+                                  pytest.param("a.jsonl.zst", marks=needs_zstandard)])
 def test_every_door_stops_where_a_file_is_cut_off_and_gives_no_advice_of_another(
         tmp_path, door, name, request_file):
     """Only sources have the key --allow_truncated."""
@@ -383,6 +384,7 @@ def test_a_json_file_of_a_folder_is_read_if_it_is_data(tmp_path, files, texts, c
 @pytest.mark.parametrize("content, word", [
     (("[" + ROWS).encode("utf-16"), "UTF-16"), (b'[{"text": "a"}', "cut off"),
     (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+    (b'{"text": "cut off\n{"text": "b"}\n', "1: not JSON"),
     (gzip.compress(b"[]"), "rename")])
 def test_a_damaged_json_file_of_a_folder_is_an_error_and_not_left_out(tmp_path, content, word):
     write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}])
