@@ -115,14 +115,17 @@ def columns_of_documents(file, text_key, columns):
     values = {name: "" if kind == "a string" else None for name, kind in columns.items()}
     if text_key not in columns:
         raise UserError(f"{file}: {why_no_text(values, text_key)}")
-    if columns[text_key] != "a string":
+    kind = columns[text_key]
+    if kind != "a string":
         del values[text_key]
         other = text_key_in(values, text_key)
-        remedy = f'did you mean {other}? {{"path": PATH, "text": "{other}"}}'
-        if not other:
-            remedy = "make it a column of strings, or take the table out"
-        raise UserError(f"{file}: the column {text_key} holds {columns[text_key]} in each row, not "
-                        f"a string; {remedy}")
+        remedy = "make it a column of strings, or take the table out"
+        if kind == "bytes":
+            remedy = f'make it text, as by pandas: table["{text_key}"].str.decode("utf-8")'
+        elif other:
+            remedy = f'did you mean {other}? {{"path": PATH, "text": "{other}"}}'
+        raise UserError(f"{file}: the column {text_key} holds {kind} in each row, not a string; "
+                        + remedy)
     return [text_key, *(name for name in OF_A_DOCUMENT if name in columns and name != text_key)]
 
 

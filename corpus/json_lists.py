@@ -14,6 +14,7 @@ from support.text import MOST_LEVELS, UserError, lines_after, parsed_json, refus
 NO_SPACE = re.compile(rb"[^ \t\r\n]")
 MARK = re.compile(rb'["\[\]{}]')
 WORD_END = re.compile(rb"[ \t\r\n,\[\]{}]")  # of a number, or of null, or of what is no JSON
+MOST_OF_SETTINGS = 2**26  # bytes of a .json file that may be a configuration, or a vocabulary
 CLOSING = {b"{": b"}", b"[": b"]"}
 
 
@@ -27,7 +28,7 @@ def read_json_values(file, bar):
             for line, each in read_lines(file, content):
                 yield line, 1, each
             return
-        values = Values(file, content)
+        values = Values(file, content, MOST_BYTES)
         is_list = values.next_char() == b"["
         yield from values.of_list() if is_list else values.one_by_one()
 
@@ -62,27 +63,31 @@ def holds_rows(file):
             head = content.head().lstrip()
             if head.startswith(b"["):
                 return head[1:].lstrip().startswith(b"{")
-            return holds_objects(Values(file, content))
+            if b"\n" in head and holds_lines(head):
+                others = head.partition(b"\n")[2].lstrip()
+                return head.startswith(b"{") and others.startswith(b"{")
+            return holds_objects(Values(file, content, MOST_OF_SETTINGS))
     except (UserError, OSError):
         return True
 
 
 def holds_objects(values):
-    """Whether there is more than one object; what is broken before its end is not even one."""
+    """Whether there is more than one object, or one that is too long for a configuration."""
     try:
         first = values.next_char()
         values.value()
         return first == b"{" and values.next_char() == b"{"
-    except UserError:
-        return False
+    except UserError:  # what is broken before its end is not even one
+        return len(values.held) > MOST_OF_SETTINGS
 
 
 class Values:
     """Cuts a stream of JSON into its outermost values."""
 
-    def __init__(self, file, content):
+    def __init__(self, file, content, most_bytes):
         self.file = file
         self.content = content
+        self.most_bytes = most_bytes  # of a value
         self.held = bytearray()  # what is read and not taken
         self.line = 1  # on which it begins
         self.begun = 0  # the line on which the last value begins
@@ -183,8 +188,8 @@ class Values:
 
     def fill(self):
         """Read more; returns whether there was more. UserError if one value takes too much."""
-        if len(self.held) > MOST_BYTES:
-            raise self.fault(f"one value of over {MOST_BYTES:,} bytes", "write several")
+        if len(self.held) > self.most_bytes:
+            raise self.fault(f"one value of over {self.most_bytes:,} bytes", "write several")
         chunk = self.content.take()
         self.held += chunk
         return bool(chunk)

@@ -19,8 +19,9 @@ NAMED_ENDINGS = 5  # the commonest of the files that are not read; the others ar
 TABLE = ('python -c "import pandas; pandas.read_{}(\'OLD\').to_json(\'NEW.jsonl\', '
          'orient=\'records\', lines=True)"')
 REMEDIES = {
-    ".zst": "zstd -d OLD",
-    ".gz": "gunzip OLD", ".xz": "unxz OLD", ".bz2": "bunzip2 OLD", ".zip": "unzip OLD",
+    ".zst": "zstd -d OLD; what holds JSON may be packed, as NAME.jsonl.zst",
+    ".gz": "gunzip OLD; what holds JSON may be packed, as NAME.jsonl.gz",
+    ".xz": "unxz OLD", ".bz2": "bunzip2 OLD", ".zip": "unzip OLD",
     ".csv": TABLE.format("csv")}
 
 
@@ -42,8 +43,8 @@ def input_files(root, counts):
         others = '--sources=\'{"name": "path"}\''
         if command() == "adapt.py":
             others = "--train_data, --eval_data"
-        raise UserError(f"{root}: no such file or folder{here(root)}; put .jsonl, .json or "
-                        '.txt files there, or name others: ' + others)
+        raise UserError(f"{root}: no such file or folder{here(root)}; put .jsonl, .json, "
+                        '.parquet or .txt files there, or name others: ' + others)
     if not root.is_dir():
         raise UserError(f"{root}: neither a file nor a folder; save what it holds in a file")
     found = Counter()  # what is not read: {why: files}

@@ -114,9 +114,9 @@ def named_faults(file, row):
     except UserError:
         raise
     except MemoryError:
-        raise UserError(f"{file}:{row + 1}: from this row on, the next ones need over "
-                        f"{MOST_MEMORY:,} bytes of memory to be unpacked; take the file out"
-                        ) from None
+        remedy = "write it as Parquet, or " * (file.suffix != ".parquet") + "take it out"
+        raise UserError(f"{file}:{row + 1}: to unpack the rows from here on takes over "
+                        f"{MOST_MEMORY:,} bytes of memory; {remedy}") from None
     except (ArrowException, OSError, ValueError, KeyError, OverflowError, RecursionError) as error:
         if getattr(error, "errno", None):  # of the disk
             raise

@@ -118,15 +118,24 @@ def optimizer_settings(yaml, path):
     clip = yaml.get("max_grad_norm")
     found = {"weight_decay": Theirs(number(decay), said("optimizer.weight_decay", decay)),
              "grad_clip": Theirs(number(clip or 0), said("max_grad_norm", clip))}
-    optimizer = read_optimizer(path)
-    kinds = {(*group["betas"], group["eps"]) for group in optimizer.groups}
-    if len(kinds) != 1 or any(group.get("amsgrad") or group.get("maximize")
-                              for group in optimizer.groups):
-        raise UserError(f"{optimizer.file}: its groups of parameters differ in betas or eps, or "
-                        "have amsgrad or maximize; begin with the weights alone: --fresh_optimizer")
-    for key, value in zip(("beta1", "beta2", "eps"), *kinds, strict=True):
-        found[key] = Theirs(number(value), f"{key.rstrip('12')}: {value} in {optimizer.file.name}")
-    return found
+    return {**found, **kind_of_adamw(read_optimizer(path))}
+
+
+def kind_of_adamw(optimizer):
+    """Betas and epsilon, which official OLMo takes from optim.pt."""
+    try:
+        [(beta1, beta2, eps)] = {(*map(number, group["betas"]), number(group["eps"]))
+                                 for group in optimizer.groups}
+        if any(group.get("amsgrad") or group.get("maximize") for group in optimizer.groups):
+            raise ValueError("has amsgrad or maximize")
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{optimizer.file}: betas or eps are missing, or differ between its groups "
+                        f"of parameters, or it is another optimiser ({error}); begin with the "
+                        "weights alone: --fresh_optimizer") from None
+    file = optimizer.file.name
+    return {"beta1": Theirs(beta1, f"beta: {beta1} in {file}"),
+            "beta2": Theirs(beta2, f"beta: {beta2} in {file}"),
+            "eps": Theirs(eps, f"eps: {eps} in {file}")}
 
 
 def schedule_settings(yaml):

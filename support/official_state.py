@@ -76,6 +76,8 @@ def read_nested(file):
         inner = found
         for key in keys[:-1]:
             inner = inner.setdefault(key, {})
+            if not isinstance(inner, dict):
+                raise UserError(f"{file}: {place} lies in what is no dict; fetch it again")
         inner[keys[-1]] = value
     return found
 

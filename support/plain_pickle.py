@@ -6,11 +6,12 @@ Unpickling freely would call whatever function the file names.
 
 import io
 import pickle
+import pickletools
 import zipfile
 
 from support.text import UserError, refuse_pointer
 
-MOST_BYTES = 2**26  # of the part without tensors; OLMo's train.pt has some kB
+MOST_BYTES = 2**24  # of the part without tensors; in OLMo's train.pt it has some kB
 
 # The names in files that official OLMo writes. What they stand for is not built.
 LEFT_OUT = {
@@ -87,10 +88,18 @@ def read_plain(file):
 def unpickled(pickled, place):
     """The value of pickled bytes, read as by read_plain; place begins the message of an error."""
     try:
+        check_memo(pickled)
         return PlainUnpickler(io.BytesIO(pickled)).load()
     except Exception as error:  # pickle raises many kinds for bytes that are no pickle
         raise UserError(f"{place}: refused, and nothing in it was run: {one_line(error)}; fetch it "
                         "again from where it was published") from None
+
+
+def check_memo(pickled):
+    """UserError for a number that lets Python fill 32 GB of memory with an empty list."""
+    for opcode, argument, _ in pickletools.genops(pickled):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(pickled):
+            raise UserError(f"it remembers more than it holds ({opcode.name} {argument})")
 
 
 def one_line(error):

@@ -187,6 +187,7 @@ def test_messages_from_a_table_of_both_kinds_have_nulls():
     ({**ALPACA, "history": [["before", "then"]]}, "history: no message"),
     ({**ALPACA, "prompt": "Below is an instruction that describes a task. Divide."},
      "prompt is not the first message"),
+    ({**ALPACA, "prompt": "Add. But first, subtract."}, "prompt is not the first message"),
     ({"instruction": "i", "input": "x", "context": "y", "response": "r"}, "context: no message"),
     ({"prompt": "q", "completion": ""}, "completion: an empty text"),
     ({"prompt": "q", "completion": TWO}, "completion[0].role: user, where assistant"),

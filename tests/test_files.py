@@ -135,7 +135,8 @@ def test_every_door_reads_every_form(tmp_path, door, request_file):
 
 
 @pytest.mark.parametrize("door", DOORS)
-@pytest.mark.parametrize("name", ["a.jsonl.zst", "list.json"])
+@pytest.mark.parametrize("name", ["list.json",
+                                  pytest.param("a.jsonl.zst", marks=needs_zstandard)])
 def test_every_door_stops_where_a_file_is_cut_off_and_gives_no_advice_of_another(
         tmp_path, door, name, request_file):
     """Only sources have the key --allow_truncated."""
@@ -364,7 +365,8 @@ ONE_OBJECT = "files not read: .json of at most one object; to read one, name it"
     ({"a.json": ROWS, "b.json": '{\n"text": "c"}\n{"text": "d"}'}, "abcd", {}),
     ({"a.json": "\ufeff" + ROWS, "README.md": "r"}, "rab", {}),
     ({"a.json": ROWS, "dataset_info.json": '{\n "x": 1}\n', "tokenizer.json": '{"x": [{}]}',
-      "b.json": "[1, 2]", "c.json": "// no JSON {", "d.json": "[]"}, "ab", {ONE_OBJECT: 5}),
+      "b.json": "[1, 2]", "c.json": "// no JSON {", "d.json": "[]",
+      "e.json": '{ // "x\n "y": 1}', "f.json": '{\n // "x\n "y": 1}'}, "ab", {ONE_OBJECT: 7}),
     ({"a.json": ROWS, "b.json": ""}, "ab", {"files not read: empty": 1}),
     ({"package.json": ROWS, "deep/x.py": "p", "deep/y.json": "[{"}, "p",
      {"files not read: .json beside text or code; to read one, name it": 2}),
@@ -382,12 +384,23 @@ def test_a_json_file_of_a_folder_is_read_if_it_is_data(tmp_path, files, texts, c
 @pytest.mark.parametrize("content, word", [
     (("[" + ROWS).encode("utf-16"), "UTF-16"), (b'[{"text": "a"}', "cut off"),
     (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+    (b'{"text": "cut off\n{"text": "b"}\n', "1: not JSON"),
     (gzip.compress(b"[]"), "rename")])
 def test_a_damaged_json_file_of_a_folder_is_an_error_and_not_left_out(tmp_path, content, word):
     write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}])
     (tmp_path / "b.json").write_bytes(content)
     message = refusal(texts_at, tmp_path)
     assert message.startswith(f"{tmp_path / 'b.json'}:") and word in message
+
+
+def test_one_object_that_is_too_long_for_a_configuration_is_read(tmp_path, monkeypatch):
+    """It may be a first line of several, and is not held to find out."""
+    pack(tmp_path / "a.json", b'{"text": "%s"}' % (b"x" * 5000))
+    assert "at most one object" in refusal(texts_at, tmp_path)
+    monkeypatch.setattr(lines, "HEAD_BYTES", 100)
+    monkeypatch.setattr(lines, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(json_lists, "MOST_OF_SETTINGS", 1000)
+    assert len(texts_at(tmp_path)) == 1
 
 
 def test_old_data_is_of_the_same_text_though_more_files_of_its_folder_are_read_now(tmp_path):

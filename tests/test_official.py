@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import zipfile
@@ -111,6 +112,15 @@ def test_moments_and_progress_are_those_that_torch_reads(checkpoint, form):
     assert read_progress(checkpoint) == (10, 0, 40, 640)
 
 
+@safetensors
+def test_a_tensor_within_a_tensor_is_named(checkpoint):
+    from safetensors.torch import save_file
+    one = torch.zeros(2)
+    save_file({encoded("state"): one, encoded("state", "a", "exp_avg"): one.clone()},
+              checkpoint / "optim.safetensors")
+    assert "no dict" in refusal(read_optimizer, checkpoint)
+
+
 def rewrite(file, change):
     """Change data.pkl in a file of torch.save."""
     with zipfile.ZipFile(file) as archive:
@@ -119,6 +129,13 @@ def rewrite(file, change):
         for entry, content in parts:
             is_pickle = entry.filename.endswith("data.pkl")
             archive.writestr(entry, change(content) if is_pickle else content)
+
+
+def test_the_norms_of_another_clipping_are_no_moments(checkpoint):
+    """Such a run is refused by its config.yaml, unless it has turned that clipping off."""
+    save(lambda value: first(value).update(grad_norm_exp_avg=torch.tensor(1.0)))(
+        checkpoint / "optim.pt")
+    check_optimizer(read_optimizer(checkpoint), MODEL)
 
 
 def test_random_states_and_paths_are_left_out(checkpoint):
@@ -166,6 +183,12 @@ def test_a_bomb_stops_with_its_place_and_runs_nothing(checkpoint, tmp_path, wher
         assert marker.exists()
 
 
+def test_a_bomb_of_memory_is_refused(checkpoint):
+    """LONG_BINPUT: Python's list of what it remembers would get 2**31 places, of 8 bytes each."""
+    rewrite(checkpoint / "train.pt", lambda content: b"\x80\x02K\x01r\xff\xff\xff\x7f.")
+    assert "LONG_BINPUT" in refusal(read_progress, checkpoint)
+
+
 def cut(file):
     file.write_bytes(file.read_bytes()[:-300])
 
@@ -205,6 +228,10 @@ DAMAGE = {
         (save(lambda value: first(value).update(exp_avg=1.0)), "exp_avg"),
         (save(lambda value: first(value).update(step=torch.tensor(-1.0))), "step"),
         (save(lambda value: first(value).pop("step")), "step"),
+        (save(lambda value: value["param_groups"][0].pop("params")), "KeyError"),
+        (save(lambda value: value["param_groups"][0].pop("betas")), "betas"),
+        (save(lambda value: value["param_groups"][0].update(eps="a")), "eps"),
+        (save(lambda value: value["param_groups"][0].update(betas=0.9)), "betas"),
         (save(lambda value: first(value).update(max_exp_avg_sq=torch.zeros(24, 8))),
          "max_exp_avg_sq")]}
 
@@ -219,6 +246,7 @@ def test_damage_is_named(checkpoint, name, damage, word):
         if name == "train.pt":
             read_progress(checkpoint)
         check_optimizer(read_optimizer(checkpoint), MODEL)
+        settings_of(checkpoint)
     line = refusal(read)
     assert str(file) in line and word in line
 
@@ -228,14 +256,22 @@ def test_a_packed_file_is_not_unpacked(checkpoint, monkeypatch):
     for name, read in (("train.pt", read_progress), ("optim.pt", read_optimizer)):
         with zipfile.ZipFile(checkpoint / name, "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr("x/data.pkl", bytes(2**16 + 1))
-        line = refusal(read, checkpoint)
-        assert str(checkpoint / name) in line and ("65,537" in line or "packed" in line)
+        reason = refusal(read, checkpoint).partition(f"{checkpoint / name}: ")[2]
+        assert "65,537 bytes" in reason or "packed" in reason
 
 
 def test_a_moment_that_is_no_number_is_named(config, checkpoint, call, refused):
     save(lambda value: first(value)["exp_avg_sq"].fill_(float("nan")))(checkpoint / "optim.pt")
     refused(call(train, config, f"--start_from={checkpoint}"), checkpoint / "optim.pt",
             "transformer.blocks.0.att_proj.weight.exp_avg_sq", "NaN")
+
+
+def test_a_fault_that_one_rank_finds_ends_all_of_them(config, checkpoint):
+    save(lambda value: value["state"]["transformer.wte.weight"]["exp_avg"][-1].fill_(math.inf))(
+        checkpoint / "optim.pt")  # the last row, which rank 1 has
+    codes, log = forked_ranks(2, config.parent / "log", train.main, str(config),
+                              f"--start_from={checkpoint}")
+    assert codes[0] == 1 and "transformer.wte.weight.exp_avg holds" in log, log  # rank 0 too
 
 
 def test_half_a_training_state_is_named(checkpoint):
@@ -343,7 +379,10 @@ def settings_of(path, **given):
     (dict(max_duration="30", scheduler__t_max="25"), dict(decay_steps=25, max_steps=30)),
     (dict(scheduler__units="tokens", scheduler__t_warmup="640", scheduler__t_max="1e4"),
      dict(warmup_steps=10, decay_steps=156)),
+    (dict(max_duration="1.33e3T", scheduler__units="tokens"), dict(decay_steps=21, max_steps=20)),
     (dict(max_grad_norm="null", data__prefetch_factor="4"), dict(grad_clip=0.0)),
+    (dict(data__timeout="0\n  seed: 7"), dict(seed=7)),
+    (dict(scheduler__grad_clip_warmup_steps="7"), dict(grad_clip_warmup_steps=0)),
     (dict(scheduler__name="cosine_with_warmup", scheduler__alpha_f="0.0"),
      dict(schedule="cosine", min_lr=0.0)),
     (dict(scheduler__name="constant"), dict(warmup_steps=0, min_lr=0.02)),
@@ -385,6 +424,9 @@ def test_what_is_set_otherwise_is_named_all_at_once(checkpoint):
     same = dict(batch_size=4, lr=0.02, min_lr=0.1 * 0.02, schedule="linear", decay_steps=30,
                 max_steps=20, eps=1e-5, d_model=8)
     assert settings_of(checkpoint, **same)["max_steps"] == 30  # which the config then overrides
+    change_yaml(checkpoint, optimizer__learning_rate="3.0e-4")  # times 0.1 it is 2.99...97e-05
+    settings_of(checkpoint, min_lr=3e-5)
+    change_yaml(checkpoint, optimizer__learning_rate="0.02")
     other = dict(batch_size=8, lr=0.03, schedule="cosine", decay_steps=20, eps=1e-8, seed=1,
                  beta2=0.99, grad_clip=0.0, weight_decay=0.0, warmup_steps=3, d_model=16,
                  max_seq_len=8)
@@ -427,6 +469,18 @@ def test_what_is_not_the_same_here_is_said(checkpoint):
     loss, precision = notes(checkpoint, settings)
     assert "0.4" in loss and "16" in loss
     assert "amp_bf16" in precision and "--dtype=auto" in precision
+
+
+@pytest.mark.parametrize("change", [dict(betas=(0.9, 0.99)), dict(amsgrad=True), dict(eps=1e-8)])
+def test_an_adamw_of_another_kind_is_named(checkpoint, change):
+    """Official OLMo takes these from optim.pt: the values of config.yaml no longer count."""
+    save(lambda value: value["param_groups"][1].update(change))(checkpoint / "optim.pt")
+    assert str(checkpoint / "optim.pt") in refusal(settings_of, checkpoint)
+    if "amsgrad" not in change:
+        save(lambda value: value["param_groups"][0].update(change))(checkpoint / "optim.pt")
+        found = settings_of(checkpoint)
+        assert (found["beta2"], found["eps"]) == (change.get("betas", (0, 0.95))[1],
+                                                  change.get("eps", 1e-5))
 
 
 # ---- The place in the data -----------------------------------------------------------------------
@@ -566,6 +620,17 @@ def test_a_checkpoint_from_before_the_first_step_has_no_moments(config, checkpoi
     result = call(*words)
     assert result.returncode == 0 and "after step 0 of the official run" in result.stdout
     assert steps(config.parent / "run") == list(range(1, 13))
+
+
+def test_the_plan_of_such_a_run_and_the_tokenizer_beside_it(config, checkpoint, call, tokenizer):
+    shutil.copy(tokenizer, checkpoint / "tokenizer.json")
+    words = [train, config, f"--start_from={checkpoint}"]
+    config.write_text(re.sub("tokenizer = .*\n", "", config.read_text()))
+    result = call(*words, "--plan")
+    assert result.returncode == 0 and "10 steps of 4 x 16 tokens" in result.stdout
+    assert call(*words, "--max_steps=11").returncode == 0
+    settings = json.loads((config.parent / "run/config.json").read_text())
+    assert settings["tokenizer"] == str(checkpoint / "tokenizer.json")
 
 
 def test_a_run_stops_where_official_olmo_would_go_on_differently(config, checkpoint, call,

@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import re
+import resource
 import subprocess
 import sys
 from collections import Counter
@@ -26,6 +27,8 @@ from corpus.documents import as_document, read_documents, read_records
 from corpus.inputs import input_digests
 from corpus.source_files import input_files, is_there, name_in
 from data import build_data
+from support.answers import read_prompts
+from support.files import to_json
 from support.rows import read_set
 from support.suites import suite_at
 
@@ -246,6 +249,15 @@ def test_a_faulty_row_of_a_table_is_named(tmp_path):
     assert message.startswith(f"{file}:3: messages[0].role") and "mend 1 of 3 rows" in message
 
 
+def test_prompts_of_a_table_are_read_and_their_rows_can_be_written(tmp_path):
+    """`generate` writes each row with its answer; bytes, which JSON has not, in base64."""
+    table = pa.table({"prompt": ["q", "r"], "input": [None, None], "raw": [b"\xff", None]})
+    file = write_parquet(tmp_path / "x.parquet", table)
+    places, rows, requests = read_prompts(str(file), Counter())
+    assert places == (f"{file}:1", f"{file}:2") and requests == (say("u: q"), say("u: r"))
+    assert json.loads(to_json(rows[0])) == {"prompt": "q", "input": None, "raw": "/w=="}
+
+
 def test_evaluation_reads_tables_of_documents_and_of_requests(tmp_path, request_file):
     from eval import EvalConfig
     file = write_parquet(tmp_path / "x.parquet", ROWS[:3])
@@ -278,6 +290,16 @@ def test_a_folder_of_a_hub_is_read_without_its_card_and_caches(tmp_path):
     assert [document["text"] for document in read_documents(tmp_path, "s", counts)] == TEXTS[:9]
     (tmp_path / "data-00001-of-00003.arrow").unlink()
     assert "data-00001-of-00003.arrow: is not there" in refusal(names_of, tmp_path)
+
+
+def test_a_cache_of_datasets_is_read_without_what_map_left_there(tmp_path):
+    for name in ("my_set-train.arrow", "cache-3f2a.arrow"):
+        write_stream(tmp_path / "0.0.0" / name, ROWS[:2])
+    (tmp_path / "0.0.0" / "dataset_info.json").write_text("{}")
+    counts = Counter()
+    assert names_of(tmp_path, counts) == ["0.0.0/my_set-train.arrow"]
+    assert counts == {"files not read: they describe tables": 1,
+                      "files not read: caches of datasets": 1}
 
 
 @pytest.mark.parametrize("state", [{"_indices_data_files": [{"filename": "indices.arrow"}]},
@@ -349,6 +371,7 @@ def damaged(content, kind):
     middle = len(content) // 2
     return {"empty": b"", "cut": content[:middle], "pointer": POINTER, "html": b"<!DOCTYPE html>",
             "hole": content[:middle] + bytes(200) + content[middle + 200:],
+            "bit": content.replace(b"tells of", b"tells if", 1),
             "junk": b"what is this? " * 50, "json": b'{"text": "x"}\n',
             "gzip": b"\x1f\x8b\x08xyz",
             "footer": content[:-40] + b"\xff" * 28 + content[-12:],
@@ -357,10 +380,12 @@ def damaged(content, kind):
 
 @pytest.mark.parametrize("kind, words", [
     ("empty", "0 bytes"), ("cut", "cut off"), ("pointer", "git lfs pull"), ("html", "fetch it"),
-    ("hole", "fetch it again"), ("junk", "not Parquet"), ("json", "rename it to x.jsonl"),
+    ("hole", "fetch it again"), ("bit", "CRC"), ("junk", "not Parquet"),
+    ("json", "rename it to x.jsonl"),
     ("gzip", "not Parquet but gzip"), ("footer", "fetch it again"), ("encrypted", "decrypt it")])
 def test_a_parquet_file_with_a_fault_is_named(tmp_path, kind, words):
-    file = write_parquet(tmp_path / "x.parquet", ROWS, compression="none", row_group_size=100)
+    file = write_parquet(tmp_path / "x.parquet", ROWS, compression="none", row_group_size=100,
+                         write_page_checksum=True)
     file.write_bytes(damaged(file.read_bytes(), kind))
     message = refusal(list, read_records(file, "s", Counter(), True))
     assert message.startswith(f"{file}: ") and words in message
@@ -392,10 +417,10 @@ def test_a_table_with_the_name_of_another_kind_is_named(tmp_path, name, content,
 
 
 @pytest.mark.parametrize("column, words", [
-    (pa.array([b"a", b"b"]), "the column text holds bytes"), (pa.array([1, 2]), "a number"),
+    (pa.array([b"a", b"b"]), "bytes"), (pa.array([1, 2]), "did you mean body?"),
     (pa.array([["a"], ["b"]]), "a list"), (pa.nulls(2), "null in each row")])
 def test_a_text_of_another_type_is_an_error_of_its_column(tmp_path, column, words):
-    file = write_parquet(tmp_path / "x.parquet", pa.table({"text": column, "id": ["a", "b"]}))
+    file = write_parquet(tmp_path / "x.parquet", pa.table({"text": column, "body": ["a", "b"]}))
     message = refusal(build, tmp_path, file)
     assert message.startswith(f"{file}: the column text holds ") and words in message
 
@@ -461,13 +486,15 @@ def test_an_arrow_file_that_points_outside_of_itself_is_refused(tmp_path):
 def test_a_bomb_stops_with_its_row(tmp_path, monkeypatch):
     """A few kilobytes that unpack to 512 MB: one text of 2 MiB, in each of 256 rows."""
     monkeypatch.setattr(tables, "MOST_MEMORY", 2**26)
+    limits = resource.getrlimit(resource.RLIMIT_DATA)
     texts = pa.DictionaryArray.from_arrays(pa.array([0] * 256, pa.int32()), pa.array(["a" * 2**21]))
     file = write_parquet(tmp_path / "x.parquet", pa.table({"text": texts}), compression="zstd",
                          store_schema=False, dictionary_pagesize_limit=2**30)
     assert file.stat().st_size < 10_000
-    assert refusal(rows_in, file).startswith(f"{file}:1: from this row on")
-    file = write_parquet(tmp_path / "y.parquet", ROWS)
-    assert len(rows_in(file)) == len(ROWS)  # the limit is gone
+    assert refusal(rows_in, file).startswith(f"{file}:1: to unpack the rows")
+    rows = tables.read_table(write_parquet(tmp_path / "y.parquet", ROWS), None, tqdm(disable=True))
+    for _ in rows:  # the limit is gone between two rows
+        assert resource.getrlimit(resource.RLIMIT_DATA) == limits
 
 
 def test_a_row_that_is_too_large_is_named(tmp_path, monkeypatch):
