@@ -366,7 +366,7 @@ ONE_OBJECT = "files not read: .json of at most one object; to read one, name it"
     ({"a.json": "\ufeff" + ROWS, "README.md": "r"}, "rab", {}),
     ({"a.json": ROWS, "dataset_info.json": '{\n "x": 1}\n', "tokenizer.json": '{"x": [{}]}',
       "b.json": "[1, 2]", "c.json": "// no JSON {", "d.json": "[]",
-      "e.json": '{ // "x\n "y": 1}'}, "ab", {ONE_OBJECT: 6}),
+      "e.json": '{ // "x\n "y": 1}', "f.json": '{\n // "x\n "y": 1}'}, "ab", {ONE_OBJECT: 7}),
     ({"a.json": ROWS, "b.json": ""}, "ab", {"files not read: empty": 1}),
     ({"package.json": ROWS, "deep/x.py": "p", "deep/y.json": "[{"}, "p",
      {"files not read: .json beside text or code; to read one, name it": 2}),
