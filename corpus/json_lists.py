@@ -63,6 +63,9 @@ def holds_rows(file):
             head = content.head().lstrip()
             if head.startswith(b"["):
                 return head[1:].lstrip().startswith(b"{")
+            if b"\n" in head and holds_lines(head):
+                others = head.partition(b"\n")[2].lstrip()
+                return head.startswith(b"{") and others.startswith(b"{")
             return holds_objects(Values(file, content, MOST_OF_SETTINGS))
     except (UserError, OSError):
         return True
