@@ -23,7 +23,8 @@ ELSEWHERE = {
     "log_every_steps": "log_interval logging_steps", "save_every_steps": "save_interval save_steps",
     "d_model": "n_embd hidden_size", "n_layers": "n_layer num_hidden_layers",
     "n_heads": "n_head num_attention_heads", "mlp_hidden_size": "intermediate_size",
-    "epochs": "num_train_epochs num_epochs"}
+    "epochs": "num_train_epochs num_epochs", "fresh_optimizer": "reset_optimizer_state",
+    "start_from": "init_from load_path model_name_or_path"}
 
 
 def unknown_key(key, known, place):
