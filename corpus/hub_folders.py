@@ -58,11 +58,11 @@ def is_card(file):
 
 def check_single(file):
     """UserError if a folder of DatasetDict.save_to_disk holds several splits."""
-    content = read_json(file)
-    splits = content.get("splits", []) if isinstance(content, dict) else []
-    if len(splits) > 1:
-        raise UserError(f"{file.parent}: holds the splits {', '.join(splits)}; name one: "
-                        f"{file.parent / splits[0]}")
+    splits = read_json(file).get("splits")
+    if isinstance(splits, list) and len(splits) > 1:
+        names = list(map(str, splits))
+        raise UserError(f"{file.parent}: holds the splits {', '.join(names)}; name one: "
+                        f"{file.parent / names[0]}")
 
 
 def saved_files(file, tables):
@@ -71,16 +71,14 @@ def saved_files(file, tables):
     Raises UserError for a table that is not there, and for rows that are not in their order there.
     """
     state = read_json(file)
-    if not isinstance(state, dict) or not isinstance(state.get("_data_files"), list):
+    entries = state.get("_data_files")
+    if not isinstance(entries, list) or not all(isinstance(each, dict) for each in entries):
         return set()
-    # before datasets 1.16 the chosen rows of a shuffled or filtered set were a list of numbers, and
-    # before 1.6 a renamed column was a note
-    history = state.get("_inplace_history") or []
-    if state.get("_indices_data_files") or any(each.get("transforms") for each in history):
-        raise UserError(f"{file}: the rows were chosen or changed, and its tables hold those from "
-                        "before; write them anew: datasets.load_from_disk(OLD).flatten_indices()"
-                        ".save_to_disk(NEW)")
-    listed = {file.parent / str(entry.get("filename")) for entry in state["_data_files"]}
+    if state.get("_indices_data_files"):  # before datasets 1.16: the numbers of the chosen rows
+        raise UserError(f"{file}: the rows are chosen by a list of numbers, which is not read; "
+                        "write them in their order: datasets.load_from_disk(OLD)"
+                        ".flatten_indices().save_to_disk(NEW)")
+    listed = {file.parent / str(entry.get("filename")) for entry in entries}
     missing = sorted(str(each) for each in listed - set(tables))
     if missing:
         raise UserError(f"{missing[0]}: is not there, and {file} lists it; copy the whole folder "
@@ -97,7 +95,7 @@ def check_splits(root, tables):
         return
     names = ", ".join(f"{name} ({counted(len(paths), 'file')})" for name, paths in splits.items())
     training = [name for name in splits if "train" in name.lower()]
-    [path, *_] = splits[training[0] if training else min(splits)]
+    path = splits[training[0] if training else min(splits)][0]
     raise UserError(f"{root}: holds several splits: {names}; name one of them: {path}")
 
 

@@ -303,11 +303,18 @@ def test_a_cache_of_datasets_is_read_without_what_map_left_there(tmp_path):
                       "files not read: caches of datasets": 1}
 
 
-@pytest.mark.parametrize("state", [{"_indices_data_files": [{"filename": "indices.arrow"}]},
-                                   {"_inplace_history": [{"transforms": [["rename_column"]]}]}])
-def test_rows_that_save_to_disk_chose_by_a_list_are_refused(tmp_path, state):
+@pytest.mark.parametrize("state, words", [
+    ({"_indices_data_files": [{"filename": "indices.arrow"}]}, "flatten_indices"),
+    ({"_indices_data_files": None}, ""), ({"_data_files": [1]}, ""), ({"_data_files": "x"}, ""),
+    ({"_data_files": [{}]}, "None: is not there"),
+    ({"_data_files": [{"filename": "../x.arrow"}]}, "x.arrow: is not there")])
+def test_a_list_of_tables_is_used_or_refused(tmp_path, state, words):
+    """Rows that datasets before 1.16 chose by their numbers, and a list that is none."""
     save_to_disk(tmp_path, ROWS[:9], 1, **state)
-    assert "flatten_indices" in refusal(names_of, tmp_path)
+    if words:
+        assert words in refusal(names_of, tmp_path)
+    else:
+        assert names_of(tmp_path) == ["data-00000-of-00001.arrow"]
 
 
 @pytest.mark.parametrize("names, remedy", [
@@ -359,6 +366,8 @@ def test_a_dataset_dict_is_read_if_it_has_one_split(tmp_path):
     message = refusal(names_of, tmp_path)
     assert "holds the splits sft, prefs" in message and str(tmp_path / "sft") in message
     assert len(names_of(tmp_path / "prefs")) == 2
+    (tmp_path / "dataset_dict.json").write_text('{"splits": 3}')
+    assert len(names_of(tmp_path)) == 4
 
 
 def test_a_pattern_is_a_path(tmp_path):
