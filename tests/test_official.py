@@ -358,6 +358,8 @@ def test_other_yaml_is_named_with_its_line(tmp_path, text, line):
     file = tmp_path / "config.yaml"
     file.write_text(text)
     assert f"{file}:{line}: " in refusal(read_yaml, file)
+    file.write_text("- 1\n- 2")
+    assert f"{file}: holds a list" in refusal(read_yaml, file)
 
 
 def settings_given(**given):
