@@ -109,8 +109,8 @@ class WeightsAndBiases:
         try:
             return self.wandb.init(**arguments)
         except (errors.UsageError, errors.AuthenticationError) as error:
-            raise UserError(f"--wandb: {first_line(error).rstrip('.')}; `wandb login` sets the key, "
-                            "and WANDB_MODE=offline keeps the numbers on this disk") from None
+            raise UserError(f"--wandb: {first_line(error)}; `wandb login` sets the key, and "
+                            "WANDB_MODE=offline keeps the numbers on this disk") from None
         except Exception as error:  # the way to the server, the server, or W&B's own process
             print(f"warning: W&B: {first_line(error)}", file=sys.stderr)
         try:
@@ -146,7 +146,7 @@ class WeightsAndBiases:
             self.give_up(error)
 
     def give_up(self, error):
-        print(f"warning: W&B: {first_line(error).rstrip('.')}; {self.remedy()}", file=sys.stderr)
+        print(f"warning: W&B: {first_line(error)}; {self.remedy()}", file=sys.stderr)
         self.board = None
 
 
@@ -180,6 +180,6 @@ def private_settings(wandb):
 
 
 def first_line(error):
-    """An error as one line."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    """An error as one line, without the full stop."""
+    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
 
