@@ -5,8 +5,9 @@ that are kept apart for tests.
 """
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 
+from corpus.lines import JSON_SUFFIXES, TEXT_SUFFIXES
 from corpus.tables import TABLE_SUFFIXES
 from support.files import read_json
 from support.text import UserError, counted
@@ -16,7 +17,7 @@ SPLITS = {"train": "train", "training": "train",
           "validation": "validation", "valid": "validation", "val": "validation",
           "dev": "validation",
           "test": "test", "testing": "test", "eval": "test", "evaluation": "test"}
-DESCRIBE = ("readme.md", "dataset_dict.json", "dataset_info.json", "dataset_infos.json")
+DESCRIBE = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json")
 SHARD = re.compile(r"-\d{5}-of-\d{5}.*")
 
 
@@ -26,6 +27,7 @@ def files_with_rows(root, files, counts):
     counts: receives how many were left out, by reason. Raises UserError for several splits.
     """
     tables = [file for file in files if file.name.endswith(TABLE_SUFFIXES)]
+    count_splits(root, [file for file in files if file.name.endswith(JSON_SUFFIXES)], counts)
     if not tables:
         return files
     left_out = {}  # {file: why}
@@ -41,11 +43,17 @@ def files_with_rows(root, files, counts):
     for file in files:
         if file.match("cache-*.arrow"):
             left_out.setdefault(file, "caches of datasets")
-        elif file.name.lower() in DESCRIBE:
+        elif file.name in DESCRIBE or is_card(file):
             left_out[file] = "they describe tables"
     counts.update(f"files not read: {why}" for why in left_out.values())
     check_splits(root, [table for table in tables if table not in left_out])
     return [file for file in files if file not in left_out]
+
+
+def is_card(file):
+    """Whether a file is a text that only describes the files beside it."""
+    is_named = file.name.lower().startswith(("readme", "license", "changelog"))
+    return is_named and file.name.endswith(TEXT_SUFFIXES)
 
 
 def check_single(file):
@@ -84,20 +92,32 @@ def saved_files(file, tables):
 
 def check_splits(root, tables):
     """UserError if tables of training and of test rows are there, which nobody wants to mix."""
-    kinds = set()
-    files = Counter()  # {name of a split: files}
-    example = {}
-    for table in sorted(tables):
-        kind, name, path = split_of(table.relative_to(root))
-        if kind:
-            kinds.add(kind)
-            files[name] += 1
-            example.setdefault(name, root / path)
+    splits, kinds = splits_of(root, tables)
+    if len(kinds) < 2:
+        return
+    names = ", ".join(f"{name} ({counted(len(paths), 'file')})" for name, paths in splits.items())
+    training = [name for name in splits if "train" in name.lower()]
+    [path, *_] = splits[training[0] if training else min(splits)]
+    raise UserError(f"{root}: holds several splits: {names}; name one of them: {path}")
+
+
+def count_splits(root, files, counts):
+    """Count the files of each kind of split, if there are several; such files may be mixed."""
+    _, kinds = splits_of(root, files)
     if len(kinds) > 1:
-        splits = ", ".join(f"{name} ({counted(n, 'file')})" for name, n in files.items())
-        training = [name for name in files if "train" in name.lower()]
-        path = example[training[0] if training else min(files)]
-        raise UserError(f"{root}: holds several splits: {splits}; name one of them: {path}")
+        counts.update({f"files read of the split {kind}": n for kind, n in kinds.items()})
+
+
+def splits_of(root, files):
+    """Returns ({name of a split: [path to its files, for each of them]}, {kind: files})."""
+    splits = defaultdict(list)
+    kinds = Counter()
+    for file in sorted(files):
+        kind, name, path = split_of(file.relative_to(root))
+        if kind:
+            kinds[kind] += 1
+            splits[name].append(root / path)
+    return splits, kinds
 
 
 def split_of(path):

@@ -99,19 +99,26 @@ def test_wandb_gets_the_numbers_of_the_log(tmp_path, finished, copied, tiny_conf
         assert [(row["step"], row["eval/web"]) for row in part if "eval/web" in row] == [
             (25, rows(copied, "eval")[-1]["bits_per_byte"]["web"])]
         assert all({"step", "tokens", "seconds"} <= row.keys() for row in part)
-    content = next(copied.glob("wandb/offline*/*.wandb")).read_bytes()
-    assert not any(word.encode() in content for word in private_words())
+    for file in copied.glob("wandb/offline*/**/*"):
+        if file.is_file() and "logs" not in file.parts:  # those stay here
+            assert not any(word.encode() in file.read_bytes() for word in private_words()), file
     assert call(train, f"--resume={copied}", "--overwrite", "--max_steps=2", "--wandb",
                 "--eval_every_steps=0").returncode == 0
     [(other, _, history)] = offline_runs(copied)  # a new run there, and the old one's files deleted
     assert other != name and [row["step"] for row in history] == [1, 2, 2, 2]
 
 
+def test_a_run_that_begins_again_is_a_new_one_at_wandb(tmp_path):
+    name = boards.kept_id(tmp_path, -1)
+    assert boards.kept_id(tmp_path, 300) == name != boards.kept_id(tmp_path, -1)
+
+
 def private_words():
     """What W&B would send of this machine by itself."""
     import getpass
     import platform
-    return [platform.node(), f'"{getpass.getuser()}"', "requirements.txt", "train.py"]
+    printed = "forward in"
+    return [platform.node(), f'"{getpass.getuser()}"', "requirements.txt", "train.py", printed]
 
 
 def fake_wandb(monkeypatch, board):
@@ -271,13 +278,17 @@ def test_the_best_step_is_kept(tmp_path, values, best, keep_last, keep_every):
 
 def test_only_evaluations_of_the_same_text_are_compared(tmp_path, capsys):
     kept = kept_in(tmp_path, keep_last=1)
-    for step, value, of in ((1, 1.0, "domains"), (2, 3.0, "paloma"), (3, 2.5, "paloma")):
+    found = ((1, 1.0, "domains"), (2, 3.0, "paloma"), (3, 2.5, "paloma"))
+    for step, value, of in found:
         (tmp_path / f"step{step:06d}").mkdir()
         best = kept.note(step, evaluation_of(value, of=of))
         assert best["step"] == step
     assert capsys.readouterr().out.count("other text") == 1
     shutil.rmtree(tmp_path / "step000003")  # what is not there is not the best
     assert kept.best()["step"] == 2
+    write_rows(tmp_path / "metrics.jsonl", [
+        {"kind": "eval", "step": step, **evaluation_of(value, of=of)} for step, value, of in found])
+    assert kept_in(tmp_path).best()["step"] == 2  # as a resumed run reads it
 
 
 @pytest.mark.parametrize("method, key", [("sft", "loss"), ("dpo", "dpo_loss")])
@@ -427,7 +438,8 @@ def test_each_prompt_of_a_file_gets_its_sample(tmp_path, copied, call, refused):
 # ---- A log without a bar -------------------------------------------------------------------------
 
 def test_where_no_bar_is_seen_each_row_of_the_log_is_a_line(copied, call, monkeypatch):
-    words = [f"--resume={copied}", "--log_every_steps=4", "--eval_every_steps=0"]
+    words = [f"--resume={copied}", "--log_every_steps=4", "--eval_every_steps=0", "--keep_last=1",
+             "--keep_best"]
     result = call(train, *words, "--max_steps=30")
     assert result.returncode == 0 and "step/s" not in result.stderr  # a bar's speed
     lines = [line for line in result.stderr.splitlines() if line.startswith("step ")]
@@ -439,11 +451,11 @@ def test_where_no_bar_is_seen_each_row_of_the_log_is_a_line(copied, call, monkey
                      f"{speed:,.0f} tokens/s", f"{memory:.2f} GB"):
             assert part in line
     assert "0:00:00 left" in lines[-1]
+    assert saved_steps(copied) == [30]  # better than step 20, which was the best so far
     monkeypatch.setattr("scaling.run.has_bar", lambda: True)  # at a terminal there is the bar alone
     monkeypatch.setattr("scaling.log.has_bar", lambda: True)
     result = call(train, *words, "--max_steps=34")
-    assert "34/34" in result.stderr and not any(
-        line.startswith("step ") for line in result.stderr.splitlines())
+    assert "34/34" in result.stderr and " left, " not in result.stderr
 
 
 def test_the_time_left_is_that_of_the_pace_with_evaluations_in_it(monkeypatch):

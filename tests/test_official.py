@@ -659,7 +659,7 @@ def test_without_its_training_state_the_weights_alone_are_taken(config, checkpoi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [["--tied"], [], ["--units=tokens"]])
+@pytest.mark.parametrize("options", [["--tied"], [], ["--tokens"], ["--cosine"]])
 def test_official_olmo_run_anew(config, call, one_thread, options):
     """NANOLMO_OFFICIAL_PYTHON names a Python with what make.py needs."""
     python = os.environ.get("NANOLMO_OFFICIAL_PYTHON")
@@ -669,6 +669,8 @@ def test_official_olmo_run_anew(config, call, one_thread, options):
     subprocess.run([python, RECORDED / "make.py", out, *options], check=True, timeout=600,
                    capture_output=True)
     (config.parent / "list").write_text(f"{out}/tokens-0.npy\n{out}/tokens-1.npy\n")
+    if "--cosine" in options:
+        config.write_text(config.read_text().replace("decay_steps = 28\n", ""))  # t_max says it
     result = call(train, config, f"--start_from={out / 'step10-unsharded'}")
     assert result.returncode == 0, result.stderr
     check_goes_on(config.parent / "run", out, json.loads((out / "run.json").read_text()))

@@ -27,7 +27,7 @@ from corpus.documents import as_document, read_documents, read_records
 from corpus.inputs import input_digests
 from corpus.source_files import input_files, is_there, name_in
 from data import build_data
-from support.answers import read_prompts
+from support.answers import generate_answers, read_prompts
 from support.files import to_json
 from support.rows import read_set
 from support.suites import suite_at
@@ -132,10 +132,10 @@ def test_the_same_rows_in_every_form_are_the_same_documents(tmp_path):
 
 
 def test_the_same_rows_in_every_form_are_the_same_tokens(tmp_path):
-    """Clean documents, tokens and tokenizer byte for byte, with 1 and with 2 workers."""
+    """Clean documents, tokens and tokenizer byte for byte, with 1, 2 and 4 workers."""
     forms = write_in_every_form(tmp_path / "in")
     found = []
-    for form, workers in (("lines", 1), ("parquet", 1), ("parquet", 2), ("saved", 2), ("views", 1)):
+    for form, workers in (("lines", 1), ("parquet", 1), ("parquet", 4), ("saved", 2), ("views", 1)):
         folder = build(tmp_path / f"{form}{workers}", forms[form], workers=workers)
         tokens = [file.read_bytes() for file in sorted(folder.rglob("*.bin"))]
         found.append((without_provenance(kept_documents(folder)), tokens,
@@ -255,6 +255,7 @@ def test_prompts_of_a_table_are_read_and_their_rows_can_be_written(tmp_path):
     file = write_parquet(tmp_path / "x.parquet", table)
     places, rows, requests = read_prompts(str(file), Counter())
     assert places == (f"{file}:1", f"{file}:2") and requests == (say("u: q"), say("u: r"))
+    assert "no_run" in refusal(generate_answers, ["no_run", str(file), str(tmp_path / "x.jsonl")])
     assert json.loads(to_json(rows[0])) == {"prompt": "q", "input": None, "raw": "/w=="}
 
 
@@ -331,11 +332,22 @@ def test_a_folder_of_several_splits_is_refused_with_the_path_of_one(tmp_path, na
         assert sorted(str(file.relative_to(tmp_path)) for file in chosen) == one
 
 
+def test_splits_of_json_files_are_read_and_named(tmp_path):
+    for name in ("train-1.jsonl", "train-2.jsonl.gz", "test-1.jsonl"):
+        write_jsonl(tmp_path / name, ROWS[:2])
+    counts = Counter()
+    assert len(names_of(tmp_path, counts)) == 3
+    assert counts == {"files read of the split train": 2, "files read of the split test": 1}
+    (tmp_path / "test-1.jsonl").unlink()
+    counts.clear()
+    assert len(names_of(tmp_path, counts)) == 2 and not counts
+
+
 def test_splits_of_one_kind_are_read_together(tmp_path):
     for name in ("train-wiki-00000-of-00001.parquet", "train-books-00000-of-00001.parquet",
-                 "more.parquet", "en/part.0.parquet"):
+                 "more.parquet", "en/part.0.parquet", "license_texts.parquet"):
         write_parquet(tmp_path / name, ROWS[:2])
-    assert len(names_of(tmp_path)) == 4
+    assert len(names_of(tmp_path)) == 5
 
 
 def test_a_dataset_dict_is_read_if_it_has_one_split(tmp_path):
@@ -372,6 +384,7 @@ def damaged(content, kind):
     return {"empty": b"", "cut": content[:middle], "pointer": POINTER, "html": b"<!DOCTYPE html>",
             "hole": content[:middle] + bytes(200) + content[middle + 200:],
             "bit": content.replace(b"tells of", b"tells if", 1),
+            "rows": content.replace(b"\x16\xd0\x0f", b"\x16\xd2\x0f"),  # 1,000 rows, then 1,001
             "junk": b"what is this? " * 50, "json": b'{"text": "x"}\n',
             "gzip": b"\x1f\x8b\x08xyz",
             "footer": content[:-40] + b"\xff" * 28 + content[-12:],
@@ -380,7 +393,7 @@ def damaged(content, kind):
 
 @pytest.mark.parametrize("kind, words", [
     ("empty", "0 bytes"), ("cut", "cut off"), ("pointer", "git lfs pull"), ("html", "fetch it"),
-    ("hole", "fetch it again"), ("bit", "CRC"), ("junk", "not Parquet"),
+    ("hole", "fetch it again"), ("bit", "CRC"), ("rows", "1,001"), ("junk", "not Parquet"),
     ("json", "rename it to x.jsonl"),
     ("gzip", "not Parquet but gzip"), ("footer", "fetch it again"), ("encrypted", "decrypt it")])
 def test_a_parquet_file_with_a_fault_is_named(tmp_path, kind, words):

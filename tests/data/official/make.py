@@ -3,7 +3,7 @@
     python -m venv ENV && ENV/bin/pip install torch==2.13.0 numpy omegaconf rich requests packaging
     ENV/bin/pip install --no-deps ai2-olmo==0.2.5 safetensors tokenizers pyyaml \
         antlr4-python3-runtime==4.9.3
-    ENV/bin/python tests/data/official/make.py OUT [--tied] [--units=tokens] [--restore]
+    ENV/bin/python tests/data/official/make.py OUT [--tied] [--tokens | --cosine] [--restore]
 
 The loop, the optimiser, the scheduler, the batches and the checkpointer are official OLMo's own;
 the lines that put them together are those of its scripts/train.py. What OLMo imports and never
@@ -64,7 +64,7 @@ def stub():
     torch.load = partial(torch.load, weights_only=False)  # the default of torch 2.1
 
 
-def main(out, tied, units, restore):
+def main(out, options):
     out = Path(out).resolve()
     shutil.rmtree(out / "run", ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,8 @@ def main(out, tied, units, restore):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29517", RANK="0", WORLD_SIZE="1",
                       LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", NODE_RANK="0", FS_LOCAL_RANK="0")
     dist.init_process_group("gloo")
-    trainer, record = make_trainer(config(tied, units))
+    trainer, record = make_trainer(config(options))
+    restore = "--restore" in options
     if restore:  # what official OLMo itself makes of the checkpoint
         trainer.restore_checkpoint(out / "step10-unsharded")
     trainer.fit()
@@ -98,15 +99,20 @@ def write_tokens(out):
         ids.astype(np.uint16).tofile(out / f"tokens-{number}.npy")
 
 
-def config(tied, units):
+def config(options):
     """14 steps an epoch (56 of 58 instances): step 15 begins the second one."""
     from olmo.config import TrainConfig
-    per_step = 1 if units == "steps" else 4 * 16
+    scheduler = dict(name="linear_with_warmup", units="steps", t_warmup=12, alpha_f=0.1)
+    if "--tokens" in options:  # a schedule that counts tokens, 64 a step
+        scheduler.update(units="tokens", t_warmup=12 * 64)
+    if "--cosine" in options:
+        scheduler.update(name="cosine_with_warmup", t_warmup=5, t_max=18, alpha_f=0.2,
+                         grad_clip_warmup_steps=12, grad_clip_warmup_factor=0.4)
     return TrainConfig.new(
-        run_name="small", seed=6198, epoch=None, save_folder="run",
-        save_overwrite=True,
-        model=dict(d_model=8, n_heads=2, n_layers=1, mlp_hidden_size=32, weight_tying=tied,
-                   alibi=False, rope=True, flash_attention=False, attention_dropout=0.0,
+        run_name="small", seed=6198, epoch=None, save_folder="run", save_overwrite=True,
+        model=dict(d_model=8, n_heads=2, n_layers=1, mlp_hidden_size=32,
+                   weight_tying="--tied" in options, alibi=False, rope=True,
+                   flash_attention=False, attention_dropout=0.0,
                    residual_dropout=0.0, embedding_dropout=0.0, attention_layer_norm=False,
                    multi_query_attention=False, include_bias=False, block_type="sequential",
                    layer_norm_type="default", layer_norm_with_affine=False,
@@ -115,8 +121,7 @@ def config(tied, units):
                    embedding_size=304, eos_token_id=299, pad_token_id=298, init_device="cpu",
                    init_fn="mitchell"),
         optimizer=dict(name="adamw", learning_rate=0.02, weight_decay=0.1, betas=[0.9, 0.95]),
-        scheduler=dict(name="linear_with_warmup", units=units, t_warmup=12 * per_step,
-                       alpha_f=0.1),
+        scheduler=scheduler,
         data=dict(paths=["tokens-0.npy", "tokens-1.npy"], drop_last=True),
         tokenizer=dict(identifier="small.json"), max_duration="2ep", stop_at=20,
         global_train_batch_size=4, device_train_microbatch_size=2, precision="fp32",
@@ -160,6 +165,4 @@ def make_trainer(cfg):
 
 
 if __name__ == "__main__":
-    options = sys.argv[2:]
-    units = "tokens" if "--units=tokens" in options else "steps"
-    main(sys.argv[1], "--tied" in options, units, "--restore" in options)
+    main(sys.argv[1], sys.argv[2:])
