@@ -7,7 +7,7 @@ that are kept apart for tests.
 import re
 from collections import Counter, defaultdict
 
-from corpus.lines import JSON_SUFFIXES
+from corpus.lines import JSON_SUFFIXES, TEXT_SUFFIXES
 from corpus.tables import TABLE_SUFFIXES
 from support.files import read_json
 from support.text import UserError, counted
@@ -17,7 +17,7 @@ SPLITS = {"train": "train", "training": "train",
           "validation": "validation", "valid": "validation", "val": "validation",
           "dev": "validation",
           "test": "test", "testing": "test", "eval": "test", "evaluation": "test"}
-DESCRIBE = ("readme.md", "dataset_dict.json", "dataset_info.json", "dataset_infos.json")
+DESCRIBE = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json")
 SHARD = re.compile(r"-\d{5}-of-\d{5}.*")
 
 
@@ -43,11 +43,17 @@ def files_with_rows(root, files, counts):
     for file in files:
         if file.match("cache-*.arrow"):
             left_out.setdefault(file, "caches of datasets")
-        elif file.name.lower() in DESCRIBE:
+        elif file.name in DESCRIBE or is_card(file):
             left_out[file] = "they describe tables"
     counts.update(f"files not read: {why}" for why in left_out.values())
     check_splits(root, [table for table in tables if table not in left_out])
     return [file for file in files if file not in left_out]
+
+
+def is_card(file):
+    """Whether a file is a text that only describes the files beside it."""
+    is_named = file.name.lower().startswith(("readme", "license", "changelog"))
+    return is_named and file.name.endswith(TEXT_SUFFIXES)
 
 
 def check_single(file):

@@ -4,7 +4,7 @@ import os
 from collections import Counter, deque
 from pathlib import Path
 
-from corpus.hub_folders import files_with_rows
+from corpus.hub_folders import files_with_rows, is_card
 from corpus.json_lists import holds_rows
 from corpus.lines import JSON_SUFFIXES, TEXT_SUFFIXES
 from corpus.tables import TABLE_SUFFIXES
@@ -90,8 +90,7 @@ def matches(pattern):
 
 def is_text(file):
     """Whether a file is a text, and not one that only describes the files of a folder."""
-    describes = file.name.lower().startswith(("readme", "license", "changelog"))
-    return file.name.endswith(TEXT_SUFFIXES) and not describes
+    return file.name.endswith(TEXT_SUFFIXES) and not is_card(file)
 
 
 def why_not_read(file, has_text):

@@ -135,12 +135,11 @@ def memory_limit():
     A file of a few kilobytes can hold a page that unpacks to gigabytes, and no field of it says so
     that could be believed. Only Linux has a limit on what a process takes.
     """
-    if sys.platform != "linux":
+    pages = pages_of_data() if sys.platform == "linux" else 0
+    if not pages:
         yield
         return
     import resource
-    with open("/proc/self/statm", "rb") as file:
-        pages = int(file.read().split()[5])  # of data and stack
     before = resource.getrlimit(resource.RLIMIT_DATA)
     limit = pages * resource.getpagesize() + MOST_MEMORY
     if before[0] != resource.RLIM_INFINITY:
@@ -150,6 +149,12 @@ def memory_limit():
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def pages_of_data():
+    """The pages of memory that this process may write to, as the limit counts them; 0: unknown."""
+    with open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[5])
 
 
 # ---- Batches of rows -----------------------------------------------------------------------------

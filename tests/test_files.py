@@ -268,6 +268,16 @@ def test_zstandard_is_named_where_it_is_missing(tmp_path, monkeypatch):
                        "pip install -U zstandard")
 
 
+@pytest.mark.parametrize("name", ["a.txt.gz", pytest.param("a.txt.zst", marks=needs_zstandard)])
+def test_a_packed_text_is_cut_at_its_separator(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(lines, "HEAD_BYTES", 10)
+    monkeypatch.setattr(lines, "CHUNK_BYTES", 10)
+    parts = [f"{DICE.randbytes(90).hex()}\n" for _ in range(300)]
+    pack(tmp_path / name, BYTE_ORDER_MARK + "<|end|>".join(parts).encode())
+    found = texts_at(tmp_path / name, separator="<|end|>")
+    assert found == [(f"{name}:{i}", part) for i, part in enumerate(parts, 1)]
+
+
 # ---- Lists and objects over several lines --------------------------------------------------------
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz"])

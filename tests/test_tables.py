@@ -345,9 +345,9 @@ def test_splits_of_json_files_are_read_and_named(tmp_path):
 
 def test_splits_of_one_kind_are_read_together(tmp_path):
     for name in ("train-wiki-00000-of-00001.parquet", "train-books-00000-of-00001.parquet",
-                 "more.parquet", "en/part.0.parquet"):
+                 "more.parquet", "en/part.0.parquet", "license_texts.parquet"):
         write_parquet(tmp_path / name, ROWS[:2])
-    assert len(names_of(tmp_path)) == 4
+    assert len(names_of(tmp_path)) == 5
 
 
 def test_a_dataset_dict_is_read_if_it_has_one_split(tmp_path):
