@@ -54,8 +54,8 @@ class TrainConfig:
     overwrite: bool = setting(False, "Delete the run that is in run_dir and begin at step 1.")
     accept_changes: bool = setting(False, "Continue although config or data differ; prints how.")
     start_from: str = setting(
-        "", "Begin a new run with this RUN/step..., optimiser and place in the data included (an "
-        "anneal), or with the weights of another directory; in adapt.py: the model to tune.")
+        "", "Begin a new run with this RUN/step... or official checkpoint, optimiser and place in "
+        "the data included, or with another model's weights; in adapt.py: the model to tune.")
     fresh_optimizer: bool = setting(
         False, "Take the weights of start_from alone, and begin at step 1 of the data.")
     # the machine

@@ -21,7 +21,8 @@ from scaling.ranks import launched
 from support.config_text import read_assignments
 from support.files import UserError, here, read_json
 from support.models import Base, fill_weights, find_step, is_ours
-from support.official_run import TAKEN, notes, settings_to_go_on
+from support.official_place import notes
+from support.official_run import TAKEN, settings_to_go_on
 from support.official_state import fill_optimizer, has_training_state
 from support.weights import check_weights, kind_of, read_model_config, step_config
 
@@ -218,8 +219,7 @@ def load_start(run, model, optimizer):
     if "official_step" in run.state["began"]:
         fill_optimizer(start.weights, model, optimizer)
         print(f"{run.path}: goes on after step {run.step} of the official run in {start.weights}: "
-              "weights, AdamW's moments, place in the data, settings; what is in the token files "
-              "could not be compared, only their names and order")
+              "weights, AdamW's moments, place in the data, settings")
         for note in notes(start.weights, run.settings):
             print(f"  {note}")
         return

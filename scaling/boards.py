@@ -109,8 +109,8 @@ class WeightsAndBiases:
         try:
             return self.wandb.init(**arguments)
         except (errors.UsageError, errors.AuthenticationError) as error:
-            raise UserError(f"--wandb: {first_line(error)} Run `wandb login`, or keep the numbers "
-                            "on this disk: WANDB_MODE=offline") from None
+            raise UserError(f"--wandb: {first_line(error)}; `wandb login` sets the key, and "
+                            "WANDB_MODE=offline keeps the numbers on this disk") from None
         except Exception as error:  # the way to the server, the server, or W&B's own process
             print(f"warning: W&B: {first_line(error)}", file=sys.stderr)
         try:
@@ -180,6 +180,6 @@ def private_settings(wandb):
 
 
 def first_line(error):
-    """An error as one line."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    """An error as one line, without the full stop."""
+    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
 

@@ -57,7 +57,11 @@ class Kept:
             tqdm.write(f"keep_best: step {step} has no {MEASURES[self.method]}, so it cannot be "
                        "the best")
         self.name_best()
-        return self.best()
+        best = self.best()
+        start, _ = self.found.get(0, (math.nan, None))
+        if best and start < best["value"]:  # of a run that began with weights
+            tqdm.write(f"keep_best: step 0, with which the run began, was better: {start:.4f}")
+        return best
 
     def best(self):
         """{step, path, measure, value} of the best step that is there; None if there is none.

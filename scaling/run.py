@@ -122,12 +122,9 @@ class Run:
     # ---- The loop --------------------------------------------------------------------------------
 
     def __enter__(self):
-        # subtle: a new run drops the rows of step 0 too; its evaluation of step 0 is done again
-        step = self.step or -1
-        self.metrics_log = Log(self.path, step, partial(open_boards, self.path, self.config,
-                                                        self.settings, step))
-        if rank() == 0:
-            self.kept = Kept(self.path, self.config, self.settings)
+        on_rank0(self.open_log)  # all ranks end together where it cannot be opened
+        if rank() > 0:
+            self.open_log()  # in which nothing is written
         self.meter = PowerMeter(self.device, self.config.watts)
         self.kwh_before = self.state["kwh"]
         self.flops_per_token = flops_per_token(self.model_config)
@@ -135,6 +132,14 @@ class Run:
         self.last_save = time.monotonic()
         self.is_late_to_save = False
         return self
+
+    def open_log(self):
+        # subtle: a new run drops the rows of step 0 too; its evaluation of step 0 is done again
+        step = self.step or -1
+        boards = partial(open_boards, self.path, self.config, self.settings, step)
+        self.metrics_log = Log(self.path, step, boards)
+        if rank() == 0:
+            self.kept = Kept(self.path, self.config, self.settings)
 
     def __exit__(self, error, *_):
         self.signals.restore()

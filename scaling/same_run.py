@@ -1,7 +1,7 @@
 """Is it the same run? What must not differ between a saved run and what goes on from it.
 
-Settings and data may differ only with --accept_changes. The shape of the weights and the tokenizer
-whose ids they have learned may not differ at all.
+Settings and data may differ only with --accept_changes. The shape of the weights, the tokenizer
+whose ids they have learned and what the run began with may not differ at all.
 """
 
 from pathlib import Path
@@ -17,10 +17,10 @@ from support.files import UserError, read_json
 MAY_CHANGE = {"run_dir", "data_dir", "max_steps", "device", "dtype", "compile", "micro_batch_size",
               "workers", "shard", "activation_checkpointing", "reduce_every_micro_batch",
               "not_finite", "save_every_minutes", "watts", "pue", "kg_co2_per_kwh"}
-# Keys that may not change at all: those that give the weights their shapes, and what the run began
-# with, which it would now be wrong about.
-FIXED = {"d_model", "n_layers", "mlp_hidden_size", "embedding_size", "weight_tying", "start_from",
-         "fresh_optimizer"}
+# Keys that give the weights their shapes.
+SHAPE = {"d_model", "n_layers", "mlp_hidden_size", "embedding_size", "weight_tying"}
+# What a run began with is over. A tuning still needs its base, which may move: it compares digests.
+START = {"start_from", "fresh_optimizer"}
 
 
 # ---- Before the data is built --------------------------------------------------------------------
@@ -70,7 +70,8 @@ def check_changes(place, before, settings, config, free_keys):
     if "start_from" in keys and is_same_path(before["start_from"], settings["start_from"]):
         keys.remove("start_from")
     changes = [f"{key}: {given(before[key])} there, {given(settings[key])} now" for key in keys]
-    is_fixed = bool(FIXED & set(keys))
+    fixed = SHAPE if "method" in settings else SHAPE | START
+    is_fixed = bool(fixed & set(keys))
     if changes and (is_fixed or not config.accept_changes):
         accept = "" if is_fixed else " or --accept_changes"
         # with --resume every value that is not named is the run's, in any run_dir

@@ -31,10 +31,10 @@ from scaling.same_run import (check_before_build, check_data, check_digest, chec
 from support.files import (UserError, link_or_copy, log_rows, read_json, rows_until,
                            write_json, write_rows)
 from support.models import open_base
-from support.vocabulary import open_tokenizer
 from support.official_place import check_place
 from support.official_state import read_progress
 from support.text import counted
+from support.vocabulary import open_tokenizer
 
 NEW_STATE = {"step": 0, "tokens": 0, "seconds": 0.0, "kwh": 0.0}
 

@@ -24,7 +24,8 @@ ELSEWHERE = {
     "d_model": "n_embd hidden_size", "n_layers": "n_layer num_hidden_layers",
     "n_heads": "n_head num_attention_heads", "mlp_hidden_size": "intermediate_size",
     "epochs": "num_train_epochs num_epochs", "fresh_optimizer": "reset_optimizer_state",
-    "start_from": "init_from load_path model_name_or_path"}
+    "start_from": "init_from load_path model_name_or_path", "keep_last": "save_total_limit",
+    "keep_best": "load_best_model_at_end", "wandb": "wandb_log report_to"}
 
 
 def unknown_key(key, known, place):

@@ -21,10 +21,12 @@ def check_place(path, settings):
     yaml = read_yaml(path / "config.yaml")
     progress = read_progress(path)
     faults = faults_of_files(yaml, settings)
-    per_epoch = instances_of(settings) // settings["batch_size"]
+    instances = instances_of(settings)
+    per_epoch = instances // settings["batch_size"]
     if not faults and not per_epoch:
         faults.append(f"token_files={settings['token_files']} has less than one batch")
     if not faults:
+        faults += faults_of_length(path, progress, instances)
         faults += faults_of_position(progress, settings, per_epoch)
         faults += faults_of_end(yaml, settings, per_epoch)
     if settings["max_steps"] <= progress.step:
@@ -43,6 +45,28 @@ def instances_of(settings):
     bytes_each = settings["max_seq_len"] * token_dtype(settings["vocab_size"]).itemsize
     paths = listed_token_files(settings["token_files"])
     return sum(path.stat().st_size // bytes_each for path in paths)
+
+
+def order_file(path):
+    """Where official OLMo keeps the order of an epoch's instances, beside its checkpoints."""
+    return path.parent / "train_data" / "global_indices.npy"
+
+
+def faults_of_length(path, progress, instances):
+    """What differs in the number of instances: a token file that is cut off would move them all.
+
+    Only that order tells it. Its length is a multiple of the ranks, so it may differ by some.
+    """
+    file = order_file(path)
+    if not file.is_file():
+        return []
+    there = file.stat().st_size // 4  # each is a uint32
+    dropped = instances // progress.ranks * progress.ranks
+    padded = -(-instances // progress.ranks) * progress.ranks
+    if there in (dropped, padded):
+        return []
+    return [f"{file} lists {there:,} sequences, and the token files hold {instances:,}: compare "
+            "their sizes"]
 
 
 def faults_of_end(yaml, settings, per_epoch):
@@ -117,3 +141,19 @@ def short_names(paths):
     while shared < min(map(len, parts)) - 1 and len({each[shared] for each in parts}) == 1:
         shared += 1
     return ["/".join(each[shared:]) for each in parts]
+
+
+def notes(path, settings):
+    """What could not be compared with an official run, or is not the same here; a line each."""
+    yaml = read_yaml(path / "config.yaml")
+    compared = "names and order" if order_file(path).is_file() else (
+        "names and order: cut-off files would not be seen without train_data/global_indices.npy of "
+        "that run beside the checkpoint")
+    found = [f"what the token files hold could not be compared, only their {compared}"]
+    if "distributed_strategy" in yaml:  # a key since v0.4.0
+        found.append("its code, OLMo 0.4 or later, divides the loss by the tokens of a sequence, "
+                     f"{settings['max_seq_len']:,}, and this code by one less, its targets: "
+                     "gradients are that much larger here")
+    if yaml.get("precision") not in ("fp32", None):
+        found.append(f"precision: {yaml['precision']} there, and --dtype={settings['dtype']} here")
+    return found

@@ -225,19 +225,6 @@ def duration_in_steps(duration, tokens_per_step, steps_per_epoch):
 
 # ---- Comparing -----------------------------------------------------------------------------------
 
-def notes(path, settings):
-    """What of an official run is not the same here, and does not stop us; a line each."""
-    yaml = read_yaml(path / "config.yaml")
-    found = []
-    if "distributed_strategy" in yaml:  # a key since v0.4.0
-        found.append("its code, OLMo 0.4 or later, divides the loss by the tokens of a sequence, "
-                     f"{settings['max_seq_len']:,}, and this code by one less, its targets: "
-                     "gradients are that much larger here")
-    if yaml.get("precision") not in ("fp32", None):
-        found.append(f"precision: {yaml['precision']} there, and --dtype={settings['dtype']} here")
-    return found
-
-
 def settings_to_go_on(path, given, place_of, shape):
     """{our key: value} of an official checkpoint's run, for the keys that nobody has set.
 

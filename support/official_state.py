@@ -35,6 +35,7 @@ class Progress(NamedTuple):
     epoch: int  # counts from 0
     examples: int  # of this epoch
     tokens: int  # of all epochs
+    ranks: int
 
 
 # ---- The files -----------------------------------------------------------------------------------
@@ -139,7 +140,7 @@ def read_progress(path):
     if not isinstance(found, dict):
         raise UserError(f"{file}: holds no dict; fetch train.pt of an unsharded checkpoint")
     # v0.2 saves None in the first epoch
-    counts = {"epoch": found.get("epoch") or 0}
+    counts = {"epoch": found.get("epoch") or 0, "world_size": found.get("world_size", 1)}
     for key in ("global_step", "global_train_examples_seen_this_epoch",
                 "global_train_tokens_seen"):
         if key not in found:
@@ -152,7 +153,8 @@ def read_progress(path):
                             f"({kind_of_value(value)}); fetch it again")
     return Progress(step=counts["global_step"], epoch=counts["epoch"],
                     examples=counts["global_train_examples_seen_this_epoch"],
-                    tokens=counts["global_train_tokens_seen"])
+                    tokens=counts["global_train_tokens_seen"],
+                    ranks=max(1, counts["world_size"]))
 
 
 def kind_of_value(value):

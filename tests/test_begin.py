@@ -121,6 +121,8 @@ def test_a_run_that_was_killed_before_its_first_step_begins_again(begin, exporte
     assert steps(tmp_path / "run", "eval") == [0] and not saved_steps(tmp_path / "run")
     assert begin(*words).returncode == 0
     assert steps(tmp_path / "run", "eval") == [0, 1]
+    assert "step 0, with which the run began, was better" in begin(
+        *words, "--overwrite", "--lr=9", "--keep_best").stdout
     assert begin(*words, "--overwrite", "--eval_every_steps=0").returncode == 0
     assert steps(tmp_path / "run", "eval") == [1]  # only at the end, as asked
 

@@ -23,8 +23,8 @@ import train
 from scaling.ranks import batch_hash
 
 from support.official import official_config
-from support.official_place import check_place, short_names
-from support.official_run import notes, settings_to_go_on
+from support.official_place import check_place, notes, short_names
+from support.official_run import settings_to_go_on
 from support.official_state import (check_optimizer, has_training_state, read_optimizer,
                                     read_progress, steps_taken)
 from support.plain_pickle import read_plain
@@ -109,7 +109,7 @@ def test_moments_and_progress_are_those_that_torch_reads(checkpoint, form):
             assert torch.equal(rows, moments[moment][1:7]) and rows.any()
     assert [group["params"] for group in found.groups] == [
         group["params"] for group in saved["param_groups"]]
-    assert read_progress(checkpoint) == (10, 0, 40, 640)
+    assert read_progress(checkpoint) == (10, 0, 40, 640, 1)
 
 
 @safetensors
@@ -358,6 +358,8 @@ def test_other_yaml_is_named_with_its_line(tmp_path, text, line):
     file = tmp_path / "config.yaml"
     file.write_text(text)
     assert f"{file}:{line}: " in refusal(read_yaml, file)
+    file.write_text("- 1\n- 2")
+    assert f"{file}: holds a list" in refusal(read_yaml, file)
 
 
 def settings_given(**given):
@@ -464,9 +466,12 @@ def test_what_we_do_not_do_as_official_olmo_is_named(checkpoint, changes, words)
 
 def test_what_is_not_the_same_here_is_said(checkpoint):
     settings = dict(max_seq_len=16, dtype="auto")
-    assert notes(checkpoint, settings) == []
+    [files] = notes(checkpoint, settings)
+    assert "names and order: " in files and "global_indices.npy" in files
+    shutil.copytree(RECORDED / "train_data", checkpoint.parent / "train_data")
     change_yaml(checkpoint, precision="amp_bf16\ndistributed_strategy: fsdp")
-    loss, precision = notes(checkpoint, settings)
+    files, loss, precision = notes(checkpoint, settings)
+    assert files.endswith("names and order")
     assert "0.4" in loss and "16" in loss
     assert "amp_bf16" in precision and "--dtype=auto" in precision
 
@@ -523,6 +528,23 @@ def test_other_token_files_are_named(place, checkpoint, tmp_path):
     assert "max_steps=10, and it is at step 10" in refusal(place, max_steps=10)
     assert "--max_steps=28" in refusal(place, max_steps=29)
     assert "less than one batch" in refusal(place, batch_size=1000)
+
+
+def test_a_token_file_that_is_cut_off_is_found_by_the_order_beside_it(place, checkpoint, tmp_path):
+    """Its name is the same, and in the first epoch the place in the data is, too."""
+    shutil.copy(RECORDED / "tokens-0.npy", tmp_path)
+    cut = tmp_path / "tokens-1.npy"
+    cut.write_bytes((RECORDED / "tokens-1.npy").read_bytes()[:-100])  # 3 sequences of 16 tokens
+    names = [tmp_path / "tokens-0.npy", cut]
+    place(names, decay_steps=26)
+    order = shutil.copytree(RECORDED / "train_data", tmp_path / "train_data") / "global_indices.npy"
+    place()
+    line = refusal(place, names, decay_steps=26)
+    assert f"{order} lists 58 sequences" in line and "hold 55" in line
+    for ranks, listed, fits in ((4, 56, True), (4, 60, True), (4, 58, False), (1, 57, False)):
+        order.write_bytes(bytes(4 * listed))  # without the rest, or with some of them twice
+        save(lambda value, ranks=ranks: value.update(world_size=ranks))(checkpoint / "train.pt")
+        place() if fits else refusal(place)
 
 
 def test_files_of_the_same_name_are_told_apart_by_their_folders():

@@ -11,6 +11,7 @@ calls here is stubbed, and torch.cuda's calls are taken by the CPU. OUT/ holds:
 
     tokens-0.npy tokens-1.npy   token files without a header, uint16
     step10-unsharded/           model.pt, optim.pt, train.pt, config.yaml
+    train_data/                 the order of the last epoch's instances, which OLMo keeps there
     run.json                    losses, learning rates and batches of steps 1 to 20
     step20.pt                   the weights after step 20
 """
@@ -88,6 +89,7 @@ def main(out, options):
     shutil.copyfile(saved / "step20-unsharded" / "model.pt", out / "step20.pt")
     shutil.rmtree(out / "step10-unsharded", ignore_errors=True)
     (saved / "step10-unsharded").rename(out / "step10-unsharded")
+    shutil.copytree(saved / "train_data", out / "train_data", dirs_exist_ok=True)
     shutil.rmtree(saved)
 
 
