@@ -200,15 +200,14 @@ class Run:
         row = {**metrics, "lr": lr, **rates}
         if "rewards/margins" not in metrics:  # the loss of DPO is per pair, not per token
             row["perplexity"] = perplexity(metrics["loss"])
-        [memory] = largest(peak_memory(self.device))
-        row["peak_memory_gb"] = round(memory, 3)
-        self.metrics_log.write("train", self.state, **row, kwh=self.state["kwh"],
-                               world_size=world_size(), batch_hash=batch_hash(batch["tokens"]))
+        [memory] = largest(round(peak_memory(self.device), 3))
+        self.metrics_log.write("train", self.state, **row, peak_memory_gb=memory,
+                               kwh=self.state["kwh"], world_size=world_size(),
+                               batch_hash=batch_hash(batch["tokens"]))
         said = f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s"
         self.bar.set_postfix_str(said)
         last = self.config.max_steps
-        left = self.pace.seconds_left(self.step, last, self.window)
-        say_row(self.step, last, said, left, row["peak_memory_gb"])
+        say_row(self.step, last, said, self.pace.seconds_left(self.step, last, self.window), memory)
         self.window = Window()
 
     def count_energy(self):

@@ -357,9 +357,12 @@ def forked(log, main, *words, env=None, before=lambda: None):
 
     before: called in the new process. What it prints is appended to the file `log`.
     """
+    import torch
     from support.command import run_main
 
     def child():
+        # subtle: OpenMP's threads stay in the parent, and the child would wait for them for ever
+        torch.set_num_threads(1)
         os.environ.update(env or {})
         sys.stdout = sys.stderr = open(log, "a", buffering=1)
         sys.argv = ["FILE", *map(str, words)]
