@@ -38,6 +38,13 @@ def same_random_numbers():
     np.random.seed(seed)
 
 
+@pytest.fixture(autouse=True)
+def nothing_was_said():
+    """A line that a process prints once is printed in each test."""
+    from corpus.documents import print_line
+    print_line.cache_clear()
+
+
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     """tokenizer.json of 300 ids: ..., e-mail, phone, IP address, padding, EOS."""
