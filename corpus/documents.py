@@ -154,8 +154,7 @@ def as_document(record, source, counts, text_key=None):
     is_text_file = record.file.endswith(TEXT_SUFFIXES)
     text = entry.get("text" if is_text_file or not text_key else text_key)
     if not isinstance(text, str):
-        what = "the row" if record.file.endswith(TABLE_SUFFIXES) else "it"
-        raise UserError(f"{place}: {why_no_text(entry, text_key, what)}")
+        raise UserError(f"{place}: {why_no_text(entry, text_key)}")
     # where it was read, as in Dolma: trace leads back to this line
     provenance = f"{record.file}:{line_number(record.line, record.part)}"
     # null means none: a table has each column in each row
@@ -189,16 +188,13 @@ def note_oddities(text, counts):
            "sed -i 's/\\r$//' FILE"] += "\r\n" in text
 
 
-def why_no_text(entry, text_key, it="it"):
-    """What is wrong with a JSON object that holds no text, and what may be meant by it.
-
-    it: what to correct.
-    """
+def why_no_text(entry, text_key):
+    """What is wrong with a JSON object that holds no text, and what may be meant by it."""
     key = text_key or "text"
     if isinstance(entry.get(key), bytes):  # of a table
-        return f"{key} is bytes that are not UTF-8; correct or delete {it}"
+        return f"{key} is bytes that are not UTF-8; correct or delete it"
     if key in entry:
-        return f"{key} is {json_type(entry[key])}, not a string; correct or delete {it}"
+        return f"{key} is {json_type(entry[key])}, not a string; correct or delete it"
     keys = ", ".join(list(entry)[:10]) or "none at all"
     message = f"no key {key}; its keys are {keys}"
     if entry.keys() & {"messages", "conversations", "prompt", "chosen", "instruction"}:
