@@ -116,9 +116,9 @@ def read_start(given):
     """Returns ({key: value} of the shape, whether weights alone are taken) of given.start_from."""
     start = Path(given.start_from)
     try:
-        if not start.exists():
+        if not (start.exists() or step_directories(start.parent)):
             raise UserError(f"no such directory{hub_remedy(start)}")
-        run_of(start)  # a UserError for a file
+        run_of(start)  # a UserError for a file, and for a step that is gone
         if is_ours(start):
             return read_own(start, given.fresh_optimizer)
         shape = read_model_config(start, named_tokenizer(start, given.tokenizer))
