@@ -7,6 +7,7 @@ that a fault is named as `file:12: conversations[3].value`.
 import re
 from typing import NamedTuple
 
+from corpus.documents import print_line
 from support.fields import (OF_MESSAGE, check_text, is_given, is_untrained, refuse_fields, require,
                             without_nulls)
 from support.files import UserError
@@ -110,9 +111,12 @@ class FormOfFile:
         keys = form_of(row, self.forms)
         if keys is None:  # what it lacks is said when it is read
             return
+        if self.forms is CHATS and is_given(row.get("chosen")) and is_given(row.get("rejected")):
+            print_line(f"{file_of(place)}: chosen and rejected beside {' and '.join(keys)} are not "
+                       "used: SFT learns from chats, --method=dpo from preferences")
         is_hh = is_transcript(text_of_transcript(row, keys[0]))
         form = HH if is_hh else self.forms.names[keys]
-        file = place.rpartition(":")[0]
+        file = file_of(place)
         if file != self.file:
             self.file = file
             self.form = form
@@ -121,6 +125,11 @@ class FormOfFile:
                 print(f"{file}: read as {form}")
         require(form == self.form, f"{place}: it holds {form}, and the file is read as "
                 f"{self.form}, which {self.first} holds; move it to a file of its own")
+
+
+def file_of(place):
+    """The file of a place `file:line`."""
+    return place.rpartition(":")[0]
 
 
 # ---- Messages ------------------------------------------------------------------------------------

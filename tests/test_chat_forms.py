@@ -110,6 +110,17 @@ PROMPTS = [
      "HH-RLHF (texts with Human: and Assistant:)")]
 
 
+def test_preferences_beside_messages_are_said_to_be_unused(tmp_path, capsys):
+    """UltraFeedback's rows are both; once for a file, also where its first row has none."""
+    both = {"messages": TWO, "chosen": TWO, "rejected": say("u: q", "a: b")}
+    rows = [{**both, "rejected": None}, both, both]
+    for name, given in (("both.jsonl", rows), ("chats.jsonl", rows[:1])):
+        write_lines(tmp_path / name, given)
+    read_set(str(tmp_path), adapt.AdaptConfig(), False, 0.1, Counter())
+    said = [line for line in capsys.readouterr().out.splitlines() if "not used" in line]
+    assert len(said) == 1 and said[0].startswith(f"{tmp_path / 'both.jsonl'}: chosen and rejected")
+
+
 def without_weights(messages):
     return [{key: message[key] for key in ("role", "content")} for message in messages]
 
