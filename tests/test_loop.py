@@ -316,7 +316,7 @@ def test_a_run_keeps_its_best_step_and_says_which_it_is(tmp_path, tiny_config, c
     assert rows(run, "eval")[-1]["best"]["step"] == best
     place = run / f"step{best:06d}"
     assert f"the best step: {place.name}, bits per byte (macro) {macro[best]:.4f}" in result.stdout
-    assert f"python model.py export {place} OUT" in result.stdout
+    assert f"python model.py export {place} {run}-hf" in result.stdout
     assert call(evaluation, place).returncode == 0
     row = json.loads((run / "eval.jsonl").read_text().splitlines()[-1])
     assert sum(row["bits_per_byte"].values()) / 2 == pytest.approx(macro[best], rel=1e-6)
