@@ -152,21 +152,21 @@ def as_document(record, source, counts, text_key=None):
         raise UserError(f"{place}: holds {json_type(entry)}, not a JSON object; correct or delete "
                         "it")
     is_text_file = record.file.endswith(TEXT_SUFFIXES)
-    is_row = record.file.endswith(TABLE_SUFFIXES)
-    if is_row:
-        entry = given_in_row(entry, text_key or "text", counts)
     text = entry.get("text" if is_text_file or not text_key else text_key)
     if not isinstance(text, str):
-        raise UserError(f"{place}: {why_no_text(entry, text_key, 'the row' if is_row else 'it')}")
+        raise UserError(f"{place}: {why_no_text(entry, text_key)}")
     # where it was read, as in Dolma: trace leads back to this line
     provenance = f"{record.file}:{line_number(record.line, record.part)}"
-    name = entry.get("id", provenance)
-    metadata = entry.get("metadata") or {}  # null means none
+    # null means none: a table has each column in each row
+    given = {key: entry[key] for key in OF_A_DOCUMENT if entry.get(key) is not None}
+    name = given.get("id", provenance)
+    metadata = given.get("metadata") or {}
     # subtle: True is an int in Python, and no id
     if isinstance(name, bool) or not isinstance(name, (str, int)):
         raise UserError(f"{place}: id is {json_type(name)}, not a string; correct it")
     if not isinstance(metadata, dict):
-        raise UserError(f"{place}: metadata is {json_type(metadata)}, not an object; correct it")
+        counts["documents whose metadata is no object, and is left out"] += 1
+        metadata = {}
     metadata = {**metadata, "provenance": provenance}
     metadata.pop("edited_by", None)  # written by an earlier build
     repaired = without_surrogates(text)
@@ -174,18 +174,9 @@ def as_document(record, source, counts, text_key=None):
     counts["texts with NUL characters, which are kept"] += "\0" in text
     if is_text_file:
         note_oddities(text, counts)
-    dates = {key: entry[key] for key in ("added", "created") if key in entry}
+    dates = {key: given[key] for key in ("added", "created") if key in given}
     return {"id": without_surrogates(str(name)), "text": repaired, "source": source, **dates,
             "metadata": metadata}
-
-
-def given_in_row(row, text_key, counts):
-    """What a row of a table says of a document: a table has each column in each row, often null."""
-    entry = {key: value for key, value in row.items() if value is not None or key == text_key}
-    if not isinstance(entry.get("metadata", {}), dict):
-        counts["rows whose metadata is no object (a struct), and is left out"] += 1
-        del entry["metadata"]
-    return entry
 
 
 def note_oddities(text, counts):
@@ -197,16 +188,13 @@ def note_oddities(text, counts):
            "sed -i 's/\\r$//' FILE"] += "\r\n" in text
 
 
-def why_no_text(entry, text_key, it="it"):
-    """What is wrong with a JSON object that holds no text, and what may be meant by it.
-
-    it: what to correct.
-    """
+def why_no_text(entry, text_key):
+    """What is wrong with a JSON object that holds no text, and what may be meant by it."""
     key = text_key or "text"
     if isinstance(entry.get(key), bytes):  # of a table
-        return f"{key} is bytes that are not UTF-8; correct or delete {it}"
+        return f"{key} is bytes that are not UTF-8; correct or delete it"
     if key in entry:
-        return f"{key} is {json_type(entry[key])}, not a string; correct or delete {it}"
+        return f"{key} is {json_type(entry[key])}, not a string; correct or delete it"
     keys = ", ".join(list(entry)[:10]) or "none at all"
     message = f"no key {key}; its keys are {keys}"
     if entry.keys() & {"messages", "conversations", "prompt", "chosen", "instruction"}:

@@ -7,7 +7,7 @@ that are kept apart for tests.
 import re
 from collections import Counter, defaultdict
 
-from corpus.lines import JSON_SUFFIXES, TEXT_SUFFIXES
+from corpus.lines import TEXT_SUFFIXES
 from corpus.tables import TABLE_SUFFIXES
 from support.files import read_json
 from support.text import UserError, counted
@@ -21,13 +21,13 @@ DESCRIBE = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json")
 SHARD = re.compile(r"-\d{5}-of-\d{5}.*")
 
 
-def files_with_rows(root, files, counts):
-    """`files` of the folder `root` without those that only describe or cache its tables.
+def files_with_rows(files, counts):
+    """`files` of a folder without those that only describe or cache its tables.
 
-    counts: receives how many were left out, by reason. Raises UserError for several splits.
+    counts: receives how many were left out, by reason. Raises UserError for tables that are not the
+    listed ones.
     """
     tables = [file for file in files if file.name.endswith(TABLE_SUFFIXES)]
-    count_splits(root, [file for file in files if file.name.endswith(JSON_SUFFIXES)], counts)
     if not tables:
         return files
     left_out = {}  # {file: why}
@@ -38,15 +38,14 @@ def files_with_rows(root, files, counts):
             listed = saved_files(file, tables)
             unlisted = {table for table in tables if table.parent == file.parent} - listed
             if listed:
-                left_out[file] = "they describe tables"
+                left_out[file] = "they describe the others"
                 left_out |= dict.fromkeys(unlisted, "not in the list of a state.json")
     for file in files:
         if file.match("cache-*.arrow"):
             left_out.setdefault(file, "caches of datasets")
-        elif file.name in DESCRIBE or is_card(file):
-            left_out[file] = "they describe tables"
+        elif file.name in DESCRIBE:
+            left_out[file] = "they describe the others"
     counts.update(f"files not read: {why}" for why in left_out.values())
-    check_splits(root, [table for table in tables if table not in left_out])
     return [file for file in files if file not in left_out]
 
 
@@ -88,51 +87,50 @@ def saved_files(file, tables):
 
 # ---- Splits --------------------------------------------------------------------------------------
 
-def check_splits(root, tables):
-    """UserError if tables of training and of test rows are there, which nobody wants to mix."""
-    splits, kinds = splits_of(root, tables)
-    if len(kinds) < 2:
+def check_splits(root, files, counts):
+    """Count the files of each split, if there are several. UserError if one of them is a table.
+
+    Nobody wants to train on test rows. Folders of JSON alone were always read whole.
+    """
+    splits = defaultdict(Counter)  # {split: {path to its files: how many}}
+    tables = []
+    for file in files:
+        split, path = split_of(file.relative_to(root))
+        if split:
+            splits[split][root / path] += 1
+            tables += [file] * file.name.endswith(TABLE_SUFFIXES)
+    if len(splits) < 2:
         return
-    names = ", ".join(f"{name} ({counted(len(paths), 'file')})" for name, paths in splits.items())
-    training = [name for name in splits if "train" in name.lower()]
-    path = splits[training[0] if training else min(splits)][0]
-    raise UserError(f"{root}: holds several splits: {names}; name one of them: {path}")
-
-
-def count_splits(root, files, counts):
-    """Count the files of each kind of split, if there are several; such files may be mixed."""
-    _, kinds = splits_of(root, files)
-    if len(kinds) > 1:
-        counts.update({f"files read of the split {kind}": n for kind, n in kinds.items()})
-
-
-def splits_of(root, files):
-    """Returns ({name of a split: [path to its files, for each of them]}, {kind: files})."""
-    splits = defaultdict(list)
-    kinds = Counter()
-    for file in sorted(files):
-        kind, name, path = split_of(file.relative_to(root))
-        if kind:
-            kinds[kind] += 1
-            splits[name].append(root / path)
-    return splits, kinds
+    if not tables:
+        counts.update({f"files read of the split {split}; to read one split, name its files":
+                       paths.total() for split, paths in splits.items()})
+        return
+    names = ", ".join(f"{split} ({counted(paths.total(), 'file')})"
+                      for split, paths in splits.items())
+    training = [split for split in splits if "train" in split]
+    path = min(splits[training[0] if training else min(splits)])
+    raise UserError(f"{root}: holds several splits: {names}; name one of them: {path}; or all: "
+                    f"{root / '*'}")
 
 
 def split_of(path):
-    """Returns (kind, name, path): the split that a file is of, and a path to all of its files.
+    """Returns (split, path): which split a file is of, and a path to all of its files.
 
-    The name of the file says it, or that of the nearest folder; else kind is None.
+    The name of the file says it, or that of the nearest folder; else split is None.
     """
-    name = SHARD.sub("", path.name) if SHARD.search(path.name) else path.stem
+    is_shard = SHARD.search(path.name)
+    name = SHARD.sub("", path.name) if is_shard else path.stem
     kind = kind_of(name)
     if kind:
-        pattern = f"{name}-*{path.suffix}" if SHARD.search(path.name) else path.name
-        return kind, name, path.with_name(pattern)
+        # such as train_sft-00000-of-00001.parquet: the hub's, where train_prefs is another split
+        is_hubs = is_shard and re.fullmatch(r"\w+", name)
+        pattern = f"{name}-*{path.suffix}" if is_shard else path.name
+        return name if is_hubs else kind, path.with_name(pattern)
     for folder in path.parents:
         kind = kind_of(folder.name)
         if kind:
-            return kind, folder.name, folder
-    return None, "", path
+            return kind, folder
+    return None, path
 
 
 def kind_of(name):

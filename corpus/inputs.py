@@ -14,11 +14,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from corpus.source_files import input_files, name_in
+from corpus.source_files import files_of_first_rules, input_files, name_in
 from support.files import UserError, file_sha256
-
-# The files that the first versions of data.py left out.
-LATER_SUFFIXES = (".zst", ".json", ".txt.gz", ".parquet", ".arrow")
 
 
 def input_digests(path, data_dir):
@@ -28,8 +25,13 @@ def input_digests(path, data_dir):
     """
     if path == "stdlib":
         return sys.version
+    return digests_of(path, input_files(Path(path), Counter()), data_dir)
+
+
+def digests_of(path, files, data_dir):
+    """[(name, SHA-256)] of these files of a source; those that are not remembered are read."""
     remembered = read_digests(data_dir)
-    files = files_at(path)
+    files = with_states(path, files)
     unknown = [entry for entry in files if remembered.get(entry[1], [])[:2] != entry[2]]
     total = sum(size for _, _, (size, _) in unknown)
     with tqdm(desc=f"hashing {path}", total=total, unit="B", unit_scale=True, leave=False,
@@ -50,7 +52,7 @@ def check_unchanged(path, known, data_dir):
     if path == "stdlib":
         return
     remembered = read_digests(data_dir)
-    files = files_at(path)
+    files = with_states(path, input_files(Path(path), Counter()))
     changed = [key for _, key, state in files if remembered.get(key, [])[:2] != state]
     if changed or [(name, remembered[key][2]) for name, key, _ in files] != list(known):
         raise UserError(f"{changed[0] if changed else path}: changed while it was read; run the "
@@ -60,17 +62,17 @@ def check_unchanged(path, known, data_dir):
 def is_same_text(path, known, data_dir):
     """Whether the files at `path` are those that built data knows: by digest; of old data, by age.
 
-    known: what the manifest of the data keeps of them.
+    known: what the manifest of the data keeps of them. Of a folder it may be what the first
+    versions read there.
     """
-    if known and len(known[0]) == 3:  # (path, size, time), until built data kept digests
-        files = input_files(Path(path), Counter())
-        found = [[str(file), *state_of(file)] for file in files]
-    else:
-        found = [list(entry) for entry in input_digests(path, data_dir)]
-    if not any(entry[0].endswith(LATER_SUFFIXES) for entry in known):
-        # built before such files were read: they may have been there
-        found = [entry for entry in found if not entry[0].endswith(LATER_SUFFIXES)]
-    return known == found
+    def as_known(files):
+        if known and len(known[0]) == 3:  # (path, size, time), until built data kept digests
+            return [[str(file), *state_of(file)] for file in files]
+        return [list(entry) for entry in digests_of(path, files, data_dir)]
+
+    root = Path(path)
+    return (known == as_known(files_of_first_rules(root))
+            or known == as_known(input_files(root, Counter())))
 
 
 def inputs_of(source, clean):
@@ -82,11 +84,10 @@ def inputs_of(source, clean):
     yield from clean.get("decontaminate", ())
 
 
-def files_at(path):
+def with_states(path, files):
     """[(name, absolute path, state)] of a source's files; see input_digests and state_of."""
     root = Path(path)
-    return [(name_in(root, file), str(file.absolute()), state_of(file))
-            for file in input_files(root, Counter())]
+    return [(name_in(root, file), str(file.absolute()), state_of(file)) for file in files]
 
 
 def state_of(file):

@@ -4,7 +4,7 @@ import os
 from collections import Counter, deque
 from pathlib import Path
 
-from corpus.hub_folders import files_with_rows, is_card
+from corpus.hub_folders import check_splits, files_with_rows, is_card
 from corpus.json_lists import holds_rows
 from corpus.lines import JSON_SUFFIXES, TEXT_SUFFIXES
 from corpus.tables import TABLE_SUFFIXES
@@ -13,6 +13,7 @@ from support.hints import command
 from support.text import UserError
 
 SUFFIXES = JSON_SUFFIXES + TABLE_SUFFIXES + TEXT_SUFFIXES
+FIRST_SUFFIXES = (".jsonl", ".jsonl.gz", ".json.gz", ".txt", ".md", ".rst", ".py")
 NAMED_ENDINGS = 5  # the commonest of the files that are not read; the others are counted together
 
 # How a file of another kind becomes one that is read, by its ending.
@@ -48,28 +49,53 @@ def input_files(root, counts):
     if not root.is_dir():
         raise UserError(f"{root}: neither a file nor a folder; save what it holds in a file")
     found = Counter()  # what is not read: {why: files}
-    files = files_below(root, found)
-    if (root / "documents").is_dir():  # Dolma's layout: the taggers' results are in attributes/
-        found["files not read: Dolma's attributes"] = len(files)
-        files = [file for file in files if root / "attributes" not in file.parents]
-        found["files not read: Dolma's attributes"] -= len(files)
-    files = files_with_rows(root, files, found)
+    files = files_with_rows(files_in(root, found), found)
     others = [file for file in files if not file.name.endswith(SUFFIXES)]
     found.update(counted_endings(others))
-    has_text = any(map(is_text, files))
-    readable = []
-    for file in sorted(set(files) - set(others)):
-        why_not = why_not_read(file, has_text)
-        if why_not:
-            found[f"files not read: {why_not}"] += 1
-        else:
-            readable.append(file)
+    readable = readable_files(sorted(set(files) - set(others)), found)
+    check_splits(root, readable, found)
     if not readable:
         reasons = "; ".join(f"{n:,} {reason}" for reason, n in (+found).items())
         raise UserError(f"{root}: holds no file that can be read ({reasons or 'no file at all'}); "
                         + remedy_for(others))
     counts.update(+found)
     return readable
+
+
+def files_in(root, counts):
+    """All files in a folder but hidden ones, and of Dolma's layout those of documents."""
+    files = files_below(root, counts)
+    if (root / "documents").is_dir():  # the taggers' results are in attributes/
+        counts["files not read: Dolma's attributes"] = len(files)
+        files = [file for file in files if root / "attributes" not in file.parents]
+        counts["files not read: Dolma's attributes"] -= len(files)
+    return files
+
+
+def readable_files(files, counts):
+    """Those of a folder's files, all of kinds that are read, that are no settings and no card."""
+    has_text = any(map(is_text, files))
+    readable = []
+    for file in files:
+        why_not = why_not_read(file, has_text)
+        if why_not:
+            counts[f"files not read: {why_not}"] += 1
+        else:
+            readable.append(file)
+    rows = [file for file in readable if not is_card(file)]
+    if has_text or not rows:
+        return readable
+    counts["files not read: they describe the others"] += len(readable) - len(rows)
+    return rows
+
+
+def files_of_first_rules(root):
+    """The files at `root` that the first versions of data.py read, sorted; data they built is used.
+    """
+    if not root.is_dir():
+        return input_files(root, Counter())
+    files = [file for file in files_in(root, Counter()) if file.name.endswith(FIRST_SUFFIXES)]
+    return sorted(file for file in files if file.suffix != ".jsonl" or file.stat().st_size)
 
 
 def is_there(path):

@@ -48,11 +48,10 @@ def settings_of_start(argv, schemas):
         if given.fresh_optimizer:
             raise no_start(argv, run)
         return {}
-    if not given.overwrite:
-        if step_directories(run):
-            return settings_of_run(run)
-        if given.resume:  # the config of that run says all
-            return {}
+    if step_directories(run) and not given.overwrite:
+        return settings_of_run(run)
+    if given.resume and Path(given.resume).resolve() != run.resolve():  # a fork
+        return {}  # the config of the other run says all
     comes_later = given.plan or hasattr(given, "show")  # data.py and --plan may come before it
     if comes_later and given.d_model is not None and not Path(given.start_from).exists():
         return {}
@@ -116,9 +115,9 @@ def read_start(given):
     """Returns ({key: value} of the shape, whether weights alone are taken) of given.start_from."""
     start = Path(given.start_from)
     try:
-        if not start.exists():
+        if not (start.exists() or step_directories(start.parent)):
             raise UserError(f"no such directory{hub_remedy(start)}")
-        run_of(start)  # a UserError for a file
+        run_of(start)  # a UserError for a file, and for a step that is gone
         if is_ours(start):
             return read_own(start, given.fresh_optimizer)
         shape = read_model_config(start, named_tokenizer(start, given.tokenizer))

@@ -87,7 +87,8 @@ def step_at(path, digests=True):
 
 def no_step(run):
     """The UserError for a run without a step directory."""
-    return UserError(f"{run}: a run that has saved no step; finish it first: --resume={run}")
+    return UserError(f"{run}: a run that has saved no step; the command that began it begins "
+                     "it again")
 
 
 class Unreadable(UserError):

@@ -133,13 +133,10 @@ def overwrite(run, start_from):
 
 
 def lacks_evaluation(run, step):
-    """True if the log reaches `step` but has no evaluation of it: the run stopped between saving
-    and evaluating.
-    """
-    rows = list(log_rows(run))
-    last = max((row["step"] for row in rows), default=0)
-    is_evaluated = any(row["kind"] == "eval" and row["step"] == step for row in rows)
-    return 0 < step <= last and not is_evaluated
+    """True if the run has saved `step`, and was stopped before the evaluation of it was logged."""
+    is_saved = step in map(step_of, step_directories(run))
+    return is_saved and not any(row["kind"] == "eval" and row["step"] == step
+                                for row in log_rows(run))
 
 
 # ---- Describing it -------------------------------------------------------------------------------

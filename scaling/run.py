@@ -200,8 +200,8 @@ class Run:
         row = {**metrics, "lr": lr, **rates}
         if "rewards/margins" not in metrics:  # the loss of DPO is per pair, not per token
             row["perplexity"] = perplexity(metrics["loss"])
-        [memory] = largest(peak_memory(self.device))
-        self.metrics_log.write("train", self.state, **row, peak_memory_gb=round(memory, 3),
+        [memory] = largest(round(peak_memory(self.device), 3))
+        self.metrics_log.write("train", self.state, **row, peak_memory_gb=memory,
                                kwh=self.state["kwh"], world_size=world_size(),
                                batch_hash=batch_hash(batch["tokens"]))
         said = f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s"

@@ -38,6 +38,13 @@ def same_random_numbers():
     np.random.seed(seed)
 
 
+@pytest.fixture(autouse=True)
+def nothing_was_said():
+    """A line that a process prints once is printed in each test."""
+    from corpus.documents import print_line
+    print_line.cache_clear()
+
+
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     """tokenizer.json of 300 ids: ..., e-mail, phone, IP address, padding, EOS."""
@@ -357,9 +364,12 @@ def forked(log, main, *words, env=None, before=lambda: None):
 
     before: called in the new process. What it prints is appended to the file `log`.
     """
+    import torch
     from support.command import run_main
 
     def child():
+        # subtle: OpenMP's threads stay in the parent, and the child would wait for them for ever
+        torch.set_num_threads(1)
         os.environ.update(env or {})
         sys.stdout = sys.stderr = open(log, "a", buffering=1)
         sys.argv = ["FILE", *map(str, words)]

@@ -105,12 +105,15 @@ def test_the_same_command_goes_on_when_the_directory_is_gone(begin, exported, tm
                        "start_from: ", f"OUT there, {other} now", "--overwrite")
         assert "or --accept_changes" not in line
     refused(begin("--run_dir=run"), "start_from: missing", "--resume=run")
-    assert call(train, "--resume=run", "--run_dir=fork", "--max_steps=8").returncode == 0
+    for again in ("false", "true"):
+        assert call(train, "--resume=run", "--run_dir=fork", "--max_steps=8",
+                    f"--overwrite={again}").returncode == 0
     assert state_of(tmp_path / "fork", 8)["began"] == state_of(run, 7)["began"]
 
 
 def test_a_run_that_was_killed_before_its_first_step_begins_again(begin, exported, tmp_path,
-                                                                  monkeypatch, refused, one_thread):
+                                                                  monkeypatch, call, refused,
+                                                                  one_thread):
     """Its evaluation of step 0 is then in the log once."""
     def stop(*words):
         raise UserError("no step today")
@@ -119,6 +122,9 @@ def test_a_run_that_was_killed_before_its_first_step_begins_again(begin, exporte
         patch.setattr("train.train_step", stop)
         refused(begin(*words), "no step today")
     assert steps(tmp_path / "run", "eval") == [0] and not saved_steps(tmp_path / "run")
+    for command, other in ((evaluation, "run"), (train, "--resume=run")):
+        assert "--resume=run" not in refused(call(command, other, *["--run_dir=fork"] * (
+            command is train)), "saved no step", "the command that began it")
     assert begin(*words).returncode == 0
     assert steps(tmp_path / "run", "eval") == [0, 1]
     assert "step 0, with which the run began, was better" in begin(
@@ -275,6 +281,8 @@ def test_a_start_that_cannot_be_is_one_line_before_the_data_is_built(
     line = refused(begin(f"--start_from={copied}", new, config=config), "step000020",
                    "--fresh_optimizer")
     assert "no such" not in line
+    refused(begin(f"--start_from={copied / 'step000011'}", new, config=config),
+            f"no such step; {copied} has step000010, step000015")
     (tmp_path / "empty").mkdir()
     refused(begin("--start_from=empty", new), "start_from=empty", "no model here")
     damaged = shutil.copytree(exported, tmp_path / "damaged")

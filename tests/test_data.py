@@ -125,10 +125,9 @@ def test_source_that_cannot_be_read_is_refused_by_name(tmp_path):
     (b'{"text": "cut', ""), (b"plain words", ""), (b'["text"]', "list"), (b"3", "number"),
     (b'{"text": 5}', "text is a number"), (b'{"text": null}', "text is null"),
     (b'{"id": "no", "body": "x"}', "keys are id, body"), (b'{"text": "x", "id": [1]}', "id is a"),
-    (b'{"text": "x", "metadata": "m"}', "metadata"),
     (b'{"text": "\\ud800', ""), (b'{"text": "caf\xe9"}', "UTF-8"), (b"[" * 100_000, "")],
     ids=["cut", "words", "list", "number", "int text", "null text", "no text", "list id",
-         "metadata", "cut escape", "not UTF-8", "deep nesting"])
+         "cut escape", "not UTF-8", "deep nesting"])
 def test_bad_line_is_refused_with_file_and_line(tmp_path, line, key):
     file = tmp_path / "in.jsonl"
     file.write_bytes(b'{"text": "fine"}\n\n' + line + b'\n{"text": "fine"}\n')

@@ -22,6 +22,7 @@ from corpus.inputs import input_digests, is_same_text
 from corpus.source_files import input_files
 from data import build_data
 from support.answers import read_prompts
+from support.files import file_sha256
 from support.rows import read_set
 from support.suites import read_suites
 from support.text import BYTE_ORDER_MARK
@@ -367,13 +368,17 @@ def test_a_faulty_value_of_a_list_is_left_out_and_counted_like_a_line(tmp_path, 
 
 ROWS = '[{"text": "a"}, {"text": "b"}]'
 ONE_OBJECT = "files not read: .json of at most one object; to read one, name it"
+DESCRIBE = "files not read: they describe the others"
 
 
 @pytest.mark.parametrize("files, texts, counts", [
     ({"a.json": ROWS}, "ab", {}), ({"a.json": ROWS, "b.jsonl": '{"text": "c"}\n'}, "abc", {}),
     ({"a.json": '{"text": "a"}\n{"text": "b"}'}, "ab", {}),
     ({"a.json": ROWS, "b.json": '{\n"text": "c"}\n{"text": "d"}'}, "abcd", {}),
-    ({"a.json": "\ufeff" + ROWS, "README.md": "r"}, "rab", {}),
+    ({"a.json": "\ufeff" + ROWS, "README.md": "r"}, "ab", {DESCRIBE: 1}),
+    ({"a.jsonl": '{"text": "a"}', "LICENSE.txt": "l"}, "a", {DESCRIBE: 1}),
+    ({"a.json": '{"x": 1}', "README.md": "r"}, "r", {ONE_OBJECT: 1}),
+    ({"a.jsonl": '{"text": "a"}', "README.md": "r", "x.py": "p"}, "rap", {}),
     ({"a.json": ROWS, "dataset_info.json": '{\n "x": 1}\n', "tokenizer.json": '{"x": [{}]}',
       "b.json": "[1, 2]", "c.json": "// no JSON {", "d.json": "[]",
       "e.json": '{ // "x\n "y": 1}', "f.json": '{\n // "x\n "y": 1}'}, "ab", {ONE_OBJECT: 7}),
@@ -418,6 +423,8 @@ def test_old_data_is_of_the_same_text_though_more_files_of_its_folder_are_read_n
     home = tmp_path / "in"
     write_jsonl(home / "b.jsonl", [{"text": "x"}])
     known = [list(entry) for entry in input_digests(home, tmp_path)]
+    (home / "README.md").write_text("a card")  # was read beside b.jsonl
+    known.insert(0, ["README.md", file_sha256(home / "README.md")])
     for name in ("a.json", "c.json", "d.json"):
         pack(home / name, ROWS.encode())
     assert is_same_text(home, known, tmp_path)
@@ -425,6 +432,10 @@ def test_old_data_is_of_the_same_text_though_more_files_of_its_folder_are_read_n
     assert len(all_known) == 4 and is_same_text(home, all_known, tmp_path)
     (home / "d.json").unlink()
     assert not is_same_text(home, all_known, tmp_path) and is_same_text(home, known, tmp_path)
+    for name in ("train.parquet", "test.parquet"):  # new data would not be built of these
+        pack(home / name, b"PAR1")
+    assert is_same_text(home, known, tmp_path)
+    (home / "test.parquet").unlink()
     write_jsonl(home / "b.jsonl", [{"text": "y"}])
     assert not is_same_text(home, known, tmp_path)
 

@@ -22,7 +22,7 @@ from scaling.boards import numbers_of
 from scaling.kept import Kept
 from scaling.log import Pace, Window
 from support.command import Output
-from support.files import write_rows
+from support.files import UserError, write_rows
 from support.prompts import open_prompts, read_prompts
 
 WANDB = importlib.util.find_spec("wandb") is not None
@@ -331,6 +331,20 @@ def test_a_run_keeps_its_best_step_and_says_which_it_is(tmp_path, tiny_config, c
     assert json.loads((tmp_path / "fork/best.json").read_text())["step"] in (20, 22)
     assert call(train, f"--resume={run}", "--max_steps=22", "--keep_best=false").returncode == 0
     assert saved_steps(run) == [22] and not (run / "best.json").exists()
+
+
+def test_an_evaluation_that_was_missed_is_made_up_for(tmp_path, tiny_config, call, refused,
+                                                      monkeypatch):
+    """Also of a step without a row in the log; what is not evaluated cannot be the best."""
+    def stop(*_):
+        raise UserError("no memory")
+    config = tiny_config(tmp_path / "run", log_every_steps=20, eval_every_steps=4, max_steps=8)
+    with monkeypatch.context() as patch:
+        patch.setattr("train.evaluate", stop)
+        refused(call(train, config, "--keep_best"), "no memory")
+    assert saved_steps(tmp_path / "run") == [4] and not rows(tmp_path / "run")
+    assert call(train, config, "--keep_best").returncode == 0
+    assert steps(tmp_path / "run", "eval") == [4, 8]
 
 
 def test_keep_best_needs_something_to_compare(tmp_path, tiny_config, finished, request_file, call,

@@ -183,7 +183,7 @@ def test_values_are_those_of_json(tmp_path, values, kind, expected):
 
 
 def test_a_document_takes_of_a_row_what_dolma_has(tmp_path):
-    """A null is none, metadata that is no object is counted, other columns are not even read."""
+    """A null is none, and other columns are not even read."""
     kind = pa.struct([("url", pa.string())])
     file = write_parquet(tmp_path / "x.parquet", pa.table({
         "content": ["one", "two"], "id": ["a", None],
@@ -200,11 +200,25 @@ def test_a_document_takes_of_a_row_what_dolma_has(tmp_path):
     [record, _] = read_records(file, "s", counts, text_key="content")
     assert record.content.keys() == {"content", "id", "metadata", "created"}
     assert not +counts
-    write_parquet(file, pa.table({"text": ["one"], "metadata": ['{"url": "u"}']}))
-    assert "provenance" in list(read_documents(file, "s", counts))[0]["metadata"]
-    assert list(counts.values()).count(1) == 1
     write_parquet(file, pa.table({"text": ["one"]}).slice(0, 0))
     assert not list(read_documents(file, "s", counts)) and counts["tables without rows"] == 1
+
+
+def test_nulls_and_metadata_that_is_no_object_mean_the_same_in_json(tmp_path):
+    rows = [{"text": "a", "id": None, "metadata": '{"url": "u"}', "added": None, "created": "2024"},
+            {"text": "b", "id": "i", "metadata": None, "added": "2023", "created": None}]
+    write_parquet(tmp_path / "x.parquet", rows)
+    write_jsonl(tmp_path / "x.jsonl", rows)
+    (tmp_path / "x.json").write_text(json.dumps(rows, indent=1))
+    found = []
+    for name in ("x.parquet", "x.jsonl", "x.json"):
+        counts = Counter()
+        documents = list(read_documents(tmp_path / name, "s", counts))
+        assert list((+counts).values()) == [1]
+        assert documents[0]["metadata"].keys() == documents[1]["metadata"].keys() == {"provenance"}
+        assert documents[0].pop("id") == documents[0]["metadata"]["provenance"]
+        found.append(without_provenance(documents))
+    assert found[0] == found[1] == found[2] and found[0][0]["created"] == "2024"
 
 
 # ---- Chats, preferences, prompts, evaluation -----------------------------------------------------
@@ -286,7 +300,7 @@ def test_a_folder_of_a_hub_is_read_without_its_card_and_caches(tmp_path):
     (tmp_path / "README.md").write_text("# A card")
     counts = Counter()
     assert names_of(tmp_path, counts) == [f"data-0000{i}-of-00003.arrow" for i in range(3)]
-    assert counts == {"files not read: they describe tables": 3,
+    assert counts == {"files not read: they describe the others": 3,
                       "files not read: not in the list of a state.json": 2}
     assert [document["text"] for document in read_documents(tmp_path, "s", counts)] == TEXTS[:9]
     (tmp_path / "data-00001-of-00003.arrow").unlink()
@@ -299,7 +313,7 @@ def test_a_cache_of_datasets_is_read_without_what_map_left_there(tmp_path):
     (tmp_path / "0.0.0" / "dataset_info.json").write_text("{}")
     counts = Counter()
     assert names_of(tmp_path, counts) == ["0.0.0/my_set-train.arrow"]
-    assert counts == {"files not read: they describe tables": 1,
+    assert counts == {"files not read: they describe the others": 1,
                       "files not read: caches of datasets": 1}
 
 
@@ -325,14 +339,18 @@ def test_a_list_of_tables_is_used_or_refused(tmp_path, state, words):
     (["default/train/0000.parquet", "default/validation/0000.parquet"], "default/train"),
     (["train.parquet", "dev.parquet"], "train.parquet"),
     (["my_set-train.arrow", "my_set-test.arrow"], "my_set-train.arrow"),
+    (["data/train_prefs-00000-of-00001.parquet", "data/train_sft-00000-of-00001.parquet"],
+     "data/train_prefs-*.parquet"),
+    (["train.jsonl", "test.parquet"], "train.jsonl"),
     (["valid.parquet", "eval.parquet"], "eval.parquet")])
 def test_a_folder_of_several_splits_is_refused_with_the_path_of_one(tmp_path, names, remedy):
     for i, name in enumerate(names):
-        write = write_parquet if name.endswith(".parquet") else write_stream
+        write = {".parquet": write_parquet, ".jsonl": write_jsonl}.get(Path(name).suffix,
+                                                                       write_stream)
         write(tmp_path / name, ROWS[i:i + 1])
     message = refusal(names_of, tmp_path)
     assert message.startswith(f"{tmp_path}: holds several splits: ")
-    assert message.endswith(f"name one of them: {tmp_path / remedy}")
+    assert message.endswith(f"name one of them: {tmp_path / remedy}; or all: {tmp_path / '*'}")
     one = [path for path in names if path.split("-0")[0] == names[0].split("-0")[0]]
     chosen = input_files(tmp_path / remedy, Counter())
     if remedy != "eval.parquet":
@@ -342,9 +360,11 @@ def test_a_folder_of_several_splits_is_refused_with_the_path_of_one(tmp_path, na
 def test_splits_of_json_files_are_read_and_named(tmp_path):
     for name in ("train-1.jsonl", "train-2.jsonl.gz", "test-1.jsonl"):
         write_jsonl(tmp_path / name, ROWS[:2])
+    (tmp_path / "dev_settings.json").write_text("{}")  # is not read
     counts = Counter()
     assert len(names_of(tmp_path, counts)) == 3
-    assert counts == {"files read of the split train": 2, "files read of the split test": 1}
+    assert sorted(counts.values()) == [1, 1, 2] and "dev" not in str(counts)
+    (tmp_path / "dev_settings.json").unlink()
     (tmp_path / "test-1.jsonl").unlink()
     counts.clear()
     assert len(names_of(tmp_path, counts)) == 2 and not counts
@@ -472,7 +492,7 @@ def test_a_null_and_a_text_that_is_not_utf8_are_bad_rows(tmp_path, call):
                       "--workers=1", "--eval_share=0", f"--sources={ {'main': str(file)} }")
         assert result.returncode == 0
         out = " ".join(result.stdout.split())  # its lines are as wide as a terminal
-        assert f"{file}:7: text is null, not a string; correct or delete the row" in out
+        assert f"{file}:7: text is null, not a string; correct or delete it" in out
         assert f"{file}:301: text is bytes that are not UTF-8" in out
 
 
