@@ -208,8 +208,8 @@ def why_no_text(entry, text_key):
     found = text_key_in(entry, key)
     asked = f"did you mean {found}? " if found else ""
     if not text_key:
-        return f"{message}; {asked}Rename it to text"
-    return f'{message}; {asked}Name it in `sources`: {{"path": PATH, "text": "{found or "KEY"}"}}'
+        return f"{message}; {asked}rename it to text"
+    return f'{message}; {asked}name it in `sources`: {{"path": PATH, "text": "{found or "KEY"}"}}'
 
 
 def text_key_in(entry, key):

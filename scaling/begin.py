@@ -48,11 +48,10 @@ def settings_of_start(argv, schemas):
         if given.fresh_optimizer:
             raise no_start(argv, run)
         return {}
-    if not given.overwrite:
-        if step_directories(run):
-            return settings_of_run(run)
-        if given.resume:  # the config of that run says all
-            return {}
+    if step_directories(run) and not given.overwrite:
+        return settings_of_run(run)
+    if given.resume and Path(given.resume).resolve() != run.resolve():  # a fork
+        return {}  # the config of the other run says all
     comes_later = given.plan or hasattr(given, "show")  # data.py and --plan may come before it
     if comes_later and given.d_model is not None and not Path(given.start_from).exists():
         return {}

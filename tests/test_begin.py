@@ -105,7 +105,9 @@ def test_the_same_command_goes_on_when_the_directory_is_gone(begin, exported, tm
                        "start_from: ", f"OUT there, {other} now", "--overwrite")
         assert "or --accept_changes" not in line
     refused(begin("--run_dir=run"), "start_from: missing", "--resume=run")
-    assert call(train, "--resume=run", "--run_dir=fork", "--max_steps=8").returncode == 0
+    for again in ("false", "true"):
+        assert call(train, "--resume=run", "--run_dir=fork", "--max_steps=8",
+                    f"--overwrite={again}").returncode == 0
     assert state_of(tmp_path / "fork", 8)["began"] == state_of(run, 7)["began"]
 
 
