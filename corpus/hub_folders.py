@@ -90,27 +90,28 @@ def saved_files(file, tables):
 def check_splits(root, files, counts):
     """Count the files of each split, if there are several. UserError if one of them is a table.
 
-    Nobody wants to train on test rows. Folders of JSON alone were always read whole.
+    Nobody wants to train on test rows. Folders of JSON alone were always read whole, and the name
+    of a text, such as test_train.py, says nothing.
     """
     splits = defaultdict(Counter)  # {split: {path to its files: how many}}
     tables = []
     for file in files:
         split, path = split_of(file.relative_to(root))
-        if split:
+        if split and not file.name.endswith(TEXT_SUFFIXES):
             splits[split][root / path] += 1
             tables += [file] * file.name.endswith(TABLE_SUFFIXES)
     if len(splits) < 2:
         return
     if not tables:
-        counts.update({f"files read of the split {split}; to read one split, name its files":
+        counts.update({f"files read of the split {split} (to read one split, name its files)":
                        paths.total() for split, paths in splits.items()})
         return
     names = ", ".join(f"{split} ({counted(paths.total(), 'file')})"
                       for split, paths in splits.items())
     training = [split for split in splits if "train" in split]
     path = min(splits[training[0] if training else min(splits)])
-    raise UserError(f"{root}: holds several splits: {names}; name one of them: {path}; or all: "
-                    f"{root / '*'}")
+    raise UserError(f"{root}: holds several splits: {names}; name one of them: {path}; a pattern "
+                    f"reads several, such as *{tables[0].suffix}")
 
 
 def split_of(path):

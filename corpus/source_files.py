@@ -110,8 +110,9 @@ def is_pattern(path):
 
 
 def matches(pattern):
-    """The files and folders that a pattern stands for, sorted."""
-    return sorted(pattern.parent.glob(pattern.name))
+    """The files and folders that a pattern stands for, sorted; as in a shell, no hidden ones."""
+    return sorted(path for path in pattern.parent.glob(pattern.name)
+                  if not path.name.startswith(".") or pattern.name.startswith("."))
 
 
 def is_text(file):

@@ -8,21 +8,22 @@ import errno
 import dataclasses
 import hashlib
 import json
-import pickle
 import shutil
 import warnings
+from importlib import import_module
 from pathlib import Path, PurePosixPath
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from model import ModelConfig
 from scaling.ranks import gather, on_rank0, rank
 from support.files import (UserError, disk_remedy, file_sha256, fsync, here, read_json,
                            without_nan, write_json)
+from support.plain_pickle import NamelessUnpickler
 
 # ---- Finding -------------------------------------------------------------------------------------
 
@@ -162,7 +163,7 @@ def check_tensors(wanted, found, place):
 
 # ---- Reading -------------------------------------------------------------------------------------
 
-class SafeUnpickler(pickle.Unpickler):
+class SafeUnpickler(NamelessUnpickler):
     """Unpickles only what DCP writes into `.metadata`: records of names, shapes and dtypes."""
 
     ALLOWED = {
@@ -181,8 +182,8 @@ class SafeUnpickler(pickle.Unpickler):
             return PurePosixPath
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        if name not in self.ALLOWED.get(module, ()):
-            raise UserError(f"it names {module}.{name}, which no checkpoint needs")
+        if name in self.ALLOWED.get(module, ()):
+            return getattr(import_module(module), name)
         return super().find_class(module, name)
 
 
@@ -196,13 +197,14 @@ class SafeReader(dcp.FileSystemReader):
                 metadata = SafeUnpickler(stream).load()
             if not isinstance(metadata, Metadata):
                 raise UserError(f"it holds {type(metadata).__name__}")
+            others = [name for name, entry in metadata.state_dict_metadata.items()
+                      if not isinstance(entry, TensorStorageMetadata)]
         except PermissionError:
             raise
         except Exception as error:
             raise Unreadable(f"{file}: refused, not plain metadata ({error})") from None
-        for name, entry in metadata.state_dict_metadata.items():
-            if isinstance(entry, BytesStorageMetadata):
-                raise Unreadable(f"{file}: refused, {name} is pickled bytes, not a tensor")
+        if others:
+            raise Unreadable(f"{file}: refused, {others[0]} is pickled bytes, not a tensor")
         return metadata
 
 

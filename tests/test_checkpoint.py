@@ -9,6 +9,7 @@ import pathlib
 import pickle
 import shutil
 import sys
+import tracemalloc
 from dataclasses import asdict
 from pathlib import Path
 
@@ -303,6 +304,18 @@ def test_a_bomb_in_a_step_does_not_go_off(tmp_path, make):
     verify_step(path)
     refused(path, ".metadata")
     assert not marker.exists()
+
+
+def test_a_bomb_of_memory_in_a_step_is_refused(tmp_path):
+    """The unpickler that is written in C would take 128 MiB for this index, of 2**23."""
+    path = write_step(tmp_path / "step1")
+    (path / ".metadata").write_bytes(b"\x80\x04K\x01r\xff\xff\x7f\0.")
+    seal(path, state_of(path))
+    tracemalloc.start()
+    refused(path, ".metadata", "it holds int")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**23
 
 
 @pytest.mark.parametrize("name", ["model.wte.weight", "model.note", "note"])
