@@ -473,7 +473,7 @@ def test_no_key_can_be_named_where_there_is_no_source(tmp_path):
         assert "sources" not in refusal(read, file)
     file = write_jsonl(tmp_path / "a.jsonl", [{"content": "x"}])
     message = refusal(lambda path: list(read_documents(path, "main")), file)
-    assert "did you mean content? Rename it to text" in message and "sources" not in message
+    assert "did you mean content? rename it to text" in message and "sources" not in message
 
 
 # ---- Byte-order marks and line ends --------------------------------------------------------------
