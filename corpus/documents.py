@@ -17,7 +17,7 @@ from corpus.stdlib import stdlib_documents
 from corpus.tables import TABLE_SUFFIXES, read_table
 from corpus.tokenizer import EOS
 from support.bars import bar
-from support.text import UserError, decoded, json_type, parsed_json, refuse_pointer
+from support.text import UserError, decoded, json_type, noted, parsed_json, refuse_pointer
 
 # What the text is called in data sets of others, for "did you mean".
 TEXT_KEYS = ("text", "content", "raw_content", "body", "document", "article", "story", "passage",
@@ -182,8 +182,8 @@ def as_document(record, source, counts, text_key=None):
 def note_oddities(text, counts):
     """Count what is kept in a text file and what few people want there."""
     if text.count(EOS) >= MANY_EOS:
-        counts[f"text files read as one document that hold {EOS} {MANY_EOS} times or more; to cut "
-               f"them, set separator=\"{EOS}\" of the source"] += 1
+        counts[f"text files read as one document with {EOS} {MANY_EOS} times or more; to cut it, "
+               f"set separator=\"{EOS}\" of the source"] += 1
     counts["text files with the line ends of Windows (CR LF), which are kept; to change them: "
            "sed -i 's/\\r$//' FILE"] += "\r\n" in text
 
@@ -248,7 +248,7 @@ def size_of(text):
 def print_once(path, counts):
     """Print what was repaired or not read at `path`, each line once in this process."""
     for what, n in (+counts).items():
-        print_line(f"{path}: {n:,} {what}")
+        print_line(f"{path}: {noted(n, what)}")
 
 
 @lru_cache  # a line that was printed is not printed again

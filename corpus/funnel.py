@@ -11,7 +11,7 @@ from configs import setting
 from corpus.documents import size_of, warn
 from corpus.rules import DEDUPLICATIONS, RULES
 from support.files import UserError, read_json
-from support.text import PLAIN, REVERSE, counted
+from support.text import PLAIN, REVERSE, counted, noted
 
 
 EXAMPLES = 10  # kept for each rule
@@ -109,7 +109,9 @@ def print_table(folder):
         padded = "".join(cell.rjust(width + 2) for cell in cells)
         print("  " + label.ljust(label_width) + padded)
     for remark in remarks(manifest):
-        print(textwrap.fill(remark, 98, initial_indent="  ", subsequent_indent="    "))
+        has_command = " OLD" in remark or "'OLD'" in remark  # it is copied, so it is not broken
+        print(f"  {remark}" if has_command else textwrap.fill(
+            remark, 98, initial_indent="  ", subsequent_indent="    "))
 
 
 def funnel_rows(sources):
@@ -169,9 +171,9 @@ def remarks(manifest):
             against = ", ".join(source["decontaminated"]) or "nothing: it is code"
             yield f"{name}: decontaminated against {against}"
         for note, n in source["notes"].items():
-            yield f"{name}: {n:,} {note}"
+            yield f"{name}: {noted(n, note)}"
         for reason, n in source.get("bad_reasons", {}).items():
-            yield f"{name}: {n:,} bad lines: {reason}"
+            yield f"{name}: {counted(n, 'bad line')}: {reason}"
         for message in source["bad_lines"][:3]:
             yield f"{name}: left out: {message}"
         if source["documents"] and not source.get("held-out documents"):

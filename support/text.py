@@ -185,6 +185,13 @@ def counted(count, noun):
     return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
+def noted(count, what):
+    """Such as "2 files cut off" and "1 file cut off"; `what` begins with the plural."""
+    if count == 1:
+        what = re.sub(r"^((?:\w+ )?\w+?)s\b", r"\1", what)
+    return f"{count:,} {what}"
+
+
 BOLD_GREEN, REVERSE, PLAIN = "\033[1;32m", "\033[7m", "\033[0m"
 CONTROL = r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"  # all but tab and newline
 
