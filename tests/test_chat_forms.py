@@ -181,7 +181,7 @@ def test_messages_from_a_table_of_both_kinds_have_nulls():
     ({"conversations": [SHARED[0], {**SHARED[1], "weight": 0}]}, "conversations: none is trained"),
     ({"conversations": SHARED, "tools": "[{}]"}, "tools: "),
     ({**ALPACA, "output": " "}, "output: an empty text"),
-    ({**ALPACA, "output": None}, "(and without a value: output)"),
+    ({**ALPACA, "output": None}, "output is missing"),
     ({**ALPACA, "instruction": 3}, "instruction: a number"),
     ({**ALPACA, "input": ["1"]}, "input: a list"),
     ({**ALPACA, "history": [["before", "then"]]}, "history: no message"),
