@@ -16,6 +16,7 @@ from corpus.source_files import input_files, name_in
 from corpus.stdlib import stdlib_documents
 from corpus.tables import TABLE_SUFFIXES, read_table
 from corpus.tokenizer import EOS
+from support.bars import bar
 from support.text import UserError, decoded, json_type, parsed_json, refuse_pointer
 
 # What the text is called in data sets of others, for "did you mean".
@@ -72,13 +73,12 @@ def read_records(path, source="", counts=None, allow_truncated=None, progress=Fa
         raise UserError(f"{root}: separator={separator!r} cuts text files, and none is there; "
                         "leave it out")
     total = sum(file.stat().st_size for file in files)
-    with tqdm(desc=f"cleaning {source}", total=total, unit="B", unit_scale=True, leave=False,
-              disable=not progress) as bar:
+    with bar(None, f"cleaning {source}", total, "B", hidden=not progress) as shown:
         for file in files:
             name = name_in(root, file)
             try:
                 is_empty = True
-                for line, part, content in contents_of(file, separator, text_key, bar):
+                for line, part, content in contents_of(file, separator, text_key, shown):
                     is_empty = False
                     place = f"{file}:{line_number(line, part)}"
                     yield Record(name, line, place, content, part)

@@ -116,7 +116,7 @@ def read_start(given):
     start = Path(given.start_from)
     try:
         if not (start.exists() or step_directories(start.parent)):
-            raise UserError(f"no such directory{hub_remedy(start)}")
+            raise UserError(f"no such directory{missing_remedy(start)}")
         run_of(start)  # a UserError for a file, and for a step that is gone
         if is_ours(start):
             return read_own(start, given.fresh_optimizer)
@@ -126,16 +126,18 @@ def read_start(given):
         raise UserError(f"start_from={start}{here(start)}: {error}") from None
 
 
-def hub_remedy(start):
-    """How to get a model whose name on the hub stands where its directory should."""
+def missing_remedy(start):
+    """What to do about a start that is not there; its name may be that of a model on the hub."""
+    if start.parts[0] == "~":
+        return f"; the shell has left the ~ as it is: write $HOME{str(start)[1:]}"
     if start.is_absolute() or len(start.parts) != 2 or start.parent.exists():
         return "; name a run, one of its steps, or a directory that holds a model"
-    return ("; if it is a model of Hugging Face's hub, download it first: huggingface-cli download "
-            f"{start} --local-dir {start.name}, and then --start_from={start.name}")
+    return ("; if it is a model of Hugging Face's hub, download it first: hf "
+            f"download {start} --local-dir {start.name}, and then --start_from={start.name}")
 
 
 def read_own(start, fresh_optimizer):
-    """The same for a run of ours or one of its steps."""
+    """What read_start returns, for a run of ours or one of its steps."""
     step, state = find_step(start, digests=False)
     if not fresh_optimizer and step != start:
         raise UserError(f"a run; name one of its steps, such as {step}, to go on with its "

@@ -142,7 +142,8 @@ def kind_of_adamw(optimizer):
 def schedule_settings(yaml):
     """The learning rate and the warm-up of the clipping, in steps.
 
-    Counted in tokens, a schedule may begin or end within a step: the nearest step is taken.
+    # DIFFERS FROM OLMo: of a schedule in tokens that begins or ends within a step, the nearest step
+    # is taken.
     """
     schedule = yaml["scheduler"]
     unit = 1

@@ -40,9 +40,8 @@ class Progress(NamedTuple):
 
 def state_file(path, name):
     """The file of a checkpoint that holds `name`, such as "optim"; None if it has none."""
-    names = [f"{name}.safetensors", f"{name}.pt"]
-    names += ["other.pt"] * (name == "train")  # what older code called it
-    return next((path / name for name in names if (path / name).is_file()), None)
+    files = [path / f"{name}.safetensors", path / f"{name}.pt"]
+    return next((file for file in files if file.is_file()), None)
 
 
 def has_training_state(path):

@@ -20,6 +20,7 @@ import torch
 from conftest import ROOT, Bomb, columns, forked_ranks, refusal, steps
 
 import train
+from corpus.bpe import train_bpe
 from scaling.ranks import batch_hash
 
 from support.official import official_config, open_official
@@ -151,7 +152,7 @@ def test_random_states_and_paths_are_left_out(checkpoint):
 
 # ---- What must not run, and damage ---------------------------------------------------------------
 
-BOMBS = ["train.pt", "train.pt, in a list", "other.pt", "optim.pt"] + [
+BOMBS = ["train.pt", "train.pt, in a list", "optim.pt"] + [
     pytest.param(each, marks=safetensors) for each in (
         "optim.safetensors, a value", "optim.safetensors, a name", "train.safetensors, a value")]
 
@@ -161,8 +162,6 @@ def test_a_bomb_stops_with_its_place_and_runs_nothing(checkpoint, tmp_path, wher
     marker = tmp_path / "ran"
     name, _, how = where.partition(", ")
     file = checkpoint / name
-    if name == "other.pt":
-        (checkpoint / "train.pt").unlink()
     if name.endswith(".pt"):
         value = {"state": {}, "param_groups": [], "global_step": Bomb(marker)}
         torch.save({**value, "checkpoints": [Bomb(marker)]} if how else value, file)
@@ -246,7 +245,7 @@ def test_damage_is_named(checkpoint, name, damage, word):
 
 
 def test_a_packed_file_is_not_unpacked(checkpoint, monkeypatch):
-    monkeypatch.setattr("support.plain_pickle.MOST_BYTES", 2**16)  # 64 MiB take a second to pack
+    monkeypatch.setattr("support.plain_pickle.MOST_BYTES", 2**16)
     for name, read in (("train.pt", read_progress), ("optim.pt", read_optimizer),
                        ("model.pt", open_official)):
         with zipfile.ZipFile(checkpoint / name, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -674,6 +673,14 @@ def test_the_plan_of_such_a_run_and_the_tokenizer_beside_it(config, checkpoint, 
     assert call(*words, "--max_steps=11").returncode == 0
     settings = json.loads((config.parent / "run/config.json").read_text())
     assert settings["tokenizer"] == str(checkpoint / "tokenizer.json")
+
+
+def test_another_tokenizer_is_named_with_its_remedy(config, checkpoint, tmp_path, call, refused):
+    """The shape is that of the weights: to set another vocab_size would be the next error."""
+    train_bpe(["the quick brown fox " * 99], 290).save(tmp_path / "other.json")
+    line = refused(call(train, config, f"--start_from={checkpoint}", "--tokenizer=other.json"),
+                   "other.json: vocab_size is 290 here", "--tokenizer=FILE")
+    assert "set --vocab_size" not in line
 
 
 def test_a_run_stops_where_official_olmo_would_go_on_differently(config, checkpoint, call,
