@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.tensor import DTensor
 
 from model import ModelConfig
@@ -199,13 +199,13 @@ class SafeReader(dcp.FileSystemReader):
             if not isinstance(metadata, Metadata):
                 raise UserError(f"it holds {type(metadata).__name__}")
             others = [name for name, entry in metadata.state_dict_metadata.items()
-                      if not isinstance(entry, TensorStorageMetadata)]
+                      if not isinstance(getattr(entry, "size", None), torch.Size)]
         except PermissionError:
             raise
         except Exception as error:
             raise Unreadable(f"{file}: refused, not plain metadata ({error})") from None
         if others:
-            raise Unreadable(f"{file}: refused, {others[0]} is pickled bytes, not a tensor")
+            raise Unreadable(f"{file}: refused, {others[0]} is no tensor")
         return metadata
 
 
