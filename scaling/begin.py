@@ -20,6 +20,7 @@ from scaling.checkpoint import load_checkpoint, run_of, step_directories
 from scaling.ranks import launched
 from support.config_text import read_assignments
 from support.files import UserError, here, read_json
+from support.hints import hub_remedy
 from support.models import Base, fill_weights, find_step, is_ours
 from support.official_place import notes
 from support.official_run import TAKEN, settings_to_go_on
@@ -116,7 +117,8 @@ def read_start(given):
     start = Path(given.start_from)
     try:
         if not (start.exists() or step_directories(start.parent)):
-            raise UserError(f"no such directory{missing_remedy(start)}")
+            remedy = hub_remedy(start) or "name a run, a step of one, or another model's directory"
+            raise UserError(f"no such directory; {remedy}")
         run_of(start)  # a UserError for a file, and for a step that is gone
         if is_ours(start):
             return read_own(start, given.fresh_optimizer)
@@ -124,16 +126,6 @@ def read_start(given):
         return vars(shape), given.fresh_optimizer or not is_whole_official(start)
     except UserError as error:
         raise UserError(f"start_from={start}{here(start)}: {error}") from None
-
-
-def missing_remedy(start):
-    """What to do about a start that is not there; its name may be that of a model on the hub."""
-    if start.parts[0] == "~":
-        return f"; the shell has left the ~ as it is: write $HOME{str(start)[1:]}"
-    if start.is_absolute() or len(start.parts) != 2 or start.parent.exists():
-        return "; name a run, one of its steps, or a directory that holds a model"
-    return ("; if it is a model of Hugging Face's hub, download it first: hf "
-            f"download {start} --local-dir {start.name}, and then --start_from={start.name}")
 
 
 def read_own(start, fresh_optimizer):

@@ -16,13 +16,14 @@ from pathlib import Path, PurePosixPath
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.tensor import DTensor
 
 from model import ModelConfig
 from scaling.ranks import gather, on_rank0, rank
 from support.files import (UserError, disk_remedy, file_sha256, fsync, here, read_json,
                            without_nan, write_json)
+from support.hints import hub_remedy
 from support.plain_pickle import NamelessUnpickler
 
 # ---- Finding -------------------------------------------------------------------------------------
@@ -36,9 +37,9 @@ def run_of(path):
         steps = [step.name for step in step_directories(path.parent)]
         if steps:
             raise UserError(f"{path}: no such step; {path.parent} has {', '.join(steps)}")
-        raise UserError(f"{path}: no such directory{here(path)}; python train.py configs/tiny.py "
-                        "makes runs/tiny, and then python adapt.py configs/tiny_sft.py makes "
-                        "runs/tiny_sft")
+        remedy = hub_remedy(path) or ("python train.py configs/tiny.py makes runs/tiny, and then "
+                                      "python adapt.py configs/tiny_sft.py makes runs/tiny_sft")
+        raise UserError(f"{path}: no such directory{here(path)}; {remedy}")
     return path.parent if (path / "state.json").is_file() else path
 
 
@@ -198,13 +199,13 @@ class SafeReader(dcp.FileSystemReader):
             if not isinstance(metadata, Metadata):
                 raise UserError(f"it holds {type(metadata).__name__}")
             others = [name for name, entry in metadata.state_dict_metadata.items()
-                      if not isinstance(entry, TensorStorageMetadata)]
+                      if not isinstance(getattr(entry, "size", None), torch.Size)]
         except PermissionError:
             raise
         except Exception as error:
             raise Unreadable(f"{file}: refused, not plain metadata ({error})") from None
         if others:
-            raise Unreadable(f"{file}: refused, {others[0]} is pickled bytes, not a tensor")
+            raise Unreadable(f"{file}: refused, {others[0]} is no tensor")
         return metadata
 
 

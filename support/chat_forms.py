@@ -81,7 +81,6 @@ def recognised(row, forms, place):
             remedy = 'make an object of the list: {"messages": [...]}'
         raise UserError(f"{place}: {' or '.join(first)} is missing; {forms.what}, and this line "
                         f"holds {json_type(row)}; {remedy}")
-    found = ", ".join(row)[:80] or "none"
     given, row = row, without_nulls(row)
     keys = form_of(row, forms)
     if keys is None:
@@ -93,8 +92,10 @@ def recognised(row, forms, place):
             # a form of which the half is there
             nearest = next((keys for keys in forms.names if keys[0] in row), first)
         missing = " or ".join(key for key in nearest if key not in row)
+        found = ", ".join(row)[:80] or "none"
+        nulls = ", ".join(key for key in given if key not in row)[:80]
         raise UserError(f"{place}: {missing} is missing; {forms.what}, and the row's keys are: "
-                        f"{found}; {remedy}")
+                        f"{found}{f' (and without a value: {nulls})' * bool(nulls)}; {remedy}")
     return row, keys
 
 

@@ -155,7 +155,7 @@ def lines_of(rows, name):
 
 
 BAD_LINES = [b'{"text": "cut', b'["a list"]', b'{"text": 5}', b'{"id": 1}', b'{"text": "\xff"}',
-             b'{"text": "a", "id": [1]}', b'{"text": "a", "metadata": [1]}']
+             b'{"text": "a", "id": [1]}', b'{"text": "a", "id": true}']
 
 
 def plant_web(dice, folder, paragraphs):

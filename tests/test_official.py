@@ -20,6 +20,7 @@ import torch
 from conftest import ROOT, Bomb, columns, forked_ranks, refusal, steps
 
 import train
+from corpus.bpe import train_bpe
 from scaling.ranks import batch_hash
 
 from support.official import official_config, open_official
@@ -672,6 +673,14 @@ def test_the_plan_of_such_a_run_and_the_tokenizer_beside_it(config, checkpoint, 
     assert call(*words, "--max_steps=11").returncode == 0
     settings = json.loads((config.parent / "run/config.json").read_text())
     assert settings["tokenizer"] == str(checkpoint / "tokenizer.json")
+
+
+def test_another_tokenizer_is_named_with_its_remedy(config, checkpoint, tmp_path, call, refused):
+    """The shape is that of the weights: to set another vocab_size would be the next error."""
+    train_bpe(["the quick brown fox " * 99], 290).save(tmp_path / "other.json")
+    line = refused(call(train, config, f"--start_from={checkpoint}", "--tokenizer=other.json"),
+                   "other.json: vocab_size is 290 here", "--tokenizer=FILE")
+    assert "set --vocab_size" not in line
 
 
 def test_a_run_stops_where_official_olmo_would_go_on_differently(config, checkpoint, call,
