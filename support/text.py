@@ -66,6 +66,8 @@ def decoded(content, place):
     remedy = "convert the file to UTF-8"
     if found.startswith("UTF"):
         remedy += f", such as by: iconv -f {found.split()[0]} -t UTF-8 OLD > NEW"
+    elif found.startswith("another"):
+        remedy += ", if it is Windows-1252 by: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW"
     place = lines_after(place, content.count(b"\n", 0, begin))
     raise UserError(f"{place}: not UTF-8 but {found}; {remedy}")
 

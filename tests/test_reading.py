@@ -124,6 +124,20 @@ def test_a_folder_of_other_files_is_refused_with_what_it_holds(tmp_path, name, r
             assert message.startswith(f"{tmp_path / 'in' / name}: ") and remedy in message
 
 
+def test_the_funnel_names_a_text_file_that_is_lost_and_how_to_convert_it(tmp_path, call):
+    """Behind many bad lines of another reason; of each reason the first is shown."""
+    home = tmp_path / "in"
+    write_jsonl(home / "a.jsonl", [{}] * 20 + [{"text": f"words of text {i}"} for i in range(30)])
+    (home / "b.txt").write_bytes("words\nand a café".encode("latin-1"))
+    result = call(data, f"--data_dir={tmp_path / 'built'}", "--tokenizer=bpe:284", "--workers=1",
+                  f"--sources={ {'main': str(home)} }")
+    assert "main: 20 bad lines: no key text\n" in result.stdout
+    assert "main: 1 document in text files left out: not UTF-8 but another" in result.stdout
+    assert f"main: left out: {home / 'b.txt'}:2: not UTF-8 but another encoding" in result.stdout
+    assert "if it is Windows-1252 by: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW" in result.stdout
+    assert result.stdout.count("left out: ") == 3
+
+
 def test_evaluation_data_says_what_is_not_read(tmp_path, capsys):
     write_jsonl(tmp_path / "in" / "a.jsonl", [{"text": "x"}])
     (tmp_path / "in" / "b.pdf").write_bytes(b"x")

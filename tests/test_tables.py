@@ -475,6 +475,19 @@ def test_a_text_of_another_type_is_an_error_of_its_column(tmp_path, column, word
     assert message.startswith(f"{file}: the column text holds ") and words in message
 
 
+def test_a_suite_tells_how_to_mend_a_table_without_its_text(tmp_path):
+    """It has no key as a source has, and measures each row: a null stops it."""
+    from eval import EvalConfig
+    other = write_parquet(tmp_path / "x.parquet", [{"id": "1", "body": "words"}])
+    assert ("did you mean body? rename it to text: python -c \"import pandas; pandas.read_parquet("
+            "'OLD').rename(columns={'body': 'text'}).to_parquet('NEW')\"") in refusal(
+                suite_at, str(other), EvalConfig())
+    null = write_parquet(tmp_path / "y.parquet", [{"text": "a"}, {"text": None}])
+    message = refusal(list, read_documents(null, "s"))
+    assert f"{null}:2: text is null, not a string; correct it, or drop each such row: " in message
+    assert ".dropna(subset=['text']).to_parquet('NEW')" in message
+
+
 def test_a_missing_text_column_is_an_error_that_knows_its_name(tmp_path):
     file = write_parquet(tmp_path / "x.parquet", [{"content": "a", "id": "b"}])
     message = refusal(build, tmp_path, file)
