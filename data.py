@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from configs import load_config, setting
 from corpus.bpe import sample_texts, train_bpe
@@ -40,6 +39,7 @@ from corpus.storage import (DOCUMENT_INDEX, ShardWriter, blocks_of, hash_of_id, 
                             vocabulary_of)
 from corpus.token_files import write_token_list
 from corpus.tokenizer import Tokenizer, tokenizer_at, tokenizer_file
+from support.bars import bar
 from support.files import read_json, write_json
 
 SHARD_TOKENS = 2**28  # a shard is closed before the document that would exceed this
@@ -415,7 +415,7 @@ def tokenise(source, clean, tokenizer, workers):
     work = partial(encode_block, folder=clean / "documents", source=source,
                    tokenizer_path=tokenizer / "tokenizer.json")
     encoded = ordered_map(work, blocks, workers)
-    yield from tqdm(encoded, desc=f"tokenising {source}", total=len(blocks), leave=False)
+    yield from bar(encoded, f"tokenising {source}", len(blocks), "blocks")
 
 
 def encode_block(block, folder, source, tokenizer_path):

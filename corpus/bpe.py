@@ -11,11 +11,11 @@ from collections import Counter
 
 import numpy as np
 import regex
-from tqdm import tqdm
 
 from corpus.storage import stored_documents
 from corpus.tokenizer import (EOS, PAD, PATTERN, PII_MARKERS, SPACE_RUNS, Tokenizer,
                               byte_characters)
+from support.bars import bar
 from support.files import UserError
 
 BPE_SAMPLE_CHARS = 3_000_000  # of each source, to learn the merges from
@@ -70,14 +70,14 @@ def learn_merges(words, n_merges):
     """
     row = PairRow(words)
     merges = []
-    with tqdm(desc="learning merges", total=n_merges, unit="merge", leave=False) as bar:
+    with bar(None, "learning merges", n_merges, "merges") as shown:
         while len(merges) < n_merges:
             pair = row.most_frequent_pair()
             if pair is None:
                 break
             row.join(pair, 256 + len(merges))
             merges.append(pair)
-            bar.update()
+            shown.update()
     return merges
 
 

@@ -12,9 +12,8 @@ from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
-from tqdm import tqdm
-
 from corpus.source_files import files_of_first_rules, input_files, name_in
+from support.bars import bar
 from support.files import UserError, file_sha256
 
 
@@ -34,11 +33,10 @@ def digests_of(path, files, data_dir):
     files = with_states(path, files)
     unknown = [entry for entry in files if remembered.get(entry[1], [])[:2] != entry[2]]
     total = sum(size for _, _, (size, _) in unknown)
-    with tqdm(desc=f"hashing {path}", total=total, unit="B", unit_scale=True, leave=False,
-              disable=not unknown) as bar:
+    with bar(None, f"hashing {path}", total, "B", hidden=not unknown) as shown:
         for _, key, state in unknown:
             remembered[key] = [*state, file_sha256(key)]
-            bar.update(state[0])
+            shown.update(state[0])
     if unknown:
         write_digests(data_dir, remembered)
     return [(name, remembered[key][2]) for name, key, _ in files]

@@ -3,10 +3,9 @@
 import random
 from functools import lru_cache
 
-from tqdm import tqdm
-
 from corpus.documents import is_held_out
 from corpus.stdlib import stdlib_documents
+from support.bars import bar
 
 
 def stdlib_chats(held_out, eval_share):
@@ -104,5 +103,5 @@ def leaked_docstrings(eval_share):
                 _, docstring = document["text"].split("\n\n", 1)
                 held_out[document["id"]] = squeeze(docstring)
     training = b"\n".join(training)
-    bar = tqdm(held_out.items(), desc="looking for copies of held-out docstrings", leave=False)
-    return {name for name, docstring in bar if docstring in training}
+    docstrings = bar(held_out.items(), "looking for copies of held-out docstrings", unit="texts")
+    return {name for name, docstring in docstrings if docstring in training}

@@ -8,8 +8,7 @@ import sysconfig
 from functools import lru_cache
 from pathlib import Path
 
-from tqdm import tqdm
-
+from support.bars import bar
 from support.files import UserError
 
 # Not library text: tests, vendored packages, tables of characters, and pydoc_data, whose topics are
@@ -51,7 +50,7 @@ def stdlib_modules():
     root = Path(sysconfig.get_path("stdlib"))
     modules = []
     paths = sorted(root.rglob("*.py"))
-    for path in tqdm(paths, desc="reading Python's library", unit="file", leave=False):
+    for path in bar(paths, "reading Python's library", unit="files"):
         file = path.relative_to(root)
         if STDLIB_SKIPS & set(file.parts) or file.name.startswith("_sysconfigdata"):
             continue

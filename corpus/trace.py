@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from configs import load_config, setting
 from corpus.lineage import data_of_run, order_at
@@ -27,6 +26,7 @@ from corpus.storage import DOCUMENT_INDEX, blocks_of, hash_of_id, held_out_files
 from corpus.token_files import read_sidecar
 from corpus.tokenizer import Tokenizer
 from data import Batches, DataConfig, TokenShards
+from support.bars import bar
 from support.files import UserError, log_rows, read_json
 from support.text import counted
 
@@ -193,7 +193,7 @@ class RunData:
         needle = json.dumps(text)[1:-1].encode()  # as it is in a line of JSON: parses few lines
         for source in self.manifest["sources"]:
             blocks = blocks_of(self.folder, source)
-            for file, begin in tqdm(blocks, desc=f"searching {source}", leave=False):
+            for file, begin in bar(blocks, f"searching {source}", unit="blocks"):
                 for line in self.read_block(source, file, begin):
                     if needle not in line:
                         continue

@@ -20,6 +20,7 @@ from scaling.checkpoint import load_checkpoint, run_of, step_directories
 from scaling.ranks import launched
 from support.config_text import read_assignments
 from support.files import UserError, here, read_json
+from support.hints import hub_remedy
 from support.models import Base, fill_weights, find_step, is_ours
 from support.official_place import notes
 from support.official_run import TAKEN, settings_to_go_on
@@ -116,7 +117,8 @@ def read_start(given):
     start = Path(given.start_from)
     try:
         if not (start.exists() or step_directories(start.parent)):
-            raise UserError(f"no such directory{hub_remedy(start)}")
+            remedy = hub_remedy(start) or "name a run, a step of one, or another model's directory"
+            raise UserError(f"no such directory; {remedy}")
         run_of(start)  # a UserError for a file, and for a step that is gone
         if is_ours(start):
             return read_own(start, given.fresh_optimizer)
@@ -126,16 +128,8 @@ def read_start(given):
         raise UserError(f"start_from={start}{here(start)}: {error}") from None
 
 
-def hub_remedy(start):
-    """How to get a model whose name on the hub stands where its directory should."""
-    if start.is_absolute() or len(start.parts) != 2 or start.parent.exists():
-        return "; name a run, one of its steps, or a directory that holds a model"
-    return ("; if it is a model of Hugging Face's hub, download it first: huggingface-cli download "
-            f"{start} --local-dir {start.name}, and then --start_from={start.name}")
-
-
 def read_own(start, fresh_optimizer):
-    """The same for a run of ours or one of its steps."""
+    """What read_start returns, for a run of ours or one of its steps."""
     step, state = find_step(start, digests=False)
     if not fresh_optimizer and step != start:
         raise UserError(f"a run; name one of its steps, such as {step}, to go on with its "

@@ -8,21 +8,23 @@ import errno
 import dataclasses
 import hashlib
 import json
-import pickle
 import shutil
 import warnings
+from importlib import import_module
 from pathlib import Path, PurePosixPath
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.tensor import DTensor
 
 from model import ModelConfig
 from scaling.ranks import gather, on_rank0, rank
 from support.files import (UserError, disk_remedy, file_sha256, fsync, here, read_json,
                            without_nan, write_json)
+from support.hints import hub_remedy
+from support.plain_pickle import NamelessUnpickler
 
 # ---- Finding -------------------------------------------------------------------------------------
 
@@ -35,9 +37,9 @@ def run_of(path):
         steps = [step.name for step in step_directories(path.parent)]
         if steps:
             raise UserError(f"{path}: no such step; {path.parent} has {', '.join(steps)}")
-        raise UserError(f"{path}: no such directory{here(path)}; python train.py configs/tiny.py "
-                        "makes runs/tiny, and then python adapt.py configs/tiny_sft.py makes "
-                        "runs/tiny_sft")
+        remedy = hub_remedy(path) or ("python train.py configs/tiny.py makes runs/tiny, and then "
+                                      "python adapt.py configs/tiny_sft.py makes runs/tiny_sft")
+        raise UserError(f"{path}: no such directory{here(path)}; {remedy}")
     return path.parent if (path / "state.json").is_file() else path
 
 
@@ -162,7 +164,7 @@ def check_tensors(wanted, found, place):
 
 # ---- Reading -------------------------------------------------------------------------------------
 
-class SafeUnpickler(pickle.Unpickler):
+class SafeUnpickler(NamelessUnpickler):
     """Unpickles only what DCP writes into `.metadata`: records of names, shapes and dtypes."""
 
     ALLOWED = {
@@ -181,8 +183,8 @@ class SafeUnpickler(pickle.Unpickler):
             return PurePosixPath
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        if name not in self.ALLOWED.get(module, ()):
-            raise UserError(f"it names {module}.{name}, which no checkpoint needs")
+        if name in self.ALLOWED.get(module, ()):
+            return getattr(import_module(module), name)
         return super().find_class(module, name)
 
 
@@ -196,13 +198,14 @@ class SafeReader(dcp.FileSystemReader):
                 metadata = SafeUnpickler(stream).load()
             if not isinstance(metadata, Metadata):
                 raise UserError(f"it holds {type(metadata).__name__}")
+            others = [name for name, entry in metadata.state_dict_metadata.items()
+                      if not isinstance(getattr(entry, "size", None), torch.Size)]
         except PermissionError:
             raise
         except Exception as error:
             raise Unreadable(f"{file}: refused, not plain metadata ({error})") from None
-        for name, entry in metadata.state_dict_metadata.items():
-            if isinstance(entry, BytesStorageMetadata):
-                raise Unreadable(f"{file}: refused, {name} is pickled bytes, not a tensor")
+        if others:
+            raise Unreadable(f"{file}: refused, {others[0]} is no tensor")
         return metadata
 
 

@@ -161,11 +161,12 @@ def print_run(run, model, batches, micro_batch_size, lr_at_step):
 
 def say_warmup(config, lr_at_step):
     """A line about a run that ends before its warm-up does."""
-    if config.max_steps < config.warmup_steps:
-        highest = lr_at_step(config.max_steps, config)
-        print(f"  warmup_steps={config.warmup_steps} is above max_steps={config.max_steps}: the "
-              f"learning rate rises to {highest:.3g} and never reaches lr={config.lr:g}; lower "
-              f"--warmup_steps, to {max(1, config.max_steps // 10)} for example")
+    last = config.max_steps
+    if last <= config.warmup_steps:
+        highest = max(lr_at_step(step, config) for step in (max(1, last - 1), last))
+        print(f"  warmup_steps={config.warmup_steps} is not below max_steps={last}: the learning "
+              f"rate rises to {highest:.3g} and never reaches lr={config.lr:g}; lower "
+              f"--warmup_steps, to {last // 10} for example")
 
 
 def print_results(run):

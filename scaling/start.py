@@ -34,7 +34,7 @@ from support.models import open_base
 from support.official_place import check_place
 from support.official_state import read_progress
 from support.text import counted
-from support.vocabulary import open_tokenizer
+from support.vocabulary import NAME_IT, open_tokenizer
 
 NEW_STATE = {"step": 0, "tokens": 0, "seconds": 0.0, "kwh": 0.0}
 
@@ -165,10 +165,11 @@ def check_named(home, name, settings):
     if (home / "tokenizer.json").is_file():
         return
     if name.startswith("bpe:"):
-        raise UserError(f"{home}: has no tokenizer.json, and its weights have learned one; name "
-                        "it: --tokenizer=olmo for OLMo 1.0, or --tokenizer=FILE")
+        raise UserError(f"{home}: has no tokenizer.json, and its weights have learned one; "
+                        f"{NAME_IT}")
     keys = ModelConfig.__dataclass_fields__
-    open_tokenizer(tokenizer_file(name), ModelConfig(**{key: settings[key] for key in keys}))
+    open_tokenizer(tokenizer_file(name), ModelConfig(**{key: settings[key] for key in keys}),
+                   NAME_IT)
 
 
 def have_same_ids(file, other):

@@ -6,8 +6,6 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-from tqdm import tqdm
-
 from corpus.lines import JSON_SUFFIXES
 from corpus.source_files import is_there
 from corpus.tables import TABLE_SUFFIXES
@@ -15,6 +13,7 @@ from data import render_chat
 from model import generate
 from scaling.ranks import from_rank0
 from scaling.sharding import evaluating
+from support.bars import bar
 from support.chat_forms import PROMPTS
 from support.chats import checked_request
 from support.cpu import packed_weights
@@ -84,8 +83,7 @@ def generate_answers(argv):
     prompts = [render_chat(messages, tokenizer, reply=True)[0] for messages in requests]
 
     with open(out, "a", encoding="utf-8") as file, packed_weights(model):
-        for begin in tqdm(range(done, len(rows), options.answer_batch), unit="batch",
-                          disable=done == len(rows)):
+        for begin in bar(range(done, len(rows), options.answer_batch), "answering", unit="batches"):
             end = begin + options.answer_batch
             found = answers_of(model, tokenizer, prompts[begin:end], options, begin)
             for row, answer in zip(rows[begin:end], found, strict=True):

@@ -10,6 +10,7 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+from support.bars import end_bars
 from support.files import disk_remedy, is_full
 from support.text import BOLD_GREEN, PLAIN, REVERSE, UserError, harmless
 
@@ -66,11 +67,13 @@ def exit_code(main):
     try:
         return main(sys.argv[1:])
     except UserError as error:
+        end_bars()
         return f"error: {harmless(str(error))}"
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends the clearing up
         return 130  # 128 + SIGINT, as shells have it
     except (MemoryError, OSError, RuntimeError, UnicodeEncodeError) as error:
+        end_bars()
         line = about_machine(error)
         if not line:
             raise

@@ -108,3 +108,16 @@ def check_base(path, base, before, place):
     if not any(file.name == base or file.suffix == ".json" for file in before):
         raise UserError(f"{place}adds_to={base}: this file adds to that one; name both: "
                         f"{path.parent / str(base)} {path}")
+
+
+def hub_remedy(path):
+    """What to do about a directory that is not there, if its name looks like one on the hub, or
+    has a ~; else "".
+    """
+    if path.parts[:1] == ("~",):
+        return f"the shell has left the ~ as it is: write $HOME{str(path)[1:]}"
+    is_own = path.is_absolute() or path.parts[0] == "runs" or path.parent.exists()
+    if is_own or len(path.parts) != 2:
+        return ""
+    return (f"if it is a model of Hugging Face's hub, download it first: hf download {path} "
+            f"--local-dir {path.name}, and then name {path.name}")

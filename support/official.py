@@ -3,6 +3,8 @@
 model.pt or model.safetensors holds the weights, config.yaml describes them.
 """
 
+import re
+import zipfile
 from functools import partial
 
 import torch
@@ -10,6 +12,7 @@ import torch
 from model import ModelConfig
 from support.hf_weights import open_safetensors, tensor_names
 from support.official_names import decode_name, is_encoded
+from support.plain_pickle import MOST_BYTES
 from support.slices import StoredTensor
 from support.text import UserError, refuse_pointer, shown
 from support.vocabulary import count_of_ids
@@ -82,24 +85,51 @@ def name_of_tensor(encoded, file):
 
 
 def mapped_tensors(file):
-    """{name: tensor} of model.pt, mapped into memory: what is not used is not read."""
-    refuse_pointer(file)
-    try:
-        found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except PermissionError:
-        raise
-    except Exception:  # torch's message runs over lines, and advises to run what is in the file
-        found = None
+    """{name: tensor} of model.pt, mapped into memory."""
+    found = load_mapped(file)
     if not isinstance(found, dict) or not all(map(torch.is_tensor, found.values())):
-        raise UserError(f"{file}: damaged, or holds more than named tensors; nothing in it was "
-                        "run; download it again")
+        raise UserError(f"{file}: holds more than named tensors; fetch it again")
     for name, tensor in found.items():
+        check_plain(tensor, name, file)
         if tensor.dtype not in FLOATS:
             raise UserError(f"{file}: {name} is {tensor.dtype}; quantised weights are not read")
-        if tensor.layout != torch.strided or tensor.device.type != "cpu":
-            raise UserError(f"{file}: {name} holds no plain numbers ({tensor.layout}, "
-                            f"{tensor.device}); download it again")
     return found
+
+
+def load_mapped(file):
+    """What torch.save wrote, mapped into memory: what is not used is not read, and nothing is run.
+
+    UserError for a file that is damaged, or that holds more than numbers, texts and tensors.
+    """
+    refuse_pointer(file)
+    try:
+        check_archive(file)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (PermissionError, UserError):
+        raise
+    except Exception as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))  # the rest advises to run what it found
+        reason = f"it names {named[1]}" if named else type(error).__name__
+        raise UserError(f"{file}: damaged, or holds more than numbers and tensors ({reason}); "
+                        "nothing in it was run; fetch it again") from None
+
+
+def check_archive(file):
+    """UserError for a file whose small part would unpack to more than any checkpoint needs."""
+    with zipfile.ZipFile(file) as archive:
+        packed = [entry.filename for entry in archive.infolist() if entry.compress_type]
+        sizes = [entry.file_size for entry in archive.infolist()
+                 if entry.filename.endswith("data.pkl")]
+    if packed or max(sizes, default=0) > MOST_BYTES:
+        raise UserError(f"{file}: packed, as torch.save writes none; fetch it again")
+
+
+def check_plain(tensor, name, file):
+    """UserError for a tensor whose numbers are not all in the file, each at a place of its own."""
+    is_plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    if not is_plain or tensor.untyped_storage().nbytes() < tensor.nbytes:
+        raise UserError(f"{file}: {name} holds no plain numbers ({tensor.layout}, "
+                        f"{tensor.device}); fetch it again")
 
 
 def official_config(path, tokenizer=None):

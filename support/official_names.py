@@ -15,6 +15,7 @@ TEXTS_AND_NUMBERS = {"SHORT_BINUNICODE", "BINUNICODE", "BININT", "BININT1", "BIN
 CONSTANTS = {"NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}  # a longer one is what lies after a MARK
 MARK = object()
+MOST_CHARACTERS = 10_000  # of a name; in a checkpoint of OLMo it has about 150
 
 
 def is_encoded(name):
@@ -28,6 +29,8 @@ def decode_name(name, file):
     keys: a tuple of texts and whole numbers. Raises UserError for any other content.
     """
     try:
+        if len(name) > MOST_CHARACTERS:
+            raise ValueError(f"has {len(name):,} characters")
         pickled = base64.b64decode(name, altchars=b"-_", validate=True)
         keys, is_pickled = plain_value(pickled)
         if type(keys) is not tuple or not keys or type(is_pickled) is not bool:

@@ -90,6 +90,10 @@ def faults_of_position(progress, settings, per_epoch):
     The last step of an epoch may be saved as the end of that epoch or as the start of the next.
     """
     batch_size = settings["batch_size"]
+    tokens = progress.step * batch_size * settings["max_seq_len"]
+    if progress.tokens != tokens:  # the schedule may count them
+        return [f"train.pt: after step {progress.step:,} it had seen {progress.tokens:,} tokens, "
+                f"and {tokens:,} are so many steps of this batch size and length"]
     seen = progress.epoch * per_epoch * batch_size + progress.examples
     if seen == progress.step * batch_size and progress.examples <= per_epoch * batch_size:
         return []

@@ -16,7 +16,8 @@ from support.yaml_text import read_yaml
 # does as we do. None: the key is missing or null.
 FIXED = {
     "": {"softmax_auxiliary_loss": ("false", None), "max_grad_norm_ratio": (None,),
-         "reset_optimizer_state": ("false", None), "module_outputs_save_steps": (None, [])},
+         "reset_optimizer_state": ("false", None), "fast_forward_batches": (None, "0"),
+         "module_outputs_save_steps": (None, [])},
     "model": {"attention_dropout": ("0.0", "0"), "residual_dropout": ("0.0", "0"),
               "embedding_dropout": ("0.0", "0")},
     "optimizer": {"name": ("adamw",), "decay_embeddings": ("false", None),
@@ -141,7 +142,8 @@ def kind_of_adamw(optimizer):
 def schedule_settings(yaml):
     """The learning rate and the warm-up of the clipping, in steps.
 
-    Counted in tokens, a schedule may begin or end within a step: the nearest step is taken.
+    # DIFFERS FROM OLMo: of a schedule in tokens that begins or ends within a step, the nearest step
+    # is taken.
     """
     schedule = yaml["scheduler"]
     unit = 1

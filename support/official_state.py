@@ -6,8 +6,6 @@
 Read: olmo/checkpoint.py, olmo/train.py, olmo/optim.py at v0.2.5. Nothing in the files is run.
 """
 
-import re
-import zipfile
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -18,10 +16,10 @@ from scaling.checkpoint import check_tensors
 from scaling.ranks import on_each_rank
 from support.files import UserError
 from support.hf_weights import opened
+from support.official import check_plain, load_mapped
 from support.official_names import decode_name
-from support.plain_pickle import MOST_BYTES, one_line, read_plain, unpickled
+from support.plain_pickle import one_line, read_plain, unpickled
 from support.slices import StoredTensor, copy_own_rows, shapes_of
-from support.text import refuse_pointer
 from support.weights import name_table
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -42,9 +40,8 @@ class Progress(NamedTuple):
 
 def state_file(path, name):
     """The file of a checkpoint that holds `name`, such as "optim"; None if it has none."""
-    names = [f"{name}.safetensors", f"{name}.pt"]
-    names += ["other.pt"] * (name == "train")  # what older code called it
-    return next((path / name for name in names if (path / name).is_file()), None)
+    files = [path / f"{name}.safetensors", path / f"{name}.pt"]
+    return next((file for file in files if file.is_file()), None)
 
 
 def has_training_state(path):
@@ -88,42 +85,17 @@ def rows_of_slice(part, tensors, encoded, first=None, last=None):
     return tensors.get_tensor(encoded) if first is None else part[first:last]
 
 
-def read_mapped(file):
-    """The nested dicts in optim.pt, with StoredTensors that are mapped into memory."""
-    refuse_pointer(file)
-    try:
-        check_archive(file)
-        found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (PermissionError, UserError):
-        raise
-    except Exception as error:
-        named = re.search(r"GLOBAL (\S+)", str(error))  # the rest advises to run what it found
-        reason = f"it names {named[1]}" if named else type(error).__name__
-        raise UserError(f"{file}: damaged, or holds more than numbers and tensors ({reason}); "
-                        "nothing in it was run; fetch it again") from None
-    return with_stored(found, file, ())
+def with_stored(value, file, keys=()):
+    """A value in which each tensor is a StoredTensor; keys: those that lead to it.
 
-
-def check_archive(file):
-    """UserError for a file whose small part would unpack to more than any optimiser needs."""
-    with zipfile.ZipFile(file) as archive:
-        packed = [entry.filename for entry in archive.infolist() if entry.compress_type]
-        sizes = [entry.file_size for entry in archive.infolist()
-                 if entry.filename.endswith("data.pkl")]
-    if packed or max(sizes, default=0) > MOST_BYTES:
-        raise UserError(f"{file}: packed, as torch.save writes none; fetch it again")
-
-
-def with_stored(value, file, keys):
-    """A value in which each tensor is a StoredTensor; keys: those that lead to it."""
-    if isinstance(value, dict):
+    Of dicts in each other, three levels are looked into, as no moment lies deeper.
+    """
+    if isinstance(value, dict) and len(keys) < 3:
         return {key: with_stored(each, file, (*keys, key)) for key, each in value.items()}
     if not torch.is_tensor(value):
         return value
     name = ".".join(map(str, keys))
-    if value.layout != torch.strided or value.device.type != "cpu":
-        raise UserError(f"{file}: {name} holds no plain numbers ({value.layout}, {value.device}); "
-                        "fetch it again")
+    check_plain(value, name, file)
     return StoredTensor(file, name, tuple(value.shape), partial(rows_of_tensor, value))
 
 
@@ -178,7 +150,8 @@ def read_optimizer(path):
     The keys of the state are the parameters' names, or the numbers of these names in the groups.
     """
     file = state_file(path, "optim")
-    found = read_nested(file) if file.suffix == ".safetensors" else read_mapped(file)
+    is_mapped = file.suffix == ".pt"
+    found = with_stored(load_mapped(file), file) if is_mapped else read_nested(file)
     try:
         names = {}
         groups = []

@@ -9,8 +9,7 @@ import time
 from tqdm import tqdm
 
 from scaling.ranks import rank
-
-SECONDS = 10  # between two lines
+from support.bars import SECONDS, bar
 
 
 class Progress:
@@ -58,8 +57,7 @@ def watched(items, unit):
     if not progress.title:
         progress.begin("")
     if sys.stderr.isatty():
-        yield from tqdm(items, desc=progress.title or None, unit=unit, leave=False,
-                        disable=rank() > 0)
+        yield from bar(items, progress.title, unit=unit, hidden=rank() > 0)
         return
     for i, item in enumerate(items, 1):
         yield item

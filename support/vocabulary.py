@@ -11,20 +11,25 @@ from corpus.tokenizer import tokenizer_at, tokenizer_file
 from support.files import UserError, read_json
 
 
-def open_tokenizer(file, config):
+# of weights that have no tokenizer.json beside them
+NAME_IT = "name the one of the weights: --tokenizer=olmo for OLMo 1.0, or --tokenizer=FILE"
+
+
+def open_tokenizer(file, config, remedy=None):
     """The Tokenizer in `file`; UserError unless its ids are those of a model of `config`.
 
-    file: tokenizer.json of a run, of built data or of a directory from elsewhere.
+    file: tokenizer.json of a run, of built data or of a directory from elsewhere. remedy: of
+    another file; else it follows from what lies beside the file.
     """
     file = Path(file)
     if not file.is_file():
         raise UserError(f"{file}: missing; {remedy_for_missing(file)}")
     tokenizer = tokenizer_at(file)
-    check_vocabulary(config, tokenizer, file)
+    check_vocabulary(config, tokenizer, file, remedy)
     return tokenizer
 
 
-def check_vocabulary(config, tokenizer, file):
+def check_vocabulary(config, tokenizer, file, remedy=None):
     """UserError if the ids in the model's config are not those of the tokenizer in `file`."""
     wanted = {"vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos_token_id,
               "pad_token_id": tokenizer.pad_token_id}
@@ -36,7 +41,8 @@ def check_vocabulary(config, tokenizer, file):
     if tokenizer.vocab_size > config.embedding_size:
         wrong["embedding_size"] = tokenizer.vocab_size
         faults.append(f"the model's embedding_size is {config.embedding_size}")
-    raise UserError(f"{file}: {', '.join(faults)}; {remedy_for(file, config, wrong)}")
+    raise UserError(f"{file}: {', '.join(faults)}; "
+                    f"{remedy or remedy_for(file, config, wrong)}")
 
 
 def count_of_ids(unpadded, rows, tokenizer):

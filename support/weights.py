@@ -26,7 +26,7 @@ from support.hf_weights import import_safetensors, open_safetensors, safetensors
 from support.official import (TRAINING_STATE, official_config, official_weights,
                               open_official)
 from support.slices import check_same_rows, copy_own_rows, shapes_of
-from support.vocabulary import check_vocabulary
+from support.vocabulary import NAME_IT, check_vocabulary
 
 # ---- Names ---------------------------------------------------------------------------------------
 
@@ -118,6 +118,7 @@ def read_model_config(path, file=None):
 
     The tokenizer.json beside it, if there is one, must be the model's. file: another one.
     """
+    remedy = NAME_IT if file else None
     file = file or path / "tokenizer.json"
     tokenizer = tokenizer_at(file) if file.is_file() else None
     if kind_of(path) == "official":
@@ -126,7 +127,7 @@ def read_model_config(path, file=None):
         config = read_hf_config(path, tokenizer)
     if tokenizer:
         check_tokenizer_config(path, tokenizer)
-        check_vocabulary(config, tokenizer, file)
+        check_vocabulary(config, tokenizer, file, remedy)
     return config
 
 

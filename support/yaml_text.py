@@ -11,8 +11,9 @@ from typing import NamedTuple
 from support.text import UserError, read_text
 
 MOST_LEVELS = 50  # a config of OLMo has five
+MOST_FOLDED = 200  # lines of one value, which PyYAML folds at 80 characters
 KEY = re.compile(r"""(?:"([^"]*)"|'([^']*)'|([^\s"'\[{&*!|>%@#-][^#"']*?)):(?:\s+(.*))?$""")
-COMMENT = re.compile(r"\s+#.*$")
+COMMENT = re.compile(r"\s#.*$")
 QUOTED = re.compile(r"""(?:"[^"\\]*"|'(?:[^']|'')*')(?:\s+#.*)?$""")
 
 
@@ -98,7 +99,10 @@ def is_item(line):
 
 def whole_text(text, lines, indent):
     """A value with the rest of it, which PyYAML writes on deeper lines if the text is wide."""
+    first = len(lines)
     while lines and lines[0].indent > indent:
+        if first - len(lines) > MOST_FOLDED:
+            raise UserError(f"{lines[0].place}: a value of over {MOST_FOLDED} lines; shorten it")
         is_open = text[0] in "\"'" and not QUOTED.match(text)
         if not is_open and KEY.match(lines[0].text):
             raise fault(lines[0])
@@ -107,7 +111,7 @@ def whole_text(text, lines, indent):
 
 
 def without_comment(text):
-    return text if QUOTED.match(text) and text[-1] in "\"'" else COMMENT.sub("", text)
+    return text if QUOTED.match(text) and text[-1] in "\"'" else COMMENT.sub("", text).rstrip()
 
 
 def value_of(text, line):

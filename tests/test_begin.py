@@ -279,13 +279,16 @@ def test_weights_of_ours_learn_from_other_text(begin, finished, tmp_path, refuse
 # ---- What is wrong -------------------------------------------------------------------------------
 
 def test_a_start_that_cannot_be_is_one_line_before_the_data_is_built(
-        begin, exported, copied, finished, tmp_path, refused, monkeypatch):
+        begin, exported, copied, finished, tmp_path, call, refused, monkeypatch):
     monkeypatch.setattr("train.build_data", lambda config: pytest.fail("builds data"))
     config, new = finished.with_suffix(".py"), "--run_dir=new"
     refused(begin(), "start_from: missing", "configs/continue.py --start_from=OLMo-1B-hf")
     refused(begin("--fresh_optimizer", config=config), "start_from: missing", "run.py --start")
     refused(begin("--start_from=allenai/OLMo-1B-hf"), "start_from=allenai/OLMo-1B-hf", tmp_path,
-            "huggingface-cli download allenai/OLMo-1B-hf", "--start_from=OLMo-1B-hf")
+            "hf download allenai/OLMo-1B-hf", "name OLMo-1B-hf")
+    refused(call(evaluation, "allenai/OLMo-1B-hf"), "hf download allenai/OLMo-1B-hf")
+    refused(begin("--start_from=~/OUT"), "$HOME/OUT")
+    refused(begin("--start_from=runs/tiny"), "name a run")
     refused(begin("--start_from=nowhere", new), "start_from=nowhere", tmp_path, "no such")
     refused(begin(f"--start_from={exported / 'config.json'}", new), "a file; name its directory")
     line = refused(begin(f"--start_from={copied}", new, config=config), "step000020",

@@ -9,6 +9,7 @@ import pathlib
 import pickle
 import shutil
 import sys
+import tracemalloc
 from dataclasses import asdict
 from pathlib import Path
 
@@ -305,6 +306,18 @@ def test_a_bomb_in_a_step_does_not_go_off(tmp_path, make):
     assert not marker.exists()
 
 
+def test_a_bomb_of_memory_in_a_step_is_refused(tmp_path):
+    """The unpickler that is written in C would take 128 MiB for this index, of 2**23."""
+    path = write_step(tmp_path / "step1")
+    (path / ".metadata").write_bytes(b"\x80\x04K\x01r\xff\xff\x7f\0.")
+    seal(path, state_of(path))
+    tracemalloc.start()
+    refused(path, ".metadata", "it holds int")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**23
+
+
 @pytest.mark.parametrize("name", ["model.wte.weight", "model.note", "note"])
 def test_pickled_bytes_in_a_step_are_refused(tmp_path, name):
     """DCP would unpickle such an entry without limits."""
@@ -323,8 +336,11 @@ def test_torchs_own_reader_of_metadata_is_never_asked(tmp_path, monkeypatch):
 def test_metadata_of_another_kind_is_refused(tmp_path):
     """A harmless pickle that is not DCP's must not end in an AttributeError."""
     path = write_step(tmp_path / "step1")
-    (path / ".metadata").write_bytes(pickle.dumps({"a": 1}))
-    refused(seal(path, state_of(path)), ".metadata")
+    found = dcp.FileSystemReader(path).read_metadata()
+    del found.state_dict_metadata["model.wte.weight"].size
+    for content in ({"a": 1}, found):
+        (path / ".metadata").write_bytes(pickle.dumps(content))
+        refused(seal(path, state_of(path)), ".metadata")
 
 
 # ---- On the disk ---------------------------------------------------------------------------------

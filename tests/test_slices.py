@@ -397,6 +397,7 @@ def test_a_bomb_in_a_name_does_not_go_off(tmp_path, number):
 @pytest.mark.parametrize("name, words", [
     (as_name(b"\x80\x04K\x01r\xff\xff\xff\x7f."), ["LONG_BINPUT"]),  # asks for 16 GiB
     (as_name(pickle.dumps([("a",), False])), ["EMPTY_LIST"]),
+    (as_name(pickle.dumps((("a" * 9000,), False))), ["characters"]),
     (as_name(pickle.dumps((("a", ("b",)), False))), ["key"]),
     (as_name(pickle.dumps(((), False))), []), (as_name(pickle.dumps((("a",), 1))), []),
     (as_name(pickle.dumps("a")), []), (as_name(b"\x80\x04(K\x01\x87."), []),
