@@ -160,7 +160,7 @@ def train(model_config, data_config, eval_config, config):
         init_weights(model, data_config.seed, own_part)
     run.describe(folder, order=run.state["data"], before=run.state.get("data_changes", []))
     micro_batch_size = choose_micro_batch(config, model_config.max_seq_len, world_size())
-    print_run(run, model, batches, micro_batch_size)
+    print_run(run, model, batches, micro_batch_size, lr_at_step)
 
     # The steps. Batch, learning rate and clip limit are functions of the step alone. So a resumed
     # run needs weights, optimiser and this one integer, and any number of ranks does the same.

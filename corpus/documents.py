@@ -17,7 +17,7 @@ from corpus.stdlib import stdlib_documents
 from corpus.tables import TABLE_SUFFIXES, read_table
 from corpus.tokenizer import EOS
 from support.bars import bar
-from support.text import UserError, decoded, json_type, parsed_json, refuse_pointer
+from support.text import UserError, decoded, json_type, noted, parsed_json, refuse_pointer
 
 # What the text is called in data sets of others, for "did you mean".
 TEXT_KEYS = ("text", "content", "raw_content", "body", "document", "article", "story", "passage",
@@ -154,7 +154,7 @@ def as_document(record, source, counts, text_key=None):
     is_text_file = record.file.endswith(TEXT_SUFFIXES)
     text = entry.get("text" if is_text_file or not text_key else text_key)
     if not isinstance(text, str):
-        raise UserError(f"{place}: {why_no_text(entry, text_key)}")
+        raise UserError(f"{place}: {why_no_text(entry, text_key, record.file)}")
     # where it was read, as in Dolma: trace leads back to this line
     provenance = f"{record.file}:{line_number(record.line, record.part)}"
     # null means none: a table has each column in each row
@@ -182,17 +182,23 @@ def as_document(record, source, counts, text_key=None):
 def note_oddities(text, counts):
     """Count what is kept in a text file and what few people want there."""
     if text.count(EOS) >= MANY_EOS:
-        counts[f"text files read as one document that hold {EOS} {MANY_EOS} times or more; to cut "
-               f"them, set separator=\"{EOS}\" of the source"] += 1
+        counts[f"text files read as one document with {EOS} {MANY_EOS} times or more; to cut it, "
+               f"set separator=\"{EOS}\" of the source"] += 1
     counts["text files with the line ends of Windows (CR LF), which are kept; to change them: "
            "sed -i 's/\\r$//' FILE"] += "\r\n" in text
 
 
-def why_no_text(entry, text_key):
-    """What is wrong with a JSON object that holds no text, and what may be meant by it."""
+def why_no_text(entry, text_key, file=""):
+    """What is wrong with a JSON object that holds no text, and what may be meant by it.
+
+    text_key: where its text is, if the user can name it; if not, `file` itself must be changed.
+    """
     key = text_key or "text"
     if isinstance(entry.get(key), bytes):  # of a table
         return f"{key} is bytes that are not UTF-8; correct or delete it"
+    if not text_key and key in entry and entry[key] is None:
+        way = change(file, ".dropna(subset=['text'])", "select(.text != null)")
+        return f"text is null, not a string; correct it, or drop each such row: {way}"
     if key in entry:
         return f"{key} is {json_type(entry[key])}, not a string; correct or delete it"
     keys = ", ".join(list(entry)[:10]) or "none at all"
@@ -208,8 +214,19 @@ def why_no_text(entry, text_key):
     found = text_key_in(entry, key)
     asked = f"did you mean {found}? " if found else ""
     if not text_key:
-        return f"{message}; {asked}rename it to text"
+        name = found or "KEY"
+        way = change(file, f".rename(columns={{'{name}': 'text'}})", f".text = .{name}")
+        return f"{message}; {asked}rename it to text: {way}"
     return f'{message}; {asked}name it in `sources`: {{"path": PATH, "text": "{found or "KEY"}"}}'
+
+
+def change(file, of_table, of_object):
+    """A command that changes each row of a table, or of another file by a filter of jq."""
+    kind = next((kind for kind in ("parquet", "feather") if file.endswith(f".{kind}")), None)
+    if kind:
+        return (f"python -c \"import pandas; pandas.read_{kind}('OLD'){of_table}"
+                f".to_{kind}('NEW')\"")
+    return f"jq -c '{of_object}' OLD > NEW.jsonl"
 
 
 def text_key_in(entry, key):
@@ -248,7 +265,7 @@ def size_of(text):
 def print_once(path, counts):
     """Print what was repaired or not read at `path`, each line once in this process."""
     for what, n in (+counts).items():
-        print_line(f"{path}: {n:,} {what}")
+        print_line(f"{path}: {noted(n, what)}")
 
 
 @lru_cache  # a line that was printed is not printed again

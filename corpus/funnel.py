@@ -9,12 +9,15 @@ from dataclasses import dataclass
 
 from configs import setting
 from corpus.documents import size_of, warn
+from corpus.lines import TEXT_SUFFIXES
 from corpus.rules import DEDUPLICATIONS, RULES
 from support.files import UserError, read_json
-from support.text import PLAIN, REVERSE, counted
+from support.text import PLAIN, REVERSE, counted, noted
 
 
 EXAMPLES = 10  # kept for each rule
+
+TEXTS = "documents in text files left out"  # of a reason why
 
 EXAMPLE_CHARS = 20_000  # of an example's text, from its beginning
 
@@ -31,6 +34,7 @@ class Funnel:
         self.examples = defaultdict(list)
         self.bad_lines = []  # messages, of the first EXAMPLES
         self.bad_reasons = Counter()  # of all of them
+        self.bad_first = {}  # the first message of each reason
 
     def drop(self, rule, document, verdict):
         """Count a document that a rule dropped."""
@@ -63,7 +67,10 @@ class Funnel:
         self.counts["bad lines"] += 1
         message_alone = message.removeprefix(place.rpartition(":")[0])  # the line may be another
         reason = re.split(r"[;(]", re.sub(r"^:[\d.]+: ", "", message_alone))[0].strip()
+        if place.rpartition(":")[0].endswith(TEXT_SUFFIXES):  # no line: a whole document is lost
+            reason = f"{TEXTS}: {reason}"
         self.bad_reasons[reason] += 1
+        self.bad_first.setdefault(reason, message)
         if len(self.bad_lines) < EXAMPLES:
             self.bad_lines.append(message)
 
@@ -79,6 +86,7 @@ class Funnel:
             room = EXAMPLES - len(self.examples[rule])
             self.examples[rule] += examples[:room]
         self.bad_reasons.update(other.bad_reasons)
+        self.bad_first = {**other.bad_first, **self.bad_first}
         for message in other.bad_lines[:EXAMPLES - len(self.bad_lines)]:
             warn(f"left out: {message}")
             self.bad_lines.append(message)
@@ -88,8 +96,10 @@ class Funnel:
     def as_json(self):
         notes = {note: n for note, n in sorted(self.notes.items()) if n}
         by_rule = {rule: dict(counts) for rule, counts in self.rules.items()}
+        commonest = self.bad_reasons.most_common(EXAMPLES)
         return {**self.counts, "notes": notes, "by_rule": by_rule, "bad_lines": self.bad_lines,
-                "bad_reasons": dict(self.bad_reasons.most_common(EXAMPLES))}
+                "bad_reasons": dict(commonest),
+                "bad_first": [self.bad_first[reason] for reason, _ in commonest]}
 
 
 # ---- The table -----------------------------------------------------------------------------------
@@ -109,7 +119,9 @@ def print_table(folder):
         padded = "".join(cell.rjust(width + 2) for cell in cells)
         print("  " + label.ljust(label_width) + padded)
     for remark in remarks(manifest):
-        print(textwrap.fill(remark, 98, initial_indent="  ", subsequent_indent="    "))
+        has_command = " OLD" in remark or "'OLD'" in remark  # it is copied, so it is not broken
+        print(f"  {remark}" if has_command else textwrap.fill(
+            remark, 98, initial_indent="  ", subsequent_indent="    "))
 
 
 def funnel_rows(sources):
@@ -169,10 +181,12 @@ def remarks(manifest):
             against = ", ".join(source["decontaminated"]) or "nothing: it is code"
             yield f"{name}: decontaminated against {against}"
         for note, n in source["notes"].items():
-            yield f"{name}: {n:,} {note}"
+            yield f"{name}: {noted(n, note)}"
         for reason, n in source.get("bad_reasons", {}).items():
-            yield f"{name}: {n:,} bad lines: {reason}"
-        for message in source["bad_lines"][:3]:
+            is_text = reason.startswith(TEXTS)
+            yield f"{name}: {noted(n, reason if is_text else f'bad lines: {reason}')}"
+        # bad_first: old data lacks it
+        for message in source.get("bad_first", source["bad_lines"][:3]):
             yield f"{name}: left out: {message}"
         if source["documents"] and not source.get("held-out documents"):
             yield from nothing_held_out(name, source, manifest)

@@ -18,13 +18,14 @@ SPLITS = {"train": "train", "training": "train",
           "dev": "validation",
           "test": "test", "testing": "test", "eval": "test", "evaluation": "test"}
 DESCRIBE = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json")
+DESCRIBES = "written by datasets to describe its tables"
 SHARD = re.compile(r"-\d{5}-of-\d{5}.*")
 
 
-def files_with_rows(files, counts):
+def files_with_rows(files, left_out_files):
     """`files` of a folder without those that only describe or cache its tables.
 
-    counts: receives how many were left out, by reason. Raises UserError for tables that are not the
+    left_out_files: receives those that are left out. Raises UserError for tables that are not the
     listed ones.
     """
     tables = [file for file in files if file.name.endswith(TABLE_SUFFIXES)]
@@ -38,14 +39,15 @@ def files_with_rows(files, counts):
             listed = saved_files(file, tables)
             unlisted = {table for table in tables if table.parent == file.parent} - listed
             if listed:
-                left_out[file] = "they describe the others"
-                left_out |= dict.fromkeys(unlisted, "not in the list of a state.json")
+                left_out[file] = DESCRIBES
+                left_out |= dict.fromkeys(sorted(unlisted), "not in the list of a state.json")
     for file in files:
         if file.match("cache-*.arrow"):
             left_out.setdefault(file, "caches of datasets")
         elif file.name in DESCRIBE:
-            left_out[file] = "they describe the others"
-    counts.update(f"files not read: {why}" for why in left_out.values())
+            left_out[file] = DESCRIBES
+    for file, why in left_out.items():
+        left_out_files.add_files(why, [file])
     return [file for file in files if file not in left_out]
 
 

@@ -81,6 +81,24 @@ def holds_objects(values):
         return len(values.held) > MOST_OF_SETTINGS
 
 
+def list_inside(file):
+    """The key under which the one object of a .json file holds a list of objects; "" if none.
+
+    A chat, which is such an object, has a list too, and is a row itself.
+    """
+    try:
+        with opened(file, tqdm(disable=True)) as content:
+            values = Values(file, content, MOST_OF_SETTINGS)
+            values.next_char()
+            value = parsed_json(values.value()[2], f"{file}:1")
+    except (UserError, OSError):
+        return ""
+    if not isinstance(value, dict) or value.keys() & {"messages", "conversations", "conversation"}:
+        return ""
+    lists = [key for key, rows in value.items() if isinstance(rows, list)]
+    return next((key for key in lists if value[key] and isinstance(value[key][0], dict)), "")
+
+
 class Values:
     """Cuts a stream of JSON into its outermost values."""
 

@@ -5,25 +5,19 @@ from collections import Counter, deque
 from pathlib import Path
 
 from corpus.hub_folders import check_splits, files_with_rows, is_card
-from corpus.json_lists import holds_rows
+from corpus.json_lists import holds_rows, list_inside
+from corpus.left_out import ANY_OTHER, LeftOut, remedy_for
 from corpus.lines import JSON_SUFFIXES, TEXT_SUFFIXES
 from corpus.tables import TABLE_SUFFIXES
 from support.files import here
 from support.hints import command
-from support.text import UserError
+from support.text import UserError, noted
 
 SUFFIXES = JSON_SUFFIXES + TABLE_SUFFIXES + TEXT_SUFFIXES
 FIRST_SUFFIXES = (".jsonl", ".jsonl.gz", ".json.gz", ".txt", ".md", ".rst", ".py")
-NAMED_ENDINGS = 5  # the commonest of the files that are not read; the others are counted together
 
-# How a file of another kind becomes one that is read, by its ending.
-TABLE = ('python -c "import pandas; pandas.read_{}(\'OLD\').to_json(\'NEW.jsonl\', '
-         'orient=\'records\', lines=True)"')
-REMEDIES = {
-    ".zst": "zstd -d OLD; what holds JSON may be packed, as NAME.jsonl.zst",
-    ".gz": "gunzip OLD; what holds JSON may be packed, as NAME.jsonl.gz",
-    ".xz": "unxz OLD", ".bz2": "bunzip2 OLD", ".zip": "unzip OLD",
-    ".csv": TABLE.format("csv")}
+READ = (f"name what ends in {', '.join(JSON_SUFFIXES)} (objects), {', '.join(TABLE_SUFFIXES)} "
+        f"(a document a row) or {', '.join(TEXT_SUFFIXES)} (a document a file)")
 
 
 def input_files(root, counts):
@@ -32,12 +26,24 @@ def input_files(root, counts):
     root: a file, a folder or a pattern, such as data/train-*.parquet. Links are followed. Raises
     UserError if nothing there can be read.
     """
-    if is_pattern(root):
-        return [file for each in matches(root) for file in input_files(each, counts)]
+    top = root.parent if is_pattern(root) else root
+    left_out = LeftOut(top)
+    files = []
+    for each in matches(root) if is_pattern(root) else [root]:
+        found = LeftOut(top)
+        files += files_at(each, found)
+        left_out.update(found)
+    counts.update(left_out.notes())
+    return files
+
+
+def files_at(root, left_out):
+    """The same for a file or folder; `left_out` receives what is not read."""
     if root.is_file():
         if root.name.endswith(SUFFIXES):
             return [root]
-        raise UserError(f"{root}: cannot read this kind of file; {remedy_for([root])}")
+        raise UserError(f"{root}: cannot read this kind of file; {READ}; to make one: "
+                        + (remedy_for(root) or ANY_OTHER))
     if root.is_symlink() and not root.exists():
         raise UserError(f"{root}: a broken link: there is no {os.path.realpath(root)}")
     if not root.exists():
@@ -48,44 +54,43 @@ def input_files(root, counts):
                         '.parquet or .txt files there, or name others: ' + others)
     if not root.is_dir():
         raise UserError(f"{root}: neither a file nor a folder; save what it holds in a file")
-    found = Counter()  # what is not read: {why: files}
-    files = files_with_rows(files_in(root, found), found)
+    files = files_with_rows(files_in(root, left_out), left_out)
     others = [file for file in files if not file.name.endswith(SUFFIXES)]
-    found.update(counted_endings(others))
-    readable = readable_files(sorted(set(files) - set(others)), found)
-    check_splits(root, readable, found)
+    left_out.add_endings(sorted(others))
+    readable = readable_files(sorted(set(files) - set(others)), left_out)
+    check_splits(root, readable, left_out.counts)
     if not readable:
-        reasons = "; ".join(f"{n:,} {reason}" for reason, n in (+found).items())
+        reasons = "; ".join(noted(n, reason) for reason, n in left_out.notes().items())
+        has_remedy = others and all(map(remedy_for, others))
         raise UserError(f"{root}: holds no file that can be read ({reasons or 'no file at all'}); "
-                        + remedy_for(others))
-    counts.update(+found)
+                        + READ + f"; {ANY_OTHER}" * (not has_remedy))
     return readable
 
 
-def files_in(root, counts):
+def files_in(root, left_out):
     """All files in a folder but hidden ones, and of Dolma's layout those of documents."""
-    files = files_below(root, counts)
+    files = files_below(root, left_out)
     if (root / "documents").is_dir():  # the taggers' results are in attributes/
-        counts["files not read: Dolma's attributes"] = len(files)
+        results = [file for file in files if root / "attributes" in file.parents]
+        left_out.add_files("Dolma's attributes", results)
         files = [file for file in files if root / "attributes" not in file.parents]
-        counts["files not read: Dolma's attributes"] -= len(files)
     return files
 
 
-def readable_files(files, counts):
+def readable_files(files, left_out):
     """Those of a folder's files, all of kinds that are read, that are no settings and no card."""
     has_text = any(map(is_text, files))
     readable = []
     for file in files:
         why_not = why_not_read(file, has_text)
         if why_not:
-            counts[f"files not read: {why_not}"] += 1
+            left_out.add_files(why_not, [file])
         else:
             readable.append(file)
     rows = [file for file in readable if not is_card(file)]
     if has_text or not rows:
         return readable
-    counts["files not read: they describe the others"] += len(readable) - len(rows)
+    left_out.add_files("README, license or changelog beside data", filter(is_card, readable))
     return rows
 
 
@@ -94,7 +99,7 @@ def files_of_first_rules(root):
     """
     if not root.is_dir():
         return input_files(root, Counter())
-    files = [file for file in files_in(root, Counter()) if file.name.endswith(FIRST_SUFFIXES)]
+    files = [file for file in files_in(root, LeftOut(root)) if file.name.endswith(FIRST_SUFFIXES)]
     return sorted(file for file in files if file.suffix != ".jsonl" or file.stat().st_size)
 
 
@@ -133,7 +138,12 @@ def why_not_read(file, has_text):
         return ""
     if has_text:
         return ".json beside text or code; to read one, name it"
-    return "" if holds_rows(file) else ".json of at most one object; to read one, name it"
+    if holds_rows(file):
+        return ""
+    key = list_inside(file)
+    if key:
+        return f".json of one object; if {key} holds the rows: jq -c '.{key}[]' OLD > NEW.jsonl"
+    return ".json of at most one object; to read one, name it"
 
 
 def name_in(root, file):
@@ -143,7 +153,7 @@ def name_in(root, file):
     return file.relative_to(above).as_posix() if file != root else file.name
 
 
-def files_below(root, counts):
+def files_below(root, left_out):
     """All files in a folder and the folders in it, but hidden ones; links are followed.
 
     Each file and folder is taken once, by its path without links if it has one: a link back to a
@@ -161,16 +171,16 @@ def files_below(root, counts):
             path, above = links.popleft()
             real = os.path.realpath(path)
             if above == real or above.startswith(os.path.join(real, "")):
-                counts["links not followed: to a folder above them"] += 1
+                left_out.add("links not followed: to a folder above", path)
                 continue
         if real in seen:
-            counts["links not followed: what they lead to is read already"] += 1
+            left_out.add("links not followed: to what is read already", path)
             continue
         seen.add(real)
         if not path.is_dir():  # a link to a file
             files.append(path)
             continue
-        for entry in entries_of(path, counts):
+        for entry in entries_of(path, left_out):
             if entry.is_symlink():
                 links.append((Path(entry.path), real))
             elif entry.is_dir():
@@ -181,48 +191,22 @@ def files_below(root, counts):
     return files
 
 
-def entries_of(folder, counts):
+def entries_of(folder, left_out):
     """The entries of a folder that may be read, sorted by name."""
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except PermissionError:
-        counts["folders not read: no right to read them"] += 1
+        left_out.add("folders not read: no right to read", folder)
         return []
     usable = []
     for entry in entries:
         if entry.name.startswith("."):  # .git, .cache, macOS's ._a.jsonl
-            counts["files and folders not read: hidden"] += 1
+            kind = "folders" if entry.is_dir() else "files"
+            left_out.add(f"{kind} not read: hidden", Path(entry.path))
         elif entry.is_symlink() and not os.path.exists(entry.path):
-            counts["links not followed: broken"] += 1
+            left_out.add("links not followed: broken", Path(entry.path))
         elif not (entry.is_file() or entry.is_dir()):
-            counts["files not read: pipes, sockets or devices"] += 1
+            left_out.add_files("pipes, sockets or devices", [Path(entry.path)])
         else:
             usable.append(entry)
     return usable
-
-
-def counted_endings(files):
-    """{why they are not read: how many} of files of other kinds, by the ends of their names."""
-    endings = Counter(ending_of(file) or "a name without an ending" for file in files)
-    counts = {}
-    for ending, n in endings.most_common(NAMED_ENDINGS):
-        counts[f"files not read: {ending}"] = n
-    others = endings.total() - sum(counts.values())
-    if others:
-        counts["files not read: other endings"] = others
-    return counts
-
-
-def ending_of(file):
-    """.png, or .csv.gz of a compressed file; "" if there is none."""
-    is_compressed = file.suffix in (".gz", ".zst", ".xz", ".bz2", ".zip")
-    return "".join(file.suffixes[-2:]) if is_compressed else file.suffix
-
-
-def remedy_for(files):
-    """What to do with files of other kinds: how the first of them become readable."""
-    remedy = (f"name what ends in {', '.join(JSON_SUFFIXES)} (objects), "
-              f"{', '.join(TABLE_SUFFIXES)} (a document a row) or "
-              f"{', '.join(TEXT_SUFFIXES)} (a document a file)")
-    ways = [REMEDIES[file.suffix] for file in files if file.suffix in REMEDIES]
-    return f"{remedy}; to make one: {ways[0]}" if ways else remedy

@@ -10,7 +10,8 @@ from tqdm import tqdm
 
 from scaling.machine import peak_flops
 from scaling.ranks import rank, world_size
-from support.files import UserError, disk_remedy, read_log, rows_until, to_json, write_rows
+from support.files import (UserError, disk_remedy, free_name, read_log, rows_until, to_json,
+                           write_rows)
 from support.records import domains_table, tasks_table
 from support.text import counted
 
@@ -146,8 +147,8 @@ def best_in(results):
     return f"{best['path']}, {best['measure']} {best['value']:.4f}"
 
 
-def print_run(run, model, batches, micro_batch_size):
-    """What is about to be trained: parameters, steps, tokens."""
+def print_run(run, model, batches, micro_batch_size, lr_at_step):
+    """What is about to be trained: parameters, steps, tokens; lr_at_step is train.py's."""
     shards = batches.shards
     parameters = sum(p.numel() for p in model.parameters())
     left_over = len(shards) % batches.batch_size
@@ -155,6 +156,17 @@ def print_run(run, model, batches, micro_batch_size):
           f"{batches.batch_size} x {shards.seq_len} tokens, {micro_batch_size} sequences at a time")
     print(f"  an epoch: {batches.steps_per_epoch:,} steps; left out: {left_over} sequences, and "
           f"{shards.tail_tokens} tokens at the ends of files")
+    say_warmup(run.config, lr_at_step)
+
+
+def say_warmup(config, lr_at_step):
+    """A line about a run that ends before its warm-up does."""
+    last = config.max_steps
+    if last <= config.warmup_steps:
+        highest = max(lr_at_step(step, config) for step in (max(1, last - 1), last))
+        print(f"  warmup_steps={config.warmup_steps} is not below max_steps={last}: the learning "
+              f"rate rises to {highest:.3g} and never reaches lr={config.lr:g}; lower "
+              f"--warmup_steps, to {last // 10} for example")
 
 
 def print_results(run):
@@ -175,4 +187,4 @@ def print_results(run):
     print(f"  python eval.py {best}")
     print(f'  python eval.py sample {best} --prompt="def read_"')
     print(f"  python eval.py report {run.path}")
-    print(f"  python model.py export {best} OUT")
+    print(f"  python model.py export {best} {free_name(f'{run.path}-hf')}")

@@ -48,7 +48,7 @@ class StopSignal:
         if number == signal.SIGALRM:
             tqdm.write("stop_after_minutes: stopping after this step")
         elif world_size() == 1:
-            tqdm.write("stopping after this step; a second Ctrl-C stops at once")
+            tqdm.write(f"stopping after this step{second(number)}")
             self.restore()
 
     def reason(self):
@@ -77,6 +77,12 @@ class StopSignal:
 
     def __exit__(self, *error):
         self.restore()
+
+
+def second(number):
+    """What another signal of this number does to a single process, in words."""
+    name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+    return f"; a second {name} stops at once"
 
 
 class Shield:
@@ -110,7 +116,7 @@ class Shield:
                 os._exit(128 + number)  # the compiler's processes end by themselves
             heard = number
             what = "compiling; " if "torch._inductor.compile_fx" in sys.modules else ""
-            more = "" if world_size() > 1 else "; a second Ctrl-C stops at once"
+            more = "" if world_size() > 1 else second(number)
             tqdm.write(f"{what}stops after this step{more}")
             sys.stdout.flush()
 

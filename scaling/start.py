@@ -136,7 +136,7 @@ def with_tokenizer_of(home, data_config):
     """`data_config` with the tokenizer of `home` in place of one that would be trained.
 
     home: a run, or a directory from elsewhere. UserError if the config names the file of another
-    tokenizer.
+    tokenizer, or one that is not there. A run that goes on may have lost the file that it names.
     """
     file = home / "tokenizer.json"
     name = data_config.tokenizer
@@ -148,6 +148,8 @@ def with_tokenizer_of(home, data_config):
         same = stages.are_done() and tokenizer_digest(stages.folder / "tokenizer.json") == kept
     else:
         is_here = name_is_file(name)
+        if not is_here and name not in ("olmo", name_saved(home)):
+            tokenizer_file(name)  # the UserError for a file that is not there
         same = is_here and tokenizer_digest(tokenizer_file(name)) == kept
         if is_here and not same and not have_same_ids(file, tokenizer_file(name)):
             raise UserError(f"tokenizer={name}: not that of {home}, whose weights have learned "
@@ -175,6 +177,12 @@ def have_same_ids(file, other):
     one, two = tokenizer_at(file), tokenizer_at(other)
     return all(getattr(one, part) == getattr(two, part)
                for part in ("token_bytes", "specials", "markers", "raw_markers"))
+
+
+def name_saved(home):
+    """The `tokenizer` in the settings of the run `home`, whose file may be gone; else None."""
+    file = home / "config.json"
+    return read_json(file).get("tokenizer") if file.is_file() else None
 
 
 def name_is_file(name):

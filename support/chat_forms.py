@@ -7,6 +7,7 @@ that a fault is named as `file:12: conversations[3].value`.
 import re
 from typing import NamedTuple
 
+from corpus.documents import print_line
 from support.fields import (OF_MESSAGE, check_text, is_given, is_untrained, refuse_fields, require,
                             without_nulls)
 from support.files import UserError
@@ -81,22 +82,32 @@ def recognised(row, forms, place):
             remedy = 'make an object of the list: {"messages": [...]}'
         raise UserError(f"{place}: {' or '.join(first)} is missing; {forms.what}, and this line "
                         f"holds {json_type(row)}; {remedy}")
-    all_keys = list(row)
-    row = without_nulls(row)
+    given, row = row, without_nulls(row)
     keys = form_of(row, forms)
     if keys is None:
         nearest = first
         remedy = next((forms.others[key] for key in forms.others if key in row), None)
         if not remedy:
+            refuse_nulls(given, form_of(given, forms) or (), place)
             remedy = "make it of what the row holds, or name another file"
             # a form of which the half is there
             nearest = next((keys for keys in forms.names if keys[0] in row), first)
         missing = " or ".join(key for key in nearest if key not in row)
         found = ", ".join(row)[:80] or "none"
-        nulls = ", ".join(key for key in all_keys if key not in row)[:80]
+        nulls = ", ".join(key for key in given if key not in row)[:80]
         raise UserError(f"{place}: {missing} is missing; {forms.what}, and the row's keys are: "
                         f"{found}{f' (and without a value: {nulls})' * bool(nulls)}; {remedy}")
     return row, keys
+
+
+def refuse_nulls(row, keys, place):
+    """UserError if a row has these keys, those of a form, and a null at one of them."""
+    if not all(key in row for key in keys):
+        return
+    for key in keys:
+        if key not in without_nulls(row):
+            raise UserError(f"{place}: {key}: {shown(row[key])}, and no value; give one, or remove "
+                            "the row")
 
 
 class FormOfFile:
@@ -105,18 +116,26 @@ class FormOfFile:
     def __init__(self, forms):
         self.forms = forms
         self.file = self.form = self.first = None
+        self.keys = ()
 
     def check(self, row, place):
         """UserError if the row has another form than the file; one without a form is left alone."""
-        row = without_nulls(row) if isinstance(row, dict) else {}
+        file = place.rpartition(":")[0]
+        given = row if isinstance(row, dict) else {}
+        row = without_nulls(given)
         keys = form_of(row, self.forms)
-        if keys is None:  # what it lacks is said when it is read
+        if keys is None:  # what else it lacks is said when it is read
+            if file == self.file:
+                refuse_nulls(given, self.keys, place)
             return
+        if self.forms is CHATS and is_given(row.get("chosen")) and is_given(row.get("rejected")):
+            print_line(f"{file}: chosen and rejected beside {' and '.join(keys)} are not "
+                       "used: SFT learns from chats, --method=dpo from preferences")
         is_hh = is_transcript(text_of_transcript(row, keys[0]))
         form = HH if is_hh else self.forms.names[keys]
-        file = place.rpartition(":")[0]
         if file != self.file:
             self.file = file
+            self.keys = keys
             self.form = form
             self.first = place
             if form not in OURS:
@@ -156,8 +175,9 @@ def checked_messages(messages, place, last, before=None):
         before = message["role"]
         checked.append(message)
     role_key = keys_of(messages[-1])[0]
-    require(before == last, f"{place}[{len(messages) - 1}].{role_key}: {before}, where the "
-            f"last message must be the {last}'s")
+    word = messages[-1][role_key]
+    require(before == last, f"{place}[{len(messages) - 1}].{role_key}: {word}, where the last "
+            f"message must be from {as_in_file(last, role_key, word)}")
     return checked
 
 
@@ -181,8 +201,9 @@ def checked_message(message, place, before):
         check_text(content, f"{place}.{content_key}")
     refuse_fields(message, f"{place}.", OF_MESSAGE)
     # 2. the role after the one before it
-    due = " or ".join(NEXT[before])
-    require(role in NEXT[before], f"{place}.{role_key}: {role}, where {due} must come; users and "
+    word = message[role_key]
+    due = " or ".join(as_in_file(each, role_key, word) for each in NEXT[before])
+    require(role in NEXT[before], f"{place}.{role_key}: {word}, where {due} must come; users and "
             "assistants take turns")
     checked = {"role": role, "content": content}
     if is_untrained(message, role, place) and role == "assistant":
@@ -207,6 +228,12 @@ def role_of(message):
     if role_key == "from" and isinstance(role, str):
         return SENDERS.get(role.lower(), role)
     return role
+
+
+def as_in_file(role, role_key, word):
+    """What a role is called in a file that calls another one `word`: ShareGPT has its own names."""
+    is_ours = role_key == "role" or word in ("user", "assistant")
+    return role if is_ours else {"user": "human", "assistant": "gpt"}.get(role, role)
 
 
 def begins_with_an_answer(messages):

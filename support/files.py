@@ -103,6 +103,16 @@ def link_or_copy(file, target):
         fsync(target)
 
 
+def free_name(path):
+    """The path `path` if nothing has that name, else the first of path-2, path-3, ..."""
+    name = str(path)
+    number = 1
+    while os.path.lexists(name):
+        number += 1
+        name = f"{path}-{number}"
+    return Path(name)
+
+
 def here(path):
     """Returns " (in FOLDER)", where a relative path was looked for; "" for an absolute path."""
     return "" if Path(path).is_absolute() else f" (in {Path.cwd()})"

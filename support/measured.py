@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from support.files import UserError, read_log
+from support.records import bits_per_byte, cell
+from support.text import counted
 
 
 WORDS = ("metric", "answer_begins")  # of a task's result
@@ -30,7 +32,9 @@ def read_metrics(run):
     """
     path = Path(run) / "metrics.jsonl"
     if not path.is_file():
-        raise UserError(f"{path}: missing; name a run directory that train.py wrote")
+        raise UserError(f"{path}: missing; a report is drawn from the log of a training: name the "
+                        "directory of a run of train.py or adapt.py; python eval.py "
+                        f"{run} measures another model")
     rows = {"train": [], "eval": [], "end": []}
     placed, left_out = placed_rows(run, path.name)
     for row in placed:
@@ -147,6 +151,21 @@ def comparable(measured, left_out):
         found[name] = groups[shown]
         for other in groups:
             if other != shown:
-                left_out.append(f"{name}: shown are the results by {shown}; those by {other} are "
-                                "left out")
+                left_out.append(f"{name}: shown are the results by {shown}, of {steps(found[name])}"
+                                f"; left out are those by {other}, of {steps(groups[other])}, the "
+                                f"newest {in_words(groups[other])}; the run's logs have them")
     return found
+
+
+def steps(results):
+    return counted(len(results), "step")
+
+
+def in_words(results):
+    """The number for which a result is read, of the most tokens in {tokens: result}."""
+    newest = results[max(results)]
+    if "nats" in newest:
+        return f"{bits_per_byte(newest):.4f} bits/byte"
+    if "accuracy" in newest:
+        return f"{newest['accuracy']:.1%} right"
+    return f"{cell(newest.get('bits_per_byte'), '.4f')} bits/byte"

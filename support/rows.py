@@ -8,7 +8,7 @@ from corpus.questions import stdlib_chats, stdlib_preferences
 from support.chat_forms import CHATS, PREFERENCES, FormOfFile
 from support.chats import checked_chat, checked_preference
 from support.files import UserError
-from support.text import counted
+from support.text import counted, noted
 
 EXAMPLES = 10  # a message shows so many faulty rows
 REASONS = 20  # and so many reasons
@@ -62,7 +62,7 @@ def print_set(key, path, kind, sequences, examples, counts):
 
 def listed(counts):
     """What was done to rows and files, and how often: `; 3 dropped, as ...; 1 cut, ...`."""
-    return "".join(f"; {count:,} {what}" for what, count in counts.items() if count)
+    return "".join(f"; {noted(count, what)}" for what, count in counts.items() if count)
 
 
 def read_set(path, config, held_out, eval_share, counts):

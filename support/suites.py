@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from corpus.documents import as_document, parse, print_line, read_documents, read_records
+from corpus.documents import (as_document, parse, print_line, read_documents, read_records,
+                              why_no_text)
 from corpus.source_files import input_files, is_there
 from support.files import UserError, file_sha256
 from support.prompts import read_prompts
@@ -119,8 +120,9 @@ def suite_at(word, config):
     first = next(read_records(path), None)  # tells which of the two it is
     entry = parse(first) if first else {"text": ""}
     if not isinstance(entry, dict) or not {"text", "request"} & entry.keys():
-        raise UserError(f"{first.place}: neither a document, {{\"text\": text}}, nor a request; "
-                        f"{REQUEST}")
+        why = f"; {why_no_text(entry, None, first.file)}" if isinstance(entry, dict) else ""
+        raise UserError(f"{first.place}: neither a document, {{\"text\": text}}, nor a request"
+                        f"{why}; {REQUEST}")
     if "request" not in entry:
         return Suite(word, {path.name: path}, [])
     return Suite(word, {}, [read_task(file, config) for file in input_files(path, Counter())])

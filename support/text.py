@@ -66,6 +66,8 @@ def decoded(content, place):
     remedy = "convert the file to UTF-8"
     if found.startswith("UTF"):
         remedy += f", such as by: iconv -f {found.split()[0]} -t UTF-8 OLD > NEW"
+    elif found.startswith("another"):
+        remedy += ", if it is Windows-1252 by: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW"
     place = lines_after(place, content.count(b"\n", 0, begin))
     raise UserError(f"{place}: not UTF-8 but {found}; {remedy}")
 
@@ -183,6 +185,13 @@ def json_type(value):
 def counted(count, noun):
     """Such as "1 line" and "2,000 lines"."""
     return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
+def noted(count, what):
+    """Such as "2 files cut off" and "1 file cut off"; `what` begins with the plural."""
+    if count == 1:
+        what = re.sub(r"^((?:\w+ )?\w+?)s\b", r"\1", what)
+    return f"{count:,} {what}"
 
 
 BOLD_GREEN, REVERSE, PLAIN = "\033[1;32m", "\033[7m", "\033[0m"

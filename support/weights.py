@@ -19,7 +19,7 @@ from scaling.checkpoint import (check_model_keys, check_tensors, newest_step, re
 from scaling.directory import has_steps
 from support import finite
 from support.compare import compare_with_transformers
-from support.files import UserError, fsync, fsync_all, read_json, write_json
+from support.files import UserError, free_name, fsync, fsync_all, read_json, write_json
 from support.hf_config import config_to_hf, end_ids, is_hf, read_hf_config, why_no_model
 from support.hf_tokenizer import check_tokenizer_config, template_of, write_tokenizer
 from support.hf_weights import import_safetensors, open_safetensors, safetensors_files
@@ -82,6 +82,7 @@ def load_model(path, device="cpu"):
     file's content is run.
     """
     path = Path(path)
+    run_of(path)  # the UserError for a path that is not there, or a step that was not kept
     if (path / "state.json").is_file():
         return load_step(path, verify_step(path), device)
     if has_steps(path):
@@ -280,6 +281,7 @@ def save_hf(model, out, tokenizer=None, chat_template=None):
         file = aside / "model.safetensors"
         safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
         write_json(aside / "config.json", config)
+        shutil.copymode(aside / "config.json", file)  # safetensors lets nobody else read its file
         write_json(aside / "generation_config.json", generation_config(model.config))
         if tokenizer is not None:
             write_tokenizer(Path(tokenizer), aside, model.config, chat_template)
@@ -307,7 +309,7 @@ def generation_config(config):
 def refuse_existing(out):
     """UserError if a directory to be written holds something already."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists already; choose another name or delete it")
+        raise UserError(f"{out}: exists already; choose another name, such as {free_name(out)}")
 
 
 def hf_tensors(model, out):

@@ -65,6 +65,7 @@ def test_a_run_begins_with_the_weights_of_a_directory(begin, exported, tmp_path,
     result = begin("--start_from=OUT", "--run_dir=run")
     assert result.returncode == 0, result.stderr
     assert "weights of OUT" in result.stdout and "step 0: bits per byte" in result.stdout
+    assert "python model.py export run run-hf\n" in result.stdout  # OUT is there already
     run = tmp_path / "run"
     assert steps(run) == [1, 2, 3, 4, 5, 6] and steps(run, "eval") == [0, 3, 6]
     settings, there = settings_of(run), vars(load_model(out).config)
@@ -179,8 +180,8 @@ def load_shape(path):
 
 # ---- The tokenizer -------------------------------------------------------------------------------
 
-def test_the_tokenizer_is_that_of_the_weights(begin, exported, tmp_path, refused, monkeypatch,
-                                              one_thread):
+def test_the_tokenizer_is_that_of_the_weights(begin, exported, finished, tmp_path, refused,
+                                              monkeypatch, one_thread):
     """Another file with the same ids will do, as transformers may have written it anew. A
     directory without one needs it named, and it is checked before the data is built."""
     words = [f"--start_from={exported}", "--run_dir=run", "--max_steps=1"]
@@ -188,18 +189,27 @@ def test_the_tokenizer_is_that_of_the_weights(begin, exported, tmp_path, refused
     (tmp_path / "same.json").write_text(json.dumps({**spec, "version": "9.0"}))
     result = begin(*words, "--tokenizer=same.json")
     assert result.returncode == 0 and "in place of tokenizer=same.json" in result.stdout
+    assert "rises to 0.00055 and never reaches lr=0.001" in result.stdout  # of 2 steps of warm-up
     bare = shutil.copytree(exported, tmp_path / "bare",
                            ignore=lambda *_: {"tokenizer.json", "tokenizer_config.json"})
     assert begin(f"--start_from={bare}", "--run_dir=named", "--max_steps=1",
                  f"--tokenizer={exported / 'tokenizer.json'}").returncode == 0
     losses = [columns(tmp_path / run, "batch_hash", "loss") for run in ("run", "named")]
     assert losses[0] == losses[1]
+    (tmp_path / "same.json").unlink()  # a run that has begun needs neither it nor the built data
+    shutil.rmtree(tmp_path / "datasets")
+    result = begin(*words, "--tokenizer=same.json", "--max_steps=2")
+    assert result.returncode == 0, result.stderr
+    assert "in place of tokenizer=same.json" in result.stdout and "rises" not in result.stdout
 
     monkeypatch.setattr("train.build_data", lambda config: pytest.fail("builds data"))
     train_bpe([CONTINUE.read_text() * 9], 300).save(tmp_path / "other.json")
     new = "--run_dir=new"
     refused(begin(f"--start_from={exported}", new, "--tokenizer=other.json"),
             "tokenizer=other.json", exported)
+    for start in (exported, finished / "step000010"):
+        refused(begin(f"--start_from={start}", new, "--tokenizer=nofile.json"),
+                "tokenizer=nofile.json", "no such file")
     refused(begin(f"--start_from={bare}", new), f"{bare}: has no tokenizer.json", "--tokenizer=")
     refused(begin(f"--start_from={bare}", new, "--tokenizer=other.json"), "other.json: ",
             "vocab_size")

@@ -110,6 +110,17 @@ PROMPTS = [
      "HH-RLHF (texts with Human: and Assistant:)")]
 
 
+def test_preferences_beside_messages_are_said_to_be_unused(tmp_path, capsys):
+    """UltraFeedback's rows are both; once for a file, also where its first row has none."""
+    both = {"messages": TWO, "chosen": TWO, "rejected": say("u: q", "a: b")}
+    rows = [{**both, "rejected": None}, both, both]
+    for name, given in (("both.jsonl", rows), ("chats.jsonl", rows[:1])):
+        write_lines(tmp_path / name, given)
+    read_set(str(tmp_path), adapt.AdaptConfig(), False, 0.1, Counter())
+    said = [line for line in capsys.readouterr().out.splitlines() if "not used" in line]
+    assert len(said) == 1 and said[0].startswith(f"{tmp_path / 'both.jsonl'}: chosen and rejected")
+
+
 def without_weights(messages):
     return [{key: message[key] for key in ("role", "content")} for message in messages]
 
@@ -173,15 +184,23 @@ def test_messages_from_a_table_of_both_kinds_have_nulls():
     ({"conversations": sent("human: q", "gpt:  \n")}, "conversations[1].value: an empty text"),
     ({"conversations": [SHARED[0], {"from": "gpt", "value": [{"type": "text", "text": "a"}]}]},
      "conversations[1].value: a list, not a text; join the texts"),
-    ({"conversations": sent("human: q", "human: r", "gpt: a")}, "conversations[1].from: user"),
-    ({"conversations": sent("gpt: a", "human: q")}, "conversations[0].from: assistant, where"),
-    ({"conversations": sent("human: q")}, "conversations[0].from: user, where the last"),
+    ({"conversations": sent("human: q", "human: r", "gpt: a")},
+     "conversations[1].from: human, where gpt must come"),
+    ({"conversations": sent("gpt: a", "human: q")},
+     "conversations[0].from: gpt, where system or human must"),
+    ({"conversations": sent("human: q")},
+     "conversations[0].from: human, where the last message must be from gpt"),
+    ({"conversations": [{"from": "user", "value": "q"}]},
+     "conversations[0].from: user, where the last message must be from assistant"),
     ({"messages": None, "conversations": []}, "conversations: an empty list"),
+    ({"conversations": None, "id": 3}, "conversations: null, and no value; give one"),
+    ({"messages": math.nan, "text": "x"}, "messages: NaN, and no value"),
+    ({"prompt": "q", "chosen": None, "rejected": "a"}, "chosen: null, and no value"),
     ({"conversations": ["q", "a"]}, "conversations[0]: a string"),  # LIMA
     ({"conversations": [SHARED[0], {**SHARED[1], "weight": 0}]}, "conversations: none is trained"),
     ({"conversations": SHARED, "tools": "[{}]"}, "tools: "),
     ({**ALPACA, "output": " "}, "output: an empty text"),
-    ({**ALPACA, "output": None}, "output is missing"),
+    ({**ALPACA, "output": None}, "output: null, and no value; give one"),
     ({**ALPACA, "instruction": 3}, "instruction: a number"),
     ({**ALPACA, "input": ["1"]}, "input: a list"),
     ({**ALPACA, "history": [["before", "then"]]}, "history: no message"),
@@ -206,18 +225,19 @@ def test_messages_from_a_table_of_both_kinds_have_nulls():
     ({"chosen": "The sky is blue.", "rejected": "The sky is green."}, "prompt is missing"),
     ({"question": "q", "chosen": {"from": "gpt", "value": ""}, "rejected": SHARED[1]},
      "chosen.value: an empty"),
-    ({"question": "q", "chosen": SHARED[0], "rejected": SHARED[1]}, "chosen.from: user, where"),
+    ({"question": "q", "chosen": SHARED[0], "rejected": SHARED[1]},
+     "chosen.from: human, where gpt"),
     ({"question": "q", "chosen": {**SHARED[1], "weight": 0}, "rejected": SHARED[1]},
      "chosen.weight: 0, and only"),
     ({"prompt": "q", "chosen": sent("gpt: a"), "rejected": sent("gpt: b", "gpt: c")},
-     "rejected[1].from: assistant"),
+     "rejected[1].from: gpt, where human"),
     ({"conversations": SHARED, "chosen": "a", "rejected": "b"},
-     "conversations[1].from: assistant")])
+     "conversations[1].from: gpt")])
 def test_what_cannot_be_trained_is_named_by_the_rows_own_keys(row, place, tmp_path):
     """And dropped and counted on request."""
     method = "dpo" if "chosen" in row else "sft"
     if method == "dpo":
-        sound = PREFERENCES[5 if "Human" in row["chosen"] else 0][0]
+        sound = PREFERENCES[5 if "Human" in str(row["chosen"]) else 0][0]
     else:  # of the row's form, if it has one
         form = form_of(without_nulls(row), CHAT_FORMS)
         sound = next((chat for chat, *_ in CHATS if form_of(chat, CHAT_FORMS) == form), ALPACA)
@@ -229,6 +249,14 @@ def test_what_cannot_be_trained_is_named_by_the_rows_own_keys(row, place, tmp_pa
     config = adapt.AdaptConfig(method=method, faulty="skip")
     assert len(read_set(str(file), config, False, 0.1, counts)) == 1
     assert counts["faulty rows skipped"] == 1
+
+
+def test_a_null_is_told_under_the_key_of_the_files_form(tmp_path):
+    """A table may have both columns."""
+    rows = [{"conversations": SHARED, "messages": None}, {"conversations": None, "messages": None}]
+    file = write_lines(tmp_path / "rows.jsonl", rows)
+    message = refusal(read_set, str(file), adapt.AdaptConfig(), False, 0.1, Counter())
+    assert message.startswith(f"{file}:2: conversations: null, and no value; give one, or remove")
 
 
 def test_a_row_of_another_form_is_an_error_at_its_line(tmp_path, capsys):

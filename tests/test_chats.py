@@ -97,7 +97,7 @@ def test_one_row_is_said_in_the_singular():
 
 @pytest.mark.parametrize("check, row, words", [
     (checked_chat, A_CHAT, ["messages is missing", "a list", '{"messages": [...]}']),
-    (checked_chat, {"prompt": "q", "completion": None}, ["completion is missing", "assistant's"]),
+    (checked_chat, {"prompt": "q", "completion": None}, ["completion: null, and no value"]),
     (checked_chat, {"prompt": "q", "chosen": "a", "rejected": "b"}, ["--method=dpo"]),
     (checked_chat, A_CHAT[0], ["messages is missing", "role, content"]),
     (checked_chat, {"text": "a document"}, ["messages is missing", "are: text"]),
@@ -110,8 +110,7 @@ def test_one_row_is_said_in_the_singular():
     (checked_preference, {"prompt": "q", "completion": "a", "label": True}, ["KTO"]),
     (checked_request, {"custom_id": 1, "body": {}}, ["prompt", "custom_id, body"]),
     (checked_request, "q", ["prompt", "a string"]), (checked_request, [], ["prompt", "a list"]),
-    (checked_request, {"prompt": None, "id": 1},
-     ["messages is missing", "are: id (and without a value: prompt)"])])
+    (checked_request, {"prompt": None, "id": 1}, ["prompt: null, and no value; give one"])])
 def test_a_row_of_another_form_is_told_what_it_holds_and_what_to_do(check, row, words):
     message = refusal(check, row, "file:3")
     assert message.startswith("file:3: ")

@@ -222,6 +222,8 @@ def test_a_signal_in_the_first_step_is_answered_and_not_heard_by_the_compiler(tm
         assert process.exitcode == 128 + number
     (tmp_path / "go").touch()
     wait_until((tmp_path / "finished").exists)
+    name = "Ctrl-C" if signals[0] == signal.SIGINT else "SIGTERM"  # a batch system has no keyboard
+    assert f"a second {name} stops at once" in log.read_text()
     if len(signals) == 1:
         process.join()
         assert process.exitcode == 0, log.read_text()

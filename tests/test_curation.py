@@ -271,8 +271,9 @@ def test_a_build_keeps_exactly_what_was_clean_and_counts_what_was_planted(plante
     assert found.get("bad lines", 0) == len(places) == len(found["bad_lines"])
     for message, place in zip(found["bad_lines"], places, strict=True):
         assert message.startswith(place) and printed.count(message) == 1
-    assert found["notes"] == ({"files not read: .pdf": 1, "files cut off": 1}
-                              if source == "web" else {})
+    assert found["notes"] == ({
+        "files not read: .pdf (first c.pdf); to make one that is read: pdftotext OLD NEW.txt": 1,
+        "files cut off": 1} if source == "web" else {})
 
 
 def test_the_table_shows_every_counter_and_every_rule_was_planted(planted, capsys):

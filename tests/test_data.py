@@ -108,8 +108,8 @@ def test_folder_is_read_sorted_and_deep_without_other_kinds_and_dolmas_attribute
             {"id": name, "text": text, "source": "web", "metadata": {"provenance": name}}
             for name, text in places]
         assert {what: n for what, n in (+counts).items() if "CR LF" not in what} == {
-            "files not read: .png": 1} | attributes
-        attributes = {"files not read: Dolma's attributes": 1}
+            "files not read: .png (first picture.png)": 1} | attributes
+        attributes = {"files not read: Dolma's attributes (first attributes/0.jsonl)": 1}
         (tmp_path / "documents").mkdir(exist_ok=True)  # now it is Dolma's layout
         places = [place for place in places if place[1] != "fourth"]
 

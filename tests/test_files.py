@@ -367,26 +367,30 @@ def test_a_faulty_value_of_a_list_is_left_out_and_counted_like_a_line(tmp_path, 
 # ---- .json in folders ----------------------------------------------------------------------------
 
 ROWS = '[{"text": "a"}, {"text": "b"}]'
-ONE_OBJECT = "files not read: .json of at most one object; to read one, name it"
-DESCRIBE = "files not read: they describe the others"
+ONE_OBJECT = "files not read: .json of at most one object (first {}); to read one, name it".format
+BESIDE = "files not read: .json beside text or code (first {}); to read one, name it".format
+CARD = "files not read: README, license or changelog beside data (first {})".format
 
 
 @pytest.mark.parametrize("files, texts, counts", [
     ({"a.json": ROWS}, "ab", {}), ({"a.json": ROWS, "b.jsonl": '{"text": "c"}\n'}, "abc", {}),
     ({"a.json": '{"text": "a"}\n{"text": "b"}'}, "ab", {}),
     ({"a.json": ROWS, "b.json": '{\n"text": "c"}\n{"text": "d"}'}, "abcd", {}),
-    ({"a.json": "\ufeff" + ROWS, "README.md": "r"}, "ab", {DESCRIBE: 1}),
-    ({"a.jsonl": '{"text": "a"}', "LICENSE.txt": "l"}, "a", {DESCRIBE: 1}),
-    ({"a.json": '{"x": 1}', "README.md": "r"}, "r", {ONE_OBJECT: 1}),
+    ({"a.json": "\ufeff" + ROWS, "README.md": "r"}, "ab", {CARD("README.md"): 1}),
+    ({"a.jsonl": '{"text": "a"}', "LICENSE.txt": "l"}, "a", {CARD("LICENSE.txt"): 1}),
+    ({"a.json": '{"x": 1}', "README.md": "r"}, "r", {ONE_OBJECT("a.json"): 1}),
     ({"a.jsonl": '{"text": "a"}', "README.md": "r", "x.py": "p"}, "rap", {}),
     ({"a.json": ROWS, "dataset_info.json": '{\n "x": 1}\n', "tokenizer.json": '{"x": [{}]}',
       "b.json": "[1, 2]", "c.json": "// no JSON {", "d.json": "[]",
-      "e.json": '{ // "x\n "y": 1}', "f.json": '{\n // "x\n "y": 1}'}, "ab", {ONE_OBJECT: 7}),
-    ({"a.json": ROWS, "b.json": ""}, "ab", {"files not read: empty": 1}),
+      "e.json": '{ // "x\n "y": 1}', "f.json": '{\n // "x\n "y": 1}'}, "ab",
+     {ONE_OBJECT("b.json"): 6, "files not read: .json of one object (first tokenizer.json); if x "
+      "holds the rows: jq -c '.x[]' OLD > NEW.jsonl": 1}),
+    ({"a.json": ROWS, "b.json": '{"messages": [{}]}'}, "ab", {ONE_OBJECT("b.json"): 1}),
+    ({"a.json": ROWS, "b.json": ""}, "ab", {"files not read: empty (first b.json)": 1}),
     ({"package.json": ROWS, "deep/x.py": "p", "deep/y.json": "[{"}, "p",
-     {"files not read: .json beside text or code; to read one, name it": 2}),
+     {BESIDE("deep/y.json"): 2}),
     ({"package.json": ROWS, "y.json.gz": '{"text": "c"}', "x.txt": "t"}, "tc",
-     {"files not read: .json beside text or code; to read one, name it": 1})])
+     {BESIDE("package.json"): 1})])
 def test_a_json_file_of_a_folder_is_read_if_it_is_data(tmp_path, files, texts, counts):
     """A file of one object configures something; beside code, so may a list."""
     for name, content in files.items():
@@ -406,6 +410,12 @@ def test_a_damaged_json_file_of_a_folder_is_an_error_and_not_left_out(tmp_path, 
     (tmp_path / "b.json").write_bytes(content)
     message = refusal(texts_at, tmp_path)
     assert message.startswith(f"{tmp_path / 'b.json'}:") and word in message
+
+
+def test_a_list_in_the_one_object_of_a_file_is_told_at_once(tmp_path):
+    pack(tmp_path / "in" / "a.json", b'{"version": "2", "data": [{"text": "a"}]}')
+    assert "if data holds the rows: jq -c '.data[]' OLD > NEW.jsonl" in refusal(
+        texts_at, tmp_path / "in")
 
 
 def test_one_object_that_is_too_long_for_a_configuration_is_read(tmp_path, monkeypatch):

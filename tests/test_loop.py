@@ -20,7 +20,7 @@ from corpus.tokenizer import Tokenizer
 from scaling import boards
 from scaling.boards import numbers_of
 from scaling.kept import Kept
-from scaling.log import Pace, Window
+from scaling.log import Pace, Window, say_warmup
 from support.command import Output
 from support.files import UserError, write_rows
 from support.prompts import open_prompts, read_prompts
@@ -302,6 +302,19 @@ def test_a_tuning_is_compared_by_its_held_out_answers(tmp_path, method, key):
     assert (best["step"], best["value"]) == (8, 0.2)
 
 
+@pytest.mark.parametrize("steps, warmup, said", [
+    (60, 100, "rises to 0.00064 "), (100, 100, "rises to 0.000991 "), (1, 1, "rises to 1e-07 "),
+    (101, 100, ""), (1, 0, "")])
+def test_a_warm_up_that_never_ends_is_said(steps, warmup, said, capsys):
+    """Also where both are equal: the last step has the rate after the decay."""
+    config = train.TrainConfig(max_steps=steps, warmup_steps=warmup, lr=1e-3, min_lr=1e-7)
+    rates = [train.lr_at_step(step, config) for step in range(1, steps + 1)]
+    say_warmup(config, train.lr_at_step)
+    out = capsys.readouterr().out
+    assert said in out and bool(out) == bool(said)
+    assert not said or f"{max(rates):.3g} " in out
+
+
 def test_a_run_keeps_its_best_step_and_says_which_it_is(tmp_path, tiny_config, call, monkeypatch):
     """The learning rate is so high that the model gets worse. Oracle: eval.py of that step."""
     run = tmp_path / "run"
@@ -316,7 +329,7 @@ def test_a_run_keeps_its_best_step_and_says_which_it_is(tmp_path, tiny_config, c
     assert rows(run, "eval")[-1]["best"]["step"] == best
     place = run / f"step{best:06d}"
     assert f"the best step: {place.name}, bits per byte (macro) {macro[best]:.4f}" in result.stdout
-    assert f"python model.py export {place} OUT" in result.stdout
+    assert f"python model.py export {place} {run}-hf" in result.stdout
     assert call(evaluation, place).returncode == 0
     row = json.loads((run / "eval.jsonl").read_text().splitlines()[-1])
     assert sum(row["bits_per_byte"].values()) / 2 == pytest.approx(macro[best], rel=1e-6)

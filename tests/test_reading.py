@@ -27,7 +27,7 @@ from corpus.token_files import read_sidecar, token_file
 from corpus.tokenizer import Tokenizer
 from data import build_data
 from support.files import UserError, read_json
-from support.text import decoded, parsed_json, read_text
+from support.text import decoded, noted, parsed_json, read_text
 
 
 def texts_at(path, **options):
@@ -68,9 +68,10 @@ def test_links_are_followed_and_each_file_is_read_once(tmp_path):
             *(f"a {i}" for i in range(50)), *(f"c {i}" for i in range(10)),
             *(f"b {i}" for i in range(20))]
         assert found[0][0] == "a.jsonl:1" and found[-1][0] == "linked/b.jsonl:20"
-        assert counts == {"links not followed: broken": 2,
-                          "links not followed: to a folder above them": 2,
-                          "links not followed: what they lead to is read already": 2}
+        assert counts == {"links not followed: broken (first gone.jsonl)": 2,
+                          "links not followed: to a folder above (first loop)": 2,
+                          "links not followed: to what is read already (first 0 again.jsonl)":
+                          2}
 
 
 def test_what_is_not_read_is_counted_by_reason_and_printed(tmp_path, call):
@@ -87,18 +88,30 @@ def test_what_is_not_read_is_counted_by_reason_and_printed(tmp_path, call):
     [folder] = [file.parent for file in (tmp_path / "built").glob("*/manifest.json")]
     notes = manifest_of(folder)["sources"]["main"]["notes"]
     assert notes == {
-        "files and folders not read: hidden": 3, "files not read: empty": 1,
-        "files not read: .orc": 2, "files not read: .csv.gz": 1, "files not read: .1": 1,
-        "files not read: .2": 1, "files not read: .3": 1,
-        "files not read: other endings": 1, "files not read: pipes, sockets or devices": 1}
+        "files not read: hidden (first .hidden.jsonl)": 2, "folders not read: hidden (first .git)":
+        1, "files not read: empty (first empty.jsonl)": 1,
+        "files not read: .orc (first b.orc); to make one that is read: python -c \"import pandas; "
+        "pandas.read_orc('OLD').to_json('NEW.jsonl', orient='records', lines=True)\"": 2,
+        "files not read: .csv.gz (first d.csv.gz); to make one that is read: gunzip OLD; what "
+        "holds JSON may be packed, as NAME.jsonl.gz": 1, "files not read: .1 (first e.1)": 1,
+        "files not read: .2 (first e.2)": 1, "files not read: .3 (first e.3)": 1,
+        "files not read: other endings (first none)": 1,
+        "files not read: pipes, sockets or devices (first pipe.jsonl)": 1}
     assert result.returncode == 0
+    remark = " ".join(result.stdout.split())
     for reason, n in notes.items():
-        assert f"main: {n} {reason}" in result.stdout
+        assert f"main: {noted(n, reason)}" in remark
+    assert "main: 1 file not read: empty (first empty.jsonl)" in remark
 
 
 @pytest.mark.parametrize("name, remedy", [
     ("x.orc", ".parquet"), ("x.json", "one object"), ("x.csv.zst", "zstd -d"), ("x", ""),
-    ("x.csv", "read_csv"), (".x.jsonl", "hidden"), ("x.csv.gz", "gunzip"), ("empty.jsonl", "")])
+    ("x.csv", "read_csv"),
+    ("x.XLSX", "read_excel"), ("x.xls", "read_excel"), ("x.ods", "read_excel"),
+    ("x.tsv", "read_csv('OLD', sep='\\t')"), ("x.sqlite", "sqlite3 -json OLD"),
+    ("x.pdf", "pdftotext"), ("x.docx", "save it as text"), ("x.html", "save it as text"),
+    ("x.xyz", "save another kind as text"), ("x.tar.gz", "tar -xf"),
+    (".x.jsonl", "hidden"), ("x.csv.gz", "gunzip"), ("empty.jsonl", "")])
 def test_a_folder_of_other_files_is_refused_with_what_it_holds(tmp_path, name, remedy):
     """At every door: a source, an evaluation set, a contamination set."""
     (tmp_path / "in").mkdir()
@@ -106,6 +119,23 @@ def test_a_folder_of_other_files_is_refused_with_what_it_holds(tmp_path, name, r
     for read in (read_documents, evaluation_texts, lambda path, *_: read_records(path)):
         message = refusal(list, read(*[tmp_path / "in", "main"][:read.__code__.co_argcount]))
         assert message.startswith(f"{tmp_path / 'in'}: ") and remedy in message
+        if remedy and name.startswith("x.") and name != "x.json":
+            message = refusal(list, read_records(tmp_path / "in" / name))
+            assert message.startswith(f"{tmp_path / 'in' / name}: ") and remedy in message
+
+
+def test_the_funnel_names_a_text_file_that_is_lost_and_how_to_convert_it(tmp_path, call):
+    """Behind many bad lines of another reason; of each reason the first is shown."""
+    home = tmp_path / "in"
+    write_jsonl(home / "a.jsonl", [{}] * 20 + [{"text": f"words of text {i}"} for i in range(30)])
+    (home / "b.txt").write_bytes("words\nand a café".encode("latin-1"))
+    result = call(data, f"--data_dir={tmp_path / 'built'}", "--tokenizer=bpe:284", "--workers=1",
+                  f"--sources={ {'main': str(home)} }")
+    assert "main: 20 bad lines: no key text\n" in result.stdout
+    assert "main: 1 document in text files left out: not UTF-8 but another" in result.stdout
+    assert f"main: left out: {home / 'b.txt'}:2: not UTF-8 but another encoding" in result.stdout
+    assert "if it is Windows-1252 by: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW" in result.stdout
+    assert result.stdout.count("left out: ") == 3
 
 
 def test_evaluation_data_says_what_is_not_read(tmp_path, capsys):
@@ -113,7 +143,8 @@ def test_evaluation_data_says_what_is_not_read(tmp_path, capsys):
     (tmp_path / "in" / "b.pdf").write_bytes(b"x")
     for _ in range(2):  # once is enough
         assert list(evaluation_texts(tmp_path / "in")) == ["x"]
-    assert capsys.readouterr().out.count(f"{tmp_path / 'in'}: 1 files not read: .pdf") == 1
+    said = f"{tmp_path / 'in'}: 1 file not read: .pdf (first b.pdf); "
+    assert capsys.readouterr().out.count(said) == 1
 
 
 def test_a_pipe_a_broken_link_and_a_file_that_changes_are_refused_by_name(tmp_path):
@@ -517,7 +548,7 @@ def test_a_file_or_folder_without_the_right_to_read_it_is_named(tmp_path, plain_
     write_jsonl(tmp_path / "in" / "closed" / "b.jsonl", [{"text": "y"}])
     (tmp_path / "in" / "closed").chmod(0)
     found, counts = texts_at(tmp_path / "in")
-    assert len(found) == 1 and counts == {"folders not read: no right to read them": 1}
+    assert len(found) == 1 and counts == {"folders not read: no right to read (first closed)": 1}
     file.chmod(0)
     with pytest.raises(UserError, match=f"{file}: "):
         list(read_documents(tmp_path / "in", "main"))

@@ -466,11 +466,19 @@ def test_a_run_that_has_lost_its_steps_does_not_begin_again_in_silence(copied, t
     assert "rows" not in call(train, *command, "--max_steps=2", "--overwrite").stdout
 
 
-def test_a_step_that_is_not_there_is_told_with_those_that_are(copied, call, refused):
-    for words in ([evaluation, copied / "step000007"],
-                  [train, f"--resume={copied / 'step000007'}", f"--run_dir={copied}_fork"]):
+def test_a_step_that_is_not_there_is_told_with_those_that_are(copied, tiny_config, call, refused):
+    tiny_config(copied)
+    step, other = copied / "step000007", f"--run_dir={copied}_other"
+    for words in ([evaluation, step], [evaluation, "sample", step], [evaluation, "report", step],
+                  [train, f"--resume={step}", other],
+                  [train, f"{copied}.py", f"--start_from={step}", other],
+                  [adapt, ROOT / "configs/tiny_sft.py", f"--start_from={step}", other],
+                  [model, "export", step, f"{copied}_out"], [adapt, "chat", step],
+                  [adapt, "generate", step, ROOT / "tests/data", f"{copied}.jsonl"]):
         line = refused(call(*words), "step000007", "step000010, step000015, step000020")
         assert "tiny" not in line
+    for words in ([model, "export", "nowhere", f"{copied}_out"], [adapt, "chat", "nowhere"]):
+        refused(call(*words), "nowhere: no such directory")
 
 
 def test_options_of_the_plan_alone_are_named(copied, call):

@@ -300,8 +300,10 @@ def test_a_folder_of_a_hub_is_read_without_its_card_and_caches(tmp_path):
     (tmp_path / "README.md").write_text("# A card")
     counts = Counter()
     assert names_of(tmp_path, counts) == [f"data-0000{i}-of-00003.arrow" for i in range(3)]
-    assert counts == {"files not read: they describe the others": 3,
-                      "files not read: not in the list of a state.json": 2}
+    assert counts == {
+        "files not read: written by datasets to describe its tables (first state.json)": 2,
+        "files not read: README, license or changelog beside data (first README.md)": 1,
+        "files not read: not in the list of a state.json (first cache-3f2a.arrow)": 2}
     assert [document["text"] for document in read_documents(tmp_path, "s", counts)] == TEXTS[:9]
     (tmp_path / "data-00001-of-00003.arrow").unlink()
     assert "data-00001-of-00003.arrow: is not there" in refusal(names_of, tmp_path)
@@ -313,8 +315,10 @@ def test_a_cache_of_datasets_is_read_without_what_map_left_there(tmp_path):
     (tmp_path / "0.0.0" / "dataset_info.json").write_text("{}")
     counts = Counter()
     assert names_of(tmp_path, counts) == ["0.0.0/my_set-train.arrow"]
-    assert counts == {"files not read: they describe the others": 1,
-                      "files not read: caches of datasets": 1}
+    assert counts == {
+        "files not read: written by datasets to describe its tables (first "
+        "0.0.0/dataset_info.json)": 1,
+        "files not read: caches of datasets (first 0.0.0/cache-3f2a.arrow)": 1}
 
 
 @pytest.mark.parametrize("state, words", [
@@ -469,6 +473,19 @@ def test_a_text_of_another_type_is_an_error_of_its_column(tmp_path, column, word
     file = write_parquet(tmp_path / "x.parquet", pa.table({"text": column, "body": ["a", "b"]}))
     message = refusal(build, tmp_path, file)
     assert message.startswith(f"{file}: the column text holds ") and words in message
+
+
+def test_a_suite_tells_how_to_mend_a_table_without_its_text(tmp_path):
+    """It has no key as a source has, and measures each row: a null stops it."""
+    from eval import EvalConfig
+    other = write_parquet(tmp_path / "x.parquet", [{"id": "1", "body": "words"}])
+    assert ("did you mean body? rename it to text: python -c \"import pandas; pandas.read_parquet("
+            "'OLD').rename(columns={'body': 'text'}).to_parquet('NEW')\"") in refusal(
+                suite_at, str(other), EvalConfig())
+    null = write_parquet(tmp_path / "y.parquet", [{"text": "a"}, {"text": None}])
+    message = refusal(list, read_documents(null, "s"))
+    assert f"{null}:2: text is null, not a string; correct it, or drop each such row: " in message
+    assert ".dropna(subset=['text']).to_parquet('NEW')" in message
 
 
 def test_a_missing_text_column_is_an_error_that_knows_its_name(tmp_path):

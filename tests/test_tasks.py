@@ -510,6 +510,8 @@ def test_sets_without_choices_give_bits_per_byte(tmp_path, model, tokenizer):
 
 def test_a_faulty_suite_is_named(request_file, tmp_path):
     odd = write_jsonl(tmp_path / "odd.jsonl", [{"question": "why?"}])
+    body = write_jsonl(tmp_path / "body.jsonl", [{"id": "1", "body": "one"}])
+    null = write_jsonl(tmp_path / "null.jsonl", [{"text": "one"}, {"text": None}])
     parts = write_jsonl(tmp_path / "parts.jsonl", [{"text": "one", "metadata": {"part": "a"}},
                                                    {"text": "two"}])
     plain = write_requests(tmp_path / "plain.jsonl", 5, unconditional=False)
@@ -518,6 +520,9 @@ def test_a_faulty_suite_is_named(request_file, tmp_path):
     same = [write_jsonl(tmp_path / folder / "same.jsonl", [{"text": "one"}]) for folder in "ab"]
     for suite, changes, words in (
             (odd, {}, ["odd.jsonl:1", '"text": text', '"doc_id"']),
+            (body, {}, [f"{body}:1", "did you mean body? rename it to text: jq -c '.text = .bo"]),
+            (null, {}, [f"{null}:2: text is null, not a string; correct it, or drop each such "
+                        "row: jq -c 'select(.text != null)' OLD > NEW.jsonl"]),
             (parts, {"subdomain": "part"}, ["parts.jsonl:2", "subdomain=part"]),
             (f"{request_file},{copied}", {}, ["called made_up"]),
             (",".join(same), {}, ["called same"]),

@@ -594,13 +594,14 @@ def test_whenever_a_signal_comes_the_step_that_it_ends_is_saved(tmp_path, receiv
     assert ends == {(signal.SIGTERM, 1), (signal.SIGTERM, 2), (0, 3)} and 20 < n < 199
 
 
-def test_a_second_signal_acts_at_once(received):
+def test_a_second_signal_acts_at_once(received, capsys):
     """The first is only noted, and puts the handler back that was there before. (In the first
     step the compiler must not hear them: test_command.py.)"""
     with StopSignal() as stop:
         assert stop.reason() == 0  # as it is asked after the first step
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.number == signal.SIGTERM and len(received) == 0
+        assert "a second SIGTERM stops at once" in capsys.readouterr().out
         os.kill(os.getpid(), signal.SIGTERM)
         assert len(received) == 1
     with StopSignal():

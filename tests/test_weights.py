@@ -230,8 +230,8 @@ def test_a_damaged_safetensors_file_is_named(tmp_path):
 
 
 def test_a_path_without_a_model_says_what_may_be_there(tmp_path):
-    for path in (tmp_path, tmp_path / "nowhere"):
-        refused(path, "run directory")
+    refused(tmp_path, "run directory")
+    refused(tmp_path / "nowhere", "no such directory")
     path = hf_directory(tmp_path / "hf")
     (path / "config.json").write_text("{}")
     refused(path, str(path / "config.json"), "model_type")
@@ -483,6 +483,8 @@ def test_export_writes_what_transformers_loads(transformers, tmp_path, call):
     with torch.no_grad():
         assert difference(hf(tokens).logits, model(tokens)) < 1e-5
     assert [path.name for path in out.parent.iterdir()] == ["hf"]
+    modes = {path.name: path.stat().st_mode for path in out.iterdir()}
+    assert len(set(modes.values())) == 1, modes  # whoever may read one file may read all
 
 
 def test_a_broken_transformers_is_one_line(tmp_path, monkeypatch):
@@ -545,6 +547,9 @@ def test_export_touches_no_directory_that_holds_something(tmp_path, call, monkey
     monkeypatch.setattr(support.weights, "load_model", None)  # refused before the long part
     done = call(m, "export", step, out)
     assert done.returncode != 0 and done.stdout == "" and str(out) in done.stderr
+    assert "delete" not in done.stderr and f"{out}-2" in done.stderr  # out may be the only copy
+    (tmp_path / "out-2").symlink_to("nowhere")
+    assert f"{out}-3" in call(m, "export", step, out).stderr
     assert {file.name: file.read_bytes() for file in out.iterdir()} == content
 
 
