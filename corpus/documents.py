@@ -11,6 +11,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from corpus.json_lists import read_json_values
+from corpus.left_out import CAN_BE_READ
 from corpus.lines import JSON_SUFFIXES, TEXT_SUFFIXES, Truncated, line_number, read_parts
 from corpus.source_files import input_files, name_in
 from corpus.stdlib import stdlib_documents
@@ -69,6 +70,10 @@ def read_records(path, source="", counts=None, allow_truncated=None, progress=Fa
     files = input_files(root, notes)
     if counts is None:
         print_once(path, notes)
+    elif progress:  # a build may take hours, and its table comes last
+        for what in notes:
+            if CAN_BE_READ in what:
+                warn(f"{source}: {noted(notes[what], what)}")
     if separator and not any(file.name.endswith(TEXT_SUFFIXES) for file in files):
         raise UserError(f"{root}: separator={separator!r} cuts text files, and none is there; "
                         "leave it out")

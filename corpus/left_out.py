@@ -19,6 +19,7 @@ REMEDIES = {
     **dict.fromkeys((".sqlite", ".sqlite3"), "sqlite3 -json OLD 'SELECT * FROM TABLE' > NEW.json"),
     ".pdf": "pdftotext OLD NEW.txt",
     **dict.fromkeys((".doc", ".docx", ".odt", ".rtf", ".html", ".htm", ".epub"), TEXT)}
+CAN_BE_READ = "to make one that is read"
 ANY_OTHER = "save another kind as text, NAME.txt, or as an object a line, NAME.jsonl"
 
 
@@ -47,7 +48,7 @@ class LeftOut:
             ending = ending_of(file)
             remedy = remedy_for(file)
             if ending in named or remedy:
-                way = f"; to make one that is read: {remedy}" if remedy else ""
+                way = f"; {CAN_BE_READ}: {remedy}" if remedy else ""
                 self.add_files((ending or "a name without an ending") + way, [file])
             else:
                 self.add_files("other endings", [file])

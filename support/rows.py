@@ -56,7 +56,7 @@ def print_set(key, path, kind, sequences, examples, counts):
     """A line on a set that was read: its size, what of it is trained, what was cut or dropped."""
     tokens = sum(len(sequence.ids) for sequence in sequences)
     trained = sum(int(sequence.trained.sum()) for sequence in sequences)
-    print(f"{key}={path}: {examples:,} {kind} of {tokens:,} tokens, {trained / tokens:.0%} of "
+    print(f"{key}={path}: {noted(examples, kind)} of {tokens:,} tokens, {trained / tokens:.0%} of "
           f"them in answers{listed(counts)}")
 
 

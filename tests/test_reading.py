@@ -102,6 +102,9 @@ def test_what_is_not_read_is_counted_by_reason_and_printed(tmp_path, call):
     for reason, n in notes.items():
         assert f"main: {noted(n, reason)}" in remark
     assert "main: 1 file not read: empty (first empty.jsonl)" in remark
+    # what can be converted, at the begin too: a build may take hours
+    assert "warning: main: 2 files not read: .orc (first b.orc); to make one" in result.stderr
+    assert result.stderr.count("warning: ") == 2
 
 
 @pytest.mark.parametrize("name, remedy", [
