@@ -28,7 +28,7 @@ from scaling.checkpoint import (Unreadable, check_model_keys, run_of, step_at, s
 from scaling.directory import (MEASURED, check_directory, check_overwrite, forked_from, overwrite)
 from scaling.same_run import (check_before_build, check_data, check_digest, check_settings,
                               check_tokenizer, differing)
-from support.files import (UserError, link_or_copy, log_rows, read_json, rows_until,
+from support.files import (UserError, here, link_or_copy, log_rows, read_json, rows_until,
                            write_json, write_rows)
 from support.models import open_base
 from support.official_place import check_place
@@ -149,7 +149,8 @@ def with_tokenizer_of(home, data_config):
     else:
         is_here = name_is_file(name)
         if not is_here and name not in ("olmo", name_saved(home)):
-            tokenizer_file(name)  # the UserError for a file that is not there
+            raise UserError(f"tokenizer={name}: no such file{here(name)}; leave it out, as {file} "
+                            "is used")
         same = is_here and tokenizer_digest(tokenizer_file(name)) == kept
         if is_here and not same and not have_same_ids(file, tokenizer_file(name)):
             raise UserError(f"tokenizer={name}: not that of {home}, whose weights have learned "

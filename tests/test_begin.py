@@ -209,7 +209,7 @@ def test_the_tokenizer_is_that_of_the_weights(begin, exported, finished, tmp_pat
             "tokenizer=other.json", exported)
     for start in (exported, finished / "step000010"):
         refused(begin(f"--start_from={start}", new, "--tokenizer=nofile.json"),
-                "tokenizer=nofile.json", "no such file")
+                "tokenizer=nofile.json", "no such file", "leave it out")
     refused(begin(f"--start_from={bare}", new), f"{bare}: has no tokenizer.json", "--tokenizer=")
     refused(begin(f"--start_from={bare}", new, "--tokenizer=other.json"), "other.json: ",
             "vocab_size")

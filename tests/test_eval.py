@@ -287,7 +287,8 @@ def test_sample_prints_each_prompt_and_continues_it_as_if_alone(run, call, token
 @pytest.mark.parametrize("words, wanted", [
     ([], []), (["one", "two"], ["one two"]), (["sample"], []),
     (["NOWHERE"], ["nowhere"]), (["sample", "NOWHERE"], ["nowhere"]),
-    (["report", "NOWHERE"], ["nowhere"]), (["report", "EMPTY"], ["metrics.jsonl", "python eval.py"]),
+    (["report", "NOWHERE"], ["nowhere"]),
+    (["report", "EMPTY"], ["metrics.jsonl", "python eval.py"]),
     (["EMPTY"], ["no model here"]), (["RUN/step000009"], ["no such step", "step000"]),
     (["RUN/config.json"], ["a file"]), (["sample", "RUN", "--chat"], ["chat=True"]),
     (["RUN", "--chat"], ["chat=True", "suite=domains"]), (["RUN", "--limit=3"], ["limit=3"]),
