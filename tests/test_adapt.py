@@ -866,7 +866,7 @@ def test_what_cannot_be_tuned_is_one_line(tmp_path, undisturbed, tuning, base, c
         refused(call(adapt, *words), *wanted)
         assert not saved_steps(base.parent / "none") and not list(run.glob("step*"))
     result = call(adapt, file, f"--train_data={faulty}", "--faulty=skip", "--eval_data=")
-    assert result.returncode == 0 and "1 faulty rows skipped" in result.stdout
+    assert result.returncode == 0 and "1 faulty row skipped" in result.stdout
     assert rows(run, "eval")[-1].get("tuned", {}) == {}
     refused(call(train, f"--resume={run}"), "adapt.py")
 
