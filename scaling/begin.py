@@ -180,11 +180,9 @@ def place_of(key, argv):
 
 # ---- Before the data is built --------------------------------------------------------------------
 
-def takes_weights_alone(config):
-    """True if the new run of `config` takes no more than weights from its start."""
-    start = Path(config.start_from)
-    is_whole = (start / "state.json").is_file() or is_whole_official(start)
-    return config.fresh_optimizer or not is_whole
+def takes_step(config):
+    """True if the new run of `config` takes a step of ours whole."""
+    return (Path(config.start_from) / "state.json").is_file() and not config.fresh_optimizer
 
 
 def is_whole_official(start):

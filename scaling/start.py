@@ -22,7 +22,7 @@ from corpus.storage import tokenizer_digest
 from corpus.tokenizer import tokenizer_at, tokenizer_file
 from data import DataConfig
 from model import ModelConfig
-from scaling.begin import check_files, is_whole_official, takes_weights_alone
+from scaling.begin import check_files, is_whole_official, takes_step
 from scaling.checkpoint import (Unreadable, check_model_keys, run_of, step_at, step_directories,
                                 step_of, verify_step)
 from scaling.directory import (MEASURED, check_directory, check_overwrite, forked_from, overwrite)
@@ -66,8 +66,8 @@ def data_for_run(config, data_config, settings, free_keys, build_data):
     folder = data_already_built(home, data_config, config.accept_changes)
     if folder:
         return folder
-    takes_data = is_step and not config.fresh_optimizer  # the very same, which is compared later
-    if config.start_from and origin == Path(config.start_from) and not takes_data:
+    # a step that is taken whole brings its data, which is compared later
+    if config.start_from and origin == Path(config.start_from) and not takes_step(config):
         check_named(home, data_config.tokenizer, settings)
     return build_data(with_tokenizer_of(home, data_config))
 
@@ -83,10 +83,10 @@ def origin_of(config):
     if not config.start_from or forked_from(config):
         return forked_from(config)
     start = Path(config.start_from)
-    if takes_weights_alone(config) or is_whole_official(start):
-        check_files(start)
-    else:
+    if takes_step(config):
         check_start_from(start, config.max_steps)
+    else:
+        check_files(start)
     return start
 
 
@@ -275,19 +275,19 @@ def start_new(config, fingerprint):
     if not config.start_from:
         return None, dict(NEW_STATE)
     start = Path(config.start_from)
-    if takes_weights_alone(config):
-        return start_with_weights(config, fingerprint)
-    if is_whole_official(start):
-        base, state = start_with_weights(config, fingerprint)
-        progress = read_progress(start)
-        began = {**state["began"], "official_step": progress.step}
-        return base, {**state, "step": progress.step, "tokens": progress.tokens, "began": began}
-    check_start_from(start, config.max_steps)
-    saved = verify_step(start, config.verify == "sha256")
-    check_model_keys(saved, start)
-    check_data(start, saved, fingerprint, config)
-    return start, {**NEW_STATE, "step": saved["step"], "tokens": saved["tokens"],
-                   "data_changes": data_changes(saved, fingerprint)}
+    if takes_step(config):
+        check_start_from(start, config.max_steps)
+        saved = verify_step(start, config.verify == "sha256")
+        check_model_keys(saved, start)
+        check_data(start, saved, fingerprint, config)
+        return start, {**NEW_STATE, "step": saved["step"], "tokens": saved["tokens"],
+                       "data_changes": data_changes(saved, fingerprint)}
+    base, state = start_with_weights(config, fingerprint)
+    if config.fresh_optimizer or not is_whole_official(start):
+        return base, state
+    progress = read_progress(start)
+    began = {**state["began"], "official_step": progress.step}
+    return base, {**state, "step": progress.step, "tokens": progress.tokens, "began": began}
 
 
 def start_with_weights(config, fingerprint):
