@@ -10,8 +10,7 @@ import torch
 from configs import load_config
 from data import DataConfig
 from model import ModelConfig
-from scaling.checkpoint import read_step, run_of, step_at
-from scaling.directory import has_steps
+from scaling.checkpoint import read_step, run_of
 from scaling.machine import choose_device
 from scaling.ranks import check_agreement, on_each_rank
 from scaling.sharding import own_slice
@@ -20,8 +19,8 @@ from support.files import UserError, file_sha256
 from support.hf_tokenizer import warn_of_other_template
 from support.official import TRAINING_STATE
 from support.vocabulary import open_tokenizer
-from support.weights import (check_weights, fill_from_files, kind_of, load_model, load_step,
-                             read_model_config, step_config)
+from support.weights import (check_weights, fill_from_files, find_step, is_ours, kind_of,
+                             load_model, load_step, read_model_config, step_config)
 
 
 def open_model(path, config):
@@ -55,19 +54,6 @@ def check_description(path):
     path = Path(path)
     if not is_ours(path):
         open_tokenizer(path / "tokenizer.json", read_model_config(path))
-
-
-def find_step(path, digests=True):
-    """(step directory, its verified state.json) of a run or of a step; else (path, {}).
-
-    digests=False leaves the files' SHA-256 out.
-    """
-    return step_at(path, digests) if is_ours(path) else (path, {})
-
-
-def is_ours(path):
-    """True for a run or a step of one, False for a directory from elsewhere."""
-    return (path / "state.json").is_file() or has_steps(path)
 
 
 class Base(NamedTuple):

@@ -40,7 +40,6 @@ KNOWN = {
 SCHEDULES = {"linear_with_warmup": "linear", "cosine_with_warmup": "cosine",
              "constant_with_warmup": "linear", "constant": "linear"}
 
-
 # Our keys that are taken from an official run, besides the shape of its network.
 TAKEN = ["batch_size", "seed", "lr", "min_lr", "schedule", "warmup_steps", "decay_steps",
          "max_steps", "weight_decay", "beta1", "beta2", "eps", "grad_clip",
@@ -102,7 +101,7 @@ def check_can_go_on(blocks, file):
 
 
 def batch_settings(yaml):
-    """What decides which instances a step sees. (The names of the files: check_token_files.)"""
+    """What decides which instances a step sees. (The token files: support/official_place.py.)"""
     length = yaml["model"]["max_sequence_length"]
     batch_size = yaml["global_train_batch_size"]
     seed = yaml["data"].get("seed") or yaml["seed"]
@@ -146,9 +145,7 @@ def schedule_settings(yaml):
     # is taken.
     """
     schedule = yaml["scheduler"]
-    unit = 1
-    if schedule.get("units") == "tokens":
-        unit = count(yaml["global_train_batch_size"]) * count(yaml["model"]["max_sequence_length"])
+    unit = tokens_of_step(yaml) if schedule.get("units") == "tokens" else 1
     name = schedule["name"]
     peak = number(yaml["optimizer"]["learning_rate"])
     # a key that is missing has official OLMo's default
@@ -171,6 +168,10 @@ def schedule_settings(yaml):
     if name == "constant":
         found["warmup_steps"] = Theirs(0, said("scheduler.name", name))
     return found
+
+
+def tokens_of_step(yaml):
+    return count(yaml["global_train_batch_size"]) * count(yaml["model"]["max_sequence_length"])
 
 
 def count(text):
@@ -200,7 +201,7 @@ def end_of_schedule(yaml, steps_per_epoch=None):
     Both are None where max_duration counts epochs and steps_per_epoch is not known yet.
     """
     schedule = yaml["scheduler"]
-    per_step = count(yaml["global_train_batch_size"]) * count(yaml["model"]["max_sequence_length"])
+    per_step = tokens_of_step(yaml)
     unit = per_step if schedule.get("units") == "tokens" else 1
     duration = yaml["max_duration"]
     last = duration_in_steps(duration, per_step, steps_per_epoch)

@@ -72,7 +72,7 @@ def prompts_of_lines(file, record):
 
 def prompt_of(record):
     """(file:line, text) of a row of JSON lines or of a table."""
-    row = record.content if isinstance(record.content, dict) else parse(record)
+    row = parse(record)
     prompt = row.get("prompt") if isinstance(row, dict) else None
     if not isinstance(prompt, str):
         raise UserError(f"{record.place}: holds no text under the key prompt; a sample goes on "

@@ -14,8 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from corpus.tokenizer import tokenizer_at
 from model import ModelConfig, OLMo
-from scaling.checkpoint import (check_model_keys, check_tensors, newest_step, read_step, run_of,
-                                verify_step)
+from scaling.checkpoint import check_model_keys, check_tensors, read_step, run_of, step_at
 from scaling.directory import has_steps
 from support import finite
 from support.compare import compare_with_transformers
@@ -83,16 +82,27 @@ def load_model(path, device="cpu"):
     """
     path = Path(path)
     run_of(path)  # the UserError for a path that is not there, or a step that was not kept
-    if (path / "state.json").is_file():
-        return load_step(path, verify_step(path), device)
-    if has_steps(path):
-        step, state = newest_step(path)
+    step, state = find_step(path)
+    if state:
         return load_step(step, state, device)
     config = read_model_config(path)
     check_weights(path, config)  # before memory is taken for what they are said to be
     model = empty_model(config).to_empty(device=device)
     fill_from_files(model, path)
     return model
+
+
+def find_step(path, digests=True):
+    """(step directory, its verified state.json) of a run or of a step; else (path, {}).
+
+    digests=False leaves the files' SHA-256 out.
+    """
+    return step_at(path, digests) if is_ours(path) else (path, {})
+
+
+def is_ours(path):
+    """True for a run or a step of one, False for a directory from elsewhere."""
+    return (path / "state.json").is_file() or has_steps(path)
 
 
 def kind_of(path):
