@@ -27,7 +27,7 @@ from configs import load_config, setting
 from corpus.bpe import sample_texts, train_bpe
 from corpus.dedup import (copies_marked, decontaminate, evaluation_paragraphs, evaluation_sets,
                           keys_of, levels_of, without_copies)
-from corpus.documents import as_document, is_held_out, read_records, size_of
+from corpus.documents import is_held_out, parse_documents, read_records, size_of
 from corpus.funnel import Funnel, ShowOptions, print_dropped, print_table
 from corpus.manifest import write_manifest
 from corpus.questions import leaked_docstrings
@@ -337,15 +337,14 @@ def check_size(path, expected, folder):
 
 # ---- Clean documents ----------------------------------------------------------------------------
 #
-# Workers do what looks at one document at a time: decontamination, the rules, and all of writing.
-# Between the two, deduplication must remember what it saw: it is one pass in the order of the input.
-# With threads, which copy of a paragraph is kept would depend on chance (in Dolma's toolkit it does).
+# Workers do what looks at one document at a time: decontamination, the rules, what is written.
+# Between the two, deduplication must remember what it saw: one pass in the order of the input, in
+# this process. With threads, which copy of a paragraph is kept would depend on chance, as it does
+# in Dolma's toolkit.
 
 def decontaminate_and_filter(records, config, source, workers):
-    """Yield (documents, keys, funnel) of batches: those with no evaluation text that pass the rules.
-
-    keys: what deduplication compares. funnel: counts the others.
-    """
+    """Yield batches (documents, keys, funnel): those without evaluation text that pass the rules,
+    what deduplication compares of them, and the counts of the others."""
     sets = evaluation_sets(config, source)
     evaluation_paragraphs(sets)  # subtle: fills a cache before the workers are forked from here
     if source.path == "stdlib" and config.eval_share:
@@ -384,20 +383,6 @@ def finish_batch(batch, config, source):
         funnel.counts[kind + "bytes"] += size_of(document["text"])
         lines[held_out].append(to_json(document).encode() + b"\n")
     return lines[False], lines[True], funnel
-
-
-def parse_documents(records, source, funnel):
-    """Yield the documents in `records`; a record that holds none is counted and named."""
-    for record in records:
-        try:
-            document = as_document(record, source.name, funnel.notes, source.text)
-        except UserError as error:
-            # a few bad lines among billions do not stop a build
-            funnel.bad_line(str(error), record.place)
-            continue
-        funnel.counts["documents in"] += 1
-        funnel.counts["bytes in"] += size_of(document["text"])
-        yield document
 
 
 def hold_out(documents, config, source, funnel):

@@ -98,11 +98,10 @@ def find_copies(keys, seen):
             left = [i for i in left if not copies[i]]
     # last and finest: boilerplate such as menus, which other documents have too
     if "paragraph" in seen:
-        lines = [(i, digest) for i in left for digest in keys[i]["paragraph"]]
-        is_old = iter(seen["paragraph"].add_all([digest for _, digest in lines if digest]))
-        for i, digest in lines:
-            copies[i] = copies[i] or []
-            copies[i].append(bool(digest) and next(is_old))
+        digests = [digest for i in left for digest in keys[i]["paragraph"] if digest]
+        is_old = iter(seen["paragraph"].add_all(digests))
+        for i in left:
+            copies[i] = [next(is_old) if digest else False for digest in keys[i]["paragraph"]]
     return copies
 
 
