@@ -26,7 +26,7 @@ import torch
 from configs import load_config, setting
 from corpus.bpe import sample_texts, train_bpe
 from corpus.dedup import (copies_marked, decontaminate, evaluation_paragraphs, evaluation_sets,
-                          keys_of, levels_of, without_copies)
+                          keys_of, without_copies)
 from corpus.documents import is_held_out, parse_documents, read_records, size_of
 from corpus.funnel import Funnel, ShowOptions, print_dropped, print_table
 from corpus.manifest import write_manifest
@@ -34,9 +34,9 @@ from corpus.questions import leaked_docstrings
 from corpus.rules import CONTENT_SCORERS, LANGUAGE_SCORERS, RULES, Drop, filter_documents
 from corpus.sources import check_data_config, parse_sources
 from corpus.stages import Stages, Workers, build_once, in_batches, link_files, written_aside
-from corpus.storage import (BLOCKS_TOGETHER, DOCUMENT_INDEX, ShardWriter, blocks_of, hash_of_id,
-                            mapped_order, read_block, shards_of, store_documents, token_dtype,
-                            tokenizer_digest, vocabulary_of)
+from corpus.storage import (DOCUMENT_INDEX, ShardWriter, blocks_of, hash_of_id, mapped_order,
+                            read_block, shards_of, store_documents, token_dtype, tokenizer_digest,
+                            vocabulary_of)
 from corpus.token_files import write_token_list
 from corpus.tokenizer import Tokenizer, tokenizer_at, tokenizer_file
 from support.bars import bar
@@ -138,7 +138,7 @@ def build_data(config):
                     separator=source.separator, text_key=source.text))
                 filtered = decontaminate_and_filter(records, config, source, workers)
                 marked = copies_marked(filtered, config, source)
-                lines = clean_lines(marked, config, source, workers)
+                lines = workers.map(partial(finish_batch, config=config, source=source), marked)
                 clean[source.name] = build_once(stages.clean(source), store_documents, lines,
                                                 workers, source, funnel)
 
@@ -337,14 +337,12 @@ def check_size(path, expected, folder):
 
 # ---- Clean documents ----------------------------------------------------------------------------
 #
-# Workers do what looks at one document at a time: decontamination, the rules, what is written.
-# Between the two, deduplication must remember what it saw: one pass in the order of the input, in
-# this process. With threads, which copy of a paragraph is kept would depend on chance, as it does
-# in Dolma's toolkit.
+# Workers do what looks at one document at a time, before and after deduplication. That must remember
+# what it saw, and is one pass in the order of the input, in this process: with threads, chance
+# decides which copy of a paragraph is kept (it does in Dolma's toolkit).
 
 def decontaminate_and_filter(records, config, source, workers):
-    """Yield batches (documents, keys, funnel): those without evaluation text that pass the rules,
-    what deduplication compares of them, and the counts of the others."""
+    """Yield (documents that pass, what deduplication compares of them, Funnel) of each batch."""
     sets = evaluation_sets(config, source)
     evaluation_paragraphs(sets)  # subtle: fills a cache before the workers are forked from here
     if source.path == "stdlib" and config.eval_share:
@@ -354,7 +352,7 @@ def decontaminate_and_filter(records, config, source, workers):
 
 
 def filter_batch(records, config, source, sets):
-    """What a worker does first."""
+    """What a worker does first. Returns a batch of decontaminate_and_filter."""
     funnel = Funnel()
     # looked up here, in the worker: a scorer may be a loaded model, which cannot be pickled
     scorers = {"language": LANGUAGE_SCORERS[config.language_scorer],
@@ -364,16 +362,11 @@ def filter_batch(records, config, source, sets):
     # decontamination is first: it must see the text that the rules may edit as it was written
     documents = decontaminate(documents, evaluation_paragraphs(sets), funnel)
     documents = list(filter_documents(documents, rules, funnel, scorers))
-    return documents, keys_of(documents, levels_of(source)), funnel
-
-
-def clean_lines(batches, config, source, workers):
-    """Yield (lines, held-out lines, funnel) of batches (documents, copies, funnel)."""
-    yield from workers.map(partial(finish_batch, config=config, source=source), batches)
+    return documents, keys_of(documents, source.rules), funnel
 
 
 def finish_batch(batch, config, source):
-    """What a worker does when it is known which of its documents came before."""
+    """What a worker does when the copies are known. Returns (lines, held-out lines, Funnel)."""
     documents, copies, funnel = batch
     lines = {False: [], True: []}  # whether held out -> documents in JSON
     documents = without_copies(documents, copies, funnel)
@@ -421,7 +414,7 @@ def tokenise(source, clean, tokenizer, workers):
     blocks = blocks_of(clean, source)  # 64 KiB of JSON lines each
     work = partial(encode_block, folder=clean / "documents", source=source,
                    tokenizer_path=tokenizer / "tokenizer.json")
-    encoded = workers.map(work, blocks, together=BLOCKS_TOGETHER)
+    encoded = workers.map(work, blocks, together=8)  # 512 KiB a message
     yield from bar(encoded, f"tokenising {source}", len(blocks), "blocks")
 
 

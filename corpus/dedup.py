@@ -24,7 +24,7 @@ def copies_marked(batches, config, source):
     The levels are those that the source's rules name. Says how much memory Bloom filters take
     before it reads anything, and afterwards if one was too small.
     """
-    levels = levels_of(source)
+    levels = [level for level in source.rules if level in DEDUPLICATIONS]
     seen = {level: DigestSet() for level in levels}
     if config.bloom_items:
         seen = bloom_filters(levels, config, source)
@@ -35,11 +35,6 @@ def copies_marked(batches, config, source):
             if items.count > config.bloom_items:
                 warn(f"{source.name}: the {level} filter took {items.count:,} items; its rate of "
                      f"false positives is now {items.fp_rate():.2g}; raise bloom_items")
-
-
-def levels_of(source):
-    """The levels at which a source is deduplicated, the coarsest first."""
-    return [level for level in source.rules if level in DEDUPLICATIONS]
 
 
 def bloom_filters(levels, config, source):
@@ -58,8 +53,8 @@ def bloom_filters(levels, config, source):
 # alone knows which of them came before (find_copies), and workers take the copies out
 # (without_copies). So the main process handles 16 bytes for each text.
 
-def keys_of(documents, levels):
-    """A dict for each document: what the levels compare, as digests; b"" is never compared.
+def keys_of(documents, rules):
+    """A dict for each document: what the levels among the rules compare, as digests; b"": nothing.
 
     "url" and "document" have one digest, "paragraph" a list of them, one for each line.
     """
@@ -67,11 +62,11 @@ def keys_of(documents, levels):
     for document in documents:
         url = document["metadata"].get("url")
         of_document = {}
-        if "url" in levels:
+        if "url" in rules:
             of_document["url"] = digest_of(str(url)) if url else b""
-        if "document" in levels:
+        if "document" in rules:
             of_document["document"] = digest_of(document["text"])
-        if "paragraph" in levels:
+        if "paragraph" in rules:
             of_document["paragraph"] = [digest_of(line) if line.strip() else b""
                                         for line in document["text"].split("\n")]
         keys.append(of_document)

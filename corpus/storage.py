@@ -13,7 +13,6 @@ from support.files import UserError, file_sha256, fsync, read_json, to_json, wri
 from support.lock import Lock
 
 BLOCK_BYTES = 2**16  # JSON lines compressed together: what is read to get at one document
-BLOCKS_TOGETHER = 8  # in one message to a worker: one for each block would cost 10 %
 FILE_BYTES = 2**30  # a file of clean documents is closed when it is larger (compressed)
 
 # A row for each document of a shard: NAME.index next to NAME.bin.
@@ -27,15 +26,15 @@ DOCUMENT_INDEX = np.dtype([
 def store_documents(folder, batches, workers, source, funnel):
     """Write the clean documents of a source, the held-out ones, and what the rules did.
 
-    batches: (lines, held-out lines, funnel) of clean_lines, which does all the work; a line is a
-    document in JSON, bytes. Workers compress.
+    batches: (lines, held-out lines, funnel), a generator that does all the work; a line is a
+    document in JSON, bytes. The workers compress them.
     """
     for name in ("documents", "held_out", "dropped"):
         (folder / name).mkdir()
     writer = DocumentWriter(folder / "documents", source.name)
     with open(folder / "held_out" / f"{source.name}.jsonl", "wb") as held_out_file:
         lines = lines_to_train_on(batches, held_out_file, funnel)
-        for member in workers.map(pack, in_blocks(lines), together=BLOCKS_TOGETHER):
+        for member in workers.map(pack, in_blocks(lines), together=8):
             writer.add(member)
     writer.close()
     if not writer.blocks:
