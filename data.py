@@ -337,9 +337,9 @@ def check_size(path, expected, folder):
 
 # ---- Clean documents ----------------------------------------------------------------------------
 #
-# Workers do what looks at one document at a time, before and after deduplication. That must remember
-# what it saw, and is one pass in the order of the input, in this process: with threads, chance
-# decides which copy of a paragraph is kept (it does in Dolma's toolkit).
+# Workers do what looks at one document at a time, before and after deduplication. That must know
+# what came before, and is one pass in the order of the input, in this process: with threads,
+# chance decides which copy of a paragraph is kept (it does in Dolma's toolkit).
 
 def decontaminate_and_filter(records, config, source, workers):
     """Yield (documents that pass, what deduplication compares of them, Funnel) of each batch."""
