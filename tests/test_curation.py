@@ -23,6 +23,7 @@ from conftest import contents_of, data_config, kept_documents, manifest_of, writ
 from corpus.dedup import (BloomFilter, DigestSet, digest_of, find_copies, keys_of,
                           without_copies)
 from corpus.funnel import Funnel, print_table
+from corpus.gopher import ngram_ratios
 from corpus.rules import (CONTENT_SCORERS, PII, RULES, SENTENCES, Drop, Page, english_score,
                           numbered)
 from corpus.tokenizer import PATTERN
@@ -354,6 +355,20 @@ def test_repetition_is_judged_as_by_a_slow_counter():
         seen.add(slow_repetition(text))
         assert repetition(text) == slow_repetition(text), text
     assert seen == {"lines", "characters", None, *LIMITS}
+
+
+def test_the_ratios_of_all_ngrams_are_those_of_a_slow_counter():
+    dice = random.Random(12)
+    for _ in range(300):
+        kinds = [word(dice) for _ in range(dice.randint(1, 30))]
+        words = dice.choices(kinds, k=dice.randint(0, 40))
+        page = Page({"text": " ".join(words)}, {})
+        found = list(ngram_ratios(page.word_ids, page.word_lengths))
+        assert {n: part for n, part, _ in found} == dict(slow_ratios(words))
+        for n, _, first in found:
+            grams = [tuple(words[i:i + n]) for i in range(len(words) - n + 1)]
+            times = Counter(grams)
+            assert grams.index(max(grams, key=times.get)) == first
 
 
 @pytest.mark.parametrize("text, dropped_by", [
