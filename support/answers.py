@@ -16,9 +16,9 @@ from scaling.sharding import evaluating
 from support.bars import bar
 from support.chat_forms import PROMPTS
 from support.chats import checked_request
-from support.cpu import packed_weights
 from support.fields import require
 from support.files import here, to_json
+from support.generation import fixed_weights
 from support.models import open_base
 from support.progress import watched
 from support.rows import Faults, checked_rows, listed
@@ -40,7 +40,7 @@ def answer_prompts(model, tokenizer, prompts, max_new_tokens):
     prompts: lists of ids, which begin with EOS. All ranks answer together, with rank 0's tokens.
     """
     answers = []
-    with evaluating(model), packed_weights(model):
+    with evaluating(model):
         for begin in watched(range(0, len(prompts), ANSWER_BATCH), "batch of answers"):
             answers += generate(model, prompts[begin:begin + ANSWER_BATCH], max_new_tokens,
                                 stop_ids=(tokenizer.eos_token_id,), sync=from_rank0)
@@ -82,7 +82,7 @@ def generate_answers(argv):
     model, tokenizer = open_assistant(run)
     prompts = [render_chat(messages, tokenizer, reply=True)[0] for messages in requests]
 
-    with open(out, "a", encoding="utf-8") as file, packed_weights(model):
+    with open(out, "a", encoding="utf-8") as file, fixed_weights(model):
         for begin in bar(range(done, len(rows), options.answer_batch), "answering", unit="batches"):
             end = begin + options.answer_batch
             found = answers_of(model, tokenizer, prompts[begin:end], options, begin)

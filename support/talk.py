@@ -11,9 +11,9 @@ from corpus.documents import without_surrogates
 from data import render_chat
 from model import generate_stream
 from scaling.checkpoint import run_of
-from support.cpu import packed_weights
 from support.fields import require
 from support.files import UserError
+from support.generation import fixed_weights
 from support.hf_tokenizer import template_of, warn_of_other_template
 from support.models import open_with_tokenizer
 from support.text import harmless
@@ -153,7 +153,7 @@ def speak(model, tokenizer, prompt, options, number):
                              [number])
     end = ""
     try:
-        with packed_weights(model):
+        with fixed_weights(model):
             for chosen in stream:
                 if chosen[0] != tokenizer.eos_token_id:
                     ids.append(chosen[0])

@@ -34,7 +34,8 @@ from data import Batches, DataConfig, TokenShards, build_data
 from model import ModelConfig, build_model, generate, init_weights
 from scaling.machine import choose_dtype, flops_per_token, keep_freed_memory
 from scaling.run import Run
-from support.cpu import packed_weights, use_fast_attention
+from support.cpu import use_fast_attention
+from support.generation import fixed_weights
 from support.weights import load_model, save_hf
 
 OPTIMIZER = dict(lr=1e-4, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1)
@@ -347,7 +348,7 @@ def bench_generate(new_tokens=200):
 
 
 def our_answers(model, prompts, new_tokens):
-    with packed_weights(model):
+    with fixed_weights(model):
         return generate(model, prompts.tolist(), new_tokens)
 
 
