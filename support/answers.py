@@ -6,6 +6,8 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 from corpus.lines import JSON_SUFFIXES
 from corpus.source_files import is_there
 from corpus.tables import TABLE_SUFFIXES
@@ -22,7 +24,7 @@ from support.generation import fixed_weights
 from support.models import open_base
 from support.progress import watched
 from support.rows import Faults, checked_rows, listed
-from support.talk import ANSWER_BATCH, open_assistant, paths_and_options
+from support.talk import ANSWER_BATCH, answer_dtype, open_assistant, paths_and_options
 from support.text import parsed_json
 
 # the keys that `generate` adds to a row, beside how it was drawn
@@ -75,11 +77,15 @@ def generate_answers(argv):
     require(out.resolve().parent.is_dir(), f"{out}: there is no such directory; make it")
     drawn = {"generator": run, "weights": open_base(run, "size").digest, **asdict(options)}
     del drawn["answer_batch"]  # a file may be continued with another one
+    dtype = answer_dtype(options)
+    drawn["dtype"] = str(dtype).removeprefix("torch.")
+    if dtype == torch.float32:
+        del drawn["dtype"]  # rows had no such key when float32 was the only dtype
     places, rows, requests = read_prompts(paths[1], drawn)
     if options.temperature:
         drawn["sampler"] = SAMPLER
     done = rows_done(out, rows, drawn)
-    model, tokenizer = open_assistant(run)
+    model, tokenizer = open_assistant(run, dtype)
     prompts = [render_chat(messages, tokenizer, reply=True)[0] for messages in requests]
 
     with open(out, "a", encoding="utf-8") as file, fixed_weights(model):
