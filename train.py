@@ -324,12 +324,12 @@ def train_step(model, optimizer, micro_batches, loss_fn, lr, max_norm):
             sums[name] += value / count
     # One message for all numbers. Every rank then has the same ones, and decides alike below.
     totals = reduce_sum(torch.stack(list(sums.values())))
-    metrics = dict(zip(sums, totals.tolist(), strict=True))
 
     # 3) A rare batch with a huge gradient would undo the work of many steps. clip_grad_norm_ scales
     #    the gradient down to max_norm (paper, section 3.2) and returns the norm it had before.
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    metrics["grad_norm"] = full_tensor(grad_norm).item()
+    grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm))
+    numbers = torch.cat([totals, grad_norm[None]]).tolist()  # the step's one wait for the GPU
+    metrics = dict(zip([*sums, "grad_norm"], numbers, strict=True))
 
     # 4) One inf or nan in the gradient would make all weights nan, so look before the update.
     if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
