@@ -1,6 +1,7 @@
 """What tests share: a tiny corpus, config and run; ways to start commands, and to read a run."""
 
 import contextlib
+import faulthandler
 import gzip
 import hashlib
 import itertools
@@ -26,6 +27,12 @@ TINY = dict(d_model=32, n_layers=2, n_heads=2, mlp_hidden_size=48, max_seq_len=3
             max_steps=20, warmup_steps=5, eval_every_steps=10, log_every_steps=1, max_new_tokens=8)
 # The shape of a model of random weights for the fixture `tokenizer`; 20 rows are padding.
 IDS = dict(vocab_size=300, embedding_size=320, eos_token_id=299, pad_token_id=298)
+
+
+def pytest_configure(config):
+    """Ctrl-C ends what tests start, also under a script's `pytest &`, which is to ignore it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
@@ -203,7 +210,8 @@ def one_thread():
 def start():
     """Starts `python FILE ...` of this tree without waiting for it."""
     def popen(file, *words, threads=1, **options):
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **options.pop("env", {})}
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **EXPLAINS,
+                       **options.pop("env", {})}
         return subprocess.Popen([sys.executable, ROOT / file, *map(str, words)], env=environment,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                 **options)
@@ -215,8 +223,7 @@ def python(start):
     """Runs `python FILE ...` of this tree to its end."""
     def run(file, *words, **options):
         with start(file, *words, **options) as process:
-            stdout, stderr = process.communicate()
-        return subprocess.CompletedProcess(words, process.returncode, stdout, stderr)
+            return subprocess.CompletedProcess(words, *end_of(process))
     return run
 
 
@@ -334,6 +341,7 @@ def seal(path, state):
 # ---- Processes -----------------------------------------------------------------------------------
 
 PATIENCE_S = 600  # a test that waits longer hangs; a loaded machine may need minutes for seconds
+EXPLAINS = {"PYTHONFAULTHANDLER": "1"}  # a Python that gets SIGABRT prints where its threads stand
 
 
 def wait_until(condition, process=None):
@@ -341,7 +349,8 @@ def wait_until(condition, process=None):
     deadline = time.monotonic() + PATIENCE_S
     while not condition():
         assert process is None or is_running(process), "it ended too early"
-        assert time.monotonic() < deadline, f"not within {PATIENCE_S} s"
+        if time.monotonic() > deadline:
+            fail_as_hanging(*[process] if process else [])
         time.sleep(0.002)
 
 
@@ -359,25 +368,61 @@ def children_of(pid):
     return children
 
 
+def fail_as_hanging(*processes):
+    """Ends processes that should have ended, and the test; it prints where each of them stood."""
+    printed = "\n".join(last_words(process) for process in processes if is_running(process))
+    pytest.fail(f"not within {PATIENCE_S} s\n{printed}")
+
+
+def last_words(process):
+    """Ends a process that hangs, and its children; returns what they printed: see EXPLAINS."""
+    pids = [*children_of(process.pid), process.pid]
+    for end in (signal.SIGABRT, signal.SIGKILL):  # the first does not reach one that is stopped
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, end)
+        if isinstance(process, subprocess.Popen):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return "".join(filter(None, process.communicate(timeout=10)))
+        else:
+            process.join(10)
+            if not process.is_alive():
+                return f"{process.name}, in a file of all ranks:\n{process.log.read_text()}"
+    return f"{process} does not end"
+
+
 def forked(log, main, *words, env=None, before=lambda: None):
     """Starts `python FILE *words` as a fork of this process, which has imported torch already.
 
     before: called in the new process. What it prints is appended to the file `log`.
+
+    # subtle: a lock that another thread of this process holds is held for ever in the fork, so no
+    # thread may be at work here. Those of OpenMP, pyarrow and tqdm, which wait, do no harm.
     """
     import torch
     from support.command import run_main
 
     def child():
+        sys.stdout = sys.stderr = open(log, "a", buffering=1)
+        faulthandler.enable(sys.stderr)
         # subtle: OpenMP's threads stay in the parent, and the child would wait for them for ever
         torch.set_num_threads(1)
         os.environ.update(env or {})
-        sys.stdout = sys.stderr = open(log, "a", buffering=1)
         sys.argv = ["FILE", *map(str, words)]
         before()
         run_main(main)
     process = multiprocessing.get_context("fork").Process(target=child, daemon=True)
+    process.log = Path(log)
     process.start()
     return process
+
+
+def joined(process):
+    """The exit code of a forked process, at its end."""
+    process.join(PATIENCE_S)
+    if process.is_alive():
+        fail_as_hanging(process)
+    return process.exitcode
 
 
 def forked_ranks(world_size, log, main, *words, before=lambda: None, per_node=None):
@@ -385,23 +430,35 @@ def forked_ranks(world_size, log, main, *words, before=lambda: None, per_node=No
 
     per_node: how many ranks say that they share a node. Returns (exit codes, what was printed).
     """
-    # As under torchrun, the launcher holds the store: a port that is only found free may be taken
-    # by somebody else before rank 0 opens it.
     from torch.distributed import TCPStore
-    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     per_node = per_node or world_size
+    ports = multiprocessing.get_context("fork").SimpleQueue()
+
+    def begin():
+        os.environ["MASTER_PORT"] = str(ports.get())
+        before()
     ranks = []
     for rank in range(world_size):
         env = dict(RANK=rank, LOCAL_RANK=rank % per_node, WORLD_SIZE=world_size,
-                   LOCAL_WORLD_SIZE=per_node, MASTER_ADDR="localhost", MASTER_PORT=store.port,
+                   LOCAL_WORLD_SIZE=per_node, MASTER_ADDR="localhost",
                    TORCHELASTIC_USE_AGENT_STORE=True)
         env = {key: str(value) for key, value in env.items()}
-        ranks.append(forked(log, main, *words, env=env, before=before))
+        ranks.append(forked(log, main, *words, env=env, before=begin))
+    # As under torchrun, the launcher holds the store: a port that is only found free may be taken
+    # by somebody else before rank 0 opens it.
+    # subtle: only after the last fork. The store's thread looks up the name of each rank that
+    # connects, under a lock of the C library; a rank forked meanwhile waited for that lock for ever
+    # when it looked up localhost.
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    for _ in ranks:
+        ports.put(store.port)
     deadline = time.monotonic() + PATIENCE_S
     while any(rank.is_alive() for rank in ranks):
-        if any(rank.exitcode for rank in ranks) or time.monotonic() > deadline:
+        if any(rank.exitcode for rank in ranks):
             for rank in ranks:
                 rank.kill()
+        elif time.monotonic() > deadline:
+            fail_as_hanging(*ranks)
         time.sleep(0.005)
     return [rank.exitcode for rank in ranks], Path(log).read_text()
 
@@ -411,17 +468,15 @@ def torchrun(ranks, *words, options=(), file=ROOT / "train.py"):
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", *options,
                file, *words]
     return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                            text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **EXPLAINS})
 
 
 def end_of(process):
-    """(exit code, stdout, stderr) of a launcher that must end by itself."""
+    """(exit code, stdout, stderr) of a command that must end by itself."""
     try:
         stdout, stderr = process.communicate(timeout=PATIENCE_S)
     except subprocess.TimeoutExpired:
-        for pid in (*children_of(process.pid), process.pid):
-            os.kill(pid, signal.SIGKILL)
-        raise
+        fail_as_hanging(process)
     return process.returncode, stdout, stderr
 
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, forked, rows, saved_steps, wait_until
+from conftest import ROOT, end_of, forked, joined, rows, saved_steps, wait_until
 
 import data
 import eval as e
@@ -142,18 +142,14 @@ def test_what_is_no_text_is_one_line(copied, call, refused):
 # ---- Ctrl-C --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("module", ["train", "data", "eval", "adapt", "model"])
-def test_ctrl_c_while_torch_is_imported_is_quiet(tmp_path, module):
+def test_ctrl_c_while_torch_is_imported_is_quiet(tmp_path, start, module):
     """The import of torch, which takes seconds, is a file that says so and waits."""
     (tmp_path / "torch.py").write_text("import time\nopen('importing', 'w')\ntime.sleep(600)\n")
     (tmp_path / "numpy.py").write_text("import torch\n")
-    process = subprocess.Popen([sys.executable, ROOT / f"{module}.py"], cwd=tmp_path,
-                               env={**os.environ, "PYTHONPATH": str(tmp_path)},
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while not (tmp_path / "importing").exists():
-        assert process.poll() is None
-        time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    assert process.communicate() == (b"", b"") and process.returncode == -signal.SIGINT
+    with start(f"{module}.py", cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}) as process:
+        wait_until((tmp_path / "importing").exists, process)
+        process.send_signal(signal.SIGINT)
+        assert end_of(process) == (-signal.SIGINT, "", "")
 
 
 @pytest.mark.parametrize("place", ["my_experiment.py", "tests", "tests/train.py"])
@@ -184,8 +180,7 @@ def test_ctrl_c_that_python_can_only_ignore_comes_again(tmp_path):
             os._exit(0)
         time.sleep(3600)
     process = forked(tmp_path / "log", start_workers)
-    process.join()
-    assert process.exitcode == 130 and (tmp_path / "log").read_text() == ""
+    assert joined(process) == 130 and (tmp_path / "log").read_text() == ""
 
 
 CHILD = """
@@ -218,15 +213,13 @@ def test_a_signal_in_the_first_step_is_answered_and_not_heard_by_the_compiler(tm
     wait_until(lambda: "stops after this step" in log.read_text(), process)
     for number in signals[1:]:
         os.killpg(process.pid, number)
-        process.join()
-        assert process.exitcode == 128 + number
+        assert joined(process) == 128 + number
     (tmp_path / "go").touch()
     wait_until((tmp_path / "finished").exists)
     name = "Ctrl-C" if signals[0] == signal.SIGINT else "SIGTERM"  # a batch system has no keyboard
     assert f"a second {name} stops at once" in log.read_text()
     if len(signals) == 1:
-        process.join()
-        assert process.exitcode == 0, log.read_text()
+        assert joined(process) == 0, log.read_text()
         assert f"ends by {int(signals[0])}" in log.read_text()
         assert "a second one acts: True" in log.read_text()
 
@@ -273,8 +266,8 @@ def test_ctrl_c_while_python_shuts_down_is_quiet(finished, start, tmp_path):
         "import atexit, os, signal, time\n"
         "atexit.register(lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(9)))\n")
     with start("train.py", f"--resume={finished}", env={"PYTHONPATH": str(tmp_path)}) as process:
-        stdout, stderr = process.communicate()
-    assert process.returncode == 0 and "finished" in stdout and "Traceback" not in stderr, stderr
+        code, stdout, stderr = end_of(process)
+    assert code == 0 and "finished" in stdout and "Traceback" not in stderr, stderr
 
 
 @pytest.mark.parametrize("text, fits", [

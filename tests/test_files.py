@@ -11,7 +11,8 @@ from collections import Counter
 from importlib.util import find_spec
 
 import pytest
-from conftest import ROOT, data_config, kept_documents, manifest_of, refusal, write_jsonl
+from conftest import (PATIENCE_S, ROOT, data_config, kept_documents, manifest_of, refusal,
+                      write_jsonl)
 
 import adapt
 import eval as evaluation
@@ -532,6 +533,6 @@ def test_a_file_of_400_mb_is_streamed(tmp_path, name):
             "print(sum(len(str(parse(each))) for each in read_records(sys.argv[1])) // 10**6,"
             " int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) // 1024)")
     result = subprocess.run([sys.executable, "-c", code, str(file)], cwd=ROOT, text=True,
-                            capture_output=True, timeout=170)
+                            capture_output=True, timeout=PATIENCE_S)
     size, peak = map(int, result.stdout.split())
     assert size > 390 and peak < 150, result.stderr

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Bomb, columns, forked_ranks, refusal, steps
+from conftest import PATIENCE_S, ROOT, Bomb, columns, forked_ranks, refusal, steps
 
 import train
 from corpus.bpe import train_bpe
@@ -716,7 +716,7 @@ def test_official_olmo_run_anew(config, call, one_thread, options):
     if not python:
         pytest.skip("needs NANOLMO_OFFICIAL_PYTHON, a Python with ai2-olmo 0.2.5")
     out = config.parent / "official"
-    subprocess.run([python, RECORDED / "make.py", out, *options], check=True, timeout=600,
+    subprocess.run([python, RECORDED / "make.py", out, *options], check=True, timeout=PATIENCE_S,
                    capture_output=True)
     (config.parent / "list").write_text(f"{out}/tokens-0.npy\n{out}/tokens-1.npy\n")
     if "--cosine" in options:

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE_S
+from conftest import EXPLAINS, end_of
 from adapt import AdaptConfig
 from configs import load_config
 from corpus.rules import DEDUPLICATIONS, RULES
@@ -116,16 +116,15 @@ def run(tmp_path):
     pair = {"prompt": "What is it?", "chosen": "A list.", "rejected": "A dict."}
     (tmp_path / "chats.jsonl").write_text(32 * (json.dumps(chat) + "\n"))
     (tmp_path / "preferences.jsonl").write_text(32 * (json.dumps(pair) + "\n"))
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | EXPLAINS
     options = dict(cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE)
     server = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, **options)
 
     def start(words):
         if words[0] == "torchrun":
-            done = subprocess.run([sys.executable, "-m", "torch.distributed.run", *words[1:]],
-                                  stderr=subprocess.STDOUT, timeout=PATIENCE_S,
-                                  **options)
-            return done.returncode, done.stdout
+            with subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *words[1:]],
+                                  stderr=subprocess.STDOUT, **options) as process:
+                return end_of(process)[:2]
         assert words[0] == "python", words
         server.stdin.write(json.dumps(words[1:]) + "\n")
         server.stdin.flush()

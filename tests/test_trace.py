@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import (PATIENCE_S, ages_of, children_of, columns, contents_of, data_config, index_of,
-                      manifest_of, official_order, refusal, write_jsonl)
+from conftest import (PATIENCE_S, ages_of, children_of, columns, contents_of, data_config, end_of,
+                      index_of, manifest_of, official_order, refusal, wait_until, write_jsonl)
 
 import data
 import train
@@ -503,7 +503,8 @@ def big(tmp_path_factory, tokenizer, start):
                      f"--tokenizer={tokenizer}", "--eval_share=0.1")
     began = time.monotonic()
     with build(root / "data") as process:
-        assert process.wait() == 0, process.stderr.read()
+        code, _, stderr = end_of(process)
+    assert code == 0, stderr
     return build, contents(root / "data"), time.monotonic() - began
 
 
@@ -540,16 +541,15 @@ def check_kill(big, data_dir, is_time):
         process.send_signal(signal.SIGSTOP)  # so that no worker begins unseen
         workers = children_of(process.pid) if process.poll() is None else []
         process.kill()
-    deadline = time.monotonic() + 60
-    while (left := [pid for pid in workers if is_alive(pid)]) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    for pid in left:
-        os.kill(pid, signal.SIGKILL)
-    assert not left, "workers outlived their killed parent"
+    try:
+        wait_until(lambda: not any(map(is_alive, workers)))  # they do not outlive their parent
+    finally:
+        for pid in filter(is_alive, workers):
+            os.kill(pid, signal.SIGKILL)
     before = stages_of(data_dir)
     with build(data_dir) as process:
-        stderr = process.communicate()[1]
-    assert process.returncode == 0, stderr
+        code, _, stderr = end_of(process)
+    assert code == 0, stderr
     assert contents(data_dir) == expected
     assert stages_of(data_dir).items() >= before.items()  # none was made again
     return before, workers

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import (ROOT, Bomb, check_same_run, columns, flip, forked, is_running, rows,
-                      saved_steps, seal, steps, wait_until)
+from conftest import (ROOT, Bomb, check_same_run, columns, flip, forked, is_running, joined,
+                      rows, saved_steps, seal, steps, wait_until)
 
 import data
 import eval as evaluation
@@ -454,8 +454,7 @@ def test_a_run_stopped_by_signals_goes_on_as_if_it_had_not(tmp_path, tiny_config
         log = tmp_path / f"{number}.log"
         process = forked(log, train.main, *words,
                          before=signal_at(number, train, "train_step", at))
-        process.join()
-        assert process.exitcode == 128 + number and "Traceback" not in log.read_text()
+        assert joined(process) == 128 + number and "Traceback" not in log.read_text()
         assert f"stopped after step {last}" in log.read_text() and saved_steps(run) == [last]
         assert steps(run) == list(range(1, last + 1))
         words = [f"--resume={run}", "--keep_last=1"]
@@ -893,9 +892,9 @@ def test_a_full_disk_ends_in_one_line_and_harms_nothing(copied, tmp_path, call):
     words = [f"--resume={copied}", "--max_steps=24", "--save_every_steps=22"]
     process = forked(tmp_path / "log", train.main, *words, before=lambda: resource.setrlimit(
         resource.RLIMIT_FSIZE, (300_000, 300_000)))
-    process.join(60)
+    code = joined(process)
     line = (tmp_path / "log").read_text().splitlines()[-1]
-    assert process.exitcode == 1 and line.startswith("error: ")
+    assert code == 1 and line.startswith("error: ")
     assert "step000022" in line
     assert saved_steps(copied) == [10, 15, 20] and content(copied / "step000020") == before
     result = call(train, *words)
@@ -942,9 +941,9 @@ def test_a_mistake_is_one_line_and_makes_no_run(tmp_path, tiny_config, call, ref
 def test_in_a_process_of_its_own_a_mistake_is_one_line_too(tmp_path, tiny_config):
     """Nothing else is printed, and the exit code is 1."""
     process = forked(tmp_path / "log", train.main, tiny_config(tmp_path / "run"), "--lrr=1")
-    process.join(60)
+    code = joined(process)
     [line] = (tmp_path / "log").read_text().splitlines()
-    assert process.exitcode == 1 and line.startswith("error: ") and "lrr" in line
+    assert code == 1 and line.startswith("error: ") and "lrr" in line
 
 
 @pytest.mark.parametrize("size", [300, 600])
