@@ -59,12 +59,7 @@ def tree_of(segments, device, dtype):
         beginning, is_beginning = columns_of(before, before_length)
         mask = None
         if beginning.numel():
-            L = own.shape[1]
-            hidden = torch.cat((~is_beginning[:, None].expand(-1, L, -1),
-                                torch.ones(L, L, dtype=torch.bool).triu(1).expand(len(own), -1, -1)),
-                               dim=2)
-            mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
-            mask = mask[None].to(device)
+            mask = mask_of(is_beginning, own.shape[1], dtype).to(device)
         keys = torch.cat((beginning, own), dim=1)
         buckets.append(Bucket(own.to(device), keys.to(device), mask))
         columns.append(own[is_own])
@@ -74,6 +69,14 @@ def tree_of(segments, device, dtype):
     place = torch.empty_like(columns)
     place[columns] = torch.cat(cells)
     return Tree(buckets, place.to(device))
+
+
+def mask_of(is_beginning, L, dtype):
+    """The mask (1, N, L, S + L) of segments of L tokens with beginnings: bool (N, S)."""
+    N = len(is_beginning)
+    later = torch.ones(L, L, dtype=torch.bool).triu(1)
+    hidden = torch.cat((~is_beginning[:, None].expand(N, L, -1), later.expand(N, L, L)), dim=2)
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)[None]
 
 
 def columns_of(begin, length):
@@ -136,17 +139,27 @@ def rotate(x, cos, sin):
 
 
 def scores_of(x, head_weight, targets, product):
-    """float32 (M, 2) of a stream x (M, D): ln p of each target, and 1 if no id is likelier."""
+    """float32 (M, 2) of a stream x (M, D): ln p of each target, and whether it is the likeliest."""
     step = max(1, CHUNK // len(head_weight))
     parts = []
     for begin in range(0, len(x), step):
         logits = at_least_float32(head_logits(x[begin:begin + step], head_weight, product))
         wanted = targets[begin:begin + step, None]
-        # on a CPU, argmax takes ten times as long as amax
-        likeliest = logits.gather(1, wanted) == logits.amax(-1, keepdim=True)
         log_probs = logits.log_softmax(-1).gather(1, wanted)
-        parts.append(torch.cat((log_probs, likeliest), dim=1))
+        parts.append(torch.cat((log_probs, are_likeliest(logits, wanted)), dim=1))
     return torch.cat(parts)
+
+
+def are_likeliest(logits, targets):
+    """bool (M, 1): whether targets (M, 1) are the argmax of logits (M, V)."""
+    if logits.device.type != "cpu":
+        return logits.argmax(-1, keepdim=True) == targets
+    # A CPU finds the maximum in a tenth of the time of its place. Only of several equal logits,
+    # common in bfloat16, the place tells which is the first.
+    likeliest = logits.gather(1, targets) == logits.amax(-1, keepdim=True)
+    rows = likeliest[:, 0].nonzero()[:, 0]
+    likeliest[rows] = logits[rows].argmax(-1, keepdim=True) == targets[rows]
+    return likeliest
 
 
 @contextmanager

@@ -67,6 +67,11 @@ class Row(NamedTuple):
     shared: tuple  # the ids that they begin with
     branches: list  # (index of the request, Encoded)
 
+    def own_length(self, branch):
+        """Tokens that the model reads of a branch; the last id of a request is only predicted."""
+        _, request = branch
+        return len(request.ids) - 1 - len(self.shared)
+
 
 @torch.no_grad()
 def score_requests(model, groups, batch_tokens=2048):
@@ -77,19 +82,7 @@ def score_requests(model, groups, batch_tokens=2048):
     groups, in order. Equal requests of a group are scored once, so that they tie exactly. The ranks
     share the work, and every rank returns all scores.
     """
-    rows = {}  # {shared: branches}
-    first_equal = []  # for each request, the index of the first one of its group that equals it
-    for group in groups:
-        distinct = {}
-        for request in group:
-            key = (*request.ids, request.scored)
-            index, _ = distinct.setdefault(key, (len(first_equal), request))
-            first_equal.append(index)
-        shared = shared_length([request.ids[:-1] for _, request in distinct.values()])
-        for index, request in distinct.values():
-            # Groups may begin alike too: most unconditional requests have the context "Answer:".
-            rows.setdefault(tuple(request.ids[:shared]), []).append((index, request))
-
+    rows, first_equal = rows_of(groups)
     scores = torch.zeros(len(first_equal), 2, dtype=torch.float64)
     with branching(model):
         for batch, counts in own_batches(row_batches(rows, batch_tokens)):
@@ -98,6 +91,26 @@ def score_requests(model, groups, batch_tokens=2048):
                 scores.index_add_(0, indices, found)  # a request's score is the sum over its ids
     scores = reduce_sum(scores)  # the requests of other ranks were 0 here
     return scores[torch.tensor(first_equal, dtype=torch.int64)]
+
+
+def rows_of(groups):
+    """(rows, first_equal) of groups of Encoded: [Row], and for each request the index of the first
+    one of its group that equals it. Groups that begin alike share a row.
+    """
+    rows = {}  # {shared: Row}; most unconditional requests share the context "Answer:"
+    first_equal = []
+    for group in groups:
+        distinct = {}
+        for request in group:
+            key = (*request.ids, request.scored)
+            index, _ = distinct.setdefault(key, (len(first_equal), request))
+            first_equal.append(index)
+        branches = distinct.values()
+        length = shared_length([request.ids[:-1] for _, request in branches])
+        for index, request in branches:
+            shared = tuple(request.ids[:length])
+            rows.setdefault(shared, Row(shared, [])).branches.append((index, request))
+    return list(rows.values()), first_equal
 
 
 def shared_length(inputs):
@@ -109,34 +122,30 @@ def shared_length(inputs):
 
 
 def row_batches(rows, batch_tokens):
-    """[[Row, ...], ...] of {shared: branches}: batches of at most `batch_tokens` tokens, or of a
-    single branch. A row of many branches may be cut; each part reads the shared ids itself.
+    """[[Row, ...], ...]: batches of at most `batch_tokens` tokens, or of a single branch.
+
+    A Row that does not fit is cut; each part reads the shared ids itself. Neighbours have similar
+    lengths, so that attention has little padding.
     """
-    def own_length(branch, shared):
-        _, request = branch
-        return len(request.ids) - 1 - len(shared)  # the last id is predicted and never read
-
-    ordered = []  # neighbours have similar lengths, so that attention has little padding
-    for shared, branches in rows.items():
-        branches = sorted(branches, key=lambda branch: -own_length(branch, shared))
-        ordered.append((len(shared), own_length(branches[0], shared), shared, branches))
-    ordered.sort(key=lambda row: row[:2], reverse=True)
-
+    for row in rows:
+        row.branches.sort(key=row.own_length, reverse=True)
+    longest_first = sorted(rows, reverse=True,
+                           key=lambda row: (len(row.shared), row.own_length(row.branches[0])))
     batches = []
     room = -1
-    for _, _, shared, branches in ordered:
-        is_new = True
-        for branch in branches:
-            length = own_length(branch, shared)
-            if room < length + is_new * len(shared):
+    for row in longest_first:
+        part = None  # of this row, in the last batch
+        for branch in row.branches:
+            length = row.own_length(branch)
+            if room < length + (0 if part else len(row.shared)):
                 batches.append([])
                 room = batch_tokens
-                is_new = True
-            if is_new:
-                batches[-1].append(Row(shared, []))
-                room -= len(shared)
-                is_new = False
-            batches[-1][-1].branches.append(branch)
+                part = None
+            if part is None:
+                part = Row(row.shared, [])
+                batches[-1].append(part)
+                room -= len(row.shared)
+            part.branches.append(branch)
             room -= length
     return batches
 
