@@ -250,9 +250,8 @@ class OLMo(nn.Module):
         if positions is None:
             positions = torch.arange(start, end, device=tokens.device)
         cos, sin = rope_table(positions, config.head_dim, config.rope_theta)  # (T, K/2) each
-        if positions.dim() == 2:
-            # (B, 1, T, K/2): each row has its own, the same for all heads
-            cos, sin = cos[:, None], sin[:, None]
+        if positions.dim() == 2:  # each row has its own, the same for all heads
+            cos, sin = cos[:, None], sin[:, None]  # (B, 1, T, K/2)
 
         # The embedding is not scaled and gets no position vector: RoPE carries the positions.
         x = self.wte(tokens).to(self.stream_dtype)  # (B, T, D)
