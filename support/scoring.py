@@ -4,7 +4,7 @@ The scores are those of `eval.score_request`, which takes one request at a time;
 the two. A reader who skips this file loses nothing of the recipe. Three things save time:
 - `length_batches` puts rows of similar length together, so that little is padding;
 - `own_batches` gives each rank its share of the batches;
-- `score_requests` computes what the choices of a question have in common only once.
+- `score_requests` computes what the choices of a question have in common only once, and no padding.
 """
 
 from typing import NamedTuple
