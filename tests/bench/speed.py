@@ -1,4 +1,4 @@
-"""The benches of training steps and of generation: `cpu`, `generate`.
+"""The bench of training steps: `cpu`.
 
 A side is a model with its optimiser in a process of its own; it takes steps when it is told to. An
 adapter is a Python file that adds a side. It defines
@@ -7,7 +7,8 @@ adapter is a Python file that adds a side. It defines
 
 directory: a Hugging Face directory with the weights that all sides begin with. dtype:
 torch.bfloat16 or torch.float32. tokens: int64 (B, T). A step is: forward, loss of the next tokens,
-backward, clip at 1.0, AdamW with OPTIMIZER's settings.
+backward, clip at 1.0, AdamW with OPTIMIZER's settings. The losses must be ours, as then the work is
+the same; an adapter of another architecture says DOES_OTHER_WORK = True, and they are only printed.
 """
 
 import io
@@ -19,7 +20,6 @@ import tempfile
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -31,10 +31,9 @@ from tests.bench.__main__ import alternate, library_texts, ratios_of
 from configs import ROOT
 from corpus.bpe import train_bpe
 from data import Batches, DataConfig, TokenShards, build_data
-from model import ModelConfig, build_model, generate, init_weights
+from model import ModelConfig, build_model, init_weights
 from scaling.machine import choose_dtype, flops_per_token, keep_freed_memory
 from scaling.run import Run
-from support.cpu import packed_weights, use_fast_attention
 from support.weights import load_model, save_hf
 
 OPTIMIZER = dict(lr=1e-4, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1)
@@ -44,6 +43,7 @@ SHAPES = {  # (model, sequences per step, steps per round)
     "small": (replace(TINY, n_layers=8, d_model=512, n_heads=8, mlp_hidden_size=1408,
                       max_seq_len=512, vocab_size=50280, embedding_size=50304, eos_token_id=50279,
                       pad_token_id=1, weight_tying=True), 4, 2)}
+DTYPES = ("bfloat16", "float32")
 ROUNDS = 5
 MATRIX = 4096  # side of the square matrices whose product gives the machine's peak
 
@@ -119,8 +119,11 @@ def serve(words):
     """A side's process: answers each number of steps on stdin with the seconds of one step."""
     spec = json.loads(words)
     build = BUILDERS.get(spec["build"])
+    other_work = False
     if build is None:
-        build = runpy.run_path(spec["build"])["build"]
+        adapter = runpy.run_path(spec["build"])
+        build = adapter["build"]
+        other_work = adapter.get("DOES_OTHER_WORK", False)
     dtype = getattr(torch, spec["dtype"])
     config, batch_size, _ = SHAPES[spec["shape"]]
     if spec["keep"]:
@@ -131,7 +134,8 @@ def serve(words):
     with torch.profiler.profile(profile_memory=True, acc_events=True) as profiler:
         step = build(spec["directory"], dtype)
         losses = [step(batches[0]) for _ in range(3)]  # they fall, if the step is complete
-    print(json.dumps({"losses": losses, "peak": allocated_peak(profiler)}), flush=True)
+    print(json.dumps({"losses": losses, "peak": allocated_peak(profiler),
+                      "other_work": other_work}), flush=True)
     del profiler
     for line in sys.stdin:
         steps = int(line)
@@ -181,8 +185,10 @@ class Side:
 
 # ---- Training steps ------------------------------------------------------------------------------
 
-def bench_cpu(adapter=None):
+def bench_cpu(*words):
     """Our step against transformers' on the CPU.
+
+    words: names of SHAPES and DTYPES to run alone, without the loop; any other is an adapter file.
 
     The bars: 1.35 times its speed as a user runs it, 1.15 with the same allocator, 1.1 in float32;
     no more memory, and on the small shape at most 70 % of it.
@@ -192,22 +198,30 @@ def bench_cpu(adapter=None):
              ("transformers, as a user runs it", "transformers", False),
              ("transformers, our allocator setting", "transformers", True),
              ("matrix product", "matrix product", True)]
-    if adapter:
-        sides.append((Path(adapter).stem, adapter, True))
+    adapters = [word for word in words if word not in (*SHAPES, *DTYPES)]
+    sides += [(Path(adapter).stem, adapter, True) for adapter in adapters]
     figures = {}
     with tempfile.TemporaryDirectory() as folder:
-        for shape, (config, _, steps) in SHAPES.items():
+        for shape in chosen(SHAPES, words):
+            config, _, steps = SHAPES[shape]
             directory = Path(folder) / shape
             save_hf(build_model(config, seed=0), directory)
-            for dtype in ("bfloat16", "float32"):
+            for dtype in chosen(DTYPES, words):
                 started = [Side(name, build, shape, dtype, directory, keep)
                            for name, build, keep in sides]
                 run_in_turns(started, steps)
                 figures[f"{shape}, {dtype}"] = print_steps(shape, dtype, started)
-    loop = loop_share()
-    print(f"\nspeed of train.py's loop / speed of its bare step: {loop:.1%}")
+    loop = None
+    if len(adapters) == len(words):
+        loop = loop_share()
+        print(f"\nspeed of train.py's loop / speed of its bare step: {loop:.1%}")
     print(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads(),
                       "steps": figures, "loop": loop}))
+
+
+def chosen(names, words):
+    """Those of `names` that are among the words; all of them if none is."""
+    return [name for name in names if name in words] or list(names)
 
 
 def run_in_turns(sides, steps):
@@ -241,10 +255,11 @@ def print_steps(shape, dtype, sides):
         shown = ", ".join(f"{loss:.3f}" for loss in losses)
         print(f"| {name} | {speed:,.0f} | {median(ratios):.2f}{spread} | {of_peak:.1%} "
               f"| {memory:,.0f} | {shown} |", flush=True)
-        if not np.allclose(losses, ours.first["losses"], rtol=0, atol=0.02):
-            raise SystemExit(f"{name}: its losses are not nanOLMo's, so it does other work")
         figures[name] = {"tokens_per_second": round(speed), "ratio": round(median(ratios), 3),
                          "of_peak": round(of_peak, 4), "peak_mb": round(memory, 1)}
+        is_ours = np.allclose(losses, ours.first["losses"], rtol=0, atol=0.02)
+        if not is_ours and not side.first["other_work"]:
+            raise SystemExit(f"{name}: its losses are not nanOLMo's, so it does other work")
     return figures
 
 
@@ -303,62 +318,3 @@ def random_batches(folder, model_config, batch_size):
 def own_tokenizer(folder, model_config):
     train_bpe(library_texts(2_000_000), model_config.vocab_size).save(folder / "tokenizer.json")
     return folder / "tokenizer.json"
-
-
-# ---- Generation ----------------------------------------------------------------------------------
-
-def bench_generate(new_tokens=200):
-    """Greedy answers of the tiny shape against transformers' `generate`, in float32: the same ids.
-
-    The bar: twice its tokens/s at batch 1 and 32. The weights are untrained and doubled, so that
-    two ids are never nearly as likely.
-    """
-    from transformers import OlmoForCausalLM
-    keep_freed_memory()
-    ours = build_model(TINY, seed=0)
-    use_fast_attention(ours)
-    with torch.no_grad():
-        for parameter in ours.parameters():
-            parameter.mul_(2)
-    with tempfile.TemporaryDirectory() as folder:
-        save_hf(ours, folder)
-        theirs = OlmoForCausalLM.from_pretrained(folder).eval()
-    theirs.generation_config.eos_token_id = None
-    generator = torch.Generator().manual_seed(0)
-    figures = {}
-    print("| batch | tokens/s, nanOLMo | transformers | ratio | first token, ms, nanOLMo | "
-          "transformers | ratio |\n|---|---|---|---|---|---|---|")
-    for batch_size in (1, 32):
-        prompts = torch.randint(TINY.vocab_size - 8, (batch_size, 32), generator=generator)
-        answer = partial(our_answers, ours, prompts)
-        their_answer = partial(their_answers, theirs, prompts)
-        if answer(new_tokens) != their_answer(new_tokens)[:, 32:].tolist():
-            raise SystemExit("the two sides give different ids, so their speeds do not compare")
-        tokens = batch_size * new_tokens
-        fast, slow, ratio = compare(answer, their_answer, new_tokens)
-        first, their_first, first_ratio = compare(answer, their_answer, 1)
-        print(f"| {batch_size} | {tokens / fast:,.0f} | {tokens / slow:,.0f} | {ratio:.2f} | "
-              f"{1e3 * first:.1f} | {1e3 * their_first:.1f} | {first_ratio:.2f} |", flush=True)
-        figures[batch_size] = {"tokens_per_second": round(tokens / fast), "ratio": round(ratio, 3),
-                               "first_token_ms": round(1e3 * first, 2),
-                               "first_token_ratio": round(first_ratio, 3)}
-    print(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads(),
-                      "generate": figures}))
-
-
-def our_answers(model, prompts, new_tokens):
-    with packed_weights(model):
-        return generate(model, prompts.tolist(), new_tokens)
-
-
-def their_answers(model, prompts, new_tokens):
-    return model.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=False,
-                          max_new_tokens=new_tokens, pad_token_id=TINY.pad_token_id)
-
-
-def compare(answer, their_answer, new_tokens):
-    """Returns (our seconds, their seconds, ratio): medians of both sides run in turns."""
-    seconds = alternate({"ours": partial(answer, new_tokens),
-                         "theirs": partial(their_answer, new_tokens)})
-    ratio = median(ratios_of(seconds, slow="theirs", fast="ours"))
-    return median(seconds["ours"]), median(seconds["theirs"]), ratio
