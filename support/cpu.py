@@ -10,6 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from model import Linear, at_least_float32, causal_mask, linear
+from support.packing import NO_TARGET, dense_mask
 
 # ---- Attention -----------------------------------------------------------------------------------
 
@@ -25,10 +26,21 @@ def use_fast_attention(model):
     """
     for block in model.blocks:
         block.attn.attend = fast_attention
+    model.packed_mask = packed_mask
+
+
+def packed_mask(seen_until):
+    """What fast_attention takes as the mask of packed rows (support/packing.py)."""
+    return seen_until if seen_until.shape[1] <= PLAIN_AT_MOST else dense_mask(seen_until)
 
 
 def fast_attention(q, k, v, attn_mask=None, is_causal=False):
-    """As F.scaled_dot_product_attention: y (B, H, T, K) of q, k and v (B, H, S, K)."""
+    """As F.scaled_dot_product_attention: y (B, H, T, K) of q, k and v (B, H, S, K).
+
+    attn_mask may also be seen_until, int32 (B, T), as in `plain_attention`.
+    """
+    if attn_mask is not None and attn_mask.dtype == torch.int32:
+        return plain_attention(q, k, v, attn_mask)
     T = q.shape[2]
     # SDPA's backward is the slow part: without gradients SDPA takes half the time of the products.
     trains = q.requires_grad
@@ -38,8 +50,11 @@ def fast_attention(q, k, v, attn_mask=None, is_causal=False):
     return F.scaled_dot_product_attention(q, k, v, attn_mask, is_causal=is_causal)
 
 
-def plain_attention(q, k, v):
+def plain_attention(q, k, v, seen_until=None):
     """Causal attention of q on k and v, (B, H, T, K) each, in matrix products.
+
+    seen_until: int32 (B, T), the place from which on no query attends to a key; None hides none.
+    Computed inside the compiled block it costs nothing, while a bool mask (B, 1, T, T) is read.
 
     On a CPU, SDPA multiplies in small tiles; products of 128 queries with all keys that they may
     see are faster, and skip almost half of the scores. In bfloat16 the scores are rounded to it
@@ -51,9 +66,36 @@ def plain_attention(q, k, v):
         end = min(start + QUERY_BLOCK, T)
         scores = at_least_float32(q[:, :, start:end] @ k[:, :, :end].transpose(-2, -1))
         hidden = ~causal_mask(start, end - start, q.device)
+        if seen_until is not None:
+            queries = torch.arange(start, end, dtype=torch.int32, device=q.device).unsqueeze(1)
+            hidden = hidden | (queries >= seen_until[:, None, None, :end])
         scores = (scores / q.shape[-1] ** 0.5).masked_fill(hidden, -math.inf)
         parts.append(scores.softmax(-1).to(q.dtype) @ v[:, :, :end])
     return torch.cat(parts, dim=2)
+
+
+# ---- The head ------------------------------------------------------------------------------------
+
+HEAD_TOKENS = 256  # the head is computed for a multiple of so many: few numbers are compiled
+
+
+def only_of_targets(token_losses):
+    """model.token_losses that computes no logits where the target is NO_TARGET: the loss is 0.
+
+    Two thirds of the tokens of the embedded chats are questions, which are not trained.
+    """
+    def losses_of_targets(x, head_weight, targets):
+        are_none = (targets == NO_TARGET).flatten()
+        wanted = len(are_none) - int(are_none.sum())
+        wanted += -wanted % HEAD_TOKENS
+        if wanted >= len(are_none):
+            return token_losses(x, head_weight, targets)
+        places = are_none.argsort(stable=True)[:wanted]  # the targets, and then some without one
+        chosen = token_losses(x.flatten(0, 1).index_select(0, places).unsqueeze(0), head_weight,
+                              targets.flatten()[places].unsqueeze(0))
+        losses = chosen.new_zeros(len(are_none)).index_copy(0, places, chosen.flatten())
+        return losses.view_as(targets)
+    return losses_of_targets
 
 
 # ---- Generation ----------------------------------------------------------------------------------
