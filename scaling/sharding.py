@@ -21,6 +21,7 @@ from scaling.compiler import compile_model
 from scaling.ranks import launched, world_size
 from support.cpu import only_of_targets, use_fast_attention
 from support.files import UserError
+from support.gpu import use_flex_attention
 
 
 # ---- Applied to a new model, in this order -------------------------------------------------------
@@ -36,6 +37,8 @@ def shard_model(model, config, device, dtype, compiled):
     model.compute_dtype = dtype
     if device.type == "cpu":
         use_fast_attention(model)
+    elif device.type == "cuda" and compiled:
+        use_flex_attention(model)
     checkpoint_activations(model, config.activation_checkpointing)
     if compiled:
         compile_model(model, device, is_asked=config.compile == "true")

@@ -435,6 +435,24 @@ def test_no_way_of_cutting_or_packing_the_batch_changes_loss_or_gradient(method)
             same(step_by_sgd(a_model(), micro_batches, loss_fn), wanted, 1e-10)
 
 
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", METHODS)
+def test_what_makes_packed_rows_fast_changes_no_loss_and_no_gradient(method, compiled):
+    """Rows of 300 tokens in three blocks of queries, on a model as a run has it; the witness has a
+    dense mask and all logits."""
+    make, loss_fn, _ = adaptation(method, 24)
+    shape = replace(SHAPE, max_seq_len=300)
+    batch = make(shape, 16)(1)
+    assert len(batch["tokens"]) > 1 and (batch["documents"] < 0).any()
+    assert (batch["documents"].amax(1) > 2).sum() > 1
+    device = torch.device("cpu")
+    model, _ = train.build_training(shape, train.TrainConfig(), device, torch.float32, compiled)
+    m.init_weights(model, 0)
+    found = step_by_sgd(model, [batch], loss_fn)
+    wanted = step_by_sgd(m.build_model(shape, 0), [batch], loss_fn)
+    same(found, wanted, 2e-6)
+
+
 RANKS = """
 import sys
 sys.path[:0] = {paths!r}
