@@ -60,15 +60,17 @@ def bench_tune():
             train.pretraining_loss(model, batch)  # not yet another graph to compile
             step([batch], train.pretraining_loss)
 
-    seconds = alternate({"pretraining": pretrain, "pretraining with a second forward": pretrain_with_reference,
-                         "SFT": partial(tune, "SFT"), "DPO": partial(tune, "DPO")}, ROUNDS)
+    peers = {"SFT": "pretraining", "DPO": "pretraining with a second forward"}
+    sides = {"pretraining": pretrain, peers["DPO"]: pretrain_with_reference,
+             "SFT": partial(tune, "SFT"), "DPO": partial(tune, "DPO")}
+    seconds = alternate(sides, ROUNDS)
     tokens = STEPS * batch["tokens"].numel()
     print(f"tiny shape, {dtype}, medians of {ROUNDS} rounds of {STEPS} steps in turns\n\n"
           "| steps | tokens | computed | padding | tokens/s | ratio |\n|---|---|---|---|---|---|")
-    for name in ("pretraining", "pretraining with a second forward"):
+    for name in peers.values():
         speed = tokens / median(seconds[name])
         print(f"| {name} | {tokens:,} | {tokens:,} | 0 % | {speed:,.0f} | |")
-    for name, peer in (("SFT", "pretraining"), ("DPO", "pretraining with a second forward")):
+    for name, peer in peers.items():
         batches, own = sets[name]
         computed = sum(batch["tokens"].numel() for batch in batches)
         padding = sum((batch["documents"] < 0).sum().item() for batch in batches) / computed
