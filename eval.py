@@ -29,7 +29,6 @@ from scaling.checkpoint import run_of
 from scaling.ranks import from_rank0, reduce_sum
 from scaling.sharding import evaluating
 from support.chat_questions import chat_questions
-from support.cpu import packed_weights
 from support.evaluations import (check_paths, evaluate_every_checkpoint, evaluate_path,
                                  print_samples, split_words)
 from support.progress import titled, watched
@@ -412,7 +411,7 @@ def sample_text(model, tokenizer, config):
     """
     eos = tokenizer.eos_token_id
     ids = [eos, *tokenizer.encode(config.prompt)]  # as a document begins in training
-    with evaluating(model), packed_weights(model):
+    with evaluating(model):
         [new] = generate(model, [ids], config.max_new_tokens, config.temperature, config.top_p,
                          stop_ids=(eos,), seed=config.sample_seed, sync=from_rank0)
     # The prompt is shown as the user wrote it, before the tokenizer's Unicode normalisation.

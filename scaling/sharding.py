@@ -21,6 +21,7 @@ from scaling.compiler import compile_model
 from scaling.ranks import launched, world_size
 from support.cpu import only_of_targets, use_fast_attention
 from support.files import UserError
+from support.generation import fixed_weights
 from support.gpu import use_flex_attention
 
 
@@ -151,13 +152,16 @@ def full_tensor(tensor):
 
 @contextmanager
 def evaluating(model):
-    """Around forwards without a backward: no gradient, and no compilation, as their shapes vary."""
+    """Around forwards without a backward: no gradient, and no compilation, as their shapes vary.
+
+    The weights must not change within; they are cast once (support/generation.py).
+    """
     # torch.compile imports torch._dynamo. If nobody has, nothing is compiled, and set_stance would
     # only import it, which takes a second or two.
     eager = nullcontext()
     if "torch._dynamo" in sys.modules:
         eager = torch.compiler.set_stance("force_eager")
-    with torch.no_grad(), eager:
+    with torch.no_grad(), eager, fixed_weights(model):
         yield
     if isinstance(model, FSDPModule):
         model.reshard()  # subtle: a forward without a backward leaves the root's weights gathered

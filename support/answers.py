@@ -6,6 +6,8 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 from corpus.lines import JSON_SUFFIXES
 from corpus.source_files import is_there
 from corpus.tables import TABLE_SUFFIXES
@@ -16,13 +18,13 @@ from scaling.sharding import evaluating
 from support.bars import bar
 from support.chat_forms import PROMPTS
 from support.chats import checked_request
-from support.cpu import packed_weights
 from support.fields import require
 from support.files import here, to_json
+from support.generation import fixed_weights
 from support.models import open_base
 from support.progress import watched
 from support.rows import Faults, checked_rows, listed
-from support.talk import ANSWER_BATCH, open_assistant, paths_and_options
+from support.talk import ANSWER_BATCH, answer_dtype, open_assistant, paths_and_options
 from support.text import parsed_json
 
 # the keys that `generate` adds to a row, beside how it was drawn
@@ -40,7 +42,7 @@ def answer_prompts(model, tokenizer, prompts, max_new_tokens):
     prompts: lists of ids, which begin with EOS. All ranks answer together, with rank 0's tokens.
     """
     answers = []
-    with evaluating(model), packed_weights(model):
+    with evaluating(model):
         for begin in watched(range(0, len(prompts), ANSWER_BATCH), "batch of answers"):
             answers += generate(model, prompts[begin:begin + ANSWER_BATCH], max_new_tokens,
                                 stop_ids=(tokenizer.eos_token_id,), sync=from_rank0)
@@ -75,14 +77,18 @@ def generate_answers(argv):
     require(out.resolve().parent.is_dir(), f"{out}: there is no such directory; make it")
     drawn = {"generator": run, "weights": open_base(run, "size").digest, **asdict(options)}
     del drawn["answer_batch"]  # a file may be continued with another one
+    dtype = answer_dtype(options)
+    drawn["dtype"] = str(dtype).removeprefix("torch.")
+    if dtype == torch.float32:
+        del drawn["dtype"]  # rows had no such key when float32 was the only dtype
     places, rows, requests = read_prompts(paths[1], drawn)
     if options.temperature:
         drawn["sampler"] = SAMPLER
     done = rows_done(out, rows, drawn)
-    model, tokenizer = open_assistant(run)
+    model, tokenizer = open_assistant(run, dtype)
     prompts = [render_chat(messages, tokenizer, reply=True)[0] for messages in requests]
 
-    with open(out, "a", encoding="utf-8") as file, packed_weights(model):
+    with open(out, "a", encoding="utf-8") as file, fixed_weights(model):
         for begin in bar(range(done, len(rows), options.answer_batch), "answering", unit="batches"):
             end = begin + options.answer_batch
             found = answers_of(model, tokenizer, prompts[begin:end], options, begin)

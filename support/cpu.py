@@ -1,15 +1,13 @@
-"""A CPU's fast paths, put on the network from outside: attention for training, packed weights for
-generation. Both compute what model.py computes, up to rounding; nothing of the recipe is here.
+"""A CPU's fast attention for training, put on the network from outside. It computes what model.py
+computes, up to rounding; nothing of the recipe is here.
 """
 
 import math
-from contextlib import contextmanager
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
-from model import Linear, at_least_float32, causal_mask, linear
+from model import at_least_float32, causal_mask
 from support.packing import NO_TARGET, dense_mask
 
 # ---- Attention -----------------------------------------------------------------------------------
@@ -86,7 +84,7 @@ def only_of_targets(token_losses):
     """
     def losses_of_targets(x, head_weight, targets):
         are_none = (targets == NO_TARGET).flatten()
-        wanted = len(are_none) - int(are_none.sum())
+        wanted = max(1, len(are_none) - int(are_none.sum()))
         wanted += -wanted % HEAD_TOKENS
         if wanted >= len(are_none):
             return token_losses(x, head_weight, targets)
@@ -96,94 +94,3 @@ def only_of_targets(token_losses):
         losses = chosen.new_zeros(len(are_none)).index_copy(0, places, chosen.flatten())
         return losses.view_as(targets)
     return losses_of_targets
-
-
-# ---- Generation ----------------------------------------------------------------------------------
-
-PACKED_AT_MOST = 2**29  # weights: a second copy of a larger model costs more than it gains
-PACK_FIRST = 256  # tokens of a forward that is worth packing before it
-
-
-@contextmanager
-def packed_weights(model):
-    """Generate fast within this block: `with packed_weights(model): generate(model, ...)`.
-
-    On a CPU, each projection gets a second copy of its weight in the order in which oneDNN reads
-    it: products of few rows are then 1.3 to 3 times as fast (python -m tests.bench generate). A
-    first forward of few tokens runs without, so that the first token comes as soon. Forwards
-    without gradients run in inference mode, also on a GPU. A sharded model is left alone. The
-    weights must not change within the block; at its end the copies are gone.
-    """
-    if is_sharded(model):
-        yield
-        return
-    can_pack = is_packable(model)
-    plain_forward = model.forward
-    forwards = 0
-
-    def forward(tokens, *args, **kwargs):
-        nonlocal forwards, can_pack
-        if torch.is_grad_enabled():
-            return plain_forward(tokens, *args, **kwargs)
-        forwards += 1
-        if can_pack and (forwards > 1 or tokens.numel() >= PACK_FIRST):
-            pack(model, len(tokens))
-            can_pack = False
-        with torch.inference_mode():  # 1.07 times as fast at batch 1
-            return plain_forward(tokens, *args, **kwargs)
-
-    before = model.__dict__.get("forward")  # a wrapper that somebody else has put on, or None
-    model.forward = forward
-    try:
-        yield
-    finally:
-        unpack(model)
-        del model.forward
-        if before is not None:
-            model.forward = before
-
-
-def is_sharded(model):
-    """Whether FSDP has put tensors of its own in place of the parameters."""
-    return not all(type(parameter) is nn.Parameter for parameter in model.parameters())
-
-
-def is_packable(model):
-    """Whether the model lies on a CPU, is small enough, and oneDNN multiplies in its dtype."""
-    if model.wte.weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    if sum(parameter.numel() for parameter in model.parameters()) > PACKED_AT_MOST:
-        return False
-    dtype = model.stream_dtype
-    if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype == torch.float32
-
-
-def pack(model, batch_size):
-    """Put forwards with reordered weights on the projections and on the head, tied or not."""
-    dtype = model.stream_dtype
-    for module in model.blocks.modules():
-        # a subclass with a forward of its own computes something else, and is left alone
-        if isinstance(module, Linear) and type(module).forward is Linear.forward:
-            module.forward = packed_product(module.weight, dtype, batch_size)
-    model.head_product = packed_product(model.head_weight(), dtype, batch_size)
-
-
-def packed_product(weight, dtype, batch_size):
-    """model.linear with a reordered copy of `weight`; where gradients are on, model.linear."""
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype), batch_size)
-
-    def product(x, weight=weight):
-        if torch.is_grad_enabled():
-            return linear(x, weight)
-        return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
-    return product
-
-
-def unpack(model):
-    """Take off what `pack` put on: the forwards of the classes show again."""
-    for module in model.blocks.modules():
-        if isinstance(module, Linear) and type(module).forward is Linear.forward:
-            module.__dict__.pop("forward", None)
-    model.head_product = linear

@@ -26,13 +26,12 @@ from support.weights import (check_weights, fill_from_files, find_step, is_ours,
 def open_model(path, config):
     """(model, tokenizer, state.json) to evaluate: a run's newest step, one step, or another model.
 
-    config.eval_dtype sets the dtype of the residual stream. Without a step the state is {}.
+    config.eval_dtype sets the dtype of the weights. Without a step the state is {}.
     """
     model, tokenizer, state = open_with_tokenizer(path)
     if config.chat:
         warn_of_other_template(run_of(path))
-    if config.eval_dtype == "bfloat16":
-        model.compute_dtype = torch.bfloat16
+    model.to(getattr(torch, config.eval_dtype))  # cast once; nobody trains them
     return model, tokenizer, state
 
 

@@ -5,15 +5,17 @@ import sys
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import count
+from typing import Literal
 
 from configs import load_config, setting
 from corpus.documents import without_surrogates
 from data import render_chat
 from model import generate_stream
 from scaling.checkpoint import run_of
-from support.cpu import packed_weights
+from scaling.machine import choose_device, choose_dtype
 from support.fields import require
 from support.files import UserError
+from support.generation import fixed_weights
 from support.hf_tokenizer import template_of, warn_of_other_template
 from support.models import open_with_tokenizer
 from support.text import harmless
@@ -30,6 +32,8 @@ class AnswerOptions:
     max_new_tokens: int = setting(512, "Longest answer in tokens; the context length ends it too.")
     sample_seed: int = setting(1, "Seed of the sampling.")
     answer_batch: int = setting(ANSWER_BATCH, "Prompts that `generate` answers at a time.")
+    dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto", "Dtype of the weights; auto is bfloat16 where the chip multiplies it fast.")
 
     def __post_init__(self):
         if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
@@ -57,7 +61,7 @@ def chat(argv):
         import readline  # noqa: F401  input() then knows the arrow keys and the lines before
     paths, options = paths_and_options(argv)
     require(len(paths) == 1, f"{' '.join(['chat', *paths])}: the form is chat RUN")
-    model, tokenizer = open_assistant(paths[0])
+    model, tokenizer = open_assistant(paths[0], answer_dtype(options))
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")  # a terminal may send bytes that are not UTF-8
     print(f"{paths[0]}: /help shows the commands")
@@ -153,7 +157,7 @@ def speak(model, tokenizer, prompt, options, number):
                              [number])
     end = ""
     try:
-        with packed_weights(model):
+        with fixed_weights(model):
             for chosen in stream:
                 if chosen[0] != tokenizer.eos_token_id:
                     ids.append(chosen[0])
@@ -168,9 +172,16 @@ def speak(model, tokenizer, prompt, options, number):
     return text
 
 
-def open_assistant(path):
-    """Returns (model, tokenizer) of a run, a step or a Hugging Face directory."""
+def answer_dtype(options):
+    """The dtype in which answers are computed."""
+    return choose_dtype(options.dtype, choose_device())
+
+
+def open_assistant(path, dtype):
+    """Returns (model, tokenizer) of a run, a step or a Hugging Face directory, weights in `dtype`.
+    """
     model, tokenizer, _ = open_with_tokenizer(path)
+    model.to(dtype)
     warn_of_other_template(run_of(path))
     if template_of(run_of(path)) is None:
         print(f"{path}: a model that was never tuned on chats, as far as its files say: it goes on "

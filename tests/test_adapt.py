@@ -149,6 +149,13 @@ def hf_of(model, tmp_path, transformers):
     return hf, found
 
 
+@pytest.fixture(autouse=True)
+def answers_in_float32(monkeypatch):
+    """Whatever the chip of the tests multiplies fast; another dtype is asked for by name."""
+    dtypes = {"auto": torch.float32, "bfloat16": torch.bfloat16}
+    monkeypatch.setattr("support.talk.choose_dtype", lambda name, device: dtypes[name])
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory, tiny_config):
     """A run of 128 tokens of context that is hardly trained; no test changes it."""
@@ -1143,6 +1150,22 @@ def test_a_sampled_row_depends_on_its_number_and_the_seed_alone(base, tmp_path, 
     write_lines(tmp_path / "old.jsonl", older[:5])
     result = call(adapt, "generate", base, prompts, tmp_path / "old.jsonl", *words)
     assert result.returncode == 1 and "another OUT" in result.stderr
+
+
+def test_answers_in_bfloat16_say_so_and_continue_only_their_own_file(base, tmp_path, call):
+    prompts = write_lines(tmp_path / "prompts.jsonl", [{"prompt": "q", "id": i} for i in range(3)])
+    files = {}
+    for dtype in ("auto", "bfloat16"):
+        files[dtype] = tmp_path / f"{dtype}.jsonl"
+        words = ["generate", base, prompts, files[dtype], "--max_new_tokens=4", f"--dtype={dtype}"]
+        assert call(adapt, *words).returncode == 0
+        content = files[dtype].read_bytes()
+        files[dtype].write_bytes(content.splitlines(True)[0])
+        assert call(adapt, *words).returncode == 0 and files[dtype].read_bytes() == content
+        assert {row.get("dtype") for row in answers_in(files[dtype])} == {
+            "bfloat16" if dtype == "bfloat16" else None}
+    words = ["generate", base, prompts, files["auto"], "--max_new_tokens=4", "--dtype=bfloat16"]
+    assert "another OUT" in call(adapt, *words).stderr
 
 
 def test_a_row_is_known_again_whatever_its_json_holds(base, tmp_path, call, refused):

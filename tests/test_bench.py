@@ -4,10 +4,11 @@ import json
 from functools import partial
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 
-from tests.bench import speed  # noqa: E402
+from tests.bench import generation, speed  # noqa: E402
 
 ADAPTER = """
 import torch
@@ -51,3 +52,12 @@ def test_another_models_losses_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "SHAPES", {"tiny": (speed.TINY, 16, 1)})
     with pytest.raises(SystemExit, match="lazy: .*losses"):
         speed.bench_cpu(str(tmp_path / "lazy.py"))
+
+
+@pytest.mark.slow
+def test_the_bench_of_generation_compares_ids_and_times(capsys):
+    generation.bench_generate([(torch.float32, 2, 8, 6), (torch.bfloat16, 1, 300, 4)], rounds=1)
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["generate"]
+    assert [row["dtype"] for row in found] == ["float32", "bfloat16"]
+    assert found[0]["equal"] == 1 and all(row["token ours"] > 0 < row["first theirs"]
+                                          for row in found)

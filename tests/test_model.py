@@ -104,7 +104,7 @@ def test_rotary_angles_equal_those_of_transformers_bit_for_bit(transformers):
 def test_cached_chunks_give_the_logits_of_the_full_forward(chunks):
     """A chunk after the first must not use SDPA's is_causal, which aligns it to the first key."""
     model, tokens = random_model(), random_ids(2, 21)
-    cache = [m.KVCache(model.config, 2, 30) for _ in model.blocks]
+    cache = [m.KVCache(model.config, 2, 7) for _ in model.blocks]  # it has to grow
     with torch.no_grad():
         pieces = [model(part, cache=cache) for part in tokens.split(chunks, dim=1)]
         full = model(tokens)
@@ -116,8 +116,7 @@ def test_the_mask_of_padding_is_causal_and_lets_every_query_see_itself():
     """One row of 2 padding ids and 2 real ones; a query that saw nothing would be 0/0."""
     visible = torch.tensor([[False, False, True, True]])
     rows = [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
-    assert m.padded_mask(visible, 0).int().tolist() == [[rows]]
-    assert m.padded_mask(visible, 3).int().tolist() == [[rows[3:]]]  # a query with 3 keys cached
+    assert m.padded_mask(visible).int().tolist() == [[rows]]
 
 
 @pytest.mark.parametrize("cached", [0, 60])
@@ -423,7 +422,7 @@ def test_plain_attention_keeps_documents_apart():
     assert cpu.packed_mask(torch.full((1, 513), 513)).dtype == torch.bool  # too long for it
 
 
-@pytest.mark.parametrize("targets, computed", [(3, 256), (256, 256), (257, 512), (513, 600)])
+@pytest.mark.parametrize("targets, computed", [(0, 256), (256, 256), (257, 512), (513, 600)])
 def test_the_head_is_computed_where_there_is_a_target(targets, computed):
     torch.manual_seed(0)
     x = torch.randn(2, 300, 8, dtype=torch.float64, requires_grad=True)
@@ -476,51 +475,6 @@ def put_on(model):
     """Names of the modules whose forward or logits is not their class's own."""
     return [name for name, module in model.named_modules()
             if {"forward", "logits"} & vars(module).keys()]
-
-
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_packed_weights_are_the_weights_and_leave_with_the_generation(tied, dtype):
-    model = random_model(weight_tying=tied)
-    model.compute_dtype = dtype
-    if not cpu.is_packable(model):
-        pytest.skip("this torch or this chip lacks oneDNN's products")
-    tokens, products = random_ids(3, 7), 1 + 4 * 2  # the head's, and four of each block
-    with torch.no_grad():
-        plain = model(tokens).float()
-        with pytest.raises(KeyError), cpu.packed_weights(model):
-            assert torch.equal(model(tokens).float(), plain)  # the first forward: not packed yet
-            assert put_on(model) == [""]
-            packed = model(tokens).float()
-            assert len(put_on(model)) == products
-            raise KeyError
-        assert put_on(model) == []
-        assert difference(packed, plain) < (1e-5 if dtype is None else 0.05)
-        with cpu.packed_weights(model):
-            model(random_ids(4, 64))  # a long prompt is worth packing before it is read
-            assert len(put_on(model)) == products
-    with cpu.packed_weights(model):
-        stream = m.generate_stream(model, PROMPTS, 9)
-        next(stream), next(stream)
-        assert len(put_on(model)) == products
-        model(tokens, tokens).sum().backward()  # between two ids of a stream
-        assert torch.equal(model(tokens).detach().float(), plain)  # with gradients: unpacked
-        assert all(p.grad is not None for p in model.parameters())
-    other = random_model(seed=1, weight_tying=tied)
-    other.compute_dtype = dtype
-    model.load_state_dict(other.state_dict())
-    with cpu.packed_weights(model), cpu.packed_weights(other):  # the copies of before are gone
-        assert m.generate(model, PROMPTS, 9) == m.generate(other, PROMPTS, 9)
-
-
-def test_what_is_too_large_or_too_precise_is_not_packed(monkeypatch):
-    large, precise = random_model(), random_model().double()
-    greedy = m.generate(large, PROMPTS, 9)
-    with cpu.packed_weights(precise):
-        assert m.generate(precise, PROMPTS, 9) == greedy and put_on(precise) == [""]
-    monkeypatch.setattr(cpu, "PACKED_AT_MOST", 100)
-    with cpu.packed_weights(large):
-        assert m.generate(large, PROMPTS, 9) == greedy and put_on(large) == [""]
 
 
 def test_choose_dtype_takes_bfloat16_on_a_cpu_only_where_it_is_fast(monkeypatch):
@@ -643,20 +597,3 @@ def test_parameter_counts_of_the_released_models():
 def test_an_impossible_shape_is_refused(key, value):
     with pytest.raises(UserError, match=f"{key}={value} "):
         small_config(**dict(n_heads=4) | {key: value})
-
-
-def test_generation_computes_what_a_fork_computes():
-    """A Linear with a forward of its own, and changed logits, stay in force with packed weights."""
-    class Tripled(m.Linear):
-        def forward(self, x):
-            return 3 * super().forward(x)
-    model = random_model()
-    model.blocks[0].attn.attn_out.__class__ = Tripled
-    logits = model.logits
-    model.logits = lambda x: logits(x).tanh()
-    tokens = random_ids(2, 8)
-    with torch.no_grad():
-        expected = model(tokens)
-        with cpu.packed_weights(model):
-            for _ in range(2):  # the second forward is packed
-                torch.testing.assert_close(model(tokens), expected)

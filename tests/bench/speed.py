@@ -1,4 +1,4 @@
-"""The benches of training steps and of generation: `cpu`, `generate`.
+"""The bench of training steps: `cpu`.
 
 A side is a model with its optimiser in a process of its own; it takes steps when it is told to. An
 adapter is a Python file that adds a side. It defines
@@ -19,7 +19,6 @@ import tempfile
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -31,10 +30,9 @@ from tests.bench.__main__ import alternate, library_texts, ratios_of
 from configs import ROOT
 from corpus.bpe import train_bpe
 from data import Batches, DataConfig, TokenShards, build_data
-from model import ModelConfig, build_model, generate, init_weights
+from model import ModelConfig, build_model, init_weights
 from scaling.machine import choose_dtype, flops_per_token, keep_freed_memory
 from scaling.run import Run
-from support.cpu import packed_weights, use_fast_attention
 from support.weights import load_model, save_hf
 
 OPTIMIZER = dict(lr=1e-4, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1)
@@ -303,62 +301,3 @@ def random_batches(folder, model_config, batch_size):
 def own_tokenizer(folder, model_config):
     train_bpe(library_texts(2_000_000), model_config.vocab_size).save(folder / "tokenizer.json")
     return folder / "tokenizer.json"
-
-
-# ---- Generation ----------------------------------------------------------------------------------
-
-def bench_generate(new_tokens=200):
-    """Greedy answers of the tiny shape against transformers' `generate`, in float32: the same ids.
-
-    The bar: twice its tokens/s at batch 1 and 32. The weights are untrained and doubled, so that
-    two ids are never nearly as likely.
-    """
-    from transformers import OlmoForCausalLM
-    keep_freed_memory()
-    ours = build_model(TINY, seed=0)
-    use_fast_attention(ours)
-    with torch.no_grad():
-        for parameter in ours.parameters():
-            parameter.mul_(2)
-    with tempfile.TemporaryDirectory() as folder:
-        save_hf(ours, folder)
-        theirs = OlmoForCausalLM.from_pretrained(folder).eval()
-    theirs.generation_config.eos_token_id = None
-    generator = torch.Generator().manual_seed(0)
-    figures = {}
-    print("| batch | tokens/s, nanOLMo | transformers | ratio | first token, ms, nanOLMo | "
-          "transformers | ratio |\n|---|---|---|---|---|---|---|")
-    for batch_size in (1, 32):
-        prompts = torch.randint(TINY.vocab_size - 8, (batch_size, 32), generator=generator)
-        answer = partial(our_answers, ours, prompts)
-        their_answer = partial(their_answers, theirs, prompts)
-        if answer(new_tokens) != their_answer(new_tokens)[:, 32:].tolist():
-            raise SystemExit("the two sides give different ids, so their speeds do not compare")
-        tokens = batch_size * new_tokens
-        fast, slow, ratio = compare(answer, their_answer, new_tokens)
-        first, their_first, first_ratio = compare(answer, their_answer, 1)
-        print(f"| {batch_size} | {tokens / fast:,.0f} | {tokens / slow:,.0f} | {ratio:.2f} | "
-              f"{1e3 * first:.1f} | {1e3 * their_first:.1f} | {first_ratio:.2f} |", flush=True)
-        figures[batch_size] = {"tokens_per_second": round(tokens / fast), "ratio": round(ratio, 3),
-                               "first_token_ms": round(1e3 * first, 2),
-                               "first_token_ratio": round(first_ratio, 3)}
-    print(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads(),
-                      "generate": figures}))
-
-
-def our_answers(model, prompts, new_tokens):
-    with packed_weights(model):
-        return generate(model, prompts.tolist(), new_tokens)
-
-
-def their_answers(model, prompts, new_tokens):
-    return model.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=False,
-                          max_new_tokens=new_tokens, pad_token_id=TINY.pad_token_id)
-
-
-def compare(answer, their_answer, new_tokens):
-    """Returns (our seconds, their seconds, ratio): medians of both sides run in turns."""
-    seconds = alternate({"ours": partial(answer, new_tokens),
-                         "theirs": partial(their_answer, new_tokens)})
-    ratio = median(ratios_of(seconds, slow="theirs", fast="ours"))
-    return median(seconds["ours"]), median(seconds["theirs"]), ratio
