@@ -1,5 +1,5 @@
-"""A CPU's fast attention for training, put on the network from outside. It computes what model.py
-computes, up to rounding; nothing of the recipe is here.
+"""A CPU's fast attention and head for training, put on the network from outside. They compute what
+model.py computes, up to rounding; nothing of the recipe is here.
 """
 
 import math
