@@ -146,7 +146,8 @@ class Attention(nn.Module):
         # One product for q, k and v keeps a GPU busier than three; rows: q, then k, then v.
         self.att_proj = Linear(config.d_model, 3 * config.d_model)
         self.attn_out = Linear(config.d_model, config.d_model)
-        # softmax(q k' / sqrt(K)) v; support/cpu.py may put a version here that suits a CPU better
+        # softmax(q k' / sqrt(K)) v; support/ may put faster versions of the two here
+        self.rotate = apply_rope
         self.attend = F.scaled_dot_product_attention
 
     def forward(self, x, cos, sin, attn_mask=None, cache=None):
@@ -156,7 +157,7 @@ class Attention(nn.Module):
         heads = heads.transpose(1, 2)  # (B, 3H, T, K): attention works on each head by itself
         # Only queries and keys are turned: positions steer who looks where, not what is read.
         queries_and_keys, v = heads.split((2 * H, H), dim=1)
-        q, k = apply_rope(queries_and_keys, cos, sin).chunk(2, dim=1)  # (B, H, T, K) each
+        q, k = self.rotate(queries_and_keys, cos, sin).chunk(2, dim=1)  # (B, H, T, K) each
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H, S, K) each
         # Causal: a token that saw the next one could copy it, and learn nothing. A lone query is
@@ -198,8 +199,10 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x, cos, sin, attn_mask=None, cache=None):
+    def forward(self, x, cos, sin, attn_mask=None, cache=None, wanted=None):
         x = x + self.attn(layer_norm(x), cos, sin, attn_mask, cache)  # (B, T, D)
+        if wanted is not None:
+            x = x[wanted.unbind(dim=1)]  # (N, D): no token is read by others from here on
         x = x + self.mlp(layer_norm(x))  # (B, T, D)
         return x
 
@@ -247,19 +250,16 @@ class OLMo(nn.Module):
         if positions is None:
             positions = torch.arange(start, end, device=tokens.device)
         cos, sin = rope_table(positions, config.head_dim, config.rope_theta)  # (T, K/2) each
-        if positions.dim() == 2:
-            # (B, 1, T, K/2): each row has its own, the same for all heads
-            cos, sin = cos[:, None], sin[:, None]
+        if positions.dim() == 2:  # each row has its own, the same for all heads
+            cos, sin = cos[:, None], sin[:, None]  # (B, 1, T, K/2)
 
         # The embedding is not scaled and gets no position vector: RoPE carries the positions.
         x = self.wte(tokens).to(self.stream_dtype)  # (B, T, D)
         caches = cache or [None] * len(self.blocks)
         for block, layer_cache in zip(self.blocks, caches, strict=True):
-            x = block(x, cos, sin, attn_mask, layer_cache)
-        if positions_wanted is not None:
-            # The head is the largest matrix: spare it the tokens that nobody asks about.
-            rows, columns = positions_wanted.unbind(dim=1)
-            x = x[rows, columns]  # (N, D)
+            # The last MLP and the head, the largest matrix, spare tokens that nobody asks about.
+            wanted = positions_wanted if block is self.blocks[-1] else None
+            x = block(x, cos, sin, attn_mask, layer_cache, wanted)
         if targets is None:
             return self.logits(x)
         return self.token_losses(x, self.head_weight(), targets)

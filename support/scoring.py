@@ -4,16 +4,15 @@ The scores are those of `eval.score_request`, which takes one request at a time;
 the two. A reader who skips this file loses nothing of the recipe. Three things save time:
 - `length_batches` puts rows of similar length together, so that little is padding;
 - `own_batches` gives each rank its share of the batches;
-- `score_requests` computes what the choices of a question have in common only once.
+- `score_requests` computes what the choices of a question have in common only once, and no padding.
 """
 
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
-from model import at_least_float32
 from scaling.ranks import rank, reduce_sum, world_size
+from support.branches import Segment, branching, tree_of
 from support.progress import watched
 
 
@@ -63,38 +62,15 @@ def padded(lists, value):
 # ---- Requests that share their beginning ---------------------------------------------------------
 
 class Row(NamedTuple):
-    """One row of a batch: ids that several requests begin with, then what is different in each."""
+    """Requests with a common beginning, which the model reads once."""
 
-    shared: list  # ids
+    shared: tuple  # the ids that they begin with
     branches: list  # (index of the request, Encoded)
 
-    def length(self):
-        """Tokens that the model reads, at least 1; the last id of a request is only predicted."""
-        length = len(self.shared)
-        for _, request in self.branches:
-            length += len(request.ids) - 1 - len(self.shared)
-        return max(1, length)
-
-
-def rows_of(group, max_seq_len):
-    """The Rows of one question's [(index, Encoded), ...], none longer than max_seq_len."""
-    inputs = [request.ids[:-1] for _, request in group]
-    shared = shared_length(inputs)
-    rows = []
-    for index, request in group:
-        own_length = len(request.ids) - 1 - shared
-        if not rows or rows[-1].length() + own_length > max_seq_len:
-            rows.append(Row(request.ids[:shared], []))  # the first row, or the last one is full
-        rows[-1].branches.append((index, request))
-    return rows
-
-
-def shared_length(inputs):
-    """How many ids all the lists in `inputs` begin with."""
-    for i, ids in enumerate(zip(*inputs, strict=False)):
-        if len(set(ids)) > 1:
-            return i
-    return min(map(len, inputs), default=0)
+    def own_length(self, branch):
+        """Tokens that the model reads of a branch; the last id of a request is only predicted."""
+        _, request = branch
+        return len(request.ids) - 1 - len(self.shared)
 
 
 @torch.no_grad()
@@ -106,24 +82,72 @@ def score_requests(model, groups, batch_tokens=2048):
     groups, in order. Equal requests of a group are scored once, so that they tie exactly. The ranks
     share the work, and every rank returns all scores.
     """
-    rows = []
-    first_equal = []  # for each request, the index of the first one of its group that equals it
+    rows, first_equal = rows_of(groups)
+    scores = torch.zeros(len(first_equal), 2, dtype=torch.float64)
+    with branching(model):
+        for batch, counts in own_batches(row_batches(rows, batch_tokens)):
+            indices, found = score_rows(model, batch)
+            if counts:
+                scores.index_add_(0, indices, found)  # a request's score is the sum over its ids
+    scores = reduce_sum(scores)  # the requests of other ranks were 0 here
+    return scores[torch.tensor(first_equal, dtype=torch.int64)]
+
+
+def rows_of(groups):
+    """(rows, first_equal) of groups of Encoded: [Row], and for each request the index of the first
+    one of its group that equals it. Groups that begin alike share a row.
+    """
+    rows = {}  # {shared: Row}; most unconditional requests share the context "Answer:"
+    first_equal = []
     for group in groups:
         distinct = {}
         for request in group:
             key = (*request.ids, request.scored)
             index, _ = distinct.setdefault(key, (len(first_equal), request))
             first_equal.append(index)
-        rows += rows_of(list(distinct.values()), model.config.max_seq_len)
+        branches = distinct.values()
+        length = shared_length([request.ids[:-1] for _, request in branches])
+        for index, request in branches:
+            shared = tuple(request.ids[:length])
+            rows.setdefault(shared, Row(shared, [])).branches.append((index, request))
+    return list(rows.values()), first_equal
 
-    scores = torch.zeros(len(first_equal), 2, dtype=torch.float64)
-    batches = length_batches(rows, batch_tokens, Row.length)
-    for batch, counts in own_batches(batches):
-        indices, found = score_rows(model, batch)
-        if counts:
-            scores.index_add_(0, indices, found)  # a request's score is the sum over its ids
-    scores = reduce_sum(scores)  # the requests of other ranks were 0 here
-    return scores[torch.tensor(first_equal, dtype=torch.int64)]
+
+def shared_length(inputs):
+    """How many ids all the lists in `inputs` begin with."""
+    for i, ids in enumerate(zip(*inputs, strict=False)):
+        if len(set(ids)) > 1:
+            return i
+    return min(map(len, inputs), default=0)
+
+
+def row_batches(rows, batch_tokens):
+    """[[Row, ...], ...]: batches of at most `batch_tokens` tokens, or of a single branch.
+
+    A Row that does not fit is cut; each part reads the shared ids itself. Neighbours have similar
+    lengths, so that attention has little padding.
+    """
+    for row in rows:
+        row.branches.sort(key=row.own_length, reverse=True)
+    longest_first = sorted(rows, reverse=True,
+                           key=lambda row: (len(row.shared), row.own_length(row.branches[0])))
+    batches = []
+    room = -1
+    for row in longest_first:
+        part = None  # of this row, in the last batch
+        for branch in row.branches:
+            length = row.own_length(branch)
+            if room < length + (0 if part else len(row.shared)):
+                batches.append([])
+                room = batch_tokens
+                part = None
+            if part is None:
+                part = Row(row.shared, [])
+                batches[-1].append(part)
+                room -= len(row.shared)
+            part.branches.append(branch)
+            room -= length
+    return batches
 
 
 def score_rows(model, rows):
@@ -133,52 +157,48 @@ def score_rows(model, rows):
     it is the likeliest id, else 0.
     """
     device = model.wte.weight.device
-    tokens, positions, branch_of, scored = lay_out(rows, model.config.pad_token_id)
-    cells, targets, indices = scored.split((2, 1, 1), dim=1)
-    # A token sees the shared beginning (branch 0) and its own branch, up to itself.
-    sees = branch_of[:, None] == branch_of[..., None]  # (B, T, T)
-    sees |= branch_of[:, None] == 0
-    sees = sees.tril()[:, None]  # (B, 1, T, T), for all heads
-    logits = model(tokens.to(device),
-                   attn_mask=sees.to(device),
+    tokens, positions, scored, segments = lay_out(rows)
+    columns, targets, indices = scored.unbind(dim=1)
+    cells = torch.stack((torch.zeros_like(columns), columns), dim=1)
+    scores = model(tokens.to(device),
+                   targets=targets.to(device),
+                   attn_mask=tree_of(segments, device, model.stream_dtype),
                    positions=positions.to(device),
                    positions_wanted=cells.to(device))  # the head is computed there alone
-    logits = at_least_float32(logits)  # (M, V)
-    targets = targets[:, 0].to(device)
-    log_probs = -F.cross_entropy(logits, targets, reduction="none")
-    likeliest = logits.argmax(-1) == targets
-    scores = torch.stack((log_probs, likeliest), dim=1)
-    return indices[:, 0], scores.cpu().double()
+    return indices, scores.cpu().double()
 
 
-def lay_out(rows, pad_token_id):
-    """(tokens, positions, branch_of, scored) of a batch of Rows.
+def lay_out(rows):
+    """(tokens, positions, scored, segments) of a batch of Rows, one after another without padding.
 
-    A row is [shared, branch 1, branch 2, ...]; each branch has the positions that it would have
-    without the others. tokens, positions and branch_of (0: shared, -1: padding) are int64 (B, T).
-    scored is int64 (M, 4): row and column of the logits, the target id, index of the request.
+    A row is shared, branch 1, branch 2, ...; each branch has the positions that it would have
+    without the others. tokens and positions are int64 (1, T). scored is int64 (M, 3): column of the
+    logits, the target id, index of the request.
     """
     tokens = []
     positions = []
-    branch_of = []
     scored = []
-    for r, row in enumerate(rows):
-        shared = len(row.shared)
-        tokens.append(list(row.shared))
-        positions.append(list(range(shared)))
-        branch_of.append([0] * shared)
-        for branch, (index, request) in enumerate(row.branches, 1):
-            own = request.ids[shared:-1]
-            begin = len(tokens[r])
-            tokens[r] += own
-            positions[r] += range(shared, shared + len(own))
-            branch_of[r] += [branch] * len(own)
+    segments = []
+    for shared, branches in rows:
+        start = len(tokens)
+        n = len(shared)
+        if n:
+            segments.append(Segment(start, n))
+        tokens += shared
+        positions += range(n)
+        for index, request in branches:
+            begin = len(tokens)
+            own = request.ids[n:-1]
+            tokens += own
+            positions += range(n, n + len(own))
+            if own:
+                segments.append(Segment(begin, len(own), start, n))
             # The column of ids[i] predicts ids[i + 1].
-            columns = [*range(shared), *range(begin, len(tokens[r]))]
-            first = len(columns) - request.scored
-            for i in range(first, len(columns)):
-                scored.append((r, columns[i], request.ids[i + 1], index))
-    return (padded(tokens, pad_token_id),
-            padded(positions, 0),
-            padded(branch_of, -1),
-            torch.tensor(scored, dtype=torch.int64).view(-1, 4))
+            first = len(request.ids) - 1 - request.scored
+            columns = [*range(start + first, start + n),
+                       *range(begin + max(0, first - n), len(tokens))]
+            scored += zip(columns, request.ids[first + 1:], [index] * len(columns), strict=True)
+    return (torch.tensor([tokens], dtype=torch.int64),
+            torch.tensor([positions], dtype=torch.int64),
+            torch.tensor(scored, dtype=torch.int64).view(-1, 3),
+            segments)

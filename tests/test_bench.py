@@ -1,10 +1,15 @@
 """The bench of training steps at its smallest runs to its end, with an adapter."""
 
 import json
+import runpy
 from functools import partial
 
 import pytest
 import torch
+from conftest import ROOT
+
+from model import build_model
+from support.weights import save_hf
 
 pytest.importorskip("transformers")
 
@@ -61,3 +66,67 @@ def test_the_bench_of_generation_compares_ids_and_times(capsys):
     assert [row["dtype"] for row in found] == ["float32", "bfloat16"]
     assert found[0]["equal"] == 1 and all(row["token ours"] > 0 < row["first theirs"]
                                           for row in found)
+
+
+@pytest.mark.slow
+def test_other_work_is_measured_where_the_adapter_says_so(tmp_path, monkeypatch, capsys):
+    lazy = ADAPTER.replace("**OPTIMIZER", "lr=0.0") + "\n\nDOES_OTHER_WORK = True\n"
+    (tmp_path / "lazy.py").write_text(lazy)
+    monkeypatch.setattr(speed, "ROUNDS", 1)
+    monkeypatch.setattr(speed, "SHAPES", {"tiny": (speed.TINY, 16, 1), "small": None})
+    speed.bench_cpu("tiny", "float32", str(tmp_path / "lazy.py"))
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(found["steps"]) == ["tiny, float32"] and found["loop"] is None
+    assert list(found["steps"]["tiny, float32"])[-1] == "lazy"
+
+
+NANOGPT = """
+from dataclasses import dataclass
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class GPTConfig:
+    block_size: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float
+    bias: bool
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=config.bias)
+
+    def forward(self, ids, targets):
+        GPT.seen = (self.config, ids, targets)
+        logits = self.head(self.wte(ids))
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+"""
+
+
+def test_nanogpt_gets_our_shape_and_the_next_tokens(tmp_path, monkeypatch):
+    """With a stand-in for its checkout, and without the compiler, which takes seconds."""
+    save_hf(build_model(speed.TINY, seed=0), tmp_path / "weights")
+    (tmp_path / "model.py").write_text(NANOGPT)
+    monkeypatch.setenv("NANOGPT", str(tmp_path))
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    adapter = runpy.run_path(str(ROOT / "tests/bench/nanogpt.py"))
+    seen = []
+    run_path = runpy.run_path
+    monkeypatch.setattr(runpy, "run_path", lambda path: seen.append(run_path(path)) or seen[-1])
+    step = adapter["build"](tmp_path / "weights", torch.bfloat16)
+    tokens = torch.randint(4000, (2, 256))
+    losses = [step(tokens) for _ in range(3)]
+    assert losses == sorted(losses, reverse=True) and adapter["DOES_OTHER_WORK"]
+    config, ids, targets = seen[0]["GPT"].seen
+    assert (config.n_layer, config.n_head, config.n_embd, config.block_size, config.vocab_size) == (
+        4, 4, 256, 256, 4096)
+    assert ids.equal(tokens)
+    assert targets[:, :-1].equal(tokens[:, 1:]) and (targets[:, -1] == -1).all()

@@ -147,8 +147,8 @@ GROUPED_QUERIES = {  # one head of keys and values for two of queries
     "cos, sin).chunk(2, dim=1)": "cos, sin).split((H, H // 2), dim=1)",
     "        if cache is not None:\n": "        k = k.repeat_interleave(2, dim=1)\n"
     "        v = v.repeat_interleave(2, dim=1)\n        if cache is not None:\n"}
-QK_NORM = {"apply_rope(queries_and_keys, cos, sin)":
-           "apply_rope(layer_norm(queries_and_keys), cos, sin)"}
+QK_NORM = {"self.rotate(queries_and_keys, cos, sin)":
+           "self.rotate(layer_norm(queries_and_keys), cos, sin)"}
 NORM_BEHIND = {"x = x + self.attn(layer_norm(x), cos, sin, attn_mask, cache)":
                "x = x + layer_norm(self.attn(x, cos, sin, attn_mask, cache))"}
 

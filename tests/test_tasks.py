@@ -36,6 +36,7 @@ from support.report import Panel, drawing, last_results, svg, task_panels
 from support.suites import PALOMA, Suite, open_suites
 from support.tasks import (METRICS, PAPER_METRIC, Question, Task, mmlu, packaged_task,
                            primary_metric, read_task)
+from support import branches as branching
 from support import scoring
 from support.weights import load_model, save_hf
 
@@ -179,16 +180,68 @@ def test_equal_choices_tie_to_the_last_bit_and_are_scored_once(model, tokenizer,
     assert not scores[0].equal(scores[3]) and scores[:5].allclose(scores[5:], atol=1e-4)
 
 
-def test_choices_share_a_row_that_is_never_longer_than_the_context(model, tokenizer):
-    """Three answers to a long question are one row, far shorter than the three requests."""
-    few, many = encoded(tokenizer, [
+def test_choices_share_a_beginning_in_batches_of_few_tokens(model, tokenizer):
+    """Answers to a long question read it once in a batch, and again only where the batch is full;
+    questions that begin alike share a row; nothing is lost."""
+    few, many, alike = encoded(tokenizer, [
         [("read the list of names " * 4, text) for text in (" one of it", " two", " of names")],
-        [("most " * 20, " of it" * n) for n in range(1, 30)]])
-    [row] = scoring.rows_of(list(enumerate(few)), T)
-    assert row.length() < sum(len(request.ids) - 1 for request in few) / 2
-    rows = scoring.rows_of(list(enumerate(many)), T)
-    assert len(rows) > 3 and max(row.length() for row in rows) <= T
-    assert [number for row in rows for number, _ in row.branches] == list(range(29))
+        [("most " * 20, " of it" * n) for n in range(1, 30)],
+        [("read the list of names " * 4, text) for text in (" no", " yes of them")]])
+    [row], _ = scoring.rows_of([few, alike])
+    assert [number for number, _ in row.branches] == list(range(5))
+    assert list(row.shared) == tokenizer.encode("read the list of names " * 4)
+    rows, _ = scoring.rows_of([few, many, [], alike])
+    for batch_tokens in (1, 150, 1000):
+        batches = scoring.row_batches(rows, batch_tokens)
+        scored = []
+        for batch in batches:
+            tokens, positions, _, segments = scoring.lay_out(batch)
+            branches = [branch for part in batch for branch in part.branches]
+            assert tokens.shape == positions.shape and positions.max() < T
+            assert tokens.numel() == sum(segment.length for segment in segments)
+            assert tokens.numel() <= batch_tokens or len(branches) == 1
+            assert len({part.shared for part in batch}) == len(batch)
+            scored += [number for number, _ in branches]
+        assert sorted(scored) == list(range(34))
+    assert len(batches) == 1  # all of them in 1,000 tokens: of each beginning one copy
+    assert tokens.numel() < sum(len(request.ids) - 1 for request in few + many + alike) / 2
+
+
+def test_a_tree_is_the_attention_of_each_branch_alone():
+    """Beginnings and branches of all lengths, in buckets with padding, against SDPA."""
+    spans = [(7, [3, 1, 4]), (0, [5, 2]), (30, [1, 1]), (2, [40]), (6, [])]
+    segments, paths, T = [], [], 0
+    for shared, branches in spans:
+        before = (T, shared)
+        segments += [branching.Segment(T, shared)] if shared else []
+        paths.append(list(range(T, T + shared)))
+        T += shared
+        for length in branches:
+            segments.append(branching.Segment(T, length, *before))
+            paths.append([*range(before[0], before[0] + shared), *range(T, T + length)])
+            T += length
+    q, k, v = torch.randn(3, 1, 2, T, 8, dtype=torch.float64)
+    tree = branching.tree_of(segments, "cpu", torch.float64)
+    found = branching.tree_attention(q, k, v, tree)
+    for path in filter(None, paths):
+        alone = torch.nn.functional.scaled_dot_product_attention(
+            q[:, :, path], k[:, :, path], v[:, :, path], is_causal=True)
+        torch.testing.assert_close(found[:, :, path], alone)
+    assert 1 < len(tree.buckets) < len(segments) or branching.SPARE > 1000
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_positions_turn_as_in_the_model_and_ties_count_once(dtype, monkeypatch):
+    x = torch.randn(1, 2, 9, 8).to(dtype)
+    cos, sin = m.rope_table(torch.arange(9), 8, 10000.0)
+    torch.testing.assert_close(branching.rotate(x, cos, sin), m.apply_rope(x, cos, sin))
+    monkeypatch.setattr(branching, "CHUNK", 24)  # 3 rows of 8 logits at a time
+    stream, head, targets = torch.randn(10, 4).to(dtype), torch.randn(8, 4), torch.arange(10) % 8
+    scores = branching.scores_of(stream, head, targets, m.linear)
+    logits = m.head_logits(stream, head).float()
+    assert scores[:, 1].equal((logits.argmax(-1) == targets).float())
+    wanted = -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    torch.testing.assert_close(scores[:, 0].float(), wanted)
 
 
 def test_too_long_a_request_is_cut_on_the_left(tokenizer):

@@ -1,7 +1,8 @@
 """Speed, measured side by side: python -m tests.bench VERB
 
-    cpu [F]   our training step against transformers', and against the model of an adapter file F;
-              the loop of train.py against its bare step; 10 minutes
+    cpu [W]   our training step against transformers', and against the models of adapter files (as
+              tests/bench/nanogpt.py); the loop of train.py against its bare step; 10 minutes.
+              tiny, small, bfloat16, float32: only these, in 3 minutes each
     generate  greedy answers against transformers' generate, float32 and bfloat16; 2 minutes
     tune      the steps of SFT and of DPO against pretraining's; 2 minutes
     data      the tokenizer against HF `tokenizers`; the rules, tokenisation, the loader
