@@ -25,22 +25,22 @@ import torch
 
 from configs import load_config, setting
 from corpus.bpe import sample_texts, train_bpe
-from corpus.dedup import (decontaminate, deduplicate_source, evaluation_paragraphs,
-                          evaluation_sets)
-from corpus.documents import as_document, is_held_out, read_records, size_of
+from corpus.dedup import (copies_marked, decontaminate, evaluation_paragraphs, evaluation_sets,
+                          keys_of, without_copies)
+from corpus.documents import is_held_out, parse_documents, read_records, size_of
 from corpus.funnel import Funnel, ShowOptions, print_dropped, print_table
 from corpus.manifest import write_manifest
 from corpus.questions import leaked_docstrings
 from corpus.rules import CONTENT_SCORERS, LANGUAGE_SCORERS, RULES, Drop, filter_documents
 from corpus.sources import check_data_config, parse_sources
-from corpus.stages import Stages, build_once, in_batches, link_files, ordered_map, written_aside
+from corpus.stages import Stages, Workers, build_once, in_batches, link_files, written_aside
 from corpus.storage import (DOCUMENT_INDEX, ShardWriter, blocks_of, hash_of_id, mapped_order,
                             read_block, shards_of, store_documents, token_dtype, tokenizer_digest,
                             vocabulary_of)
 from corpus.token_files import write_token_list
 from corpus.tokenizer import Tokenizer, tokenizer_at, tokenizer_file
 from support.bars import bar
-from support.files import read_json, write_json
+from support.files import read_json, to_json, write_json
 
 SHARD_TOKENS = 2**28  # a shard is closed before the document that would exceed this
 
@@ -127,27 +127,29 @@ def build_data(config):
         if config.token_files:
             return build_once(stages.folder, write_token_list, config, stages.settings)
 
-        # 1. Documents. The lines from `records` to `split` only connect generators: store_documents
-        # pulls one document after another through them. A stage that is finished reads nothing.
+        # 1. Documents. The lines from `records` to `lines` only connect generators: store_documents
+        # pulls one batch after another through them. A stage that is finished reads nothing.
         clean = {}  # source -> the folder of its clean documents
         for source in config.parse_sources():
-            funnel = Funnel()  # counts what comes in and what each rule drops
-            records = stages.checked(source, read_records(
-                source.path, source.name, funnel.notes, config.allow_truncated, progress=True,
-                separator=source.separator, text_key=source.text))
-            documents = decontaminate_and_filter(records, config, source, funnel)
-            documents = deduplicate_source(documents, config, source, funnel)
-            split = hold_out(documents, config, source, funnel)
-            clean[source.name] = build_once(stages.clean(source), store_documents, split, source,
-                                            funnel)
+            with Workers(config.workers) as workers:
+                funnel = Funnel()  # counts what comes in and what each rule drops
+                records = stages.checked(source, read_records(
+                    source.path, source.name, funnel.notes, config.allow_truncated, progress=True,
+                    separator=source.separator, text_key=source.text))
+                filtered = decontaminate_and_filter(records, config, source, workers)
+                marked = copies_marked(filtered, config, source)
+                lines = workers.map(partial(finish_batch, config=config, source=source), marked)
+                clean[source.name] = build_once(stages.clean(source), store_documents, lines,
+                                                workers, source, funnel)
 
         # 2. Tokens, when all sources are clean: they train the tokenizer; held-out text does not.
         tokenizer = build_once(stages.tokenizer(), write_tokenizer, config, clean)
         shards = {}  # source -> the folder of its shards
-        for source in config.parse_sources():
-            encoded = tokenise(source.name, clean[source.name], tokenizer, config.workers)
-            shards[source.name] = build_once(stages.shards(source), store_shards, encoded,
-                                             source.name)
+        with Workers(config.workers) as workers:
+            for source in config.parse_sources():
+                encoded = tokenise(source.name, clean[source.name], tokenizer, workers)
+                shards[source.name] = build_once(stages.shards(source), store_shards, encoded,
+                                                 source.name)
 
         # 3. The mix, when all sources are tokens: the weights are measured in tokens.
         with written_aside(stages.folder) as folder:
@@ -335,23 +337,22 @@ def check_size(path, expected, folder):
 
 # ---- Clean documents ----------------------------------------------------------------------------
 #
-# Decontamination and the rules look at one document at a time, so the documents are divided among
-# worker processes.
-# Deduplication must remember what it saw and is one pass in the order of the input: with threads,
-# which copy of a paragraph is kept would depend on chance (it does in Dolma's toolkit).
+# Workers do what looks at one document at a time, before and after deduplication. That must know
+# what came before, and is one pass in the order of the input, in this process: with threads,
+# chance decides which copy of a paragraph is kept (it does in Dolma's toolkit).
 
-def decontaminate_and_filter(records, config, source, funnel):
-    """Yield the documents that hold no evaluation text and pass the rules, in their order."""
+def decontaminate_and_filter(records, config, source, workers):
+    """Yield (documents that pass, what deduplication compares of them, Funnel) of each batch."""
     sets = evaluation_sets(config, source)
     evaluation_paragraphs(sets)  # subtle: fills a cache before the workers are forked from here
+    if source.path == "stdlib" and config.eval_share:
+        leaked_docstrings(config.eval_share)  # likewise
     work = partial(filter_batch, config=config, source=source, sets=sets)
-    for documents, part in ordered_map(work, in_batches(records), config.workers):
-        funnel.add(part)
-        yield from documents
+    yield from workers.map(work, in_batches(records))
 
 
 def filter_batch(records, config, source, sets):
-    """What a worker does. Returns (documents kept, Funnel of the others)."""
+    """What a worker does first. Returns a batch of decontaminate_and_filter."""
     funnel = Funnel()
     # looked up here, in the worker: a scorer may be a loaded model, which cannot be pickled
     scorers = {"language": LANGUAGE_SCORERS[config.language_scorer],
@@ -360,22 +361,21 @@ def filter_batch(records, config, source, sets):
     documents = parse_documents(records, source, funnel)
     # decontamination is first: it must see the text that the rules may edit as it was written
     documents = decontaminate(documents, evaluation_paragraphs(sets), funnel)
-    documents = filter_documents(documents, rules, funnel, scorers)
-    return list(documents), funnel
+    documents = list(filter_documents(documents, rules, funnel, scorers))
+    return documents, keys_of(documents, source.rules), funnel
 
 
-def parse_documents(records, source, funnel):
-    """Yield the documents in `records`; a record that holds none is counted and named."""
-    for record in records:
-        try:
-            document = as_document(record, source.name, funnel.notes, source.text)
-        except UserError as error:
-            # a few bad lines among billions do not stop a build
-            funnel.bad_line(str(error), record.place)
-            continue
-        funnel.counts["documents in"] += 1
-        funnel.counts["bytes in"] += size_of(document["text"])
-        yield document
+def finish_batch(batch, config, source):
+    """What a worker does when the copies are known. Returns (lines, held-out lines, Funnel)."""
+    documents, copies, funnel = batch
+    lines = {False: [], True: []}  # whether held out -> documents in JSON
+    documents = without_copies(documents, copies, funnel)
+    for document, held_out in hold_out(documents, config, source, funnel):
+        kind = "held-out " if held_out else ""
+        funnel.counts[kind + "documents"] += 1
+        funnel.counts[kind + "bytes"] += size_of(document["text"])
+        lines[held_out].append(to_json(document).encode() + b"\n")
+    return lines[False], lines[True], funnel
 
 
 def hold_out(documents, config, source, funnel):
@@ -414,7 +414,7 @@ def tokenise(source, clean, tokenizer, workers):
     blocks = blocks_of(clean, source)  # 64 KiB of JSON lines each
     work = partial(encode_block, folder=clean / "documents", source=source,
                    tokenizer_path=tokenizer / "tokenizer.json")
-    encoded = ordered_map(work, blocks, workers)
+    encoded = workers.map(work, blocks, together=8)  # 512 KiB a message
     yield from bar(encoded, f"tokenising {source}", len(blocks), "blocks")
 
 

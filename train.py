@@ -14,7 +14,6 @@ from support.command import UserError, run_main  # first: Ctrl-C is quiet from h
 import math
 from collections import Counter
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from typing import Literal
 
@@ -27,6 +26,7 @@ from corpus.trace import places_of_step
 from data import Batches, DataConfig, TokenShards, build_data
 from eval import EvalConfig, evaluate, sample_text
 from model import ModelConfig, OLMo, init_weights, next_token_loss
+from scaling.ahead import compile_beside
 from scaling.begin import settings_of_start
 from scaling.checkpoint import create_state
 from scaling.directory import resumed_argv, saved_settings
@@ -37,7 +37,7 @@ from scaling.ranks import (agree_on_machine, on_all_ranks, on_rank0, rank, reduc
                            setup_distributed, world_size)
 from scaling.run import Run, deadline_after
 from scaling.sharding import full_tensor, own_part, shard_model, sync_gradients
-from scaling.start import data_for_run
+from scaling.start import BUILD_PATIENCE, data_for_run
 from support.prompts import draw_samples, open_prompts
 from support.suites import check_suites, open_suites
 from support.vocabulary import open_tokenizer
@@ -138,8 +138,9 @@ def train(model_config, data_config, eval_config, config):
 
     # The data: text -> tokens -> the batch of any step. Rank 0 builds or finds it; the others wait.
     on_rank0(check_suites, eval_config)  # a misspelt suite is an error now, not in hours
-    folder = on_rank0(data_for_run, config, data_config, settings, vars(eval_config), build_data,
-                      patience=timedelta(days=2))
+    build = compile_beside(build_data, model_config, config, device, dtype, compiled)
+    folder = on_rank0(data_for_run, config, data_config, settings, vars(eval_config), build,
+                      patience=BUILD_PATIENCE)
     print_table(folder)
     tokenizer = open_tokenizer(folder / "tokenizer.json", model_config)
     shards = TokenShards(folder, model_config.max_seq_len)
@@ -256,8 +257,7 @@ def lr_at_step(step, config):
     if step >= last:
         return config.min_lr
     # 3) In between, down from the peak. Large steps find a good region, small ones settle in it.
-    #    OLMo-7B goes linearly to a tenth of the peak (paper, section 3.2); OLMo-1B's yaml says
-    #    cosine.
+    #    OLMo-7B goes linearly to a tenth of the peak (paper, section 3.2); OLMo-1B's yaml: cosine.
     progress = (step - config.warmup_steps) / (last - config.warmup_steps)  # 0 .. 1
     if config.schedule == "cosine":
         progress = (1 - math.cos(math.pi * progress)) / 2

@@ -4,6 +4,9 @@ import hashlib
 import math
 from collections import Counter
 from functools import lru_cache
+from itertools import compress
+
+import numpy as np
 
 from corpus.documents import as_document, parse, read_records, warn
 from corpus.inputs import input_digests
@@ -15,66 +18,109 @@ from support.files import UserError, here
 
 # ---- Deduplication -------------------------------------------------------------------------------
 
-def deduplicate_source(documents, config, source, funnel):
-    """Yield the documents of a source without copies, by the levels that its rules name.
+def copies_marked(batches, config, source):
+    """Yield (documents, copies, funnel) of batches (documents, keys, funnel), in their order.
 
-    Says how much memory Bloom filters take before it reads anything, and afterwards if one was
-    too small.
+    The levels are those that the source's rules name. Says how much memory Bloom filters take
+    before it reads anything, and afterwards if one was too small.
     """
     levels = [level for level in source.rules if level in DEDUPLICATIONS]
-    if not config.bloom_items:
-        yield from deduplicate(documents, {level: DigestSet() for level in levels}, funnel)
-        return
+    seen = {level: DigestSet() for level in levels}
+    if config.bloom_items:
+        seen = bloom_filters(levels, config, source)
+    for documents, keys, funnel in batches:
+        yield documents, find_copies(keys, seen), funnel
+    if config.bloom_items:
+        for level, items in seen.items():
+            if items.count > config.bloom_items:
+                warn(f"{source.name}: the {level} filter took {items.count:,} items; its rate of "
+                     f"false positives is now {items.fp_rate():.2g}; raise bloom_items")
+
+
+def bloom_filters(levels, config, source):
+    """{level: an empty filter}; UserError if they do not fit into memory."""
     megabytes = BloomFilter.bits_for(config.bloom_items, config.bloom_fp_rate) / 8e6
     print(f"data: {source.name}: {len(levels)} Bloom filters of {megabytes:,.1f} MB each, for "
           f"{config.bloom_items:,} items at a false-positive rate of {config.bloom_fp_rate:g}")
     try:
-        seen = {level: BloomFilter(config.bloom_items, config.bloom_fp_rate) for level in levels}
+        return {level: BloomFilter(config.bloom_items, config.bloom_fp_rate) for level in levels}
     except (MemoryError, OverflowError):
         raise UserError(f"bloom_items={config.bloom_items}: filters of {megabytes:,.0f} MB do not "
                         "fit into memory; lower it or raise bloom_fp_rate") from None
-    yield from deduplicate(documents, seen, funnel)
-    for level, items in seen.items():
-        if items.count > config.bloom_items:
-            warn(f"{source.name}: the {level} filter took {items.count:,} items; its rate of false "
-                 f"positives is now {items.fp_rate():.2g}; raise bloom_items")
 
 
-def deduplicate(documents, seen, funnel):
-    """Yield the documents without copies of what came before; the first copy is kept.
+# Deduplication has three steps. Workers compute the digests of a batch (keys_of), the main process
+# alone knows which of them came before (find_copies), and workers take the copies out
+# (without_copies). So the main process handles 16 bytes for each text.
 
-    `seen` holds a filter (DigestSet or BloomFilter) for each level that the source asks for:
-    "url" drops a document whose URL came before, "document" one whose text came before, "paragraph"
-    takes out lines that came before, in this document or an earlier one (Dolma's three stages).
+def keys_of(documents, rules):
+    """A dict for each document: what the levels among the rules compare, as digests; b"": nothing.
+
+    "url" and "document" have one digest, "paragraph" a list of them, one for each line.
+    """
+    keys = []
+    for document in documents:
+        url = document["metadata"].get("url")
+        of_document = {}
+        if "url" in rules:
+            of_document["url"] = digest_of(str(url)) if url else b""
+        if "document" in rules:
+            of_document["document"] = digest_of(document["text"])
+        if "paragraph" in rules:
+            of_document["paragraph"] = [digest_of(line) if line.strip() else b""
+                                        for line in document["text"].split("\n")]
+        keys.append(of_document)
+    return keys
+
+
+def find_copies(keys, seen):
+    """What of each document came before: "url" or "document", or whether each of its lines did.
+
+    `seen` holds a filter (DigestSet or BloomFilter) for each level. None: nothing came before.
 
     # DIFFERS FROM OLMo: only documents that passed the rules are seen here. The toolkit's filters
     have seen all documents when the rules drop some, so that the one copy left may be lost too.
     """
-    for document in documents:
-        # the cheapest level first; in Dolma it also drops the most
-        url = document["metadata"].get("url")
-        if "url" in seen and url and seen["url"].add(str(url)):
+    copies = [None] * len(keys)
+    left = range(len(keys))  # documents that are no copies so far
+    # the cheapest level first; in Dolma it also drops the most
+    for level in ("url", "document"):
+        if level in seen:
+            compared = [i for i in left if keys[i][level]]
+            is_old = seen[level].add_all([keys[i][level] for i in compared])
+            for i in compress(compared, is_old):
+                copies[i] = level
+            left = [i for i in left if not copies[i]]
+    # last and finest: boilerplate such as menus, which other documents have too
+    if "paragraph" in seen:
+        digests = [digest for i in left for digest in keys[i]["paragraph"] if digest]
+        is_old = iter(seen["paragraph"].add_all(digests))
+        for i in left:
+            copies[i] = [next(is_old) if digest else False for digest in keys[i]["paragraph"]]
+    return copies
+
+
+def without_copies(documents, copies, funnel):
+    """Yield the documents without what came before (find_copies); the first copy is kept.
+
+    "url" drops a document whose URL came before, "document" one whose text came before, "paragraph"
+    takes out lines that came before, in this document or an earlier one (Dolma's three stages).
+    """
+    for document, copy in zip(documents, copies, strict=True):
+        if copy == "url":
+            url = document["metadata"]["url"]
             funnel.drop("url", document, Drop(f"an earlier document has {url}"))
-            continue
-        if "document" in seen and seen["document"].add(document["text"]):
+        elif copy == "document":
             funnel.drop("document", document, Drop("an earlier document has the same text"))
-            continue
-        # last and finest: boilerplate such as menus, which other documents have too
-        if "paragraph" in seen:
-            edit = without_seen_paragraphs(document["text"], seen["paragraph"])
-            if edit and not edit.text.strip():
+        elif copy and any(copy):
+            keep = [not is_old for is_old in copy]
+            edit = keep_parts(document["text"].split("\n"), keep, "\n", "paragraphs seen before")
+            if edit.text.strip():
+                yield funnel.edit("paragraph", document, edit)
+            else:
                 funnel.drop("paragraph", document, Drop("all of it was seen before"))
-                continue
-            if edit:
-                document = funnel.edit("paragraph", document, edit)
-        yield document
-
-
-def without_seen_paragraphs(text, seen):
-    """The Edit that takes out the lines which `seen` holds; adds the others to it."""
-    paragraphs = text.split("\n")
-    keep = [not (paragraph.strip() and seen.add(paragraph)) for paragraph in paragraphs]
-    return keep_parts(paragraphs, keep, "\n", "paragraphs seen before")
+        else:
+            yield document
 
 
 def digest_of(text):
@@ -88,13 +134,13 @@ class DigestSet:
     def __init__(self):
         self.digests = set()
 
-    def add(self, item):
-        """Add `item`, a str; returns whether it was there before."""
-        digest = digest_of(item)
-        if digest in self.digests:
-            return True
-        self.digests.add(digest)
-        return False
+    def add_all(self, digests):
+        """Add digests, one after another; returns for each whether it was there before."""
+        is_old = []
+        for digest in digests:
+            is_old.append(digest in self.digests)
+            self.digests.add(digest)
+        return is_old
 
 
 class BloomFilter:
@@ -123,25 +169,34 @@ class BloomFilter:
         """The bits that hold `items` items at a false-positive rate of `fp_rate`."""
         return math.ceil(-items * math.log(fp_rate) / math.log(2) ** 2)
 
-    def positions(self, item):
-        """The bits of an item. Two hashes make all of them (Kirsch and Mitzenmacher, 2006)."""
-        digest = digest_of(item)
-        first = int.from_bytes(digest[:8], "big")
-        step = int.from_bytes(digest[8:], "big") | 1  # not 0, which would make them all one bit
-        return [(first + i * step) % self.bits for i in range(self.hashes)]
+    def positions(self, digests):
+        """The bits of each item, uint64 (n, hashes).
 
-    def add(self, item):
-        """Add `item`, a str; returns whether it seems to have been there before."""
-        table = self.table
-        old = True
-        for position in self.positions(item):
-            byte = position >> 3
-            bit = 1 << (position & 7)
-            if not table[byte] & bit:
-                table[byte] |= bit
-                old = False
-        self.count += not old
-        return old
+        Two hashes make all of them (Kirsch and Mitzenmacher, 2006).
+        """
+        halves = np.frombuffer(b"".join(digests), ">u8").reshape(-1, 2).astype(np.uint64)
+        bits = np.uint64(self.bits)
+        first = halves[:, :1] % bits
+        step = (halves[:, 1:] | np.uint64(1)) % bits  # not 0, which would make them all one bit
+        # subtle: taken modulo `bits` before, so that the products stay far below 2**64
+        return (first + step * np.arange(self.hashes, dtype=np.uint64)) % bits
+
+    def add_all(self, digests):
+        """Add digests, one after another; returns for each whether it seems to be an old one.
+
+        All at once: an item is old if each of its bits was set before, or by an earlier one of
+        these items. In a loop over items and bits it would take three times as long.
+        """
+        table = np.frombuffer(self.table, np.uint8)
+        positions = self.positions(digests)
+        is_free = (table[positions >> 3] >> (positions & 7).astype(np.uint8)) & 1 == 0
+        items, _ = is_free.nonzero()  # the item of each bit that is not set, in order
+        bits, first, same = np.unique(positions[is_free], return_index=True, return_inverse=True)
+        is_old = np.ones(len(digests), bool)
+        is_old[items[items[first][same] == items]] = False  # the first that sets one of its bits
+        np.bitwise_or.at(table, bits >> 3, np.uint8(1) << (bits & 7).astype(np.uint8))
+        self.count += len(digests) - int(is_old.sum())
+        return is_old.tolist()
 
     def fp_rate(self):
         """The formula's false-positive rate for the items added so far."""

@@ -184,6 +184,20 @@ def as_document(record, source, counts, text_key=None):
             "metadata": metadata}
 
 
+def parse_documents(records, source, funnel):
+    """Yield the documents in `records`; a record that holds none is counted and named."""
+    for record in records:
+        try:
+            document = as_document(record, source.name, funnel.notes, source.text)
+        except UserError as error:
+            # a few bad lines among billions do not stop a build
+            funnel.bad_line(str(error), record.place)
+            continue
+        funnel.counts["documents in"] += 1
+        funnel.counts["bytes in"] += size_of(document["text"])
+        yield document
+
+
 def note_oddities(text, counts):
     """Count what is kept in a text file and what few people want there."""
     if text.count(EOS) >= MANY_EOS:

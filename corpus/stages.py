@@ -20,6 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
 from corpus.dedup import evaluation_sets
@@ -271,27 +272,52 @@ def size_in_memory(content):
     return sum(len(value) for value in content.values() if isinstance(value, str))
 
 
-def ordered_map(function, items, workers):
-    """map(function, items) in worker processes (0: one a core), in order, a few items ahead.
+class Workers:
+    """Processes that share the work of a stage (0: one a core); they start at the first use.
 
-    In order: so the result does not depend on how many workers there are. A few items: so memory
-    does not grow with the input.
+    `with Workers(2) as workers:` ends them at the end of the block. One is this process itself.
     """
-    if not workers:
-        workers = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-    if workers == 1:
-        yield from map(function, items)
-        return
-    # forked workers inherit what this process has read; only Linux forks safely
-    start = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with ProcessPoolExecutor(workers, start, follow_parent, [os.getpid()]) as pool:
+
+    def __init__(self, count):
+        if not count:
+            is_linux = sys.platform == "linux"
+            count = len(os.sched_getaffinity(0)) if is_linux else os.cpu_count()
+        self.count = count
+        self.pool = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.pool:
+            self.pool.shutdown()
+
+    def map(self, function, items, together=1):
+        """map(function, items) in order, a few items ahead; `together` of them are a message.
+
+        In order: so the result does not depend on how many workers there are. A few items: so
+        memory does not grow with the input. The items of one map may be the results of another:
+        messages are worked on in the order in which they are sent, so that none waits for long.
+        """
+        if self.count == 1:
+            yield from map(function, items)
+            return
+        if not self.pool:
+            # forked workers inherit what this process has read; only Linux forks safely
+            start = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+            self.pool = ProcessPoolExecutor(self.count, start, follow_parent, [os.getpid()])
+        items = iter(items)
         ahead = deque()  # results that are not taken yet, oldest first
-        for item in items:
-            ahead.append(pool.submit(function, item))
-            if len(ahead) > 2 * workers:
-                yield ahead.popleft().result()
+        while group := list(islice(items, together)):
+            ahead.append(self.pool.submit(map_all, function, group))
+            if len(ahead) > 2 * self.count:
+                yield from ahead.popleft().result()
         while ahead:
-            yield ahead.popleft().result()
+            yield from ahead.popleft().result()
+
+
+def map_all(function, items):
+    return list(map(function, items))
 
 
 def follow_parent(parent):

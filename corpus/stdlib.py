@@ -4,6 +4,7 @@ It has three sources, as a small Dolma: "reference" (the topics of help()), "doc
 """
 
 import ast
+import os
 import sysconfig
 from functools import lru_cache
 from pathlib import Path
@@ -49,11 +50,8 @@ def stdlib_modules():
     """[(module, file, text, [(line, heading, docstring)])] of the library's modules."""
     root = Path(sysconfig.get_path("stdlib"))
     modules = []
-    paths = sorted(root.rglob("*.py"))
-    for path in bar(paths, "reading Python's library", unit="files"):
+    for path in bar(library_files(root), "reading Python's library", unit="files"):
         file = path.relative_to(root)
-        if STDLIB_SKIPS & set(file.parts) or file.name.startswith("_sysconfigdata"):
-            continue
         text = path.read_text(encoding="utf-8", errors="replace")
         try:
             tree = ast.parse(text)
@@ -63,6 +61,16 @@ def stdlib_modules():
         docstrings = list(docstrings_of(tree, module))
         modules.append((module, file.as_posix(), text, docstrings))
     return modules
+
+
+def library_files(root):
+    """The files of modules in a folder, sorted; those of installed packages are not looked at."""
+    files = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = set(folders) - STDLIB_SKIPS  # where os.walk goes next
+        files += [Path(folder, name) for name in names
+                  if name.endswith(".py") and not name.startswith("_sysconfigdata")]
+    return sorted(files)
 
 
 def docstrings_of(node, name):

@@ -8,7 +8,6 @@ import zlib
 
 import numpy as np
 
-from corpus.documents import size_of
 from corpus.funnel import why_nothing_is_left
 from support.files import UserError, file_sha256, fsync, read_json, to_json, write_json
 from support.lock import Lock
@@ -24,23 +23,19 @@ DOCUMENT_INDEX = np.dtype([
 ])
 
 
-def store_documents(folder, split, source, funnel):
+def store_documents(folder, batches, workers, source, funnel):
     """Write the clean documents of a source, the held-out ones, and what the rules did.
 
-    split: the (document, is held out) of hold_out; as a generator, it is what does all the work.
+    batches: (lines, held-out lines, funnel), a generator that does all the work; a line is a
+    document in JSON, bytes. The workers compress them.
     """
     for name in ("documents", "held_out", "dropped"):
         (folder / name).mkdir()
     writer = DocumentWriter(folder / "documents", source.name)
-    with open(folder / "held_out" / f"{source.name}.jsonl", "w") as held_out_file:
-        for document, held_out in split:
-            kind = "held-out " if held_out else ""
-            funnel.counts[kind + "documents"] += 1
-            funnel.counts[kind + "bytes"] += size_of(document["text"])
-            if held_out:
-                held_out_file.write(to_json(document) + "\n")
-            else:
-                writer.add(document)
+    with open(folder / "held_out" / f"{source.name}.jsonl", "wb") as held_out_file:
+        lines = lines_to_train_on(batches, held_out_file, funnel)
+        for member in workers.map(pack, in_blocks(lines), together=8):
+            writer.add(member)
     writer.close()
     if not writer.blocks:
         raise UserError(why_nothing_is_left(source, funnel))
@@ -50,6 +45,35 @@ def store_documents(folder, split, source, funnel):
             for example in examples:
                 dropped_file.write(to_json({"rule": rule, **example}) + "\n")
     write_json(folder / f"{source.name}.funnel.json", funnel.as_json())
+
+
+def lines_to_train_on(batches, held_out_file, funnel):
+    """Yield the lines of the training documents, and write down all else that batches hold."""
+    for lines, held_out, part in batches:
+        funnel.add(part)
+        held_out_file.writelines(held_out)
+        yield from lines
+
+
+def in_blocks(lines):
+    """Yield the lines joined to blocks of BLOCK_BYTES or a little more."""
+    block = []
+    size = 0
+    for line in lines:
+        block.append(line)
+        size += len(line)
+        if size >= BLOCK_BYTES:
+            yield b"".join(block)
+            block = []
+            size = 0
+    if block:
+        yield b"".join(block)
+
+
+def pack(block):
+    """A block as a gzip member."""
+    # mtime=0: gzip stores the time, and the same documents must give the same bytes
+    return gzip.compress(block, 3, mtime=0)
 
 
 class DocumentWriter:
@@ -63,36 +87,22 @@ class DocumentWriter:
         self.folder = folder
         self.source = source
         self.blocks = []
-        self.lines = []  # of the block that is not written yet
-        self.bytes = 0
         self.files = 0
         self.out = None
 
-    def add(self, document):
-        line = to_json(document).encode() + b"\n"
-        self.lines.append(line)
-        self.bytes += len(line)
-        if self.bytes >= BLOCK_BYTES:
-            self.write_block()
-
-    def write_block(self):
+    def add(self, member):
+        """Append a block that is packed."""
         if self.out is None or self.out.tell() > FILE_BYTES:
             self.open_next_file()
         self.blocks.append((self.files - 1, self.out.tell()))
-        # mtime=0: gzip stores the time, and the same documents must give the same bytes
-        self.out.write(gzip.compress(b"".join(self.lines), 3, mtime=0))
-        self.lines = []
-        self.bytes = 0
+        self.out.write(member)
 
     def open_next_file(self):
-        if self.out:
-            self.out.close()
+        self.close()
         self.out = open(self.folder / f"{self.source}-{self.files:05d}.jsonl.gz", "wb")
         self.files += 1
 
     def close(self):
-        if self.lines:
-            self.write_block()
         if self.out:
             self.out.close()
 

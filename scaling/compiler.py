@@ -5,6 +5,7 @@ library in the cache was cut off when its compiler was killed.
 """
 
 import fcntl
+import os
 import re
 import struct
 import sys
@@ -41,6 +42,9 @@ def compile_model(model, device, is_asked):
         # recomputed too. This setting is global to the process.
         short = model.config.max_seq_len <= PLAIN_AT_MOST
         functorch_config.aggressive_recomputation = short
+        # The CPU's own flags say which vectors it has. Without this, each start also loads a trial
+        # library for each kind of vector, which takes 1.2 s, and the first start compiles it, 5 s.
+        os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
     remove_broken_libraries(compiler_cache())
     compiler = Compiler(is_asked)
     for block in model.blocks:

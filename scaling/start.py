@@ -12,6 +12,7 @@ keeps their tokenizer, also where `bpe:N` would train another one on the text as
 
 import shutil
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 from configs import load_config
@@ -36,6 +37,7 @@ from support.official_state import read_progress
 from support.text import counted
 from support.vocabulary import NAME_IT, open_tokenizer
 
+BUILD_PATIENCE = timedelta(days=2)  # of the ranks that wait while rank 0 builds the data
 NEW_STATE = {"step": 0, "tokens": 0, "seconds": 0.0, "kwh": 0.0}
 
 

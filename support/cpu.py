@@ -6,8 +6,9 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
-from model import at_least_float32, causal_mask
+from model import at_least_float32
 from support.packing import NO_TARGET, dense_mask
 
 # ---- Attention -----------------------------------------------------------------------------------
@@ -58,18 +59,57 @@ def plain_attention(q, k, v, seen_until=None):
     see are faster, and skip almost half of the scores. In bfloat16 the scores are rounded to it
     before the softmax, which SDPA does not do.
     """
-    T = q.shape[2]
+    B, H, T, K = q.shape
+    q = (q / K ** 0.5).reshape(B * H, T, K)  # once, so that no block copies it again
+    k = k.reshape(B * H, T, K)
+    v = v.reshape(B * H, T, K)
+    if seen_until is not None:
+        seen_until = seen_until.repeat_interleave(H, dim=0)  # (B H, T)
     parts = []
     for start in range(0, T, QUERY_BLOCK):
         end = min(start + QUERY_BLOCK, T)
-        scores = at_least_float32(q[:, :, start:end] @ k[:, :, :end].transpose(-2, -1))
-        hidden = ~causal_mask(start, end - start, q.device)
+        seen = None if seen_until is None else seen_until[:, :end]
+        parts.append(QueryBlock.apply(q[:, start:end], k[:, :end], v[:, :end], seen))
+    return torch.cat(parts, dim=1).view(B, H, T, K)
+
+
+class QueryBlock(torch.autograd.Function):
+    """softmax(q k') v of scaled queries (N, T, K), the last T of the keys' S positions.
+
+    seen_until: int32 (N, S) or None, as in `plain_attention`.
+
+    Element-wise passes over the scores (N, T, S) take longer than their products. So the division
+    by the softmax's sum comes after the product with v, where K numbers a row stand for S, and the
+    backward reads the weights instead of computing exponentials again.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, seen_until):
+        T = q.shape[1]
+        S = k.shape[1]
+        scores = at_least_float32(q @ k.transpose(1, 2))
+        keys = torch.arange(S, dtype=torch.int32, device=q.device)  # int64 compares at half speed
+        queries = keys[S - T:, None]
+        hidden = keys > queries
         if seen_until is not None:
-            queries = torch.arange(start, end, dtype=torch.int32, device=q.device).unsqueeze(1)
-            hidden = hidden | (queries >= seen_until[:, None, None, :end])
-        scores = (scores / q.shape[-1] ** 0.5).masked_fill(hidden, -math.inf)
-        parts.append(scores.softmax(-1).to(q.dtype) @ v[:, :, :end])
-    return torch.cat(parts, dim=2)
+            hidden = hidden | (queries >= seen_until.unsqueeze(1))
+        scores = scores.masked_fill(hidden, -math.inf)
+        weights = (scores - scores.amax(-1, keepdim=True)).exp().to(q.dtype)
+        total = at_least_float32(weights).sum(-1, keepdim=True)
+        ctx.save_for_backward(q, k, v, weights, total)
+        return (weights @ v / total).to(q.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        q, k, v, weights, total = ctx.saved_tensors
+        dweights = at_least_float32(dy @ v.transpose(1, 2))
+        # subtle: this mean is also dy . y, which takes fewer sums; but then the rounding of y does
+        # not cancel where a query sees few keys
+        mean = (weights * dweights).sum(-1, keepdim=True) / total
+        dscores = (weights * (dweights - mean) / total).to(q.dtype)
+        dv = weights.transpose(1, 2) @ (dy / total).to(q.dtype)
+        return dscores @ k, dscores.transpose(1, 2) @ q, dv, None
 
 
 # ---- The head ------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from corpus.tokenizer import tokenizer_at
 from model import ModelConfig, OLMo
@@ -161,22 +160,8 @@ def step_config(state, path):
 
 def empty_model(config):
     """An OLMo on the meta device: shapes without numbers."""
-    with torch.device("meta"), NoInit():
+    with torch.device("meta"):
         return OLMo(config)
-
-
-class NoInit(TorchFunctionMode):
-    """Inside of `with NoInit():` modules do not draw the numbers that they would start with.
-
-    Nobody sees these numbers. But nn.Embedding draws them on the meta device too, by a function
-    of PyTorch that imports torch._dynamo, the compiler, for a second or two.
-    """
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if getattr(function, "__module__", "") == "torch.nn.init":
-            return kwargs["tensor"]
-        return function(*args, **kwargs)
 
 
 # ---- From elsewhere, by slices -------------------------------------------------------------------

@@ -15,13 +15,18 @@ import zlib
 from collections import Counter, defaultdict
 
 import pytest
+import regex
 
 import corpus.stages as stages
 import data
 from conftest import contents_of, data_config, kept_documents, manifest_of, write_jsonl
-from corpus.dedup import BloomFilter, DigestSet, deduplicate
+from corpus.dedup import (BloomFilter, DigestSet, digest_of, find_copies, keys_of,
+                          without_copies)
 from corpus.funnel import Funnel, print_table
-from corpus.rules import CONTENT_SCORERS, RULES, Drop, Page, english_score
+from corpus.gopher import ngram_ratios
+from corpus.rules import (CONTENT_SCORERS, PII, RULES, SENTENCES, Drop, Page, english_score,
+                          numbered)
+from corpus.tokenizer import PATTERN
 from data import build_data
 from support.files import UserError
 
@@ -352,6 +357,20 @@ def test_repetition_is_judged_as_by_a_slow_counter():
     assert seen == {"lines", "characters", None, *LIMITS}
 
 
+def test_the_ratios_of_all_ngrams_are_those_of_a_slow_counter():
+    dice = random.Random(12)
+    for _ in range(300):
+        kinds = [word(dice) for _ in range(dice.randint(1, 30))]
+        words = dice.choices(kinds, k=dice.randint(0, 40))
+        page = Page({"text": " ".join(words)}, {})
+        found = list(ngram_ratios(page.word_ids, page.word_lengths))
+        assert {n: part for n, part, _ in found} == dict(slow_ratios(words))
+        for n, _, first in found:
+            grams = [tuple(words[i:i + n]) for i in range(len(words) - n + 1)]
+            times = Counter(grams)
+            assert grams.index(max(grams, key=times.get)) == first
+
+
 @pytest.mark.parametrize("text, dropped_by", [
     # n x times of 50 words are the limit; those of n from 5 are among the texts above
     *((with_phrase(n, times, size), dropped_by) for n, times, size, dropped_by in [
@@ -414,6 +433,23 @@ def test_repeated_tokens_are_found_as_by_a_slow_scan():
         pattern = "".join(f" {chr(97 + i)}" for i in range(period))
         assert not drops("repeated_tokens", f" z{pattern * 99} y z")
         assert drops("repeated_tokens", f" z{pattern * 100} y z") == (period < 14)
+
+
+def test_repeated_tokens_of_any_kind_are_found_though_words_are_looked_at_first():
+    """Patterns within a word, of spaces, and with marks that end words but no tokens."""
+    dice, seen = random.Random(9), Counter()
+    for i in range(400):
+        kind = dice.choice(["a1!", "ab \x1c!", "  \n", "a b.", "é, \t"])
+        unit = "".join(dice.choices(kind, k=dice.randint(1, 5)))
+        text = dice.choice(["", "it "]) + unit * dice.choice([98, 99, 100, 101]) + " end" * (i % 2)
+        ids = numbered(regex.findall(PATTERN, text))[0].tolist()
+        found = any(ids[i:i + 99 * n] == ids[i + n:i + 100 * n] for n in range(1, 14)
+                    for i in range(len(ids) - 100 * n + 1))
+        seen[kind, found] += 1
+        assert drops("repeated_tokens", text) == found, unit
+    # two tokens and 15 words, which end where no token does
+    assert drops("repeated_tokens", ("a" + "!\x1c" * 14 + "! ") * 101)
+    assert len(seen) == 10 and min(seen.values()) > 3
 
 
 # ---- Limits, cuts and masks ----------------------------------------------------------------------
@@ -486,6 +522,20 @@ def test_scores_are_compared_with_dolmas_limits():
     assert edited("content", text, scorers={"content": None}) == text
 
 
+def test_a_sentence_ends_at_a_mark_before_a_space_and_around_a_newline():
+    dice, ends = random.Random(10), re.compile(r"(?<=[.!?])(?=\s)|(?=\n)|(?<=\n)")
+    for _ in range(2000):
+        text = "".join(dice.choices("ab.!? \n\u2028\x1c", k=dice.randint(0, 12)))
+        assert SENTENCES.findall(text) == [part for part in ends.split(text) if part]
+
+
+def test_c4_document_is_not_fooled_by_letters_of_other_scripts():
+    wanted = regex.compile(r"(?i)\{|lorem ipsum|javascript")
+    for text in ("java\u017fcript", "LOREM \u0130PSUM", "lorem ip\u017fum", "l\u014drem ipsum",
+                 "JAVASCR\u0131PT", "\u0130 javaScript", "lorem", "\u212a {"):
+        assert drops("c4_document", text) == bool(wanted.search(text)), text
+
+
 FOUND = [("ann.b+c@mail.example.org", EMAIL), ("x_y-z@a.co", EMAIL), ("192.168.0.1", IP),
          ("255.255.255.255", IP), ("555-123-4567", PHONE), ("(555) 123-4567", PHONE),
          ("5551234567", PHONE), ("555.123.4567", PHONE), ("192.168.001.010", IP),
@@ -503,6 +553,17 @@ def test_personal_information_is_masked_and_nothing_around_it(thing, mask):
     around += [("(", ")"), ("<", ">"), ("mail:", "/"), ('"', '"')] if mask != PHONE else []
     for before, after in around:
         assert edited("pii", before + thing + after) == before + mask + after
+
+
+def test_what_is_searched_for_first_is_in_every_match():
+    """A quick search decides whether the pattern is searched for at all."""
+    dice, seen = random.Random(11), Counter()
+    for _ in range(20_000):
+        text = "".join(dice.choices(dice.choice(["a@.-", "12(). -", "012."]), k=30))
+        for mask, (hint, pattern) in PII.items():
+            seen[mask] += bool(pattern.search(text))
+            assert hint.search(text) or not pattern.search(text), text
+    assert len(seen) == 3 and min(seen.values()) > 20
 
 
 def test_masking_equals_replacing_the_spans_from_right_to_left_and_is_idempotent():
@@ -533,16 +594,34 @@ def test_bloom_filter_forgets_nothing_and_is_wrong_at_the_rate_of_the_formula(ra
     assert bits <= bloom.bits < bits + 1 and bloom.hashes == round(bits / n * math.log(2))
     while len(seen) < n:
         item = str(dice.randint(0, 2 * n))
-        assert bloom.add(item) or item not in seen
+        assert bloom.add_all([digest_of(item)]) == [True] or item not in seen
         seen.add(item)
-    assert all(bloom.add(item) for item in seen)
+    assert all(bloom.add_all(list(map(digest_of, seen))))
     full, m, k = bytes(bloom.table), bloom.bits, bloom.hashes
     for i in range(probes):
-        wrong += bloom.add(f"new {i}")
+        wrong += bloom.add_all([digest_of(f"new {i}")])[0]
         bloom.table[:] = full
     expected = (1 - (1 - 1 / m) ** (k * n)) ** k
     assert expected == pytest.approx(rate, rel=0.05)
     assert abs(wrong / probes - expected) < 3 * math.sqrt(expected * (1 - expected) / probes)
+
+
+@pytest.mark.parametrize("items, rate", [(20, 0.3), (200, 1e-6), (2000, 1e-300)])
+def test_a_bloom_filter_takes_many_items_as_it_takes_one_after_another(items, rate):
+    """The witness sets a bit at a time, by whole numbers of any size."""
+    dice, bloom, seen, count = random.Random(items), BloomFilter(items, rate), set(), 0
+    for _ in range(20):
+        digests = [digest_of(str(dice.randint(0, items))) for _ in range(dice.choice([0, 1, 40]))]
+        expected = []
+        for digest in digests:
+            first, step = int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:], "big") | 1
+            bits = {(first + i * step) % bloom.bits for i in range(bloom.hashes)}
+            expected.append(bits <= seen)
+            seen |= bits
+        assert bloom.add_all(digests) == expected
+        count += expected.count(False)
+    table = int.from_bytes(bloom.table, "little")
+    assert seen == {bit for bit in range(bloom.bits) if table >> bit & 1} and bloom.count == count
 
 
 def slow_deduplicate(documents, levels):
@@ -563,6 +642,15 @@ def slow_deduplicate(documents, levels):
     return left
 
 
+def deduplicated(documents, levels, make, funnel):
+    """The documents that are left, deduplicated in batches of 15 as in a build."""
+    left, seen = [], {level: make() for level in levels}
+    for begin in range(0, len(documents), 15):
+        batch = documents[begin:begin + 15]
+        left += without_copies(batch, find_copies(keys_of(batch, levels), seen), funnel)
+    return left
+
+
 @pytest.mark.parametrize("levels", ["url", "document", "paragraph", "url document paragraph"])
 def test_deduplication_keeps_what_a_quadratic_search_keeps(levels):
     dice, levels = random.Random(levels), levels.split()
@@ -573,10 +661,10 @@ def test_deduplication_keeps_what_a_quadratic_search_keeps(levels):
                           [None, "", *range(1, 60)])}} for i in range(40)]
         for make in (DigestSet, lambda: BloomFilter(500, 1e-12)):
             funnel = Funnel()
-            left = list(deduplicate(documents, {level: make() for level in levels}, funnel))
+            left = deduplicated(documents, levels, make, funnel)
             assert texts_of(left) == slow_deduplicate(documents, levels)
             assert sum(n["dropped"] for n in funnel.rules.values()) == 40 - len(left)
-            assert list(deduplicate(left, {level: make() for level in levels}, funnel)) == left
+            assert deduplicated(left, levels, make, funnel) == left
 
 
 def test_no_document_with_an_evaluation_paragraph_is_kept_whatever_file_held_it(tmp_path):

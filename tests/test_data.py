@@ -29,7 +29,7 @@ from conftest import (ages_of, contents_of, data_config, index_of, kept_document
 import data
 from corpus.bpe import tokenizer_spec, train_bpe
 from corpus.documents import is_held_out, read_documents
-from corpus.stages import STAGE_FILES, building_code, ordered_map
+from corpus.stages import STAGE_FILES, Workers, building_code
 from corpus.storage import (DocumentWriter, ShardWriter, token_dtype)
 from corpus.tokenizer import EOS, PAD, PII_MARKERS, SPACE_RUNS, Tokenizer
 from data import Batches, DataConfig, TokenShards, build_data, write_shards
@@ -396,13 +396,19 @@ def halved_late(n):
     return n / 2
 
 
-@pytest.mark.parametrize("workers, most", [(1, 1), (2, 6)])
-def test_workers_answer_in_order_and_run_a_few_items_ahead(workers, most):
+@pytest.mark.parametrize("workers, together, most", [(1, 1, 1), (1, 4, 1), (2, 1, 6), (2, 4, 24)])
+def test_workers_answer_in_order_and_run_a_few_items_ahead(workers, together, most):
+    """Also where one map takes the results of another, which runs as far ahead of it."""
     given, ahead = itertools.count(), []
-    for i, half in enumerate(itertools.islice(ordered_map(halved_late, given, workers), 30)):
-        assert half == i / 2
-        ahead.append(int(repr(given)[6:-1]) - i)
-    assert max(ahead) <= most
+    with Workers(workers) as running:
+        halves = running.map(halved_late, given, together)
+        quarters = running.map(halved_late, halves, together)
+        for i, quarter in enumerate(itertools.islice(quarters, 30)):
+            assert quarter == i / 4
+            ahead.append(int(repr(given)[6:-1]) - i)
+    assert max(ahead) <= most * 2
+    with Workers(workers) as running:
+        assert list(running.map(halved_late, range(7), together)) == [i / 2 for i in range(7)]
 
 
 @pytest.mark.parametrize("broken, error, stages", [
@@ -411,6 +417,7 @@ def test_workers_answer_in_order_and_run_a_few_items_ahead(workers, most):
 def test_build_that_dies_leaves_finished_stages_alone_and_the_next_succeeds(
         tmp_path, monkeypatch, broken, error, stages):
     config, added, add = small_config(tmp_path), [], broken.add
+    monkeypatch.setattr("corpus.storage.BLOCK_BYTES", 1)
 
     def add_until_it_breaks(self, *arguments):
         if len(added) == 20:

@@ -22,7 +22,7 @@ from corpus.documents import as_document, read_documents, read_records
 from corpus.inputs import input_digests, state_of
 from corpus.lines import CHUNK_BYTES
 from corpus.source_files import input_files
-from corpus.storage import DocumentWriter, mapped_order, read_block
+from corpus.storage import DocumentWriter, mapped_order, pack, read_block
 from corpus.token_files import read_sidecar, token_file
 from corpus.tokenizer import Tokenizer
 from data import build_data
@@ -461,7 +461,7 @@ def test_a_large_block_is_read_back_in_linear_time(tmp_path, monkeypatch):
     """Read in 20,000 parts; adding each of them to what was read took 10 s, not 0.2."""
     writer = DocumentWriter(tmp_path, "main")
     text = np.random.Generator(np.random.PCG64(0)).bytes(6_000_000).hex()
-    writer.add({"text": text})
+    writer.add(pack(b'{"text": "%s"}\n' % text.encode()))
     writer.close()
     monkeypatch.setattr("corpus.storage.BLOCK_BYTES", 256)
     begin = time.process_time()

@@ -573,7 +573,7 @@ def test_workers_start_as_python_3_14_starts_them():
     """Its default on Linux is forkserver, whose workers are no children of this process."""
     code = ("import multiprocessing, corpus.stages; "
             "multiprocessing.set_start_method('forkserver'); "
-            "print(list(corpus.stages.ordered_map(abs, [-1, 2], 2)))")
+            "print(list(corpus.stages.Workers(2).map(abs, [-1, 2])))")
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(data.__file__).parent, text=True,
                           capture_output=True, timeout=PATIENCE_S)
     assert done.stdout == "[1, 2]\n", done.stderr

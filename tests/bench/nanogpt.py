@@ -10,6 +10,8 @@ three), it learns its positions, and its weights are its own random ones. So are
 
 import os
 import runpy
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
@@ -28,9 +30,11 @@ def build(directory, dtype):
     nanogpt = runpy.run_path(str(Path(checkout, "model.py")))
     ours = load_model(directory).config
     torch.manual_seed(0)
-    model = nanogpt["GPT"](nanogpt["GPTConfig"](
+    shape = nanogpt["GPTConfig"](
         block_size=ours.max_seq_len, vocab_size=ours.embedding_size, n_layer=ours.n_layers,
-        n_head=ours.n_heads, n_embd=ours.d_model, dropout=0.0, bias=False))
+        n_head=ours.n_heads, n_embd=ours.d_model, dropout=0.0, bias=False)
+    with redirect_stdout(sys.stderr):  # it prints, and the bench reads this process's stdout
+        model = nanogpt["GPT"](shape)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True, **OPTIMIZER)
     compiled = torch.compile(model)
 

@@ -87,7 +87,7 @@ def time_sides(sides, groups):
 
 
 def bench_eval(every=10):
-    """Requests of the eight core tasks, 0-shot, float32, a tiny model. The bar: a ratio of 2.
+    """Requests of the eight core tasks, 0-shot, float32, a tiny model. The bar: a ratio of 2.5.
 
     The requests of every 200th question (or fewer) tell which batch size suits lm-eval best. With
     OLMo's tokenizer each every-th question follows, once, at that batch size; 1 is the full sets.
