@@ -64,7 +64,7 @@ def library_texts(size):
 # ---- Verbs ---------------------------------------------------------------------------------------
 
 VERBS = {  # verb: the module of its function bench_VERB, imported when it is asked for
-    "cpu": "speed", "generate": "generation", "data": "__main__", "memory": "__main__",
+    "cpu": "speed", "generate": "generation", "data": "data", "memory": "data",
     "checkpoint": "gpu", "plan": "gpu", "gpu": "gpu", "eval": "tasks", "tune": "tune"}
 
 PROCESSES = {  # what the benches themselves start: verb: (module, function)
