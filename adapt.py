@@ -41,9 +41,9 @@ from scaling.run import READ_PATIENCE, Run, deadline_after
 from support.answers import generate_answers
 from support.held_out import evaluate_held_out
 from support.models import fill_weights, open_base
-from support.packing import best_fit
+from support.packing import NO_TARGET, best_fit, packed_length, packed_mask, shared_prompt
 from support.reference import reference_log_probs
-from support.rows import read_examples, sequences_of
+from support.rows import read_examples
 from support.suites import open_suites
 from support.talk import chat
 from support.tuned import (ShowOptions, check_adapt_config, check_not_base, checked_argv,
@@ -257,7 +257,7 @@ def batches_and_loss(run, train_set, reference, adapt_config):
         batch_size=run.config.batch_size,
         seed=run.state["data"]["seed"],  # of the order in each epoch
         model_config=run.model_config,
-        micro_batch_size=choose_rows(adapt_config, run.config, run.model_config),
+        micro_batch_size=choose_rows(run.config, run.model_config),
     )
     if adapt_config.method == "sft":
         return ChatBatches(**arguments), sft_loss
@@ -277,7 +277,7 @@ class ExampleBatches:
     batch_size: int  # chats or pairs a step, over all ranks
     seed: int
     model_config: ModelConfig  # the context length and the id of padding
-    micro_batch_size: int  # packed rows or pairs of one forward
+    micro_batch_size: int  # packed rows of one forward, at most
 
     def indices(self, step):
         """The indices of the examples in a step.
@@ -296,13 +296,18 @@ class ExampleBatches:
         """A line for each example of a step: file:line of its row."""
         return [self.examples[i].place for i in self.indices(step)]
 
-    def padding_rows(self, rows, world_size):
-        """How many empty rows to add, so that each rank has the same number of full micro-batches.
+    def own_rows(self, groups, seq_len, rank, world_size):
+        """[numbers of the groups in a row, for each row that `rank` takes].
 
-        FSDP gathers the weights from all ranks, so each rank needs as many forwards as the others.
+        Chats are much shorter than the context, and a row for each would be mostly padding. So
+        several share a row, as many as fit; none is split.
         """
-        at_a_time = self.micro_batch_size * world_size
-        return -rows % at_a_time
+        rows = best_fit([packed_length(group) for group in groups], seq_len)
+        # FSDP gathers the weights from all ranks, so each rank needs as many forwards as the
+        # others. torch.compile compiles each number of rows: an even one is one of few.
+        at_a_time = min(2, self.micro_batch_size) * world_size
+        rows += [[]] * (-len(rows) % at_a_time)
+        return rows[rank::world_size]  # every rank packs all rows, and keeps its own
 
 
 class ChatBatches(ExampleBatches):
@@ -310,92 +315,83 @@ class ChatBatches(ExampleBatches):
 
     def __call__(self, step, rank=0, world_size=1):
         """The rows (B, T) of a step that `rank` takes; see `packed_rows`."""
-        # Chats are much shorter than the context, and a row for each would be mostly padding. So
-        # several share a row, as many as fit; none is split.
-        chats = [self.examples[i] for i in self.indices(step)]
-        lengths = [len(example.ids) for example in chats]
-        bins = []
-        for indices in best_fit(lengths, self.model_config.max_seq_len):
-            bins.append([chats[i] for i in indices])
-        bins += [[]] * self.padding_rows(len(bins), world_size)
-        own = bins[rank::world_size]  # every rank packs all rows, and keeps its own
-        return packed_rows(own, self.model_config.max_seq_len, self.model_config.pad_token_id)
+        groups = [[self.examples[i]] for i in self.indices(step)]
+        T = self.model_config.max_seq_len
+        own = self.own_rows(groups, T, rank, world_size)
+        rows = [[groups[i] for i in numbers] for numbers in own]
+        return packed_rows(rows, T, self.model_config.pad_token_id)
 
 
 @dataclass(frozen=True)
 class PreferenceBatches(ExampleBatches):
-    """DPO: a pair is two rows, padded on the right."""
+    """DPO: the two answers of a pair follow their prompt in one row, and several pairs share it."""
 
     reference: np.ndarray  # (N, 2) float64: the reference's log-probability of either answer
 
     def __call__(self, step, rank=0, world_size=1):
-        """The pairs of a step that `rank` takes, chosen answers first.
-
-        {tokens, targets: int64 (B, 2, T); loss_mask: bool (B, 2, T); reference: float32 (B, 2);
-        real: bool (B,), False for a pair that only fills up}.
+        """The rows (B, T) of a step that `rank` takes; see `packed_rows`. With them come P pairs
+        a row {reference: float32 (B, P, 2); real: bool (B, P), False where a row has fewer}.
         """
         indices = self.indices(step)
         pairs = [self.examples[i] for i in indices]
-        rows = []
-        for pair in pairs:
-            rows += [[pair.chosen], [pair.rejected]]
-        missing = self.padding_rows(len(pairs), world_size)
-        rows += [[], []] * missing  # a pair that only fills up is two rows of padding
-        T = self.row_length(pairs)
-        packed = packed_rows(rows, T, self.model_config.pad_token_id)
-        reference = torch.zeros(len(pairs) + missing, 2)
-        reference[:len(pairs)] = torch.from_numpy(self.reference[indices])
-        batch = {
-            "tokens": packed["tokens"].view(-1, 2, T),
-            "targets": packed["targets"].view(-1, 2, T),
-            "loss_mask": packed["loss_mask"].view(-1, 2, T),
-            # positions and documents are not needed: each row holds one example
-            "reference": reference,
-            "real": torch.arange(len(reference)) < len(pairs),
-        }
-        # every rank makes all rows and keeps its own
-        return {key: tensor[rank::world_size] for key, tensor in batch.items()}
-
-    def row_length(self, pairs):
-        """T of a step: the power of two that holds its longest answer, and the prompt before it.
-
-        torch.compile compiles each length separately, so only a few lengths are allowed.
-        """
-        longest = max(len(side.ids) for side in sequences_of(pairs))
-        power = 2 ** math.ceil(math.log2(longest))
-        return min(self.model_config.max_seq_len, max(64, power))
+        # two answers may be longer than the context, in which each of them fits with the prompt
+        T = self.model_config.max_seq_len
+        if max(map(packed_length, pairs)) > T:
+            T *= 2
+        own = self.own_rows(pairs, T, rank, world_size)
+        P = max(map(len, own), default=0)
+        reference = torch.zeros(len(own), P, 2)
+        real = torch.zeros(len(own), P, dtype=torch.bool)
+        for row, numbers in enumerate(own):
+            known = self.reference[[indices[i] for i in numbers]]
+            reference[row, :len(numbers)] = torch.from_numpy(known)
+            real[row, :len(numbers)] = True
+        rows = [[pairs[i] for i in numbers] for numbers in own]
+        batch = packed_rows(rows, T, self.model_config.pad_token_id)
+        return batch | {"reference": reference, "real": real}
 
 
-def packed_rows(bins, seq_len, pad_token_id):
-    """A batch of rows, one for each list of Examples in `bins`, each padded to seq_len.
+def packed_rows(rows, seq_len, pad_token_id):
+    """A batch of rows, each of a list of groups, padded to seq_len. A group is a chat by itself,
+    or the two sides of a Pair.
 
-    {tokens, targets, positions, documents: int64 (B, T); loss_mask: bool (B, T)}.
+    {tokens, targets, positions, documents: int64 (B, T); seen_until: int32 (B, T); loss_mask: bool
+    (B, T)}.
     """
-    rows = [packed_row(examples, seq_len, pad_token_id) for examples in bins]
+    rows = [packed_row(groups, seq_len, pad_token_id) for groups in rows]
     return default_collate(rows)  # {key: the rows' tensors, stacked}
 
 
-def packed_row(examples, seq_len, pad_token_id):
-    """One row of `packed_rows`: Examples one after another, and then padding."""
+def packed_row(groups, seq_len, pad_token_id):
+    """One row of `packed_rows`: groups of Examples one after another, and then padding."""
     tokens = torch.full([seq_len], pad_token_id)
-    targets = torch.full([seq_len], pad_token_id)
+    targets = torch.full([seq_len], NO_TARGET)
     positions = torch.zeros(seq_len, dtype=torch.int64)  # in the example, not in the row
     documents = torch.full([seq_len], -1)  # the example's number in the row; -1 is padding
-    loss_mask = torch.zeros(seq_len, dtype=torch.bool)
-    begin = 0
-    for number, example in enumerate(examples):
-        ids = torch.from_numpy(example.ids)
-        end = begin + len(ids)
-        tokens[begin:end] = ids
-        positions[begin:end] = torch.arange(len(ids))
-        documents[begin:end] = number
-        last = end - 1
-        # subtle: a target is the next token of the same example, so the last token has none
-        targets[begin:last] = ids[1:]
-        loss_mask[begin:last] = torch.from_numpy(example.trained[1:])
-        begin = end
+    # the place in the row from which on no token attends to this one
+    seen_until = torch.full([seq_len], seq_len, dtype=torch.int32)
+    number = 0
+    end = 0
+    for group in groups:
+        first = end
+        shared = shared_prompt(group)
+        for example in group:
+            skipped = 0 if end == first else shared
+            ids = torch.from_numpy(example.ids[skipped:])
+            begin = end
+            end += len(ids)
+            tokens[begin:end] = ids
+            positions[begin:end] = torch.arange(skipped, skipped + len(ids))
+            documents[begin:end] = number
+            seen_until[begin:end] = end
+            last = end - 1
+            # subtle: a target is the next token of the same example, so the last token has none
+            trained = torch.from_numpy(example.trained[skipped + 1:])
+            targets[begin:last] = ids[1:].where(trained, NO_TARGET)
+            number += 1
+        seen_until[first:first + shared] = end  # both answers attend to the prompt
     return {"tokens": tokens, "targets": targets, "positions": positions, "documents": documents,
-            "loss_mask": loss_mask}
+            "seen_until": seen_until, "loss_mask": targets != NO_TARGET}
 
 
 # ---- Losses --------------------------------------------------------------------------------------
@@ -406,21 +402,18 @@ def sft_loss(model, batch):
     The step divides by the number of trained tokens of the global batch. A mean per micro-batch, as
     Open Instruct took it by default, would weigh the tokens of a short micro-batch more.
     """
-    # A token attends to its own example alone: the model cannot tell a packed row from separate
-    # rows. Rotary positions are relative; they restart at 0 so that even the rounding is the same.
-    documents = batch["documents"]  # (B, T)
-    queries = documents.unsqueeze(2)
-    keys = documents.unsqueeze(1)
-    same_document = queries == keys  # (B, T, T)
-    attn_mask = same_document.tril()  # and no key is later than its query
-    token_losses = model(
-        batch["tokens"],
-        targets=batch["targets"],
-        attn_mask=attn_mask.unsqueeze(1),  # (B, 1, T, T): the same for all heads
-        positions=batch["positions"],
-    )
+    token_losses = losses_of_rows(model, batch)  # (B, T)
     summed, _ = next_token_loss(token_losses, batch["loss_mask"])
     return summed, {}
+
+
+def losses_of_rows(model, batch):
+    """The losses (B, T) of all targets in packed rows."""
+    # A token attends to its own example alone: the model cannot tell a packed row from separate
+    # rows. Rotary positions are relative; they restart at 0 so that even the rounding is the same.
+    attn_mask = packed_mask(model, batch["seen_until"])
+    return model(batch["tokens"], targets=batch["targets"], attn_mask=attn_mask,
+                 positions=batch["positions"])
 
 
 def preference_loss(model, batch, beta, length_normalized=False):
@@ -432,20 +425,19 @@ def preference_loss(model, batch, beta, length_normalized=False):
     # DPO compares the policy, the model that is trained, with the reference, the model before that.
     # An answer is not rewarded for being likely, but for being likelier than the reference finds
     # it. So the policy learns what is preferred, and stays close to the language that it has.
-    # One forward for both sides: FSDP then gathers the weights once.
-    tokens = batch["tokens"].flatten(0, 1)  # (2B, T): chosen, rejected, chosen, ...
-    targets = batch["targets"].flatten(0, 1)
-    loss_mask = batch["loss_mask"].flatten(0, 1)
-    token_losses = model(tokens, targets=targets)
-    log_probs, counts = sequence_log_probs(token_losses, loss_mask)  # (2B,)
-    policy = log_probs.view(-1, 2).T  # (2, B)
-    reference = batch["reference"].T.to(policy)  # (2, B), a constant: no gradient flows to it
+    P = batch["real"].shape[1]
+    answers = torch.arange(2 * P, device=batch["documents"].device)  # chosen, rejected, chosen, ...
+    own = batch["documents"].unsqueeze(1) == answers.unsqueeze(1)  # (B, 2P, T)
+    loss_mask = own & batch["loss_mask"].unsqueeze(1)
+    token_losses = losses_of_rows(model, batch).unsqueeze(1)  # (B, 1, T)
+    policy, counts = sequence_log_probs(token_losses, loss_mask)  # (B, 2P)
+    reference = batch["reference"].flatten(1).to(policy)  # a constant: no gradient flows to it
     if length_normalized:
         counts = counts.clamp(min=1)  # a pair that only fills up has no tokens
-        counts = counts.view(-1, 2).T
         policy = policy / counts
         reference = reference / counts
-    terms = dpo_terms(policy[0], policy[1], reference[0], reference[1], beta)
+    terms = dpo_terms(policy[:, 0::2], policy[:, 1::2], reference[:, 0::2], reference[:, 1::2],
+                      beta)  # (B, P)
     sums = {}
     for name, values in terms.items():
         sums[name] = (values * batch["real"]).sum()  # 0 for a pair that only fills up

@@ -28,7 +28,7 @@ eps = 1e-8  # code:633: PyTorch's default
 # the run
 run_dir = "runs/olmo_7b_dpo"
 dtype = "bfloat16"  # scripts/dpo_train_with_accelerate.sh:11
-micro_batch_size = 1  # the same script, line 5
+micro_batch_size = 1  # ours: packed rows of 2,048 or 4,096 tokens; the same script, line 5: a pair
 activation_checkpointing = "whole_layer"  # yaml:7: gradient_checkpointing
 suite = "mmlu"  # paper, section 4.3
 chat = True  # MMLU's questions in the chat format

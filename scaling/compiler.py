@@ -34,6 +34,8 @@ def compile_model(model, device, is_asked):
     # Compile the backward together with the forward: there its failure is caught, in the middle of
     # the backward it could not be.
     functorch_config.force_non_lazy_backward_lowering = True
+    # Tuning compiles each number of packed rows; by default torch would give up after 8 shapes.
+    torch._dynamo.config.recompile_limit = 64
     if device.type == "cpu":
         # Recompute elementwise work inside the backward's kernels: 0.7 to 0.8 times the memory at
         # the same speed (python -m tests.bench cpu). Not for long sequences, where SDPA would be

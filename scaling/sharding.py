@@ -19,9 +19,10 @@ from torch.utils.checkpoint import (CheckpointPolicy, checkpoint,
 
 from scaling.compiler import compile_model
 from scaling.ranks import launched, world_size
-from support.cpu import use_fast_attention
+from support.cpu import only_of_targets, use_fast_attention
 from support.files import UserError
 from support.generation import fixed_weights
+from support.gpu import use_flex_attention
 
 
 # ---- Applied to a new model, in this order -------------------------------------------------------
@@ -37,9 +38,13 @@ def shard_model(model, config, device, dtype, compiled):
     model.compute_dtype = dtype
     if device.type == "cpu":
         use_fast_attention(model)
+    elif device.type == "cuda" and compiled:
+        use_flex_attention(model)
     checkpoint_activations(model, config.activation_checkpointing)
     if compiled:
         compile_model(model, device, is_asked=config.compile == "true")
+    if device.type == "cpu":
+        model.token_losses = only_of_targets(model.token_losses)
     if dist.is_initialized():
         apply_fsdp(model, build_mesh(config.shard, device), dtype)
         model.reduce_every_micro_batch = config.reduce_every_micro_batch

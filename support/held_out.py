@@ -12,6 +12,7 @@ from model import sequence_log_probs
 from scaling.ranks import reduce_sum
 from scaling.sharding import evaluating
 from support.answers import answer_prompts
+from support.packing import NO_TARGET
 from support.rows import sequences_of
 from support.scoring import length_batches, own_batches
 
@@ -101,8 +102,8 @@ def log_probs_of_batch(model, examples):
     ids = pad_sequence(ids, batch_first=True, padding_value=model.config.pad_token_id)
     trained = pad_sequence(trained, batch_first=True, padding_value=False)
     # a target is the next id; the first id, EOS in place of BOS, is never trained
-    targets = ids.roll(-1, dims=1)
     loss_mask = trained.roll(-1, dims=1)
+    targets = ids.roll(-1, dims=1).where(loss_mask, NO_TARGET)
     device = model.wte.weight.device
     token_losses = model(ids.to(device), targets=targets.to(device))
     log_probs, counts = sequence_log_probs(token_losses, loss_mask.to(device))

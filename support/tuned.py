@@ -12,8 +12,6 @@ from corpus.storage import held_out_files, tokenizer_digest
 from data import DataConfig
 from scaling.directory import check_directory, resumed_argv
 from scaling.log import best_in
-from scaling.machine import choose_micro_batch
-from scaling.ranks import world_size
 from support.config_text import read_assignments
 from support.files import UserError
 from support.records import domains_table, tasks_table
@@ -100,25 +98,17 @@ def fingerprint_of(base, train_set, eval_set, batch_size):
     }
 
 
-def choose_rows(adapt_config, config, model_config):
-    """The micro-batch size: pairs for DPO, packed rows for SFT."""
-    seq_len = model_config.max_seq_len
-    if adapt_config.method == "dpo":
-        return choose_micro_batch(config, 2 * seq_len, world_size())  # a pair is two sequences
-    if config.micro_batch_size:
-        return config.micro_batch_size
-    # rows of about 1,024 tokens together: a step's chats fill few rows, which the ranks share
-    return max(1, 1024 // seq_len)
+def choose_rows(config, model_config):
+    """The micro-batch size in packed rows: as configured, or rows of about 4,096 tokens."""
+    return config.micro_batch_size or max(1, 4096 // model_config.max_seq_len)
 
 
 # ---- What is printed -----------------------------------------------------------------------------
 
 def print_run(run, base, adapt_config, config, micro_batch_size):
-    kind, rows = "chats", "packed rows"
-    if adapt_config.method == "dpo":
-        kind, rows = "pairs", "pairs"
+    kind = "chats" if adapt_config.method == "sft" else "pairs"
     print(f"run: {run}, {adapt_config.method} of {base.weights}, {config.max_steps:,} steps of "
-          f"{config.batch_size} {kind}, {micro_batch_size} {rows} at a time")
+          f"{config.batch_size} {kind}, {micro_batch_size} packed rows at a time")
 
 
 def print_results(run, step, results):

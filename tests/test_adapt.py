@@ -36,7 +36,7 @@ from scaling.sharding import apply_fsdp, build_mesh
 from support.chats import checked_chat, checked_preference
 from support.held_out import completion_log_probs, log_probs_of_batch
 from support.models import open_base
-from support.packing import best_fit
+from support.packing import NO_TARGET, best_fit, dense_mask
 from support.reference import answer_log_probs, read_reference
 from support.rows import sequences_of
 from support.weights import load_model, name_table, save_hf
@@ -344,33 +344,42 @@ def test_bins_hold_each_example_once_and_are_as_few_as_trls():
     assert best_fit([], 5) == [] and best_fit([5, 5], 5) == [[0], [1]]
 
 
+def documents_in(batch):
+    """[{number: (ids, trained, what its last token may see)}] of each packed row."""
+    found = []
+    sees = dense_mask(batch["seen_until"])[:, 0]
+    for row, numbers in enumerate(batch["documents"]):
+        assert (batch["tokens"][row, numbers < 0] == PAD).all()
+        documents = {}
+        for number in range(numbers.max() + 1):
+            last = (numbers == number).nonzero()[-1].item()
+            own = sees[row, last]  # the tokens of a document, in their order
+            ids, targets, loss_mask = (batch[key][row, own] for key in (
+                "tokens", "targets", "loss_mask"))
+            assert batch["positions"][row, own].tolist() == list(range(len(ids)))
+            assert not loss_mask[-1] and (targets[~loss_mask] == NO_TARGET).all()
+            kept = loss_mask[:-1]
+            assert torch.equal(targets[:-1][kept], ids[1:][kept])
+            documents[number] = tuple(ids.tolist()), (False, *kept.tolist())
+        assert not batch["loss_mask"][row, numbers < 0].any()
+        found.append(documents)
+    return found
+
+
 def chats_in(batch):
     """A Counter of the (ids, trained) of every example in packed rows."""
-    found = []
-    for row, documents in enumerate(batch["documents"]):
-        for number in range(documents.max() + 1):
-            own = documents == number
-            ids, loss_mask = batch["tokens"][row, own], batch["loss_mask"][row, own]
-            assert batch["positions"][row, own].tolist() == list(range(len(ids)))
-            assert torch.equal(batch["targets"][row, own][:-1], ids[1:]) and not loss_mask[-1]
-            found.append((tuple(ids.tolist()), (False, *loss_mask[:-1].tolist())))
-        assert not batch["loss_mask"][row, documents < 0].any()
-        assert (batch["tokens"][row, documents < 0] == PAD).all()
-    return Counter(found)
+    return Counter(chat for row in documents_in(batch) for chat in row.values())
 
 
 def pairs_in(batch):
     """A Counter of (chosen, rejected, reference) of every real pair, sides as (ids, trained)."""
-    assert batch["tokens"].shape[2] in (64, 100)  # few lengths are compiled
+    assert batch["tokens"].shape[1] in (64, 128)  # few lengths are compiled
     found = []
-    for tokens, loss_mask, known, real in zip(*(batch[key].tolist() for key in (
-            "tokens", "loss_mask", "reference", "real")), strict=True):
-        lengths = [(ids + [PAD]).index(PAD) for ids in tokens]
-        sides = [(tuple(ids[:n]), (False, *mask)[:n]) for ids, mask, n
-                 in zip(tokens, loss_mask, lengths, strict=True)]
-        assert real == (lengths != [0, 0]) and (real or not np.any(loss_mask))
-        if real:
-            found.append((*sides, tuple(known)))
+    for row, known, real in zip(documents_in(batch), batch["reference"], batch["real"],
+                                strict=True):
+        assert real.tolist() == [2 * i in row for i in range(len(real))]
+        found += [(row[2 * i], row[2 * i + 1], tuple(known[i].tolist()))
+                  for i in range(len(row) // 2)]
     return Counter(found)
 
 
@@ -385,8 +394,7 @@ def test_an_epoch_has_each_example_once_on_any_number_of_ranks(method, n, batch_
         keys = [(tuple(e.ids.tolist()), tuple(e.trained.tolist())) for e in examples]
     else:
         (examples, reference), found_in = some_pairs(n), pairs_in
-        shape = replace(SHAPE, max_seq_len=100)
-        batches = adapt.PreferenceBatches(examples, batch_size, 3, shape, micro, reference)
+        batches = adapt.PreferenceBatches(examples, batch_size, 3, SHAPE, micro, reference)
         keys = [(*((tuple(side.ids.tolist()), tuple(side.trained.tolist())) for side in pair),
                  tuple(known)) for pair, known in zip(examples, reference.tolist(), strict=True)]
     per_epoch = math.ceil(n / batch_size)
@@ -397,8 +405,9 @@ def test_an_epoch_has_each_example_once_on_any_number_of_ranks(method, n, batch_
         for world_size in (1, 2, 3):
             shares = [batches(step, rank, world_size) for rank in range(world_size)]
             [share] = {len(share["tokens"]) for share in shares}
-            complete = {key: torch.cat([share[key] for share in shares]) for key in shares[0]}
-            assert share % micro == 0 and found_in(complete) == Counter(keys[i] for i in own)
+            assert share % min(micro, 2) == 0
+            found = sum(map(found_in, shares), Counter())
+            assert found == Counter(keys[i] for i in own)
 
 
 # ---- The step ------------------------------------------------------------------------------------
@@ -427,11 +436,28 @@ def test_no_way_of_cutting_or_packing_the_batch_changes_loss_or_gradient(method)
     wanted = loss.item(), gradients(model, loss)
     for seq_len, pad, micro in ((64, PAD, 1), (50, 5, 1), (90, EOS, 3), (64, PAD, 16)):
         batch = make(replace(SHAPE, max_seq_len=seq_len, pad_token_id=pad), micro)(1)
-        assert len(batch["tokens"]) % micro == 0
-        batch["targets"] += ~batch["loss_mask"]
+        batch["targets"][~batch["loss_mask"]] = 1
         for size in (1, 3, 99):
             micro_batches = train.cut_batch(batch, size, "cpu")
             same(step_by_sgd(a_model(), micro_batches, loss_fn), wanted, 1e-10)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", METHODS)
+def test_what_makes_packed_rows_fast_changes_no_loss_and_no_gradient(method, compiled):
+    """Rows of 300 tokens in three blocks of queries, on a model as a run has it; the witness has a
+    dense mask and all logits."""
+    make, loss_fn, _ = adaptation(method, 24)
+    shape = replace(SHAPE, max_seq_len=300)
+    batch = make(shape, 16)(1)
+    assert len(batch["tokens"]) > 1 and (batch["documents"] < 0).any()
+    assert (batch["documents"].amax(1) > 2).sum() > 1
+    device = torch.device("cpu")
+    model, _ = train.build_training(shape, train.TrainConfig(), device, torch.float32, compiled)
+    m.init_weights(model, 0)
+    found = step_by_sgd(model, [batch], loss_fn)
+    wanted = step_by_sgd(m.build_model(shape, 0), [batch], loss_fn)
+    same(found, wanted, 2e-6)
 
 
 RANKS = """

@@ -166,7 +166,7 @@ def test_one_sft_step():
         streams.append(x)
         return token_losses(x, head_weight, targets)
     model.token_losses = losses_of
-    batch = adapt.packed_rows([[example]], 64, CONFIG.pad_token_id)
+    batch = adapt.packed_rows([[[example]]], 64, CONFIG.pad_token_id)
     optimizer = train.build_optimizer(model, train.TrainConfig())
     metrics = train.train_step(model, optimizer, [batch], adapt.sft_loss, 0.01, 1.0)
 

@@ -12,6 +12,7 @@ import model as m
 from scaling.machine import choose_device, choose_dtype
 from support import cpu
 from support.files import UserError
+from support.packing import NO_TARGET, dense_mask
 from support.weights import config_to_hf, load_model, name_table, save_hf
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -395,6 +396,53 @@ def test_plain_attention_is_as_near_to_float64_as_sdpa():
     for found, library, truth in zip(results(cpu.plain_attention, torch.bfloat16),
                                      results(sdpa, torch.bfloat16), truths, strict=True):
         assert difference(found, truth) < 2 * difference(library, truth) < 0.1
+
+
+def test_plain_attention_keeps_documents_apart():
+    """Outputs and gradients are SDPA's with a mask that is made token by token: two documents, one
+    whose halves both see its first part and not each other, and padding; 3 blocks of queries."""
+    torch.manual_seed(0)
+    parts = [(0, 40, 40), (40, 170, 170), (170, 200, 290), (200, 240, 240), (240, 290, 290),
+             (290, 300, 300)]  # begin, end, and where it is seen no longer
+    until = [seen for begin, end, seen in parts for _ in range(begin, end)]
+    sees = torch.tensor([[key <= query < until[key] for key in range(300)]
+                         for query in range(300)])
+    seen_until = torch.tensor([until, [300] * 300], dtype=torch.int32)
+    mask = torch.stack([sees, torch.ones_like(sees).tril()])[:, None]
+    assert torch.equal(dense_mask(seen_until), mask)
+    q, k, v = (torch.randn(2, 3, 300, 16, dtype=torch.float64, requires_grad=True)
+               for _ in range(3))
+    grad = torch.randn(2, 3, 300, 16, dtype=torch.float64)
+    found = cpu.fast_attention(q, k, v, cpu.packed_mask(seen_until))
+    wanted = F.scaled_dot_product_attention(q, k, v, mask)
+    assert difference(found, wanted) < 1e-12
+    for ours, theirs in zip(torch.autograd.grad(found, (q, k, v), grad),
+                            torch.autograd.grad(wanted, (q, k, v), grad), strict=True):
+        assert difference(ours, theirs) < 1e-12
+    assert cpu.packed_mask(torch.full((1, 513), 513)).dtype == torch.bool  # too long for it
+
+
+@pytest.mark.parametrize("targets, computed", [(0, 256), (256, 256), (257, 512), (513, 600)])
+def test_the_head_is_computed_where_there_is_a_target(targets, computed):
+    torch.manual_seed(0)
+    x = torch.randn(2, 300, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(50, 8, dtype=torch.float64, requires_grad=True)
+    ids = torch.full((600,), NO_TARGET)
+    ids[torch.randperm(600)[:targets]] = torch.randint(50, (targets,))
+    sizes = []
+
+    def counted(x, weight, ids):
+        sizes.append(ids.numel())
+        return m.token_losses(x, weight, ids)
+    found = cpu.only_of_targets(counted)(x, weight, ids.view(2, 300))
+    wanted = m.token_losses(x, weight, ids.view(2, 300))
+    assert sizes == [computed]
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+    assert (found > 0).sum() == targets
+    grad = torch.randn(2, 300, dtype=torch.float64)
+    for ours, theirs in zip(torch.autograd.grad(found, (x, weight), grad),
+                            torch.autograd.grad(wanted, (x, weight), grad), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
 MASK = torch.ones(16, 16, dtype=torch.bool)

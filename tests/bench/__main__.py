@@ -4,6 +4,7 @@
               tests/bench/nanogpt.py); the loop of train.py against its bare step; 10 minutes.
               tiny, small, bfloat16, float32: only these, in 3 minutes each
     generate  greedy answers against transformers' generate, float32 and bfloat16; 2 minutes
+    tune      the steps of SFT and of DPO against pretraining's; 2 minutes
     data [P]  the tokenizer against HF `tokenizers`; the rules and other stages; whole builds on 2
               workers against 1; P: one part, tokenizer, stages or builds; 3 minutes
     memory    peak memory of a build that deduplicates with Bloom filters: 100 MB and 2 GB of input
@@ -64,7 +65,7 @@ def library_texts(size):
 
 VERBS = {  # verb: the module of its function bench_VERB, imported when it is asked for
     "cpu": "speed", "generate": "generation", "data": "data", "memory": "data",
-    "checkpoint": "gpu", "plan": "gpu", "gpu": "gpu", "eval": "tasks"}
+    "checkpoint": "gpu", "plan": "gpu", "gpu": "gpu", "eval": "tasks", "tune": "tune"}
 
 PROCESSES = {  # what the benches themselves start: verb: (module, function)
     "build": ("data", "build_in"), "stages": ("data", "print_stages"),
