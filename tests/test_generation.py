@@ -9,6 +9,8 @@ from conftest import difference, random_ids, random_model
 import model as m
 from scaling.sharding import evaluating
 from support import generation
+from support.files import UserError
+from support.finite import check_logits
 from support.nucleus import least_of_nucleus
 
 PROMPTS = [[7, 3, 9, 22, 40], [5], [11, 30, 2, 2, 48, 17, 21, 33, 8], [44, 13]]
@@ -171,6 +173,15 @@ def test_the_least_of_the_nucleus_is_that_of_a_complete_sort(top_p):
                 total += probability
                 least = probability
             assert abs(found.item() / least - 1) < 1e-3  # the neighbour, where rounding decides
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_not_finite_are_refused_with_their_row(bad):
+    logits = torch.full((3, 5), 2e38)
+    check_logits(logits, 4)  # their sum overflows
+    logits[1, 3] = bad
+    with pytest.raises(UserError, match="prompt 2 of 3, token 5 "):
+        check_logits(logits, 4)
 
 
 def test_a_cache_that_grew_holds_what_was_stored():
