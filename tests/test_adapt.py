@@ -434,8 +434,12 @@ def test_no_way_of_cutting_or_packing_the_batch_changes_loss_or_gradient(method)
     model = a_model()
     loss = by_hand(model)
     wanted = loss.item(), gradients(model, loss)
-    for seq_len, pad, micro in ((64, PAD, 1), (50, 5, 1), (90, EOS, 3), (64, PAD, 16)):
+    cases = [(64, PAD, 1), (50, 5, 1), (90, EOS, 3), (64, PAD, 16)]
+    if method != "sft":
+        cases.append((20, PAD, 2))  # each answer fits into it with the prompt, but not both
+    for seq_len, pad, micro in cases:
         batch = make(replace(SHAPE, max_seq_len=seq_len, pad_token_id=pad), micro)(1)
+        assert batch["tokens"].shape[1] == max(40, seq_len)  # 20 is doubled
         batch["targets"][~batch["loss_mask"]] = 1
         for size in (1, 3, 99):
             micro_batches = train.cut_batch(batch, size, "cpu")
