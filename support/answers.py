@@ -6,8 +6,6 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
 from corpus.lines import JSON_SUFFIXES
 from corpus.source_files import is_there
 from corpus.tables import TABLE_SUFFIXES
@@ -79,8 +77,6 @@ def generate_answers(argv):
     del drawn["answer_batch"]  # a file may be continued with another one
     dtype = answer_dtype(options)
     drawn["dtype"] = str(dtype).removeprefix("torch.")
-    if dtype == torch.float32:
-        del drawn["dtype"]  # rows had no such key when float32 was the only dtype
     places, rows, requests = read_prompts(paths[1], drawn)
     if options.temperature:
         drawn["sampler"] = SAMPLER
@@ -186,7 +182,10 @@ def answers_row(answer, row, drawn):
 
     The prompt's own OF_AN_ANSWER do not count: the answer has replaced them.
     """
-    return isinstance(answer, dict) and canonical(answer) == canonical({**row, **drawn})
+    if not isinstance(answer, dict):
+        return False
+    # rows had no dtype when float32 was the only one
+    return canonical({"dtype": "float32", **answer}) == canonical({**row, **drawn})
 
 
 def canonical(row):

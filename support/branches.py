@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from model import at_least_float32, head_logits
+from model import at_least_float32, head_logits, rope_table
 
 CHUNK = 2**20  # logits computed at a time: 4 MB of float32 stay in a core's cache
 PADDING = 1.1  # attention scores that a Bucket computes, times those that count; and
@@ -138,6 +138,15 @@ def rotate(x, cos, sin):
     return turned.to(x.dtype)
 
 
+def turns_alike(attention, head_dim):
+    """Whether `rotate` computes what an Attention's own does: a fork may turn differently."""
+    device = attention.att_proj.weight.device
+    x = torch.arange(2.0 * head_dim, device=device).view(1, 1, 2, head_dim)
+    cos, sin = rope_table(torch.tensor([1, 2], device=device), head_dim, 10000.0)
+    own = attention.rotate(x, cos, sin)
+    return cos.shape == (2, head_dim // 2) and torch.allclose(rotate(x, cos, sin), own)
+
+
 def scores_of(x, head_weight, targets, product):
     """float32 (M, 2) of a stream x (M, D): ln p of each target, and whether it is the likeliest."""
     step = max(1, CHUNK // len(head_weight))
@@ -168,7 +177,8 @@ def branching(model):
     before = [(block.attn.rotate, block.attn.attend) for block in model.blocks]
     token_losses = model.token_losses
     for block in model.blocks:
-        block.attn.rotate = rotate
+        if turns_alike(block.attn, model.config.head_dim):
+            block.attn.rotate = rotate
         block.attn.attend = tree_attention
     model.token_losses = lambda *words: scores_of(*words, model.head_product)
     try:

@@ -28,7 +28,8 @@ def fixed_weights(model):
       use, if the copies fit into the device's memory;
     - on a CPU, from the second id of an answer on, products read weights in oneDNN's own order,
       if that is faster on this chip.
-    A sharded model is left alone.
+    A sharded model is left alone. A stream of ids that begins in the block must end in it: outside
+    of it torch refuses to write into a cache that has grown in inference mode.
     """
     if is_sharded(model):
         yield
@@ -106,7 +107,7 @@ class Copies:
             if module is self.model:
                 module.head_product = before
             elif before is None:
-                del module.forward
+                vars(module).pop("forward", None)  # none was put on if the copy failed
             else:
                 module.forward = before
         self.before = {}
@@ -136,10 +137,9 @@ def copies_fit(model):
 def free_memory():
     """Bytes of main memory that a process may still take; a guess where the system does not say."""
     meminfo = Path("/proc/meminfo")
-    if not meminfo.is_file():
-        return 2**32
-    [kilobytes] = re.findall(r"MemAvailable: +(\d+)", meminfo.read_text())
-    return 1024 * int(kilobytes)
+    text = meminfo.read_text() if meminfo.is_file() else ""
+    found = re.search(r"MemAvailable: +(\d+)", text)  # in kB
+    return 1024 * int(found[1]) if found else 2**32
 
 
 def is_packable(model):

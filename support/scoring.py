@@ -105,7 +105,8 @@ def rows_of(groups):
             key = (*request.ids, request.scored)
             index, _ = distinct.setdefault(key, (len(first_equal), request))
             first_equal.append(index)
-        branches = distinct.values()
+        # what has no id to score is 0, and is not computed
+        branches = [branch for branch in distinct.values() if branch[1].scored]
         length = shared_length([request.ids[:-1] for _, request in branches])
         for index, request in branches:
             shared = tuple(request.ids[:length])

@@ -434,8 +434,12 @@ def test_no_way_of_cutting_or_packing_the_batch_changes_loss_or_gradient(method)
     model = a_model()
     loss = by_hand(model)
     wanted = loss.item(), gradients(model, loss)
-    for seq_len, pad, micro in ((64, PAD, 1), (50, 5, 1), (90, EOS, 3), (64, PAD, 16)):
+    cases = [(64, PAD, 1), (50, 5, 1), (90, EOS, 3), (64, PAD, 16)]
+    if method != "sft":
+        cases.append((20, PAD, 2))  # each answer fits into it with the prompt, but not both
+    for seq_len, pad, micro in cases:
         batch = make(replace(SHAPE, max_seq_len=seq_len, pad_token_id=pad), micro)(1)
+        assert batch["tokens"].shape[1] == max(40, seq_len)  # 20 is doubled
         batch["targets"][~batch["loss_mask"]] = 1
         for size in (1, 3, 99):
             micro_batches = train.cut_batch(batch, size, "cpu")
@@ -990,7 +994,7 @@ def test_eight_chats_are_recited_word_for_word_and_end(learnt, tmp_path, call):
     out = tmp_path / "out.jsonl"
     assert call(adapt, "generate", run, prompts, out, "--answer_batch=3").returncode == 0
     drawn = {"generator": str(run), "weights": open_base(run, "sha256").digest, "temperature": 0.0,
-             "top_p": 1.0, "max_new_tokens": 512, "sample_seed": 1}
+             "top_p": 1.0, "max_new_tokens": 512, "sample_seed": 1, "dtype": "float32"}
     assert [json.loads(line) for line in out.open()] == [
         {"instruction": question, "output": answer, "ended": True, **drawn}
         for question, answer in zip(questions, wanted, strict=True)]
@@ -1152,20 +1156,26 @@ def test_a_sampled_row_depends_on_its_number_and_the_seed_alone(base, tmp_path, 
     assert result.returncode == 1 and "another OUT" in result.stderr
 
 
-def test_answers_in_bfloat16_say_so_and_continue_only_their_own_file(base, tmp_path, call):
+def test_answers_name_their_dtype_and_continue_only_their_own_file(base, tmp_path, call):
+    """Prompts may be the answers of another dtype. Rows without one are float32's, of before."""
     prompts = write_lines(tmp_path / "prompts.jsonl", [{"prompt": "q", "id": i} for i in range(3)])
     files = {}
-    for dtype in ("auto", "bfloat16"):
+    for dtype, name in (("bfloat16", "bfloat16"), ("auto", "float32")):
+        asked = files.get("bfloat16", prompts)
         files[dtype] = tmp_path / f"{dtype}.jsonl"
-        words = ["generate", base, prompts, files[dtype], "--max_new_tokens=4", f"--dtype={dtype}"]
+        words = ["generate", base, asked, files[dtype], "--max_new_tokens=4", f"--dtype={dtype}"]
         assert call(adapt, *words).returncode == 0
         content = files[dtype].read_bytes()
         files[dtype].write_bytes(content.splitlines(True)[0])
         assert call(adapt, *words).returncode == 0 and files[dtype].read_bytes() == content
-        assert {row.get("dtype") for row in answers_in(files[dtype])} == {
-            "bfloat16" if dtype == "bfloat16" else None}
-    words = ["generate", base, prompts, files["auto"], "--max_new_tokens=4", "--dtype=bfloat16"]
-    assert "another OUT" in call(adapt, *words).stderr
+        assert [row["dtype"] for row in answers_in(files[dtype])] == [name] * 3
+    words = ["generate", base, prompts, files["auto"], "--max_new_tokens=4"]
+    older = [{key: value for key, value in row.items() if key != "dtype"}
+             for row in answers_in(files["auto"])]
+    write_lines(files["auto"], older[:2])
+    assert call(adapt, *words).returncode == 0
+    assert answers_in(files["auto"])[:2] == older[:2]
+    assert "another OUT" in call(adapt, *words, "--dtype=bfloat16").stderr
 
 
 def test_a_row_is_known_again_whatever_its_json_holds(base, tmp_path, call, refused):

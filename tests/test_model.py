@@ -398,6 +398,14 @@ def test_plain_attention_is_as_near_to_float64_as_sdpa():
         assert difference(found, truth) < 2 * difference(library, truth) < 0.1
 
 
+def test_large_scores_do_not_overflow():
+    q, k, v = torch.randn(3, 2, 3, 40, 16, dtype=torch.float64)
+    q = (1000 * q).requires_grad_()  # scores of up to some thousands: no exponential holds them
+    found, wanted = cpu.plain_attention(q, k, v), sdpa(q, k, v)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(*(torch.autograd.grad(y.sum(), q) for y in (found, wanted)))
+
+
 def test_plain_attention_keeps_documents_apart():
     """Outputs and gradients are SDPA's with a mask that is made token by token: two documents, one
     whose halves both see its first part and not each other, and padding; 3 blocks of queries."""

@@ -151,6 +151,33 @@ def test_each_request_is_scored_as_if_alone(model, tokenizer, batch_tokens):
         assert row == [pytest.approx(slow[0], abs=2e-4), slow[1]]
 
 
+def test_a_request_without_an_id_to_score_is_0(model):
+    def request(ids, scored):
+        return evaluation.Encoded(ids, scored, 0, True)
+    for group in ([request([5, 6], 0)], [request([5], 0)], [request([5], 0), request([5, 7], 1)]):
+        found = scoring.score_requests(model, [group, []]).tolist()
+        slow = [evaluation.score_request(model, each) if each.scored else (0, 0) for each in group]
+        assert found == [pytest.approx(row, abs=1e-4) for row in slow]
+
+
+def neighbours_turned(x, cos, sin):
+    """RoPE as its paper has it: pairs (x[2k], x[2k + 1])."""
+    first, second = x[..., 0::2], x[..., 1::2]
+    return torch.stack((first * cos - second * sin, second * cos + first * sin), -1).flatten(-2)
+
+
+@pytest.mark.parametrize("rotate", [neighbours_turned, lambda x, cos, sin: x])
+def test_a_fork_that_turns_positions_differently_is_scored_as_it_is(rotate, model, tokenizer):
+    fork = copy.deepcopy(model)
+    for block in fork.blocks:
+        block.attn.rotate = rotate
+    scores = score(fork, tokenizer, GROUPS[:2])
+    requests = [request for group in encoded(tokenizer, GROUPS[:2]) for request in group]
+    for request, row in zip(requests, scores.tolist(), strict=True):
+        assert row == pytest.approx(evaluation.score_request(fork, request), abs=2e-4)
+    assert all(block.attn.rotate is rotate for block in fork.blocks)
+
+
 @pytest.mark.parametrize("world_size", [2, 3, 7, 50])
 def test_the_scores_of_the_ranks_add_up_and_all_make_as_many_forwards(
         model, tokenizer, task, world_size, monkeypatch):
