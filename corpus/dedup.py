@@ -143,6 +143,9 @@ class DigestSet:
         return is_old
 
 
+BLOOM_CHUNK = 2**13  # digests: the arrays of a chunk take about 1.8 kB for each
+
+
 class BloomFilter:
     """Bloom's filter: a set in a fixed number of bits, as Dolma uses it for the web.
 
@@ -182,10 +185,16 @@ class BloomFilter:
         return (first + step * np.arange(self.hashes, dtype=np.uint64)) % bits
 
     def add_all(self, digests):
-        """Add digests, one after another; returns for each whether it seems to be an old one.
+        """Add digests, one after another; returns for each whether it seems to be an old one."""
+        is_old = []
+        for begin in range(0, len(digests), BLOOM_CHUNK):
+            is_old += self.add_chunk(digests[begin:begin + BLOOM_CHUNK])
+        return is_old
 
-        All at once: an item is old if each of its bits was set before, or by an earlier one of
-        these items. In a loop over items and bits it would take three times as long.
+    def add_chunk(self, digests):
+        """add_all at once: an item is old if each of its bits was set before, or by an earlier one.
+
+        In a loop over items and bits it would take three times as long.
         """
         table = np.frombuffer(self.table, np.uint8)
         positions = self.positions(digests)

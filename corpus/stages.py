@@ -27,7 +27,7 @@ from corpus.dedup import evaluation_sets
 from corpus.inputs import check_unchanged, input_digests, inputs_of, state_of
 from corpus.rules import DEDUPLICATIONS
 from corpus.sources import check_outside
-from corpus.storage import hash_of
+from corpus.storage import hash_of, in_groups
 from corpus.token_files import listed_token_files
 from corpus.tokenizer import tokenizer_file
 from support.files import (UserError, disk_remedy, file_sha256, fsync, fsync_all,
@@ -252,17 +252,7 @@ def link_files(stage, folder):
 
 def in_batches(records):
     """Yield lists of records, each of about BATCH_BYTES: one message to a worker costs less."""
-    batch = []
-    size = 0
-    for record in records:
-        batch.append(record)
-        size += size_in_memory(record.content)
-        if size >= BATCH_BYTES:
-            yield batch
-            batch = []
-            size = 0
-    if batch:
-        yield batch
+    return in_groups(records, lambda record: size_in_memory(record.content), BATCH_BYTES)
 
 
 def size_in_memory(content):
@@ -290,7 +280,7 @@ class Workers:
 
     def __exit__(self, *_):
         if self.pool:
-            self.pool.shutdown()
+            self.pool.shutdown(cancel_futures=True)  # what an error or Ctrl-C left
 
     def map(self, function, items, together=1):
         """map(function, items) in order, a few items ahead; `together` of them are a message.

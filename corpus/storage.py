@@ -34,8 +34,10 @@ def store_documents(folder, batches, workers, source, funnel):
     writer = DocumentWriter(folder / "documents", source.name)
     with open(folder / "held_out" / f"{source.name}.jsonl", "wb") as held_out_file:
         lines = lines_to_train_on(batches, held_out_file, funnel)
-        for member in workers.map(pack, in_blocks(lines), together=8):
-            writer.add(member)
+        # by bytes, as a block may be a document of 1 GiB; small ones cost less in one message
+        for members in workers.map(pack, in_groups(in_blocks(lines), len, 8 * BLOCK_BYTES)):
+            for member in members:
+                writer.add(member)
     writer.close()
     if not writer.blocks:
         raise UserError(why_nothing_is_left(source, funnel))
@@ -57,23 +59,28 @@ def lines_to_train_on(batches, held_out_file, funnel):
 
 def in_blocks(lines):
     """Yield the lines joined to blocks of BLOCK_BYTES or a little more."""
-    block = []
+    return map(b"".join, in_groups(lines, len, BLOCK_BYTES))
+
+
+def in_groups(items, size_of, least):
+    """Yield the items in lists, in order; a list is full when it has `least` bytes or more."""
+    group = []
     size = 0
-    for line in lines:
-        block.append(line)
-        size += len(line)
-        if size >= BLOCK_BYTES:
-            yield b"".join(block)
-            block = []
+    for item in items:
+        group.append(item)
+        size += size_of(item)
+        if size >= least:
+            yield group
+            group = []
             size = 0
-    if block:
-        yield b"".join(block)
+    if group:
+        yield group
 
 
-def pack(block):
-    """A block as a gzip member."""
+def pack(blocks):
+    """Each block as a gzip member."""
     # mtime=0: gzip stores the time, and the same documents must give the same bytes
-    return gzip.compress(block, 3, mtime=0)
+    return [gzip.compress(block, 3, mtime=0) for block in blocks]
 
 
 class DocumentWriter:

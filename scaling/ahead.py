@@ -21,7 +21,8 @@ from scaling.machine import choose_micro_batch
 from scaling.ranks import world_size
 from scaling.sharding import shard_model
 
-PATIENCE_S = 600  # for the child, after the data is built; it was never seen to hang
+PATIENCE_S = 30  # for the child when the data is built; what it has finished is in the cache
+END_S = 5  # from SIGTERM to SIGKILL
 
 
 def compile_beside(build_data, model_config, config, device, dtype, compiled):
@@ -62,6 +63,9 @@ def beside(work):
     """Run work() in a child process during the block; at its end the child and its own are ended.
 
     Ctrl-C in a terminal reaches neither the child nor its g++. Yields the Process.
+
+    # subtle: a fork has this process's memory without its other threads, and so may wait for ever
+    # for a lock that one of them held. Nothing here waits for the child without a limit.
     """
     fork = multiprocessing.get_context("fork")
     child = fork.Process(target=run_in_silence, args=(work, os.getpid()), daemon=True)
@@ -71,9 +75,16 @@ def beside(work):
     try:
         yield child
     finally:
+        end_group(child, signal.SIGTERM)  # at which g++ deletes what it has half written
         if child.is_alive():
-            os.killpg(child.pid, signal.SIGTERM)  # at which g++ deletes what it has half written
-        child.join()
+            end_group(child, signal.SIGKILL)
+
+
+def end_group(child, number):
+    """Send a signal to the child and its own, also if it has ended before them; wait for it."""
+    with suppress(OSError):
+        os.killpg(child.pid, number)
+    child.join(END_S)
 
 
 def run_in_silence(work, parent):

@@ -5,7 +5,6 @@ library in the cache was cut off when its compiler was killed.
 """
 
 import fcntl
-import os
 import re
 import struct
 import sys
@@ -44,7 +43,9 @@ def compile_model(model, device, is_asked):
         functorch_config.aggressive_recomputation = short
         # The CPU's own flags say which vectors it has. Without this, each start also loads a trial
         # library for each kind of vector, which takes 1.2 s, and the first start compiles it, 5 s.
-        os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+        # subtle: TORCHINDUCTOR_VEC_ISA_OK, set here, would be too late: torch has read it by now
+        if torch._inductor.config.cpp.vec_isa_ok is None:
+            torch._inductor.config.cpp.vec_isa_ok = True
     remove_broken_libraries(compiler_cache())
     compiler = Compiler(is_asked)
     for block in model.blocks:
@@ -76,7 +77,10 @@ class Compiler:
         return run
 
     def fail(self, error):
-        """Delete the broken library that is to blame, so that it is built again; else give up."""
+        """Mend what may be to blame, so that it is compiled again; else give up.
+
+        That is a broken library in the cache, or vectors that g++ does not know.
+        """
         library = broken_library(str(error))
         if library and library not in self.rebuilt:
             self.rebuilt.add(library)
@@ -84,6 +88,11 @@ class Compiler:
             say(f"{library}: broken, and built again")
             return
         reason = reason_of(str(error))
+        settings = torch._inductor.config.cpp
+        if "-mavx512" in reason and settings.simdlen is None:
+            settings.simdlen = 256  # bits: AVX2; this g++ is older than the CPU
+            say("the compiler lacks AVX-512: compiled for AVX2")
+            return
         if self.is_asked:
             raise UserError(f"compile=true: the compiler failed ({reason}); --compile=auto goes on "
                             f"without; or delete its cache, {compiler_cache()}") from None

@@ -90,22 +90,24 @@ def similar(segments):
     """Yields lists of Segments that waste little of the attention's work on padding."""
     part = []
     needed = 0
+    L = 0  # the longest of the part; its first Segment has the longest beginning
     for segment in sorted(segments, key=lambda segment: (-segment.before_length, -segment.length)):
-        own = scores_in([segment])
-        if part and scores_in([*part, segment]) > PADDING * (needed + own) + SPARE:
+        own = scores_in(1, segment.before_length, segment.length)
+        L = max(L, segment.length)
+        if part and (scores_in(len(part) + 1, part[0].before_length, L)
+                     > PADDING * (needed + own) + SPARE):
             yield part
             part = []
             needed = 0
+            L = segment.length
         part.append(segment)
         needed += own
     yield part
 
 
-def scores_in(segments):
-    """How many scores the attention of a Bucket of these Segments has."""
-    S = max(segment.before_length for segment in segments)
-    L = max(segment.length for segment in segments)
-    return len(segments) * L * (S + L if S else (L + 1) // 2)
+def scores_in(N, S, L):
+    """How many scores a Bucket has: of N Segments of L tokens each, after S of a beginning."""
+    return N * L * (S + L if S else (L + 1) // 2)
 
 
 # ---- What the model computes ---------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The start: what a first run compiles beside the building of its data, and what is imported."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -57,6 +58,43 @@ def test_no_child_is_left(tmp_path, capfd, error):
     child, compiler = map(int, (tmp_path / "pids").read_text().split())
     assert is_gone(child) and is_gone(compiler)
     assert capfd.readouterr() == ("", "")
+
+
+@linux
+def test_a_child_that_does_not_end_is_killed(monkeypatch):
+    """As one that waits for a lock of the memory that it was forked with."""
+    monkeypatch.setattr(ahead, "END_S", 0.2)
+
+    def hang():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        os.write(pipe[1], b".")
+        time.sleep(30)
+    pipe = os.pipe()
+    with beside(hang) as child:
+        os.read(pipe[0], 1)
+    assert child.exitcode == -signal.SIGKILL
+
+
+@linux
+def test_a_child_that_was_killed_leaves_no_compiler(tmp_path):
+    with beside(partial(compiling_for_ever, tmp_path)) as child:
+        while not (tmp_path / "pids").exists():
+            time.sleep(0.01)
+        child.kill()  # as the system does when memory runs out
+        child.join()
+    assert is_gone(int((tmp_path / "pids").read_text().split()[1]))
+
+
+@linux
+def test_a_start_does_not_wait_for_a_child_that_hangs(tmp_path, monkeypatch):
+    def hang(*shape):
+        time.sleep(20)
+        (tmp_path / "waited for").touch()
+    monkeypatch.setattr(ahead, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(ahead, "compile_step", hang)
+    monkeypatch.setattr(ahead, "Stages", lambda config: Built(False))
+    build = compile_beside(str, ModelConfig(), None, CPU, torch.float32, compiled=True)
+    assert build("folder") == "folder" and not (tmp_path / "waited for").exists()
 
 
 @linux

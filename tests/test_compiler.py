@@ -13,8 +13,10 @@ import torch
 from conftest import ROOT, columns, refusal
 
 import train
+from model import ModelConfig, OLMo
 from scaling import machine
-from scaling.compiler import broken_library, reason_of, remove_broken_libraries
+from scaling.compiler import (broken_library, compile_model, reason_of,
+                              remove_broken_libraries)
 from scaling.machine import can_compile, choose_compile
 
 CPU = torch.device("cpu")
@@ -72,6 +74,28 @@ def test_auto_goes_on_without_a_compiler_that_fails(tmp_path, tiny_config, finis
     [line] = [line for line in result.stderr.splitlines() if "compile=auto" in line]
     assert "fatal error: Python.h" in line and "not compiled" in line
     assert columns(run, "loss") == columns(finished, "loss")[:3]
+
+
+def test_a_compiler_without_avx512_compiles_for_avx2(monkeypatch, capsys):
+    """Torch takes the CPU's flags for what g++ knows, and g++ may be older than the CPU."""
+    model = OLMo(ModelConfig(d_model=8, n_layers=1, n_heads=2, mlp_hidden_size=8, max_seq_len=8,
+                             vocab_size=16, embedding_size=16, eos_token_id=1, pad_token_id=0))
+    settings = torch._inductor.config.cpp
+    seen = []
+
+    def compile(function, dynamic):
+        def run(*args, **kwargs):
+            seen.append((settings.vec_isa_ok, settings.simdlen))
+            if settings.simdlen is None:
+                raise compile_error("\nOutput:\ng++: error: unrecognized option '-mavx512f'")
+            return function(*args, **kwargs)
+        return run
+    monkeypatch.setattr(torch, "compile", compile)
+    with torch._inductor.config.patch({"cpp.simdlen": None, "cpp.vec_isa_ok": None}):
+        compile_model(model, CPU, is_asked=True)
+        model(torch.zeros(1, 8, dtype=torch.int64), targets=torch.zeros(1, 8, dtype=torch.int64))
+    assert seen == [(True, None), (True, 256), (True, 256)]
+    assert capsys.readouterr().err == "the compiler lacks AVX-512: compiled for AVX2\n"
 
 
 def test_true_is_one_line(tmp_path, tiny_config, call, refused, failing):

@@ -11,6 +11,7 @@ import re
 import string
 import subprocess
 import sys
+import tracemalloc
 import zlib
 from collections import Counter, defaultdict
 
@@ -622,6 +623,20 @@ def test_a_bloom_filter_takes_many_items_as_it_takes_one_after_another(items, ra
         count += expected.count(False)
     table = int.from_bytes(bloom.table, "little")
     assert seen == {bit for bit in range(bloom.bits) if table >> bit & 1} and bloom.count == count
+
+
+def test_many_items_are_added_in_little_memory_and_with_the_same_answers(monkeypatch):
+    """As the lines of one long document; all at once they took 1.8 kB each."""
+    digests = [digest_of(str(i % 50_000)) for i in range(60_000)]
+    bloom, whole = BloomFilter(60_000, 1e-6), BloomFilter(60_000, 1e-6)
+    tracemalloc.start()
+    answers = bloom.add_all(digests)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 30e6
+    monkeypatch.setattr("corpus.dedup.BLOOM_CHUNK", 60_000)
+    assert whole.add_all(digests) == answers == [False] * 50_000 + [True] * 10_000
+    assert whole.table == bloom.table and whole.count == bloom.count == 50_000
 
 
 def slow_deduplicate(documents, levels):

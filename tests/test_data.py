@@ -26,9 +26,11 @@ import torch
 from conftest import (ages_of, contents_of, data_config, index_of, kept_documents, manifest_of,
                       official_order, refusal, write_jsonl)
 
+import corpus.storage as storage
 import data
 from corpus.bpe import tokenizer_spec, train_bpe
 from corpus.documents import is_held_out, read_documents
+from corpus.funnel import Funnel
 from corpus.stages import STAGE_FILES, Workers, building_code
 from corpus.storage import (DocumentWriter, ShardWriter, token_dtype)
 from corpus.tokenizer import EOS, PAD, PII_MARKERS, SPACE_RUNS, Tokenizer
@@ -409,6 +411,19 @@ def test_workers_answer_in_order_and_run_a_few_items_ahead(workers, together, mo
     assert max(ahead) <= most * 2
     with Workers(workers) as running:
         assert list(running.map(halved_late, range(7), together)) == [i / 2 for i in range(7)]
+
+
+def test_a_message_to_a_worker_holds_no_more_than_one_large_block(tmp_path, monkeypatch):
+    """A document may have 1 GiB, and eight of them would have eight."""
+    monkeypatch.setattr("corpus.storage.BLOCK_BYTES", 10)
+    sizes, pack = [], storage.pack
+    monkeypatch.setattr("corpus.storage.pack", lambda blocks: sizes.append(
+        [*map(len, blocks)]) or pack(blocks))
+    given = [10, 10, 500, 600, *[10] * 9]
+    lines = [b"x" * (n - 1) + b"\n" for n in given]
+    [source] = DataConfig(sources={"main": {"path": "stdlib", "rules": ""}}).parse_sources()
+    storage.store_documents(tmp_path, [(lines, [], Funnel())], Workers(1), source, Funnel())
+    assert sizes == [[10, 10, 500], [600], [10] * 8, [10]]
 
 
 @pytest.mark.parametrize("broken, error, stages", [

@@ -461,7 +461,7 @@ def test_a_large_block_is_read_back_in_linear_time(tmp_path, monkeypatch):
     """Read in 20,000 parts; adding each of them to what was read took 10 s, not 0.2."""
     writer = DocumentWriter(tmp_path, "main")
     text = np.random.Generator(np.random.PCG64(0)).bytes(6_000_000).hex()
-    writer.add(pack(b'{"text": "%s"}\n' % text.encode()))
+    writer.add(*pack([b'{"text": "%s"}\n' % text.encode()]))
     writer.close()
     monkeypatch.setattr("corpus.storage.BLOCK_BYTES", 256)
     begin = time.process_time()

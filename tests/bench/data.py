@@ -95,8 +95,9 @@ def bench_stages():
 
         # clean documents, for tokenisation
         writer = DocumentWriter(folder, "bench")
-        for block in in_blocks(to_json(document).encode() + b"\n" for document in documents):
-            writer.add(pack(block))
+        lines = (to_json(document).encode() + b"\n" for document in documents)
+        for member in pack(in_blocks(lines)):
+            writer.add(member)
         writer.close()
 
         def tokenise():
@@ -205,7 +206,6 @@ def print_stages(folder, name, workers):
         return stage
 
     data.build_once = timed
-    changes = {}
     if name == "web":
         changes = {"sources": {"web": {"path": f"{folder}/web.jsonl", "rules": "web"}}}
     else:
