@@ -1,4 +1,4 @@
-"""152M parameters for one consumer GPU, on a folder of your own documents; seen on an H200 alone."""
+"""152M parameters for one consumer GPU, on a folder of your own documents; seen on one H200."""
 
 # the model: our own choice, between tiny.py and OLMo-1B
 d_model = 768
