@@ -245,7 +245,8 @@ def test_built_data_is_enough_to_go_on(learned, tmp_path, monkeypatch, call, ref
 def other_code(monkeypatch):
     """Our code as another release would have it: the rule of every source cuts its texts short."""
     monkeypatch.setattr("corpus.stages.building_code", lambda stage: f"another {stage}")
-    monkeypatch.setattr("data.as_document", lambda *arguments: short(as_document(*arguments)))
+    monkeypatch.setattr("corpus.documents.as_document",
+                        lambda *arguments: short(as_document(*arguments)))
 
 
 def short(document):
