@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from contextlib import redirect_stdout
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -196,6 +197,8 @@ def print_builds(name, seconds, megabytes):
 def print_stages(folder, name, workers):
     """A process of `bench_builds`: build; print {stage: seconds} as JSON."""
     import data
+    import train
+    from configs import ROOT, load_config
     took = {"clean": 0, "tokenizer": 0, "tokens": 0}
     once = data.build_once
 
@@ -206,16 +209,13 @@ def print_stages(folder, name, workers):
         return stage
 
     data.build_once = timed
+    [config] = load_config([str(ROOT / "configs/tiny.py")], data.DataConfig, other=train.SCHEMAS)
     if name == "web":
-        changes = {"sources": {"web": {"path": f"{folder}/web.jsonl", "rules": "web"}}}
-    else:
-        changes = {"sources": {
-            "reference": {"path": "stdlib", "rules": "gopher pii document"},
-            "docstrings": {"path": "stdlib", "rules": "gopher_repetition pii document"},
-            "code": {"path": "stdlib", "rules": "code document"}}}
+        sources = {"web": {"path": f"{folder}/web.jsonl", "rules": "web"}}
+        config = data.DataConfig(sources=sources)
     with tempfile.TemporaryDirectory(dir=folder) as data_dir:
         begin = time.perf_counter()
-        data.build_data(data.DataConfig(data_dir=data_dir, workers=int(workers), **changes))
+        data.build_data(replace(config, data_dir=data_dir, workers=int(workers)))
         took["the whole build"] = time.perf_counter() - begin
     print(json.dumps(took))
 
