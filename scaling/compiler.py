@@ -16,7 +16,7 @@ import torch._functorch.config as functorch_config
 from model import token_losses
 from scaling.machine import compiler_cache
 from scaling.ranks import launched
-from support.cpu import PLAIN_AT_MOST
+from support.cpu import PLAIN_AT_MOST, fast_token_losses
 from support.files import UserError
 
 
@@ -50,7 +50,8 @@ def compile_model(model, device, is_asked):
     compiler = Compiler(is_asked)
     for block in model.blocks:
         block.forward = compiler.compiled(block.forward)
-    model.token_losses = compiler.compiled(token_losses)
+    losses = fast_token_losses if device.type == "cpu" else token_losses
+    model.token_losses = compiler.compiled(losses)
 
 
 class Compiler:

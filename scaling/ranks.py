@@ -92,6 +92,7 @@ def setup_distributed(name):
 
     name: "auto", "cpu", "cuda" or "mps". Raises UserError for more ranks than GPUs.
     """
+    keep_freed_memory()
     device = choose_device(name)
     launch = launched()
     if device.type == "cuda":
@@ -288,7 +289,6 @@ def agree_on_machine(config, settings, device):
     ranks = f", {world_size()} ranks" if world_size() > 1 else ""
     print(f"machine: {device.type} with {torch.get_num_threads()} threads{ranks}; forward in "
           f"{dtype} ({dtype_why}); {'compiled' if compiled else 'not compiled'} ({why})")
-    keep_freed_memory()
     return dtype, compiled
 
 

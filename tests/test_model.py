@@ -453,6 +453,26 @@ def test_the_head_is_computed_where_there_is_a_target(targets, computed):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype, atol", [(torch.float64, 1e-12), (torch.float32, 1e-6),
+                                         (torch.bfloat16, 4e-3)])
+def test_the_fast_losses_and_their_gradients_are_those_of_cross_entropy(dtype, atol):
+    """Also where a token has no target, where its logits are large, and twice on one target."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 6, 8, dtype=dtype)
+    x[1] *= 30
+    x.requires_grad_()
+    weight = torch.randn(50, 8, dtype=dtype, requires_grad=True)
+    targets = torch.tensor([[3, 3, 49, 0, 7, NO_TARGET], [NO_TARGET, 1, 2, 3, 4, 49]])
+    found = cpu.fast_token_losses(x, weight, targets)
+    wanted = m.token_losses(x, weight, targets)
+    assert found.dtype == wanted.dtype
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-5)
+    grad = torch.randn_like(found)
+    for ours, theirs in zip(torch.autograd.grad(found, (x, weight), grad),
+                            torch.autograd.grad(wanted, (x, weight), grad), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=atol, atol=atol)
+
+
 MASK = torch.ones(16, 16, dtype=torch.bool)
 
 

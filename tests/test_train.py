@@ -9,6 +9,8 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import sysconfig
 import time
 from dataclasses import fields, replace
@@ -515,6 +517,23 @@ def test_the_compiled_default_on_two_threads_goes_on_too(tmp_path, start, python
             kill(process, run, moment)
     assert "continues after step" in python("train.py", *words, **options).stdout
     check_same_run(run, reference)
+
+
+LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(not LARGE_PAGES.exists() or "[never]" in LARGE_PAGES.read_text(),
+                    reason="this system gives no pages of 2 MB")
+@pytest.mark.parametrize("module", ["train", "adapt"])
+def test_large_tensors_of_a_run_lie_on_large_pages(module):
+    """PyTorch reads the switch at its first tensor: importing a command must not make one."""
+    code = (f"import torch, {module}; from scaling.ranks import setup_distributed; "
+            "setup_distributed('cpu'); kept = torch.ones(2**24); "
+            "print(open('/proc/self/smaps_rollup').read())")
+    text = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, check=True,
+                          stdout=subprocess.PIPE).stdout
+    [kib] = re.findall(r"AnonHugePages: +(\d+) kB", text)
+    assert int(kib) > 32 * 1024
 
 
 @pytest.mark.slow
