@@ -189,7 +189,8 @@ def test_the_map_names_the_main_line_and_every_folder():
     named = re.findall(r"^(\w+(?:\.py|/)) ", tree, re.M)
     files = {file.name for file in CODE if file.parent == ROOT}
     folders = {f"{file.parent.name}/" for file in CODE if file.parent != ROOT}
-    assert sorted(named) == sorted({*files, *folders, "configs/", "tests/", "docs/"})
+    assert sorted(named) == sorted({*files, *folders, "configs/", "experiments/", "tests/",
+                                    "docs/"})
     for file in CODE:
         assert ast.get_docstring(ast.parse(file.read_text())) or file.read_text() == "", file
 
