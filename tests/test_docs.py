@@ -2,6 +2,7 @@
 
 import json
 import re
+from codeop import compile_command
 from contextlib import chdir
 from pathlib import Path
 
@@ -78,6 +79,7 @@ def test_the_snippets_run_in_their_order(walk, capsys):
         assert printed[-1]
     assert "Drop(" in printed[1] and "|||EMAIL_ADDRESS|||" in printed[1] and "False" in printed[1]
 
+    assert f"{8 * 127} targets" in printed[3]  # of 8 sequences of 128 tokens
     near, same, far = (float(line.split()[-1]) for line in printed[4].splitlines()[:3])
     assert near == pytest.approx(same, abs=2e-3) and abs(near - far) > 2e-3
     before, after = map(float, printed[4].splitlines()[3].split())
@@ -92,6 +94,17 @@ def test_the_snippets_run_in_their_order(walk, capsys):
     assert tuned != base
     first, second = map(float, re.findall(r"loss ([\d.]+)", printed[10]))
     assert first == pytest.approx(0.6931, abs=1e-4) and second != first
+
+
+def test_a_reader_can_paste_the_snippets():
+    """Line by line, as a terminal gives them: a block must end with an empty line."""
+    for source in re.findall(r"```python\n(.*?)```", WALK + FILES, re.S):
+        typed = ""
+        for line in [*source.splitlines(), ""]:
+            typed += line + "\n"
+            if compile_command(typed.rstrip("\n") + "\n" * (line == "")):
+                typed = ""
+        assert not typed.strip()
 
 
 def test_twelve_stops_have_their_parts():
