@@ -1,6 +1,5 @@
 """The HTML page of one or several runs: curves, tables, samples; one file, without scripts."""
 
-import html
 import io
 import math
 import os
@@ -12,19 +11,8 @@ from corpus.funnel import funnel_rows
 from model import ModelConfig, count_parameters
 from support.files import read_json, to_json
 from support.measured import dict_at, read_evaluations, read_metrics
+from support.page import escaped, page, table
 from support.records import bits_per_byte, cell, domains_table, tasks_table
-
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;color:#1b1f24;background:#fff;max-width:1120px;
-margin:2rem auto;padding:0 1.2rem}h1{font-size:1.7rem;margin:0}h2{font-size:1.2rem;margin:2.2rem 0
-.6rem;border-bottom:1px solid #d8dee4;padding-bottom:.25rem}h3{font-size:1rem;margin:1.2rem 0 .3rem}
-.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(330px,1fr));gap:.8rem}
-figure{margin:0}svg{width:100%;height:auto}table{border-collapse:collapse;font-variant-numeric:
-tabular-nums;font-size:.86rem;margin:.5rem 0}td,th{padding:.16rem .5rem;text-align:right;
-border-bottom:1px solid #eaeef2}th{font-weight:600;background:#f6f8fa}td:first-child,
-th:first-child{text-align:left;white-space:nowrap}pre{background:#f6f8fa;border-radius:6px;
-padding:.7rem .9rem;font-size:.82rem;line-height:1.4;white-space:pre-wrap;overflow-wrap:anywhere;
-margin:.3rem 0 1rem}.note{color:#57606a}.scroll{overflow-x:auto;white-space:pre}"""
-
 
 # ---- The page ------------------------------------------------------------------------------------
 
@@ -35,10 +23,7 @@ def report(paths):
     found = {name: read_evaluations(name, *log) for name, log in logs.items()}
     configs = {name: read_json(Path(name) / "config.json") for name in runs}
     names = [Path(name).resolve().name for name in runs]
-    title = html.escape(" and ".join(names))
-    parts = [f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title>"
-             "<meta name=viewport content='width=device-width'>"
-             f"<style>{STYLE}</style><h1>{title}</h1>", summary(runs, configs), *best_steps(runs)]
+    parts = [summary(runs, configs), *best_steps(runs)]
     pyplot = drawing()
     if not pyplot:
         parts.append("<p class=note>There are no pictures: they are drawn with matplotlib "
@@ -65,20 +50,8 @@ def report(paths):
         suffix = os.fsdecode(os.fsencode(suffix)[:200])  # a file's name is at most 255 bytes
     out = Path(paths[0]) / f"report{suffix}.html"
     # "replace": a name may be no text, such as a folder's that is not UTF-8
-    out.write_text("\n".join(parts) + "\n", encoding="utf-8", errors="replace")
+    out.write_text(page(" and ".join(names), parts), encoding="utf-8", errors="replace")
     return out
-
-
-def table(head, rows):
-    """An HTML table of strings, escaped."""
-    lines = [table_line(head, "th")]
-    for row in rows:
-        lines.append(table_line(row, "td"))
-    return f"<div class=scroll><table>{''.join(lines)}</table></div>"
-
-
-def table_line(cells, tag):
-    return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}" for cell in cells)
 
 
 def summary(runs, configs):
@@ -108,7 +81,7 @@ def best_steps(runs):
         best = dict_at(rows["eval"][-1], "best") if rows["eval"] else {}
         if isinstance(best.get("path"), str) and type(best.get("value")) is float:
             said = f"{name}: the best step: {best['path']}, {best.get('measure')} "
-            lines.append(f"<p>{html.escape(said)}{best['value']:.4f}</p>")
+            lines.append(f"<p>{escaped(said)}{best['value']:.4f}</p>")
     return lines
 
 
@@ -121,8 +94,8 @@ def last_results(found, kind, to_text):
             tokens = max(points)
             last.setdefault(tokens, {})[name] = points[tokens]
         for tokens, results in sorted(last.items()):
-            parts.append(f"<h3>{html.escape(run)}, after {tokens / 1e6:,.2f} M tokens</h3>"
-                         f"<pre class=scroll>{html.escape(to_text(results))}</pre>")
+            parts.append(f"<h3>{escaped(run)}, after {tokens / 1e6:,.2f} M tokens</h3>"
+                         f"<pre class=scroll>{escaped(to_text(results))}</pre>")
     return "".join(parts)
 
 
@@ -134,7 +107,7 @@ def verdicts(found):
             line = f"{suite}: {said}"
             if len(found) > 1:
                 line = f"{run}, {line}"
-            lines.append(f"<p class=note>{html.escape(line)}</p>")
+            lines.append(f"<p class=note>{escaped(line)}</p>")
     return lines
 
 
@@ -144,7 +117,7 @@ def left_out(found):
     for run, evaluations in found.items():
         for said in evaluations.left_out:
             print(f"{run}: {said}")
-            lines.append(f"<p class=note>{html.escape(f'{run}: {said}')}</p>")
+            lines.append(f"<p class=note>{escaped(f'{run}: {said}')}</p>")
     return lines
 
 
@@ -165,10 +138,10 @@ def settings_part(configs):
 
 def samples_and_data(name, evaluations, several):
     """A run's samples and its funnel; with its name if there are several runs."""
-    heading = f", {html.escape(name)}" if several else ""
+    heading = f", {escaped(name)}" if several else ""
     parts = [f"<h2>Samples{heading}</h2>"]
     for step, text in evaluations.samples:
-        parts.append(f"<h3>step {step:,}</h3><pre>{html.escape(text)}</pre>")
+        parts.append(f"<h3>step {step:,}</h3><pre>{escaped(text)}</pre>")
     return [*parts, f"<h2>The data{heading}</h2>", funnel_part(Path(name))]
 
 
@@ -189,8 +162,8 @@ def funnel_part(run):
 def all_settings(configs):
     parts = []
     for name, config in configs.items():
-        parts.append(f"<details><summary>{html.escape(name)}</summary><pre>"
-                     f"{html.escape(to_json(config, indent=1))}</pre></details>")
+        parts.append(f"<details><summary>{escaped(name)}</summary><pre>"
+                     f"{escaped(to_json(config, indent=1))}</pre></details>")
     return "".join(parts)
 
 
