@@ -282,7 +282,9 @@ def test_xz_compresses_the_text_that_was_measured(run, monkeypatch):
         assert levels[domain] == pytest.approx(8 * size / len(text), rel=0.01)
     sums = copy.deepcopy(evaluations.sums)
     sums["web"][max(sums["web"])]["bytes"] += 1
-    assert sorted(xz_levels({str(run): evaluations._replace(sums=sums)})) == ["code"]
+    other = evaluations._replace(sums=sums)
+    assert sorted(xz_levels({str(run): other})) == ["code"]
+    assert sorted(xz_levels({str(run): evaluations, "other": other})) == ["code"]
     monkeypatch.setattr("support.xz.MOST_BYTES", 10)
     assert xz_levels({str(run): evaluations}) == {}
 
