@@ -18,7 +18,10 @@ padding:.7rem .9rem;font-size:.82rem;line-height:1.4;white-space:pre-wrap;overfl
 margin:.3rem 0 1rem}.note{color:#57606a}.scroll{overflow-x:auto;white-space:pre}
 .shares{display:grid;grid-template-columns:max-content 1fr;gap:.15rem .8rem;align-items:center;
 font-size:.86rem;font-variant-numeric:tabular-nums}.shares i{display:block;height:.8rem;
-background:#4c78a8}@media(max-width:600px){body{margin:1rem auto;padding:0 .7rem}
+background:#4c78a8}.columns{display:flex;gap:.8rem;overflow-x:auto}
+.columns>div{flex:1 0 min(20rem,85%)}.stage{font-size:.82rem;text-align:center;line-height:1.5}
+.stage i{display:block;height:.7rem;margin:0 auto;background:#4c78a8}
+@media(max-width:600px){body{margin:1rem auto;padding:0 .7rem}
 .shares{grid-template-columns:1fr}}"""
 
 # No browser runs a script of our pages or loads anything for them, whatever a document holds.
