@@ -175,7 +175,7 @@ def test_the_plan_is_shown_as_it_is_printed(capsys):
 
 
 def test_the_shown_sources_load(tmp_path):
-    [block] = blocks("python")
+    [block] = re.findall(r"```python\n(.*?)```", DOCS["data.md"], re.S)
     (tmp_path / "config.py").write_text(block)
     [config] = load_config([str(tmp_path / "config.py")], DataConfig)
     assert len(config.parse_sources()) == 5 and config.decontaminate and config.bloom_items
