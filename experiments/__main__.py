@@ -90,7 +90,7 @@ def listed(experiments):
     """Markdown: the hypothesis of each experiment, and what each variant changes."""
     lines = []
     for experiment in experiments:
-        lines += [f"### {experiment.name}", "", experiment.hypothesis,
+        lines += [f"### {experiment.name}", "", f"Hypothesis: {experiment.hypothesis}", "",
                   f"Compared: {', '.join(experiment.figures)}.", "",
                   "| variant | options | patch |", "|---|---|---|"]
         for variant in experiment.variants:

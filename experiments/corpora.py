@@ -27,8 +27,8 @@ def write_corpora(folder):
     print("experiments: writing the texts with copies and with a leaked set")
     aside = folder.with_name(folder.name + ".tmp")
     documents, evaluation_set = docstrings()
-    repeated = [document for document in documents
-                if not is_held_out(document, EVAL_SHARE) and share_of(document) < 0.1]
+    # none of them is held out: the held-out ones below a half are the evaluation set
+    repeated = [document for document in documents if share_of(document) < 0.1]
     for name, extra in (("clean", []), ("copies", (COPIES - 1) * repeated),
                         ("leaked", LEAKS * evaluation_set)):
         (aside / name).mkdir(parents=True, exist_ok=True)

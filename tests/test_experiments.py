@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,6 +56,16 @@ def test_the_options_load_and_say_what_they_mean(tmp_path):
 def test_the_doc_lists_what_is_run():
     for experiment in EXPERIMENTS:
         assert "\n".join(program.listed([experiment])).strip() in DOC, experiment.name
+
+
+def test_the_doc_tells_the_steps_of_the_base_and_of_equal_bytes():
+    steps, warmup_steps = catalogue.SHORT[:2]
+    assert f"python train.py configs/tiny.py {steps} {warmup_steps} " in DOC
+    assert "for 150 steps" in DOC and steps == "--max_steps=150"
+    found = re.search(r"([\d,]+) tokens with 1,024 ids,\s+([\d,]+) with 4,096 and ([\d,]+)", DOC)
+    smallest, base, largest = (int(number.replace(",", "")) for number in found.groups())
+    for name, tokens in (("vocabulary_1024", smallest), ("vocabulary_16384", largest)):
+        assert VARIANTS[name].options[-1] == f"--max_steps={round(150 * tokens / base)}"
 
 
 # ---- The patches ---------------------------------------------------------------------------------
@@ -281,6 +292,8 @@ def test_another_option_or_patch_overwrites(started, tmp_path, monkeypatch):
 
 
 def test_a_patch_runs_in_its_copy(started, tmp_path, monkeypatch):
+    """Also where the copy lies inside a repository, as runs/experiments does."""
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
     patched = Experiment("gain", "", (catalogue.BITS,), (short("gain", patch="learned_gain"),))
     monkeypatch.setattr(program, "EXPERIMENTS", [patched])
     program.main(["--seeds=1", f"--out={tmp_path}"])
