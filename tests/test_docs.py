@@ -14,10 +14,11 @@ import adapt
 import eval as evaluation
 import train
 from configs import load_config
+from corpus.bpe import BPE_SAMPLE_CHARS
 from corpus.dedup import LEAST_WORDS, BloomFilter
 from corpus.gopher import REPEATED_LINES_LIMIT, REPEATED_NGRAM_LIMITS, TOP_NGRAM_LIMITS
 from corpus.pages import Drop, Page
-from corpus.rules import RULES
+from corpus.rules import LONGEST_PERIOD, REPETITIONS, RULES
 from data import DataConfig
 from eval import rolling_windows
 from scaling.directory import NAMES
@@ -136,6 +137,7 @@ def test_twelve_stops_have_their_parts():
         places = [stop.find(part) for part in ("**Paper:** ", "**Code:** ", "**Look at** ",
                                                "```python\n", "**Why so?** ", "<details><summary>")]
         assert -1 not in places and places == sorted(places), stop[:60]
+        assert re.search(r"```python\n[^`]*```\n\n```\n[^`]+\n```\n", stop)  # and what it printed
         assert stop.count("<details><summary>") == stop.count("</summary>\n\n")
         assert stop.count("<details>") == stop.count("\n\n</details>")
 
@@ -181,6 +183,10 @@ def test_the_numbers_of_the_answers_are_those_of_the_code():
     assert "one in a million, takes 28.8 bits" in text and "sets 20 of them" in text
     filter = BloomFilter(1000, DataConfig().bloom_fp_rate)
     assert filter.hashes == 20 and filter.bits / 1000 == pytest.approx(28.8, abs=0.05)
+
+    assert "Three million characters of each source" in text and BPE_SAMPLE_CHARS == 3_000_000
+    assert "up to 13 tokens come 100 times in a row" in text
+    assert (LONGEST_PERIOD, REPETITIONS) == (13, 100)
 
     assert "at most 16,384 tokens" in text
     [config] = load_config(["--batch_size=64"], train.TrainConfig)
