@@ -118,7 +118,12 @@ def ids_under(argv, given, run, found):
         before = read_json(run / "config.json")
         return {key: before[key] for key in keys if key in before}
     name = found.get("tokenizer", given.tokenizer)
-    ids = {key: value for key, value in ids_of_tokenizer(name).items() if key in keys}
+    follow = ids_of_tokenizer(name)
+    if given.vocab_size not in (None, follow["vocab_size"]):
+        raise UserError(f"{place_of('vocab_size', argv)}vocab_size={given.vocab_size}: tokenizer="
+                        f"{name} has {follow['vocab_size']} ids; leave it out, and choose the "
+                        "tokenizer: --tokenizer=bpe:N has N ids")
+    ids = {key: follow[key] for key in keys}
     if launched().rank == 0:
         values = ", ".join(f"{key}={value}" for key, value in ids.items())
         print(f"from tokenizer={name}: {values}")
