@@ -229,8 +229,7 @@ class Batches:
 
     def instances(self, step):
         """The instances of a step's global batch: uint32 (G,)."""
-        # epochs count from 0, steps from 1
-        epoch, position = divmod(step - 1, self.steps_per_epoch)
+        epoch, position = divmod(step - 1, self.steps_per_epoch)  # epochs count from 0
         begin = position * self.batch_size
         return self.order(epoch)[begin:begin + self.batch_size]
 
@@ -245,7 +244,6 @@ class Batches:
 
     def fingerprint(self):
         """What a resumed run must find unchanged: the data, its order and how it is cut."""
-        # of the order too: numpy does not promise that another version shuffles the same way
         return {
             "data_sha256": self.shards.sha256,
             "tokenizer_sha256": tokenizer_digest(self.shards.folder / "tokenizer.json"),
@@ -253,7 +251,7 @@ class Batches:
             "instances": len(self.shards),
             "batch_size": self.batch_size,
             "seed": self.seed,
-            "order_sha256": hashlib.sha256(self.order(0)).hexdigest(),
+            "order_sha256": hashlib.sha256(self.order(0)).hexdigest(),  # numpy's shuffle may change
         }
 
 
@@ -330,8 +328,8 @@ def check_size(path, expected, folder):
         return
     remedy = "restore it"
     if path.parent == folder:  # one that we built; ready token files lie elsewhere
-        stages = folder.parent / "stages"
-        remedy += f", or delete {folder} and {stages}: the data is then built again"
+        remedy += (f", or delete {folder} and {folder.parent / 'stages'}: the data is then built "
+                   "again")
     raise UserError(f"{path}: {size} bytes, not {expected}; {remedy}")
 
 
@@ -594,12 +592,14 @@ def main(argv):
         from corpus.trace import main as trace_main  # only here: it imports this file
         return trace_main(argv)
     from scaling.begin import tokenizer_of_start  # only here: what follows knows train.py
+    from support.bars import staged
     from train import SCHEMAS  # its keys, which a config file may hold
     config, options = load_config(argv, DataConfig, ShowOptions, siblings=SCHEMAS,
                                   base=tokenizer_of_start(argv, (*SCHEMAS, ShowOptions)))
+    folder = staged("building the data", build_data, config)
     if options.show:
-        return print_dropped(build_data(config), options.show)
-    print_table(build_data(config))
+        return print_dropped(folder, options.show)
+    print_table(folder)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from tqdm import tqdm
 
 from scaling.machine import peak_flops
 from scaling.ranks import rank, world_size
+from support import bars
+from support.bars import Lines
 from support.files import (UserError, disk_remedy, free_name, read_log, rows_until, to_json,
                            write_rows)
 from support.records import domains_table, tasks_table
@@ -119,6 +121,14 @@ def say_row(step, last, said, seconds_left, memory):
         left = timedelta(seconds=round(seconds_left))
         print(f"step {step:,} of {last:,}: {said}, {left} left, {memory:.2f} GB", file=sys.stderr,
               flush=True)
+        Lines.last_line = time.monotonic()
+
+
+def say_slow_step(step, last):
+    """A line about a step without a row, where no line has come for SECONDS."""
+    if rank() == 0 and not has_bar() and time.monotonic() - Lines.last_line >= bars.SECONDS:
+        print(f"step {step:,} of {last:,}", file=sys.stderr, flush=True)
+        Lines.last_line = time.monotonic()
 
 
 def say_evaluation(step, results):

@@ -6,31 +6,28 @@ The bar and the lines are on stderr, so that the tables on stdout can be used by
 import sys
 import time
 
-from tqdm import tqdm
-
 from scaling.ranks import rank
-from support.bars import SECONDS, bar
+from support.bars import Lines, bar
 
 
 class Progress:
-    """What is being measured, and when the last line about it was printed."""
+    """What is being measured, and since when."""
 
     def __init__(self):
-        self.title = ""
-        self.began = self.last_line = time.monotonic()
+        self.begin("")
 
     def begin(self, title):
         self.title = title
-        self.began = time.monotonic()
+        self.lines = Lines(None, title, None, "")
 
     def line_is_due(self):
-        return rank() == 0 and time.monotonic() - self.last_line >= SECONDS
+        return rank() == 0 and self.lines.is_due()
 
-    def say(self, text):
+    def say(self, text, left=""):
         """Print a line about what is being measured, with the seconds since it began."""
-        self.last_line = time.monotonic()
         title = f"{self.title}: " if self.title else ""
-        tqdm.write(f"{title}{text}, {self.last_line - self.began:.0f} s", file=sys.stderr)
+        seconds = time.monotonic() - self.lines.began
+        self.lines.say(f"{title}{text}, {seconds:.0f} s{left}")
 
 
 progress = Progress()
@@ -42,12 +39,10 @@ def titled(items):
     The first field of an item is its name. One that took no time has no line.
     """
     items = list(items)
-    progress.last_line = time.monotonic()
     for i, item in enumerate(items, 1):
         progress.begin(item[0])
         yield item
-        has_lines = progress.last_line > progress.began
-        if not sys.stderr.isatty() and (has_lines or progress.line_is_due()):
+        if not sys.stderr.isatty() and (progress.lines.has_line or progress.line_is_due()):
             progress.say(f"measured, {i} of {len(items)}")
     progress.begin("")
 
@@ -59,7 +54,10 @@ def watched(items, unit):
     if sys.stderr.isatty():
         yield from bar(items, progress.title, unit=unit, hidden=rank() > 0)
         return
+    began = time.monotonic()
     for i, item in enumerate(items, 1):
         yield item
         if progress.line_is_due():
-            progress.say(f"{unit} {i:,} of {len(items):,}")
+            seconds = (time.monotonic() - began) / i * (len(items) - i)
+            left = f", about {seconds:.0f} s left" if seconds >= 1 else ""
+            progress.say(f"{unit} {i:,} of {len(items):,}", left)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from configs import load_config
 from corpus.funnel import funnel_rows
 from model import ModelConfig, count_parameters
+from support.bars import stage
 from support.files import read_json, to_json
 from support.measured import dict_at, read_evaluations, read_metrics
 from support.records import bits_per_byte, cell, domains_table, tasks_table
@@ -28,6 +29,7 @@ margin:.3rem 0 1rem}.note{color:#57606a}.scroll{overflow-x:auto;white-space:pre}
 
 # ---- The page ------------------------------------------------------------------------------------
 
+@stage("drawing the report")
 def report(paths):
     """Write one HTML page about some runs into the first one's directory; returns its path."""
     logs = {str(path): read_metrics(path) for path in paths}

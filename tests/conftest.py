@@ -52,6 +52,13 @@ def nothing_was_said():
     print_line.cache_clear()
 
 
+@pytest.fixture(autouse=True)
+def nothing_lasts(monkeypatch):
+    """No line tells of work that lasts only because the machine is busy."""
+    monkeypatch.setattr("support.bars.FIRST_S", 600)
+    monkeypatch.setattr("support.bars.SECONDS", 600)
+
+
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     """tokenizer.json of 300 ids: ..., e-mail, phone, IP address, padding, EOS."""
