@@ -5,7 +5,7 @@ from pathlib import Path
 
 from corpus.inputs import inputs_of, is_same_text
 from corpus.source_files import is_there
-from support.files import UserError, read_json
+from support.files import UserError, log_rows, read_json
 
 
 def data_of_run(run, config, sha256=None):
@@ -60,6 +60,18 @@ def order_at(run, step):
         first = before["until_step"] + 1
     return {"data_sha256": manifest["sha256"], "seq_len": settings["max_seq_len"],
             "batch_size": settings["batch_size"], "seed": settings["seed"]}, first
+
+
+def ranks_at(run, step):
+    """How many ranks took a step, as the log says: its first row from that step on, or its
+    last one; 1 without a log."""
+    ranks = 1
+    for row in log_rows(run):
+        if type(row.get("world_size")) is int:
+            ranks = row["world_size"]
+            if row["step"] >= step:
+                break
+    return ranks
 
 
 def manifests_behind(run, state):

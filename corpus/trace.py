@@ -21,10 +21,11 @@ from typing import NamedTuple
 import numpy as np
 
 from configs import load_config, setting
-from corpus.lineage import data_of_run, order_at
+from corpus.lineage import data_of_run, order_at, ranks_at
 from corpus.storage import DOCUMENT_INDEX, blocks_of, hash_of_id, held_out_files, read_block
 from corpus.token_files import read_sidecar
 from corpus.tokenizer import Tokenizer
+from corpus.trace_page import write_batch_page
 from data import Batches, DataConfig, TokenShards
 from support.bars import bar
 from support.files import UserError, log_rows, read_json
@@ -39,6 +40,7 @@ class TraceOptions:
     rank: int = setting(-1, "Only the sequences of this rank of world_size; -1 for all.")
     world_size: int = setting(0, "How many ranks the step had; 0 is what the log says.")
     chars: int = setting(200, "Characters of each document's part to print; 0 for all.", least=0)
+    html: str = setting("", "An .html file: write the batch to it as a page, with all characters.")
 
 
 @dataclass(frozen=True)
@@ -207,17 +209,6 @@ class RunData:
         saved = [int(name) for name in names if name.isdigit()]  # not step000500.tmp
         return max([0, *saved, *(row["step"] for row in log_rows(self.run))])
 
-    def ranks_at(self, step):
-        """How many ranks took a step, as the log says: its first row from that step on, or its
-        last one; 1 without a log."""
-        ranks = 1
-        for row in log_rows(self.run):
-            if type(row.get("world_size")) is int:
-                ranks = row["world_size"]
-                if row["step"] >= step:
-                    break
-        return ranks
-
 
 def held_out_of(run):
     """{source: file} of the text that a run held out."""
@@ -253,17 +244,21 @@ def main(argv):
     if len(runs) != 1:
         raise UserError(f"{verb}: name one run, such as runs/tiny; --help shows the form")
     if verb == "trace":
-        print_trace(runs[0], options)
+        data = RunData(runs[0], options.step)
+        heading, spans = part_of_step(data, options)
+        if options.html:
+            write_batch_page(options.html, heading, data, spans)
+        else:
+            print_trace(heading, data, spans, options.chars)
     else:
         print_found(runs[0], options)
 
 
-def print_trace(run, options):
-    """Print the documents in a step, sequence by sequence."""
+def part_of_step(data, options):
+    """Returns (heading, [Span]) of the step and the rank in the options."""
     step = options.step
-    data = RunData(run, step)
     rank = options.rank
-    world_size = options.world_size or data.ranks_at(step)
+    world_size = options.world_size or ranks_at(data.run, step)
     # a step that the run has not reached is shown too: the order is known before
     if step < 1 or options.world_size < 0 or not -1 <= rank < world_size:
         raise UserError(f"--step={step} --rank={rank} --world_size={world_size}: steps count from "
@@ -276,12 +271,17 @@ def print_trace(run, options):
     if step > done:
         last = data.settings.get("max_steps", "?")
         heading += f" (not seen: the run is at step {done} of {last})"
+    return heading, spans
+
+
+def print_trace(heading, data, spans, chars):
+    """Print the documents in a step, sequence by sequence."""
     print(heading)
     for sequence, parts in itertools.groupby(spans, key=lambda span: span.sequence):
         parts = list(parts)
         print(f"\nsequence {sequence}, instance {parts[0].instance}")
         for span in parts:
-            print_span(data, span, options.chars)
+            print_span(data, span, chars)
 
 
 def print_span(data, span, chars):

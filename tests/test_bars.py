@@ -97,7 +97,8 @@ def test_what_a_training_does_is_said_in_order(tmp_path, tiny_config, call, monk
     in_order = ["building the data", "cleaning", "tokenising", "reading the evaluation sets",
                 "looking for a checkpoint", "saving step 2"]
     assert_in_order(call(train, file, f"--data_dir={tmp_path / 'data'}"), in_order)
-    in_order = ["looking for a checkpoint", f"checking {tmp_path}", "loading step 2", "saving step 3"]
+    in_order = ["looking for a checkpoint", f"checking {tmp_path}", "loading step 2",
+                "saving step 3"]
     assert_in_order(call(train, file, f"--data_dir={tmp_path / 'data'}", "--max_steps=3"), in_order)
 
 

@@ -175,7 +175,7 @@ def test_the_plan_is_shown_as_it_is_printed(capsys):
 
 
 def test_the_shown_sources_load(tmp_path):
-    [block] = blocks("python")
+    [block] = re.findall(r"```python\n(.*?)```", DOCS["data.md"], re.S)
     (tmp_path / "config.py").write_text(block)
     [config] = load_config([str(tmp_path / "config.py")], DataConfig)
     assert len(config.parse_sources()) == 5 and config.decontaminate and config.bloom_items
@@ -189,7 +189,8 @@ def test_the_map_names_the_main_line_and_every_folder():
     named = re.findall(r"^(\w+(?:\.py|/)) ", tree, re.M)
     files = {file.name for file in CODE if file.parent == ROOT}
     folders = {f"{file.parent.name}/" for file in CODE if file.parent != ROOT}
-    assert sorted(named) == sorted({*files, *folders, "configs/", "tests/", "docs/"})
+    assert sorted(named) == sorted({*files, *folders, "configs/", "experiments/", "tests/",
+                                    "docs/"})
     for file in CODE:
         assert ast.get_docstring(ast.parse(file.read_text())) or file.read_text() == "", file
 

@@ -6,21 +6,29 @@ import math
 import random
 import re
 import shutil
+import subprocess
 import warnings
 
 import pytest
 
 import eval as evaluation
 import train
+from configs import load_config
+from corpus.trace import held_out_of
+from model import ModelConfig
 from scaling.log import Log
+from scaling.machine import flops_per_token
 from support import bars, progress
 from support import records as records_module
 from support import report as report_module
+from support.data_pictures import funnel
 from support.files import log_rows, read_json, read_log, to_json, write_json
-from support.measured import numbers, read_evaluations
+from support.measured import numbers, read_evaluations, read_metrics
+from support.pictures import Panel, training_panels, with_clip_limit
 from support.records import cell, domains_table, keys_recorded, record, tasks_table
 from support.report import report
 from support.suites import Suite
+from support.xz import xz_levels
 
 ODD = [None, True, -1, 10**400, 1.5, 1e308, math.nan, -math.inf, "text", "\ud800", [], [1], {},
        {"a": 1}, {"suite": ["x"]}, [{"dtype": [1]}]]
@@ -229,6 +237,74 @@ def test_the_prompt_of_one_suite_parts_no_other_results(tmp_path):
     assert not found.left_out
     found = read_evaluations(tmp_path, {"eval": [*rows, row(5, True, {"mmlu (chat)": {}})]})
     assert list(found.tasks["mmlu (chat)"]) == [5] and "The answer is:" in found.left_out[0]
+
+
+# ---- What a class looks at -----------------------------------------------------------------------
+
+def test_the_page_shows_each_checkpoints_samples_the_funnel_and_the_mix(run, monkeypatch):
+    """Without matplotlib too. Each source's funnel ends with the documents that were kept."""
+    monkeypatch.setattr(report_module, "drawing", lambda: None)
+    content = report([run]).read_text()
+    assert [int(step) for step in re.findall(r"<div><h3>step (\d+)</h3><pre>", content)] == [3, 6]
+    data = content.split("<h2>The data")[1]
+    for name, source in read_json(run / "manifest.json")["sources"].items():
+        part = data.split(f"<h3>{name}, documents</h3>")[1].split("</figure>")[0]
+        counts = [int(n.replace(",", "")) for n in re.findall(r"stage>([\d,]+) ", part)]
+        widths = [float(width) for width in re.findall(r"width:([\d.]+)%", part)]
+        assert counts[0] == source["documents in"] and counts[-1] == source["documents"]
+        assert widths == [pytest.approx(100 * n / counts[0], abs=0.01) for n in counts]
+        assert f"{name}: {source['mix_tokens']:,} tokens, {source['share']:.1%}</span>" in data
+
+
+def test_what_drops_documents_narrows_the_funnel():
+    source = {"documents in": 1000, "held-out documents": 50, "by_rule": {
+        "pii": {"edited": 9}, "gopher_repetition": {"dropped": 200}, "document": {"dropped": 150},
+        "decontaminate:<b>": {"dropped": 100}}}
+    shown = re.findall(r"stage>(.*?)<i style='width:(.*?)%'", funnel("<i>", source))
+    assert shown == [("1,000 read", "100.00"),
+                     ("900 left: decontaminate:&lt;b&gt; dropped 100", "90.00"),
+                     ("700 left: gopher_repetition dropped 200", "70.00"),
+                     ("550 left: document dropped 150", "55.00"),
+                     ("500 left: 50 are held out", "50.00")]
+
+
+@pytest.mark.skipif(not shutil.which("xz"), reason="needs the program xz")
+def test_xz_compresses_the_text_that_was_measured(run, monkeypatch):
+    """As the program xz does, within the few bytes of its header; no other text has its level."""
+    rows, _ = read_metrics(run)
+    evaluations = read_evaluations(run, rows)
+    levels = xz_levels({str(run): evaluations})
+    assert sorted(levels) == ["code", "web"]
+    for domain, file in held_out_of(run).items():
+        text = "".join(json.loads(line)["text"] for line in file.open()).encode()
+        size = len(subprocess.run(["xz", "-9", "-c"], input=text, capture_output=True,
+                                  check=True).stdout)
+        assert levels[domain] == pytest.approx(8 * size / len(text), rel=0.01)
+    sums = copy.deepcopy(evaluations.sums)
+    sums["web"][max(sums["web"])]["bytes"] += 1
+    other = evaluations._replace(sums=sums)
+    assert sorted(xz_levels({str(run): other})) == ["code"]
+    assert sorted(xz_levels({str(run): evaluations, "other": other})) == ["code"]
+    monkeypatch.setattr("support.xz.MOST_BYTES", 10)
+    assert xz_levels({str(run): evaluations}) == {}
+
+
+def test_the_panels_have_their_levels_and_flops(run):
+    """The clip limit is drawn if all runs share it; FLOPs are tokens times those of a token."""
+    rows, _ = read_metrics(run)
+    config = read_json(run / "config.json")
+    panels = {panel.title: panel for panel in training_panels({str(run): rows}, {str(run): config})}
+    tokens, losses = panels["training loss, nats"].lines[str(run)]
+    flops, same = panels["training loss, nats, over FLOPs"].lines[str(run)]
+    [model_config] = load_config([str(run / "config.json")], ModelConfig)
+    assert same == losses and flops == [n * flops_per_token(model_config) for n in tokens]
+    assert panels["norm of the gradient; dashed: grad_clip"].level == config["grad_clip"] == 1.0
+    for configs in ({"a": {"grad_clip": 1.0}, "b": {"grad_clip": 2.0}},
+                    {"a": {"grad_clip": 0}, "b": {"grad_clip": 0}}, {"a": {}, "b": {}}):
+        panel = with_clip_limit(Panel("norm", {"a": ([1], [2]), "b": ([1], [2])}), configs)
+        assert panel.level is None and panel.title == "norm"
+    tuned = {str(run): {**config, "method": "dpo"}}
+    assert not any(panel.x == "FLOPs" for panel in training_panels({str(run): rows}, tuned))
 
 
 # ---- Tables --------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from dataclasses import asdict
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ from corpus.tokenizer import Tokenizer
 from corpus.trace import RunData
 from data import Batches, TokenShards, build_data
 from scaling.ranks import batch_hash
-from support.text import counted
+from support.text import counted, harmless
 
 pytestmark = [pytest.mark.usefixtures("one_thread"),
               pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
@@ -609,6 +610,99 @@ def test_trace_prints_the_step_its_documents_and_their_text(found, call, chars):
     assert {i: body.rstrip("\n") for i, (_, body) in shown.items()} == {
         i: body.rstrip("\n") for i, body in expected.items()}
     assert " cut " in out and ("more characters" in out) == bool(chars)
+
+
+class Page(HTMLParser):
+    """A page as a browser reads it: its tags, its documents, and the text without any tag."""
+
+    def __init__(self, file):
+        super().__init__()
+        self.tags, self.keys = set(), set()
+        self.documents = []  # [{classes, about, text, eos}]
+        self.inside = None
+        self.feed(file.read_text(encoding="utf-8"))
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        classes = (dict(attributes).get("class") or "").split()
+        self.tags.add(tag)
+        self.keys |= {key for key, _ in attributes}
+        if "doc" in classes:
+            self.documents.append({"classes": classes, "about": "", "text": "", "eos": 0})
+        if self.documents and tag == "div":
+            self.inside = classes[0]
+        if self.documents and "eos" in classes:
+            self.documents[-1]["eos"] += 1
+
+    def handle_endtag(self, tag):
+        self.inside = None if tag == "div" else self.inside
+
+    def handle_data(self, content):
+        if self.inside in ("about", "text"):
+            self.documents[-1][self.inside] += content
+
+
+def test_the_page_has_the_tokens_of_the_step_and_their_documents(found, call, tmp_path):
+    """All of them, a part of a document after another, with the borders where documents begin."""
+    file, eos = tmp_path / "batch.html", found.tokenizer.eos_token_id
+    for step in range(60, 80):
+        call(data, "trace", found.run, f"--step={step}", "--chars=1", f"--html={file}")
+        spans, colours = found.trace(step), defaultdict(list)
+        for span, shown in zip(spans, Page(file).documents, strict=True):
+            ids = found.shards[span.instance][slice(*span.tokens)].tolist()
+            source, place = key_of(span.document)
+            assert shown["text"] == harmless(found.tokenizer.decode(ids))
+            assert shown["eos"] == ids.count(eos)
+            assert shown["about"].startswith(f"{span.document['id']}{source} {place}tokens ")
+            assert ("begins" in shown["classes"]) == (span.document_tokens[0] == 0)
+            assert ("cut here" in shown["about"]) == (ids[-1] != eos)
+            colours[span.sequence].append("b" in shown["classes"])
+        assert all(part == [bool(i % 2) for i in range(len(part))] for part in colours.values())
+    spans = found.trace(60)
+    own = call(data, "trace", found.run, "--step=60", "--rank=1", "--world_size=4",
+               f"--html={file}")
+    assert own.stdout == f"wrote {file}\n" and len(Page(file).documents) == sum(
+        span.sequence % 4 == 1 for span in spans)
+
+
+HOSTILE = ["</div><script>alert(1)</script>", "<img src=x onerror=alert(1)>", "<|endoftext|>",
+           "&lt;b&gt;&#60;i&#62;", "<!-- <style> --> ]]> <svg/onload=alert(1)>",
+           "\x00\x07\x1b[2J\u202e\x7f", "😀 日本 e\u0301 \r\n\ttab"]
+
+
+def test_no_text_of_a_document_is_markup_of_the_page(tmp_path, tokenizer, call):
+    """Nor its id: a browser sees our own tags alone, and a forged end of a document is text."""
+    write_jsonl(tmp_path / "t.jsonl", [
+        {"id": f"{i} {text}", "text": f"{text} {words(random.Random(i), 9)} {text}"}
+        for i, text in enumerate(HOSTILE)])
+    config = data_config(tmp_path, tokenizer=tokenizer, eval_share=0.0, sources={
+        "t": {"path": str(tmp_path / "t.jsonl"), "rules": ""}})
+    tokens = sum(shard["tokens"] for shard in manifest_of(build_data(config))["shards"])
+    pretend_run(tmp_path / "run", config, 1, batch_size=tokens // T)
+    file = tmp_path / "batch.html"
+    call(data, "trace", tmp_path / "run", "--step=1", f"--html={file}")
+    page = Page(file)
+    assert len(page.documents) >= len(HOSTILE)
+    assert page.tags == set("html meta title style h1 h2 p span div b br i".split())
+    assert page.keys == {"lang", "charset", "http-equiv", "content", "name", "class", "style"}
+    found = RunData(tmp_path / "run")
+    for span, shown in zip(found.trace(1), page.documents, strict=True):
+        ids = found.shards[span.instance][slice(*span.tokens)].tolist()
+        assert shown["text"] == harmless(found.tokenizer.decode(ids))
+        assert shown["about"].startswith(harmless(span.document["id"]))
+        assert shown["eos"] == ids.count(found.tokenizer.eos_token_id)
+
+
+def test_a_page_says_what_it_leaves_out_and_where_it_cannot_be(found, call, refused, tmp_path,
+                                                               monkeypatch):
+    file = tmp_path / "batch.html"
+    monkeypatch.setattr("corpus.trace_page.MOST_TOKENS", 3 * T)
+    call(data, "trace", found.run, "--step=2", f"--html={file}")
+    assert f"first 3 sequences of {B};" in file.read_text()
+    assert len(Page(file).documents) == sum(span.sequence < 3 for span in found.trace(2))
+    for name in (tmp_path / "metrics.jsonl", tmp_path / "none" / "batch.html"):
+        refused(call(data, "trace", found.run, f"--html={name}"), "--html", name.name)
+    assert [path.name for path in tmp_path.iterdir()] == ["batch.html"]
 
 
 @pytest.mark.parametrize("rank, world_size", [(0, 1), (1, 2), (3, 4), (-1, 4)])

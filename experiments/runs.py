@@ -1,0 +1,133 @@
+"""One run of an experiment: its command, the code with its patch, and the record of its result.
+
+    OUT/runs/VARIANT-seedN/        the run directory
+    OUT/runs/VARIANT-seedN.log     what the command printed
+    OUT/runs/VARIANT-seedN.json    its record: key, seconds and, when it is finished, figures
+    OUT/code/PATCH/                the patched copy of the code
+    OUT/data/, OUT/corpora/        the built data, and the texts of corpora.py
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from experiments.corpora import write_corpora
+from experiments.results import figures_of
+from support.files import UserError, read_json, to_json, write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("configs", "corpus", "scaling", "support")
+
+
+def patch_file(name):
+    return ROOT / "experiments" / f"{name}.patch"
+
+
+def run_of(variant, seed, out):
+    """The run directory of a variant."""
+    return out / "runs" / f"{variant.name}-seed{seed}"
+
+
+def beside(run, ending):
+    """The file beside a run directory that has its name and this ending."""
+    return run.with_name(run.name + ending)  # with_suffix would cut the name lr_0.001
+
+
+def command_of(variant, seed, out):
+    """The words after `python`: what a reader could type in the folder of the code."""
+    words = ["adapt.py" if variant.after else "train.py", variant.config, *variant.common]
+    words += [option.replace("{corpora}", str(out / "corpora")) for option in variant.options]
+    if variant.after:  # the base fixes the seed
+        words.append(f"--start_from={run_of(variant.after, seed, out)}")
+    else:
+        words += [f"--data_dir={out / 'data'}", f"--seed={seed}"]
+    return [*words, f"--run_dir={run_of(variant, seed, out)}"]
+
+
+def key_of(variant, seed, out, extra):
+    """A digest of what decides the result: the commands and patches up to this run."""
+    patch = patch_file(variant.patch).read_text() if variant.patch else ""
+    before = key_of(variant.after, seed, out, extra) if variant.after else ""
+    parts = [command_of(variant, seed, out), list(extra), patch, before]
+    return hashlib.sha256(to_json(parts).encode()).hexdigest()[:16]
+
+
+def record_of(variant, seed, out, extra):
+    """{key, seconds, figures} of a run; figures is None until it is finished."""
+    record = {"key": key_of(variant, seed, out, extra), "seconds": 0.0, "figures": None}
+    path = beside(run_of(variant, seed, out), ".json")
+    if path.is_file():
+        known = read_json(path)
+        if known.get("key") == record["key"]:
+            return known
+    return record
+
+
+def finish(variant, seed, out, extra=()):
+    """Run a variant to its end, and before it the run that it tunes; returns its record.
+
+    A finished run is not run again. A run that was stopped continues from its newest checkpoint. A
+    run of another command or patch is overwritten.
+    """
+    if variant.after:
+        finish(variant.after, seed, out, extra)
+    record = record_of(variant, seed, out, extra)
+    if record["figures"]:
+        return record
+    run = run_of(variant, seed, out)
+    words = [*command_of(variant, seed, out), *extra]
+    known = beside(run, ".json")
+    if run.exists() and not (known.is_file() and read_json(known).get("key") == record["key"]):
+        words.append("--overwrite")
+    run.parent.mkdir(parents=True, exist_ok=True)
+    write_json(known, record)
+    if "{corpora}" in "".join(variant.options):
+        write_corpora(out / "corpora")
+    folder = patched_code(variant.patch, out / "code") if variant.patch else ROOT
+
+    print(f"experiments: {run.name} begins; it prints into {beside(run, '.log')}", flush=True)
+    began = time.monotonic()
+    code = start(words, folder, beside(run, ".log"))
+    record["seconds"] += time.monotonic() - began
+    if code == 0:
+        record["figures"] = figures_of(run, variant.name)
+    write_json(known, record)
+    if code:
+        raise UserError(f"{run.name}: ended with exit code {code}; its output is in "
+                        f"{beside(run, '.log')}. The same command continues")
+    print(f"experiments: {run.name} took {record['seconds']:.0f} s", flush=True)
+    return record
+
+
+def start(words, folder, log):
+    """Run `python WORDS` in a folder; its output is added to the file `log`. Returns the code."""
+    with open(log, "a") as file:
+        print("$ python", *words, file=file, flush=True)
+        return subprocess.run([sys.executable, *words], cwd=folder, stdin=subprocess.DEVNULL,
+                              stdout=file, stderr=subprocess.STDOUT).returncode
+
+
+def patched_code(name, folder):
+    """A copy of the code in `folder`/NAME, with the patch applied by git; returns its path.
+
+    The copy is made again each time, so that it never holds an older patch.
+    """
+    copy = folder / name
+    shutil.rmtree(copy, ignore_errors=True)
+    copy.mkdir(parents=True)
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, copy)
+    for part in FOLDERS:
+        shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
+    # subtle: inside a repository, git apply skips files that lie outside the current folder, and
+    # names files from the top; with this variable it finds no repository
+    environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.resolve())}
+    done = subprocess.run(["git", "apply", str(patch_file(name))], cwd=copy, env=environment,
+                          text=True, capture_output=True)
+    if done.returncode:
+        raise UserError(f"{patch_file(name)}: does not fit the code: {done.stderr.strip()}")
+    return copy
