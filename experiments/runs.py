@@ -13,13 +13,12 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
+from configs import ROOT
 from experiments.corpora import write_corpora
 from experiments.results import figures_of
 from support.files import UserError, read_json, to_json, write_json
 
-ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("configs", "corpus", "scaling", "support")
 
 

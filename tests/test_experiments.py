@@ -5,14 +5,13 @@ import json
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT
-from test_forks import FOLDERS, MODULES, train_resume_and_evaluate
+from test_forks import forget, imported, train_resume_and_evaluate
 
 from configs import load_config
 from corpus.documents import is_held_out
@@ -76,18 +75,9 @@ def patched(tmp_path, monkeypatch):
     folder = tmp_path / "code"
 
     def make(name):
-        copy = runs.patched_code(name, folder)
-        for module in list(sys.modules):
-            if module.split(".")[0] in (*FOLDERS, *MODULES):
-                monkeypatch.delitem(sys.modules, module)
-        monkeypatch.syspath_prepend(copy)
-        modules = {module: importlib.import_module(module) for module in MODULES}
-        assert Path(modules["train"].__file__).parent == copy
-        return SimpleNamespace(**modules)
+        return imported(runs.patched_code(name, folder), monkeypatch)
     yield make
-    for name, module in list(sys.modules.items()):
-        if str(getattr(module, "__file__", None)).startswith(str(folder)):
-            del sys.modules[name]
+    forget(folder)
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -46,14 +46,24 @@ def fork(tmp_path, monkeypatch):
                 assert text.count(old) == 1, f"{file} holds {old!r} {text.count(old)} times"
                 text = text.replace(old, replacement)
             (folder / file).write_text(text)
-        for name in list(sys.modules):
-            if name.split(".")[0] in (*FOLDERS, *MODULES):
-                monkeypatch.delitem(sys.modules, name)
-        monkeypatch.syspath_prepend(folder)
-        modules = {name: importlib.import_module(name) for name in MODULES}
-        assert Path(modules["train"].__file__).parent == folder
-        return SimpleNamespace(**modules)
+        return imported(folder, monkeypatch)
     yield make
+    forget(folder)
+
+
+def imported(folder, monkeypatch):
+    """The modules of the code in a folder, in place of ours until the test ends; see forget."""
+    for name in list(sys.modules):
+        if name.split(".")[0] in (*FOLDERS, *MODULES):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(folder)
+    modules = {name: importlib.import_module(name) for name in MODULES}
+    assert Path(modules["train"].__file__).parent == folder
+    return SimpleNamespace(**modules)
+
+
+def forget(folder):
+    """Take the modules below a folder out of sys.modules, so that ours can come back."""
     for name, module in list(sys.modules.items()):
         if str(getattr(module, "__file__", None)).startswith(str(folder)):
             del sys.modules[name]

@@ -32,7 +32,8 @@ from support.files import log_rows
 from support.records import (bits_per_byte, domains_table, evaluation_key, tasks_table,
                              verdict_on)
 from support.measured import Evaluations, read_evaluations, read_metrics
-from support.report import Panel, drawing, last_results, svg, task_panels
+from support.pictures import Panel, drawing, svg, task_panels
+from support.report import last_results
 from support.suites import PALOMA, Suite, open_suites
 from support.tasks import (METRICS, PAPER_METRIC, Question, Task, mmlu, packaged_task,
                            primary_metric, read_task)
@@ -1063,7 +1064,7 @@ def test_the_report_is_one_page_with_everything(run, call, tmp_path, request_fil
                 "--prompt=<b>wo").returncode == 0
     page = report_on(call, run)
     assert page == report_on(call, run) == (run / "report.html").read_text()
-    assert page.count("<svg") == 5 + 2 + 1  # training; two domains; the task
+    assert page.count("<svg") == 6 + 2 + 1  # training; two domains; the task
     assert re.search(r"made_up +40 ", page) and not re.search(r"made_up +9 ", page)
     for word in ("training loss", "learning rate", "web", "(pooled)", "(macro)", "tokens/s",
                  "not decontaminated: the source", "documents held out", "&lt;b&gt;wo", "step 15",
@@ -1086,7 +1087,7 @@ def test_two_runs_are_drawn_over_each_other(run, planted, call, tmp_path):
         file.writelines(json.dumps(row) + "\n" for row in rows)
     page = report_on(call, *runs)
     assert (runs[0] / "report_a$b_{$c_two.html").read_text() == page
-    assert not list(runs[0].glob("report.html")) and page.count("<svg") == 5 + 2 + 2
+    assert not list(runs[0].glob("report.html")) and page.count("<svg") == 6 + 2 + 2
     different = page.split("Settings that differ")[1].split("</table>")[0]
     assert "<td>max_steps<td>30<td>40" in different
     assert "<td>d_model" not in different and "<td>run_dir" not in different
