@@ -229,7 +229,8 @@ class Batches:
 
     def instances(self, step):
         """The instances of a step's global batch: uint32 (G,)."""
-        epoch, position = divmod(step - 1, self.steps_per_epoch)  # epochs count from 0
+        # epochs count from 0, steps from 1
+        epoch, position = divmod(step - 1, self.steps_per_epoch)
         begin = position * self.batch_size
         return self.order(epoch)[begin:begin + self.batch_size]
 
@@ -244,6 +245,7 @@ class Batches:
 
     def fingerprint(self):
         """What a resumed run must find unchanged: the data, its order and how it is cut."""
+        # of the order too: numpy does not promise that another version shuffles the same way
         return {
             "data_sha256": self.shards.sha256,
             "tokenizer_sha256": tokenizer_digest(self.shards.folder / "tokenizer.json"),
@@ -251,7 +253,7 @@ class Batches:
             "instances": len(self.shards),
             "batch_size": self.batch_size,
             "seed": self.seed,
-            "order_sha256": hashlib.sha256(self.order(0)).hexdigest(),  # numpy's shuffle may change
+            "order_sha256": hashlib.sha256(self.order(0)).hexdigest(),
         }
 
 
@@ -328,8 +330,8 @@ def check_size(path, expected, folder):
         return
     remedy = "restore it"
     if path.parent == folder:  # one that we built; ready token files lie elsewhere
-        remedy += (f", or delete {folder} and {folder.parent / 'stages'}: the data is then built "
-                   "again")
+        stages = folder.parent / "stages"
+        remedy += f", or delete {folder} and {stages}: the data is then built again"
     raise UserError(f"{path}: {size} bytes, not {expected}; {remedy}")
 
 
@@ -597,9 +599,7 @@ def main(argv):
     config, options = load_config(argv, DataConfig, ShowOptions, siblings=SCHEMAS,
                                   base=tokenizer_of_start(argv, (*SCHEMAS, ShowOptions)))
     folder = staged("building the data", build_data, config)
-    if options.show:
-        return print_dropped(folder, options.show)
-    print_table(folder)
+    return print_dropped(folder, options.show) if options.show else print_table(folder)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,6 @@ from tqdm import tqdm
 
 from scaling.machine import peak_flops
 from scaling.ranks import rank, world_size
-from support import bars
-from support.bars import Lines
 from support.files import (UserError, disk_remedy, free_name, read_log, rows_until, to_json,
                            write_rows)
 from support.records import domains_table, tasks_table
@@ -115,20 +113,20 @@ def has_bar():
     return rank() == 0 and sys.stderr.isatty()
 
 
-def say_row(step, last, said, seconds_left, memory):
-    """A line about a step where no bar is seen, such as in the log of a batch system."""
+def say_row(watch, step, last, said, seconds_left, memory):
+    """A line about a step where no bar is seen, such as in the log of a batch system.
+
+    watch: a Watch of support/bars.py.
+    """
     if rank() == 0 and not has_bar():
         left = timedelta(seconds=round(seconds_left))
-        print(f"step {step:,} of {last:,}: {said}, {left} left, {memory:.2f} GB", file=sys.stderr,
-              flush=True)
-        Lines.last_line = time.monotonic()
+        watch.say(f"step {step:,} of {last:,}: {said}, {left} left, {memory:.2f} GB")
 
 
-def say_slow_step(step, last):
-    """A line about a step without a row, where no line has come for SECONDS."""
-    if rank() == 0 and not has_bar() and time.monotonic() - Lines.last_line >= bars.SECONDS:
-        print(f"step {step:,} of {last:,}", file=sys.stderr, flush=True)
-        Lines.last_line = time.monotonic()
+def say_slow_step(watch, step, last):
+    """The same about a step without a row, if there was no line for long."""
+    if rank() == 0 and not has_bar() and watch.is_due():
+        watch.say(f"step {step:,} of {last:,}")
 
 
 def say_evaluation(step, results):

@@ -23,7 +23,7 @@ from scaling.machine import PowerMeter, carbon_kg, energy_line, flops_per_token,
 from scaling.ranks import (batch_hash, check_agreement, largest, on_rank0, rank, reduce_sum,
                            world_size)
 from scaling.signals import StopSignal
-from support.bars import Lines, stage
+from support.bars import Watch, stage
 from support.files import UserError
 
 READ_PATIENCE = timedelta(hours=2)  # rank 0 reads a complete checkpoint to check it
@@ -157,7 +157,7 @@ class Run:
         """
         self.signals.__enter__()
         last = self.config.max_steps
-        Lines.last_line = time.monotonic()  # what came before is no step's silence
+        self.watch = Watch()
         self.loop_start = time.perf_counter() - self.state["seconds"]
         with tqdm(total=last, initial=self.step, unit="step", disable=not has_bar()) as self.bar:
             while self.step < last and not self.ended_by:
@@ -189,7 +189,7 @@ class Run:
         if metrics and self.is_due(step, self.config.log_every_steps):
             self.write_row(batch, metrics, lr)
         else:
-            say_slow_step(step, self.config.max_steps)
+            say_slow_step(self.watch, step, self.config.max_steps)
 
     def agree_on_ending(self):
         """What one rank has heard, all ranks do: leave, or save because of save_every_minutes."""
@@ -214,7 +214,8 @@ class Run:
         said = f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s"
         self.bar.set_postfix_str(said)
         last = self.config.max_steps
-        say_row(self.step, last, said, self.pace.seconds_left(self.step, last, self.window), memory)
+        seconds_left = self.pace.seconds_left(self.step, last, self.window)
+        say_row(self.watch, self.step, last, said, seconds_left, memory)
         self.window = Window()
 
     def count_energy(self):

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import (CheckpointPolicy, checkpoint,
 
 from scaling.compiler import compile_model
 from scaling.ranks import launched, world_size
+from support.bars import bar
 from support.cpu import only_of_targets, use_fast_attention
 from support.files import UserError
 from support.generation import fixed_weights
@@ -122,6 +123,15 @@ def own_part(full, parameter):
         return full
     return distribute_tensor(full, parameter.device_mesh, parameter.placements,
                              src_data_rank=None)  # every rank has all of it: nothing is sent
+
+
+def init_own_parts(init_weights, model, seed):
+    """init_weights(model, seed, own_part), with a bar: those of a 7B are minutes of work."""
+    with bar(None, "drawing the weights", len(list(model.parameters())), "tensors") as shown:
+        def part(full, parameter):
+            shown.update()
+            return own_part(full, parameter)
+        init_weights(model, seed, part)
 
 
 def own_slice(tensor):

@@ -15,10 +15,10 @@ from functools import lru_cache
 
 from tqdm import tqdm
 
-# So long a bar or a stage lasts before its first line, a stage on a terminal half as long. With 0
+# How long a bar or a stage lasts before its first line; on a terminal, a stage half as long. With 0
 # each has a line at once.
 FIRST_S = 2
-SECONDS = 30  # between two lines after that, of whatever they tell
+SECONDS = 30  # from any line to the next one of a bar or stage that has had its first
 
 
 def is_silent():
@@ -43,19 +43,43 @@ def bar(items=None, desc="", total=None, unit="it", hidden=False):
     return Lines(items, desc, total, unit)
 
 
-class Lines:
-    """The same where stderr is no terminal: a line after FIRST_S, then one each SECONDS."""
+class Watch:
+    """How long something has lasted, and whether it is time for a line where there is no terminal.
 
-    last_line = 0.0  # the time.monotonic() of the last line of any bar or stage
+    The first line comes after FIRST_S, the next ones SECONDS after the last line of any Watch.
+    """
+
+    last_line = 0.0  # the time.monotonic() of that line
+
+    def __init__(self):
+        self.has_line = False
+        self.began = time.monotonic()
+
+    def seconds(self):
+        return time.monotonic() - self.began
+
+    def is_due(self):
+        if not self.has_line:
+            return self.seconds() >= FIRST_S
+        return time.monotonic() - Watch.last_line >= SECONDS
+
+    def say(self, text):
+        self.has_line = True
+        Watch.last_line = time.monotonic()
+        sys.stderr.write(f"{text}\n")  # one call: other threads print too
+        sys.stderr.flush()
+
+
+class Lines(Watch):
+    """A bar where stderr is no terminal."""
 
     def __init__(self, items, desc, total, unit):
+        super().__init__()
         self.items = items
         self.desc = desc
         self.total = total
         self.unit = unit
         self.done = 0
-        self.has_line = False
-        self.began = time.monotonic()
 
     def __iter__(self):
         for item in self.items:
@@ -75,23 +99,14 @@ class Lines:
         done, total, unit = self.done, self.total, self.unit
         if unit == "B":
             done, total, unit = done // 10**6, total // 10**6, "MB"
-        seconds = time.monotonic() - self.began
-        left = seconds * (self.total - self.done) / self.done if self.done else 0
-        left = f", about {left:.0f} s left" if left >= 1 else ""
-        self.say(f"{self.desc}: {done:,} of {total:,} {unit}, {seconds:.0f} s{left}")
+        left = time_left(self.seconds(), self.done, self.total)
+        self.say(f"{self.desc}: {done:,} of {total:,} {unit}, {self.seconds():.0f} s{left}")
 
-    def is_due(self):
-        """Whether it is time for a line: its first one, or its next after SECONDS without any."""
-        now = time.monotonic()
-        if not self.has_line:
-            return now - self.began >= FIRST_S
-        return now - Lines.last_line >= SECONDS
 
-    def say(self, text):
-        self.has_line = True
-        Lines.last_line = time.monotonic()
-        sys.stderr.write(f"{text}\n")  # at once: other threads print too
-        sys.stderr.flush()
+def time_left(seconds, done, total):
+    """", about 9 s left" at the pace until now; "" under a second."""
+    left = seconds * (total - done) / done if done else 0
+    return f", about {left:.0f} s left" if left >= 1 else ""
 
 
 # ---- A stage -------------------------------------------------------------------------------------
@@ -100,7 +115,7 @@ class Lines:
 def stage(what):
     """Around work that may last: on a terminal its name and its seconds, elsewhere a line.
 
-        with stage("saving step000500"):
+        with stage("saving step 500"):
 
     Work that is done within a second, or within FIRST_S elsewhere, is not mentioned.
     """
@@ -119,7 +134,8 @@ def stage(what):
     finally:
         ended.set()
         thread.join()
-        shown.hide(for_ever=True)
+        if shown.bar:
+            shown.bar.close()
 
 
 def staged(what, function, *arguments):
@@ -128,50 +144,31 @@ def staged(what, function, *arguments):
         return function(*arguments)
 
 
-class Stage:
+class Stage(Watch):
     """The display of one stage."""
 
-    on_terminal = []  # the stages whose line is to be seen there now
-
     def __init__(self, what):
+        super().__init__()
         self.what = what
         self.bar = None  # on a terminal, a bar without an amount
-        self.lines = Lines(None, what, None, "")
 
     def keep_showing(self, ended):
         """In a thread: the seconds go on while the main thread works, or waits for a compiler."""
-        is_terminal = sys.stderr.isatty()
-        wait = FIRST_S / 2 if is_terminal else FIRST_S
-        while not ended.wait(wait or 1):
+        wait = FIRST_S / 2 if sys.stderr.isatty() else FIRST_S
+        while not ended.wait(wait):
+            self.show()
             wait = 1
-            if is_terminal or self.lines.is_due():
-                self.show()
 
     def show(self):
-        text = f"{self.what}, {time.monotonic() - self.lines.began:.0f} s"
-        if not sys.stderr.isatty():
-            self.lines.say(text if self.lines.has_line else self.what)
-            return
+        text = f"{self.what}, {self.seconds():.0f} s"
         with tqdm.get_lock():
-            if self.bar is None:
+            if not sys.stderr.isatty():
+                if self.is_due():
+                    self.say(text if self.has_line else self.what)
+            elif self.bar is None:
                 self.bar = tqdm(total=0, desc=text, bar_format="{desc}", leave=False)
-            self.bar.set_description_str(text)
-            if self not in self.on_terminal:
-                self.on_terminal.append(self)
-
-    def hide(self, for_ever=False):
-        with tqdm.get_lock():
-            if self in self.on_terminal:
-                self.on_terminal.remove(self)
-                self.bar.clear()
-            if self.bar is not None and for_ever:
-                self.bar.close()
-
-
-def hide_stages():
-    """Clear the lines of stages, so that what is printed next has a line of its own."""
-    for each in list(Stage.on_terminal):
-        each.hide()
+            else:
+                self.bar.set_description_str(text)
 
 
 @lru_cache
@@ -181,6 +178,17 @@ def take_lock():
     tqdm.set_lock(lock)
     os.register_at_fork(before=lock.acquire, after_in_parent=lock.release,
                         after_in_child=lock.release)
+
+
+# ---- Other output --------------------------------------------------------------------------------
+
+def hide_bars():
+    """Clear the lines of all bars, so that what is printed next has a line of its own.
+
+    Each bar is drawn again when it goes on.
+    """
+    for each in list(getattr(tqdm, "_instances", ())):
+        each.clear()
 
 
 def end_bars():

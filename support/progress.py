@@ -4,10 +4,9 @@ The bar and the lines are on stderr, so that the tables on stdout can be used by
 """
 
 import sys
-import time
 
 from scaling.ranks import rank
-from support.bars import Lines, bar
+from support.bars import Watch, bar, time_left
 
 
 class Progress:
@@ -18,16 +17,15 @@ class Progress:
 
     def begin(self, title):
         self.title = title
-        self.lines = Lines(None, title, None, "")
+        self.watch = Watch()
 
     def line_is_due(self):
-        return rank() == 0 and self.lines.is_due()
+        return rank() == 0 and self.watch.is_due()
 
     def say(self, text, left=""):
         """Print a line about what is being measured, with the seconds since it began."""
         title = f"{self.title}: " if self.title else ""
-        seconds = time.monotonic() - self.lines.began
-        self.lines.say(f"{title}{text}, {seconds:.0f} s{left}")
+        self.watch.say(f"{title}{text}, {self.watch.seconds():.0f} s{left}")
 
 
 progress = Progress()
@@ -42,7 +40,7 @@ def titled(items):
     for i, item in enumerate(items, 1):
         progress.begin(item[0])
         yield item
-        if not sys.stderr.isatty() and (progress.lines.has_line or progress.line_is_due()):
+        if not sys.stderr.isatty() and (progress.watch.has_line or progress.line_is_due()):
             progress.say(f"measured, {i} of {len(items)}")
     progress.begin("")
 
@@ -54,10 +52,9 @@ def watched(items, unit):
     if sys.stderr.isatty():
         yield from bar(items, progress.title, unit=unit, hidden=rank() > 0)
         return
-    began = time.monotonic()
+    watch = Watch()  # a title may have several lists
     for i, item in enumerate(items, 1):
         yield item
         if progress.line_is_due():
-            seconds = (time.monotonic() - began) / i * (len(items) - i)
-            left = f", about {seconds:.0f} s left" if seconds >= 1 else ""
-            progress.say(f"{unit} {i:,} of {len(items):,}", left)
+            progress.say(f"{unit} {i:,} of {len(items):,}",
+                         time_left(watch.seconds(), i, len(items)))

@@ -7,11 +7,11 @@ from functools import partial
 import numpy as np
 
 from scaling.ranks import on_rank0
-from support.bars import stage
 from support.rows import sequences_of
 from support.files import UserError, read_json, write_json
 from support.held_out import completion_log_probs
 from support.models import fill_weights
+from support.progress import progress
 
 
 def reference_log_probs(run, base, model, sets, method, batch_tokens):
@@ -34,10 +34,11 @@ def reference_log_probs(run, base, model, sets, method, batch_tokens):
     return read_reference(file, [len(pairs) for pairs in sets])
 
 
-@stage("the reference model scores the answers")
 def answer_log_probs(model, pairs, batch_tokens):
     """Float64 (N, 2): the log-probabilities of the chosen and the rejected answer of each Pair."""
+    progress.begin("answers of the reference")
     found = completion_log_probs(model, sequences_of(pairs), batch_tokens)
+    progress.begin("")
     log_probs, _ = found.T
     return log_probs.view(2, len(pairs)).T
 

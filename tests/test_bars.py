@@ -77,8 +77,8 @@ def test_a_stage_has_a_line_on_a_terminal_which_is_gone_at_its_end(monkeypatch, 
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     with bars.stage("saving"):
         assert "saving, 0 s" in capsys.readouterr().err
-        bars.hide_stages()  # as before a line on stdout
-        assert capsys.readouterr().err.split("\r")[-1].strip() == "" and not bars.Stage.on_terminal
+        bars.hide_bars()  # as before a line on stdout
+        assert capsys.readouterr().err.split("\r")[-1].strip() == ""
     assert not list(bars.tqdm._instances)
 
 
@@ -87,7 +87,7 @@ def test_a_stage_ends_with_an_error(monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     with pytest.raises(UserError), bars.stage("saving"):
         raise UserError("the disk is full; free some space")
-    assert not bars.Stage.on_terminal and threading.active_count() < 10
+    assert not list(bars.tqdm._instances) and threading.active_count() < 10
 
 
 def test_what_a_training_does_is_said_in_order(tmp_path, tiny_config, call, monkeypatch):
