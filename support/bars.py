@@ -125,6 +125,7 @@ def stage(what):
     take_lock()
     ended = threading.Event()
     shown = Stage(what)
+    Stage.lasting.append(shown)
     if FIRST_S == 0:
         shown.show()
     thread = threading.Thread(target=shown.keep_showing, args=(ended,), daemon=True)
@@ -134,8 +135,8 @@ def stage(what):
     finally:
         ended.set()
         thread.join()
-        if shown.bar:
-            shown.bar.close()
+        Stage.lasting.remove(shown)
+        shown.clear()
 
 
 def staged(what, function, *arguments):
@@ -145,7 +146,9 @@ def staged(what, function, *arguments):
 
 
 class Stage(Watch):
-    """The display of one stage."""
+    """The display of one stage; nothing is seen of it while another one lasts inside it."""
+
+    lasting = []  # the stages of this moment, the innermost last
 
     def __init__(self, what):
         super().__init__()
@@ -162,13 +165,20 @@ class Stage(Watch):
     def show(self):
         text = f"{self.what}, {self.seconds():.0f} s"
         with tqdm.get_lock():
-            if not sys.stderr.isatty():
+            if Stage.lasting[-1] is not self:
+                self.clear()
+            elif not sys.stderr.isatty():
                 if self.is_due():
                     self.say(text if self.has_line else self.what)
             elif self.bar is None:
                 self.bar = tqdm(total=0, desc=text, bar_format="{desc}", leave=False)
             else:
                 self.bar.set_description_str(text)
+
+    def clear(self):
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
 
 
 @lru_cache
