@@ -3,7 +3,7 @@
     clean/docstrings.jsonl     all docstrings but those of the evaluation set
     copies/                    the same, and nineteen copies of a tenth of them
     leaked/                    the same as clean/, and ten copies of the evaluation set
-    leaked_set.jsonl           the evaluation set: half of the docstrings that are held out
+    leaked_set.jsonl           the evaluation set: half of the modules that are held out
 """
 
 import hashlib
@@ -27,8 +27,8 @@ def write_corpora(folder):
     print("experiments: writing the texts with copies and with a leaked set")
     aside = folder.with_name(folder.name + ".tmp")
     documents, evaluation_set = docstrings()
-    # none of them is held out: the held-out ones below a half are the evaluation set
-    repeated = [document for document in documents if share_of(document) < 0.1]
+    repeated = [document for document in documents
+                if share_of(document) < 0.1 and not is_held_out(document, EVAL_SHARE)]
     for name, extra in (("clean", []), ("copies", (COPIES - 1) * repeated),
                         ("leaked", LEAKS * evaluation_set)):
         (aside / name).mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,8 @@ def docstrings():
     for document in stdlib_documents("docstrings"):
         if document["id"] in known:
             continue
-        is_chosen = is_held_out(document, EVAL_SHARE) and share_of(document) < 0.5
+        # whole modules: docstrings of one module resemble each other
+        is_chosen = is_held_out(document, EVAL_SHARE / 2)
         (evaluation_set if is_chosen else documents).append(document)
     return documents, evaluation_set
 

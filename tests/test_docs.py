@@ -7,10 +7,24 @@ from contextlib import chdir
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, rows, write_corpus
+import torch
+from conftest import ROOT, TINY, rows, write_corpus, write_requests
 
 import adapt
+import eval as evaluation
 import train
+from configs import load_config
+from corpus.bpe import BPE_SAMPLE_CHARS
+from corpus.dedup import LEAST_WORDS, BloomFilter
+from corpus.gopher import REPEATED_LINES_LIMIT, REPEATED_NGRAM_LIMITS, TOP_NGRAM_LIMITS
+from corpus.pages import Drop, Page
+from corpus.rules import LONGEST_PERIOD, REPETITIONS, RULES
+from data import DataConfig
+from eval import rolling_windows
+from scaling.directory import NAMES
+from scaling.machine import choose_micro_batch
+from support.files import UserError, log_rows
+from support.tasks import PAPER_METRIC, read_task
 
 WALK = (ROOT / "docs/walkthrough.md").read_text()
 FILES = (ROOT / "docs/files.md").read_text()
@@ -57,6 +71,15 @@ def build(folder):
                     f"--eval_data={file}", "--epochs=2", "--batch_size=8", "--log_every_steps=1",
                     "--device=cpu", "--dtype=float32", "--compile=false", "--warmup_share=0",
                     "--lr=0.01", "--eval_answers=2", "--max_new_tokens=4"])
+
+    write_requests(folder / "questions.jsonl", 3)
+    evaluation.main(["runs/tiny", "--every_checkpoint", "--suite=domains,questions.jsonl",
+                     "--max_new_tokens=4"])
+    long = {"prompt": "What? " * 200}  # leaves no room for an answer
+    lines = [json.dumps(row) + "\n" for row in ({"prompt": "What?"}, long)]
+    Path("prompts.jsonl").write_text("".join(lines))
+    adapt.main(["generate", "runs/tiny_sft", "prompts.jsonl", "out.jsonl", "--temperature=0.5",
+                "--max_new_tokens=4", "--dtype=float32"])
 
 
 @pytest.fixture
@@ -114,6 +137,7 @@ def test_twelve_stops_have_their_parts():
         places = [stop.find(part) for part in ("**Paper:** ", "**Code:** ", "**Look at** ",
                                                "```python\n", "**Why so?** ", "<details><summary>")]
         assert -1 not in places and places == sorted(places), stop[:60]
+        assert re.search(r"```python\n[^`]*```\n\n```\n[^`]+\n```\n", stop)  # and what it printed
         assert stop.count("<details><summary>") == stop.count("</summary>\n\n")
         assert stop.count("<details>") == stop.count("\n\n</details>")
 
@@ -139,6 +163,55 @@ def test_the_comments_that_the_walk_sends_to_are_there():
     assert re.findall(r"^    # (\d)\)", step, re.M) == list("12345")
 
 
+def test_the_numbers_of_the_answers_are_those_of_the_code():
+    text = " ".join(WALK.split())
+
+    assert "30 % of the lines, or of the characters" in text
+    assert REPEATED_LINES_LIMIT == 0.3
+    assert "20, 18 and 16 % of the characters, for n = 2, 3 and 4" in text
+    assert TOP_NGRAM_LIMITS == {2: 0.20, 3: 0.18, 4: 0.16}
+    assert "15, 14, ... 10 % of the characters, for n = 5, 6, ... 10" in text
+    assert REPEATED_NGRAM_LIMITS == {n: (20 - n) / 100 for n in range(5, 11)}
+    assert "(50 to 100,000)" in text
+    is_kept = [judged("gopher_word_count", n * "word ") is None for n in (49, 50, 100_000, 100_001)]
+    assert is_kept == [False, True, True, False]
+    assert "mask five addresses, and drop a document with six" in text
+    assert not isinstance(judged("pii", 5 * "ada@example.org "), Drop)
+    assert isinstance(judged("pii", 6 * "ada@example.org "), Drop)
+    assert "each line of 13 words or more" in text and LEAST_WORDS == 13
+
+    assert "one in a million, takes 28.8 bits" in text and "sets 20 of them" in text
+    filter = BloomFilter(1000, DataConfig().bloom_fp_rate)
+    assert filter.hashes == 20 and filter.bits / 1000 == pytest.approx(28.8, abs=0.05)
+
+    assert "Three million characters of each source" in text and BPE_SAMPLE_CHARS == 3_000_000
+    assert "up to 13 tokens come 100 times in a row" in text
+    assert (LONGEST_PERIOD, REPETITIONS) == (13, 100)
+
+    assert "at most 16,384 tokens" in text
+    [config] = load_config(["--batch_size=64"], train.TrainConfig)
+    assert choose_micro_batch(config, seq_len=2048) == 8
+    assert "1 + 1/512 is 1" in text
+    assert torch.tensor(1 + 1 / 512, dtype=torch.bfloat16) == 1
+
+
+def judged(rule, text):
+    return RULES[rule](Page({"id": "mine", "text": text, "metadata": {}}, scorers={}))
+
+
+def test_what_the_answers_say_of_the_measure():
+    """The windows of a document of 10 tokens, and the paper's metric for each task."""
+    windows = rolling_windows(list(range(1, 11)), "EOS", max_seq_len=4)
+    for inputs, _, _ in windows:
+        assert f"`{' '.join(map(str, inputs))}`" in WALK
+    assert [targets[-scored:] for _, targets, scored in windows] == [
+        [1, 2, 3, 4], [5, 6, 7, 8], [9, 10]]
+    assert PAPER_METRIC == {**dict.fromkeys(["boolq", "sciq"], "acc_raw"),
+                            **dict.fromkeys(["hellaswag", "piqa", "winogrande"], "acc_per_token"),
+                            **dict.fromkeys(["arc_challenge", "arc_easy", "openbookqa"],
+                                            "acc_uncond")}
+
+
 # ---- docs/files.md -------------------------------------------------------------------------------
 
 def pattern_of(path):
@@ -155,8 +228,10 @@ def test_every_file_is_listed(walk):
     folders = [data, *Path("runs").iterdir()]
     paths = {pattern_of(file.relative_to(folder).as_posix())
              for folder in folders for file in folder.rglob("*") if file.is_file()}
-    assert len(paths) >= 17
+    assert len(paths) >= 18
     assert not [path for path in sorted(paths) if f"| `{path}`" not in FILES]
+    # also what only some runs leave: the names that a run may write, replace or delete
+    assert not [name for name in re.findall(r"[a-z]{3,}", NAMES.pattern) if name not in FILES]
 
 
 def keys_in(heading):
@@ -176,6 +251,33 @@ def test_every_key_is_listed(walk):
     for run in runs:
         state = json.loads((run / "step000002/state.json").read_text())
         assert set(state) == keys_in("key of a step")
+
+
+def test_every_key_of_an_evaluation_is_listed(walk):
+    found = list(log_rows(Path("runs/tiny"), "eval.jsonl"))
+    assert {row["kind"] for row in found} == {"eval", "sample"}
+    assert set().union(*found) == keys_in("key in `eval.jsonl`")
+    of = FILES.partition("| `of` | what the result depends on")[2].partition("\n")[0]
+    for row in found:
+        assert not [key for key in row["of"] if f"`{key}`" not in of]
+    [task] = [row["tasks"]["questions"] for row in found if row.get("tasks")]
+    assert set(task) == keys_in("key of a task")
+    tuned = FILES.partition("| `tuned` |")[2].partition("\n")[0]
+    for name in ("tiny_sft", "tiny_dpo"):
+        for row in rows(Path("runs") / name, "eval"):
+            assert not [key for key in row["tuned"] if f"`{key}`" not in tuned]
+
+
+def test_every_key_of_a_request_and_of_an_answer_is_listed(walk, tmp_path):
+    request = json.loads(Path("questions.jsonl").read_text().splitlines()[0])
+    keys = keys_in("key of a request")
+    assert keys == {"doc_id", "idx", "label", "request"}
+    for key in keys:
+        row = {name: value for name, value in request.items() if name != key}
+        with pytest.raises(UserError, match=key):
+            read_task(write_rows(tmp_path / "questions.jsonl", row), None)
+    answers = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+    assert set().union(*answers) - {"prompt"} == keys_in("key of an answer")
 
 
 def test_a_shard_is_read_by_numpy_alone(walk, capsys):
