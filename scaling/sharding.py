@@ -19,7 +19,7 @@ from torch.utils.checkpoint import (CheckpointPolicy, checkpoint,
 
 from scaling.compiler import compile_model
 from scaling.ranks import launched, world_size
-from support.bars import bar
+from support.bars import bar, stage
 from support.cpu import only_of_targets, use_fast_attention
 from support.files import UserError
 from support.generation import fixed_weights
@@ -28,6 +28,7 @@ from support.gpu import use_flex_attention
 
 # ---- Applied to a new model, in this order -------------------------------------------------------
 
+@stage("preparing the model")
 def shard_model(model, config, device, dtype, compiled):
     """Make an OLMo on the meta device ready for training on `device`; its weights are still empty.
 
