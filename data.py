@@ -598,7 +598,7 @@ def main(argv):
     from train import SCHEMAS  # its keys, which a config file may hold
     config, options = load_config(argv, DataConfig, ShowOptions, siblings=SCHEMAS,
                                   base=tokenizer_of_start(argv, (*SCHEMAS, ShowOptions)))
-    folder = staged("building the data", build_data, config)
+    folder = staged("preparing the data", build_data, config)
     return print_dropped(folder, options.show) if options.show else print_table(folder)
 
 

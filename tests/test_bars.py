@@ -94,7 +94,7 @@ def test_what_a_training_does_is_said_in_order(tmp_path, tiny_config, call, monk
     """From nothing, then once more to a later step: each stage before the next begins."""
     monkeypatch.setattr(bars, "FIRST_S", 0)
     file = tiny_config(tmp_path / "run", max_steps=2)
-    in_order = ["building the data", "cleaning", "tokenising", "reading the evaluation sets",
+    in_order = ["preparing the data", "cleaning", "tokenising", "reading the evaluation sets",
                 "looking for a checkpoint", "saving step 2"]
     assert_in_order(call(train, file, f"--data_dir={tmp_path / 'data'}"), in_order)
     in_order = ["looking for a checkpoint", f"checking {tmp_path}", "loading step 2",
