@@ -53,10 +53,12 @@ def nothing_was_said():
 
 
 @pytest.fixture(autouse=True)
-def nothing_lasts(monkeypatch):
+def nothing_lasts():
     """No line tells of work that lasts only because the machine is busy."""
-    monkeypatch.setattr("support.bars.FIRST_S", 600)
-    monkeypatch.setattr("support.bars.SECONDS", 600)
+    with pytest.MonkeyPatch.context() as patch:  # not the test's own, which it may undo
+        patch.setattr("support.bars.FIRST_S", 600)
+        patch.setattr("support.bars.SECONDS", 600)
+        yield
 
 
 @pytest.fixture(scope="module")
