@@ -28,7 +28,7 @@ NOT_SAVED = {"resume", "overwrite", "accept_changes", "stop_after_minutes", "ten
 MEASURED = ("eval.jsonl", "report.html")  # what eval.py writes about a run
 # All names in its directory that a run writes, replaces or deletes.
 NAMES = re.compile(r"(config|tokenizer|manifest|fork|best)\.json|manifest-\w+\.json|metrics\.jsonl|"
-                   r"eval\.jsonl|report\.html|reference-\w+\.json|tensorboard|wandb|"
+                   r"starts\.jsonl|eval\.jsonl|report\.html|reference-\w+\.json|tensorboard|wandb|"
                    r"(damaged-|unread-)?step\d+|step\d+\.tmp")
 
 # After a node dies, a network disk may hold its lock for a minute or two; torchrun's restart waits.

@@ -280,16 +280,21 @@ def agree_on_machine(config, settings, device):
     check_agreement({**settings, "code": code_version(), "torch": torch.__version__,
                      "ranks per node": ranks_per_node})
     dtype = choose_dtype(config.dtype, device)
-    choices = gather(choose_compile(config.compile, device))
-    if config.compile == "auto":  # one node without a compiler: no node compiles
-        choices = [min(choices)] * len(choices)
-    compiled, why = choices[rank()]
+    compiled, why = agree_on_compile(config, device)
     check_agreement({"device": device.type, "dtype": str(dtype), "compile": compiled})
     dtype_why = "fastest on this chip" if config.dtype == "auto" else "as asked"
     ranks = f", {world_size()} ranks" if world_size() > 1 else ""
     print(f"machine: {device.type} with {torch.get_num_threads()} threads{ranks}; forward in "
           f"{dtype} ({dtype_why}); {'compiled' if compiled else 'not compiled'} ({why})")
     return dtype, compiled
+
+
+def agree_on_compile(config, device):
+    """Returns (whether to compile, why), with compile=auto the same on all ranks."""
+    choices = gather(choose_compile(config.compile, device))
+    if config.compile == "auto":  # one node without a compiler: no node compiles
+        choices = [min(choices)] * len(choices)
+    return choices[rank()]
 
 
 def code_version():

@@ -23,6 +23,7 @@ from scaling.machine import PowerMeter, carbon_kg, energy_line, flops_per_token,
 from scaling.ranks import (batch_hash, check_agreement, largest, on_rank0, rank, reduce_sum,
                            world_size)
 from scaling.signals import StopSignal
+from scaling.starts import note_start
 from support.bars import Watch, stage
 from support.files import UserError
 
@@ -129,6 +130,7 @@ class Run:
         on_rank0(self.open_log)  # all ranks end together where it cannot be opened
         if rank() > 0:
             self.open_log()  # in which nothing is written
+        note_start(self.path, self.step, self.config, self.device)
         self.meter = PowerMeter(self.device, self.config.watts)
         self.kwh_before = self.state["kwh"]
         self.flops_per_token = flops_per_token(self.model_config)

@@ -16,11 +16,12 @@ def data_part(run):
         if not sources:
             return [f"<p>{len(manifest['shards'])} ready token files</p>"]
         (_, names), *rows = funnel_rows(sources)
-        rules = table(["", *names], [[label, *cells] for label, cells in rows])
+        counts = table(["", *names], [[label, *cells] for label, cells in rows])
         funnels = [funnel(name, source) for name, source in sources.items()]
         tokens = {name: source["mix_tokens"] for name, source in sources.items()}
         return [f"<div class=grid>{''.join(funnels)}</div>", "<h3>Tokens of the mix</h3>",
-                shares(tokens, "tokens"), "<h3>All counts</h3>", rules]
+                shares(tokens, "tokens"),
+                f"<details><summary>All counts</summary>{counts}</details>"]
     except (KeyError, TypeError, AttributeError, ValueError):
         return ["<p class=note>manifest.json is not in the form of this version.</p>"]
 
@@ -42,5 +43,6 @@ def funnel(name, source):
     lines = [f"<figure><h3>{escaped(name)}, documents</h3>"]
     for said, count in stages:
         width = f"{100 * count / widest:.2f}%"
-        lines.append(f"<div class=stage>{escaped(said)}<i style='width:{width}'></i></div>")
+        lines.append(f"<div class=stage>{escaped(said)}"
+                     f"<i style='width:{width}' aria-hidden=true></i></div>")
     return "".join(lines) + "</figure>"

@@ -19,7 +19,12 @@ margin:.3rem 0 1rem}.note{color:#57606a}.scroll{overflow-x:auto;white-space:pre}
 .shares{display:grid;grid-template-columns:max-content 1fr;gap:.15rem .8rem;align-items:center;
 font-size:.86rem;font-variant-numeric:tabular-nums}.shares i{display:block;height:.8rem;
 background:#4c78a8}.columns{display:flex;gap:.8rem;overflow-x:auto}
-.columns>div{flex:1 0 min(20rem,85%)}.stage{font-size:.82rem;text-align:center;line-height:1.5}
+.columns>div{flex:1 0 min(20rem,85%)}.columns pre{max-height:18rem;overflow:auto}
+.runs td,.runs th{text-align:left;vertical-align:top;min-width:7rem;max-width:24rem}
+.runs td:first-child{min-width:0;max-width:10rem;white-space:normal}
+.legend{display:flex;flex-wrap:wrap;gap:.1rem 1.2rem;font-size:.86rem;margin:.3rem 0}
+.legend i{display:inline-block;width:1.4rem;height:.25rem;margin-right:.4rem;vertical-align:middle}
+summary{cursor:pointer;font-size:.9rem}.stage{font-size:.82rem;text-align:center;line-height:1.5}
 .stage i{display:block;height:.7rem;margin:0 auto;background:#4c78a8}
 @media(max-width:600px){body{margin:1rem auto;padding:0 .7rem}
 .shares{grid-template-columns:1fr}}"""
@@ -43,12 +48,12 @@ def escaped(text):
     return html.escape(harmless(str(text)))
 
 
-def table(head, rows):
-    """An HTML table of strings, escaped."""
+def table(head, rows, kind=""):
+    """An HTML table of strings, escaped; `kind` is its class."""
     lines = [table_line(head, "th")]
     for row in rows:
         lines.append(table_line(row, "td"))
-    return f"<div class=scroll><table>{''.join(lines)}</table></div>"
+    return f"<div class=scroll><table class='{kind}'>{''.join(lines)}</table></div>"
 
 
 def table_line(cells, tag):
@@ -62,5 +67,5 @@ def shares(counts, unit):
     for name, count in counts.items():
         share = count / total
         lines.append(f"<span>{escaped(name)}: {count:,} {unit}, {share:.1%}</span>"
-                     f"<i style='width:{100 * share:.2f}%'></i>")
+                     f"<i style='width:{100 * share:.2f}%' aria-hidden=true></i>")
     return f"<div class=shares>{''.join(lines)}</div>"

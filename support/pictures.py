@@ -1,14 +1,20 @@
-"""The curves of a report, drawn with matplotlib: each is a Panel, an SVG picture in the page."""
+"""The pictures of a report, drawn with matplotlib: each is a Panel, an SVG in the page."""
 
 import io
 import math
-from pathlib import Path
 from typing import NamedTuple
 
-from configs import load_config
-from model import ModelConfig
-from scaling.machine import flops_per_token
-from support.records import bits_per_byte
+from support.page import escaped
+
+# Of the first run, of the second, ...: a run has its colour in all pictures
+COLORS = ("#1f6fb4", "#d9660f", "#2a9d45", "#8f57b5", "#b0383c", "#4f9fa6", "#a3822a", "#6b7280")
+
+
+class Look(NamedTuple):
+    """How a run is shown everywhere on the page."""
+
+    label: str
+    color: str
 
 
 class Panel(NamedTuple):
@@ -17,124 +23,32 @@ class Panel(NamedTuple):
     title: str
     lines: dict  # {run: (tokens, values)}
     level: float = None  # a dashed line, such as chance
+    limits: dict = None  # {run: (tokens, values)}, dashed: what a value is held below
     errors: dict = None  # {run: standard errors}
     marker: str = None
     x: str = "tokens"
 
 
-TRAINING_PANELS = (  # kind of row, key, title
-    ("train", "loss", "training loss, nats"),
-    ("train", "lr", "learning rate"),
-    ("train", "grad_norm", "norm of the gradient"),
-    ("train", "tokens_per_second", "tokens/s"),
-    ("train", "kwh", "energy, kWh"),
-    ("train", "rewards/margins", "DPO: margin of the rewards"),
-    ("eval", "loss", "loss of held-out answers, nats"),  # adapt.py, under "tuned"
-    ("eval", "dpo_loss", "DPO: loss of held-out pairs"),
-    ("eval", "accuracy", "held-out pairs that are told right"))
+def looks_of(paths):
+    """{run: Look} of the paths of runs: the name of a directory, or the path of equal ones."""
+    names = [path.resolve().name for path in paths]
+    looks = {}
+    for number, (path, name) in enumerate(zip(paths, names, strict=True)):
+        label = name if names.count(name) == 1 else str(path)
+        looks[str(path)] = Look(label, COLORS[number % len(COLORS)])
+    return looks
 
 
-def training_panels(runs, configs):
-    """The Panels of what train.py and adapt.py log; one without any point is left out."""
-    for kind, key, title in TRAINING_PANELS:
-        lines = {}
-        for name, rows in runs.items():
-            tokens = []
-            values = []
-            for row in rows[kind]:
-                measured = row if kind == "train" else row["tuned"]
-                if key in measured:
-                    tokens.append(row["tokens"])
-                    values.append(measured[key])
-            if tokens:
-                lines[name] = (tokens, values)
-        if not lines:
-            continue
-        if key == "grad_norm":
-            yield with_clip_limit(Panel(title, lines), configs)
-        else:
-            yield Panel(title, lines, marker="o" if kind == "eval" else None)
-        if kind == "train" and key == "loss":
-            trained = {run: line for run, line in lines.items() if "method" not in configs[run]}
-            if trained:  # adapt.py's steps have other FLOPs: DPO runs two models
-                yield Panel(f"{title}, over FLOPs", over_flops(trained), x="FLOPs")
+def legend(looks):
+    """The runs' names in their colours, as HTML; nothing for one run."""
+    if len(looks) < 2:
+        return ""
+    names = [f"<span><i style='background:{look.color}' aria-hidden=true></i>"
+             f"{escaped(look.label)}</span>" for look in looks.values()]
+    return f"<p class=legend>{''.join(names)}</p>"
 
 
-def over_flops(lines):
-    """{run: (FLOPs, losses)} of {run: (tokens, losses)}: equal tokens cost a larger model more."""
-    found = {}
-    for run, (tokens, losses) in lines.items():
-        [config] = load_config([str(Path(run) / "config.json")], ModelConfig)
-        per_token = flops_per_token(config)
-        found[run] = ([count * per_token for count in tokens], losses)
-    return found
-
-
-def with_clip_limit(panel, configs):
-    """The Panel of the gradient's norm with grad_clip as its level, if all its runs have one."""
-    limits = {configs[run].get("grad_clip") for run in panel.lines}
-    limit = limits.pop()
-    if limits or type(limit) not in (int, float) or limit <= 0:  # 0 does not clip
-        return panel
-    return panel._replace(title=f"{panel.title}; dashed: grad_clip", level=limit)
-
-
-def domain_panels(found, levels):
-    """Bits per byte of each domain; levels: {domain: that of xz -9, a dashed line}."""
-    for domain in names_in(found, "sums"):
-        if "/" not in domain:  # a part of a domain has no picture of its own
-            lines = lines_of(found, "sums", domain, bits_per_byte)
-            yield Panel(domain, lines, levels.get(domain), marker="o")
-
-
-def task_panels(found):
-    """Accuracy with chance and standard errors; bits per byte for a set without choices."""
-    for task in names_in(found, "tasks"):
-        accuracy = lines_of(found, "tasks", task, lambda result: percent(result, "accuracy"))
-        if accuracy:
-            errors = lines_of(found, "tasks", task, error_of)
-            errors = {run: values for run, (_, values) in errors.items()}
-            chance = lines_of(found, "tasks", task, lambda result: percent(result, "chance"))
-            level = next((values[0] for _, values in chance.values()), None)
-            yield Panel(task, accuracy, level, errors, "o")
-        else:
-            bits = lines_of(found, "tasks", task, lambda result: result.get("bits_per_byte"))
-            yield Panel(f"{task}, bits per byte", bits, marker="o")
-
-
-def percent(result, key):
-    """100 x a share of a task's result; None if the result lacks it."""
-    return 100 * result[key] if key in result else None
-
-
-def error_of(result):
-    """The standard error of an accuracy in percent, 0 if it is not known; None without accuracy."""
-    return 100 * abs(result.get("stderr") or 0) if "accuracy" in result else None
-
-
-def names_in(found, kind):
-    """The domains or tasks of all runs, each once, in the order in which they were measured."""
-    names = {}  # as an ordered set
-    for evaluations in found.values():
-        names.update(dict.fromkeys(getattr(evaluations, kind)))
-    return list(names)
-
-
-def lines_of(found, kind, name, value):
-    """{run: (tokens, values)} of a domain or a task; value(result) may be None or NaN: no point."""
-    lines = {}
-    for run, evaluations in found.items():
-        tokens = []
-        values = []
-        for count, result in sorted(getattr(evaluations, kind).get(name, {}).items()):
-            measured = value(result)
-            if measured is not None and not math.isnan(measured):
-                tokens.append(count)
-                values.append(measured)
-        if tokens:
-            lines[run] = (tokens, values)
-    return lines
-
+# ---- Drawing -------------------------------------------------------------------------------------
 
 def drawing():
     """pyplot, set up for SVG in a page; None where matplotlib is not installed."""
@@ -152,12 +66,85 @@ def drawing():
     return pyplot
 
 
-def grid(pyplot, panels):
-    """The panels as inline SVG, side by side; nothing without pyplot."""
+def grid(pyplot, panels, looks):
+    """The panels as inline SVG, side by side, under a legend; nothing without pyplot."""
     if not pyplot:
         return ""
-    figures = "".join(f"<figure>{svg(pyplot, panel)}</figure>" for panel in panels)
-    return f"<div class=grid>{figures}</div>"
+    figures = "".join(f"<figure>{svg(pyplot, panel, looks)}</figure>" for panel in panels)
+    return f"{legend(looks)}<div class=grid>{figures}</div>"
+
+
+def svg(pyplot, panel, looks):
+    """A Panel as the text of an SVG element, with a description for those who cannot see it."""
+    figure, axes = pyplot.subplots(figsize=(4.2, 2.7), layout="constrained")
+    draw(axes, panel, looks)
+    text = svg_text(figure)
+    pyplot.close(figure)
+    described = escaped(description(panel, looks))
+    return f'<svg role="img" aria-label="{described}"{text[len("<svg"):]}'
+
+
+def svg_text(figure):
+    """A figure of matplotlib as the text of an SVG element."""
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata={"Date": None})
+    text = out.getvalue()
+    return text[text.index("<svg"):]
+
+
+def draw(axes, panel, looks):
+    """A Panel on the axes of a figure: as lines, or as bars where each run has one point."""
+    if all(len(tokens) == 1 for tokens, _ in panel.lines.values()):
+        draw_bars(axes, panel, looks)
+    else:
+        draw_lines(axes, panel, looks)
+    axes.set_title(panel.title)
+
+
+def draw_lines(axes, panel, looks):
+    """A line for each run."""
+    most = max((max(tokens) for tokens, _ in panel.lines.values() if tokens), default=0)
+    unit, label = unit_of(most, panel.x)
+    for name, (tokens, values) in panel.lines.items():
+        color = looks[name].color
+        every = max(1, math.ceil(len(tokens) / 2000))  # the page of a long run stays small
+        x = [count / unit for count in tokens]
+        axes.plot(x[::every], values[::every], marker=panel.marker, markersize=3.5, linewidth=1.2,
+                  color=color)
+        if panel.errors:
+            axes.errorbar(x, values, panel.errors[name], color=color, linewidth=0, elinewidth=1,
+                          capsize=2)
+    draw_limits(axes, panel, unit)
+    if panel.level is not None:
+        axes.axhline(panel.level, color="0.5", linestyle="--", linewidth=1)
+    axes.set(xlabel=label, xlim=(0, 1.03 * most / unit or 1))
+
+
+def draw_limits(axes, panel, unit):
+    """What the values are held below: a dashed line for each run, one line for equal ones."""
+    drawn = []
+    for tokens, values in (panel.limits or {}).values():
+        if (tokens, values) not in drawn:
+            drawn.append((tokens, values))
+            x = [count / unit for count in tokens]
+            axes.plot(x, values, color="0.5", linestyle="--", linewidth=1)
+
+
+def draw_bars(axes, panel, looks):
+    """A bar for each run: a curve of one point would be an empty picture."""
+    most = max(0, *(values[0] for _, values in panel.lines.values()), panel.level or 0)
+    least = min(0, *(values[0] for _, values in panel.lines.values()))
+    names = list(panel.lines)
+    for place, name in enumerate(names):
+        _, [value] = panel.lines[name]
+        error = panel.errors[name][0] if panel.errors else None
+        axes.barh(place, value, 0.6, xerr=error, color=looks[name].color, ecolor="0.3", capsize=2)
+        axes.text(0.02 * (most - least), place, f"{value:.4g}", va="center", color="white")
+    if panel.level is not None:
+        axes.axvline(panel.level, color="0.5", linestyle="--", linewidth=1)
+    axes.set(yticks=range(len(names)), yticklabels=[looks[name].label for name in names],
+             xlim=(least, most + 0.1 * (most - least) or 1))
+    axes.invert_yaxis()
 
 
 def unit_of(most, x):
@@ -168,26 +155,16 @@ def unit_of(most, x):
     return 10 ** power, f"1e{power} {x}"
 
 
-def svg(pyplot, panel):
-    """A Panel as the text of an SVG element."""
-    figure, axes = pyplot.subplots(figsize=(4.2, 2.7), layout="constrained")
-    most = max((max(tokens) for tokens, _ in panel.lines.values() if tokens), default=0)
-    unit, label = unit_of(most, panel.x)
+def description(panel, looks):
+    """What a picture shows, in words: where each line begins and ends."""
+    parts = []
     for name, (tokens, values) in panel.lines.items():
-        every = max(1, math.ceil(len(tokens) / 2000))  # the page of a long run stays small
-        x = [count / unit for count in tokens]
-        axes.plot(x[::every], values[::every], label=name, marker=panel.marker, markersize=3.5,
-                  linewidth=1.2)
-        if panel.errors:
-            axes.errorbar(x, values, panel.errors[name], color=axes.lines[-1].get_color(),
-                          linewidth=0, elinewidth=1, capsize=2)
+        label = looks[name].label
+        if len(tokens) > 1:
+            parts.append(f"{label} from {values[0]:.4g} at {tokens[0]:,.4g} {panel.x} to "
+                         f"{values[-1]:.4g} at {tokens[-1]:,.4g}")
+        else:
+            parts.append(f"{label} {values[0]:.4g} at {tokens[0]:,.4g} {panel.x}")
     if panel.level is not None:
-        axes.axhline(panel.level, color="0.5", linestyle="--", linewidth=1)
-    axes.set(title=panel.title, xlabel=label, xlim=(0, 1.03 * most / unit or 1))
-    if len(panel.lines) > 1:
-        axes.legend(fontsize=8)
-    out = io.StringIO()
-    figure.savefig(out, format="svg", metadata={"Date": None})
-    pyplot.close(figure)
-    text = out.getvalue()
-    return text[text.index("<svg"):]
+        parts.append(f"the dashed line at {panel.level:.4g}")
+    return f"{panel.title}: {'; '.join(parts)}"

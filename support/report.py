@@ -3,15 +3,15 @@
 import os
 from pathlib import Path
 
-from configs import load_config
-from model import ModelConfig, count_parameters
 from support.bars import stage
 from support.data_pictures import data_part
 from support.files import read_json, to_json
 from support.measured import dict_at, read_evaluations, read_metrics
 from support.page import escaped, page, table
-from support.pictures import domain_panels, drawing, grid, task_panels, training_panels
-from support.records import cell, domains_table, tasks_table
+from support.panels import domain_panels, task_panels, training_panels
+from support.pictures import drawing, grid, looks_of
+from support.records import domains_table, tasks_table
+from support.runs_table import runs_table
 from support.xz import xz_levels
 
 # ---- The page ------------------------------------------------------------------------------------
@@ -23,59 +23,62 @@ def report(paths):
     runs = {name: rows for name, (rows, _) in logs.items()}
     found = {name: read_evaluations(name, *log) for name, log in logs.items()}
     configs = {name: read_json(Path(name) / "config.json") for name in runs}
-    names = [Path(name).resolve().name for name in runs]
-    parts = [summary(runs, configs), *best_steps(runs)]
+    looks = looks_of([Path(name) for name in runs])
     pyplot = drawing()
-    if not pyplot:
-        parts.append("<p class=note>There are no pictures: they are drawn with matplotlib "
-                     "(pip install matplotlib).</p>")
-        print("no pictures: pip install matplotlib draws them")
-    parts += ["<h2>Training</h2>", grid(pyplot, training_panels(runs, configs))]
-    levels = xz_levels(found)
-    parts += ["<h2>Held-out text</h2>",
-              "<p class=note>Bits per byte over the tokens trained on; lower is better.</p>",
-              *xz_notes(levels),
-              grid(pyplot, domain_panels(found, levels)),
-              last_results(found, "sums", domains_table),
-              *verdicts(found),
-              *left_out(found)]
-    if any(evaluations.tasks for evaluations in found.values()):
-        parts += ["<h2>Tasks</h2>", "<p class=note>Accuracy in percent; dashed is chance.</p>",
-                  grid(pyplot, task_panels(found)),
-                  last_results(found, "tasks", tasks_table)]
-    parts += settings_part(configs)
+    parts = [runs_table(runs, found, configs, looks), *best_steps(runs), *without_pictures(pyplot),
+             "<h2>Training</h2>", grid(pyplot, training_panels(runs, configs), looks),
+             *held_out_part(pyplot, found, looks), *tasks_part(pyplot, found, looks),
+             *settings_part(configs, looks)]
     for name, evaluations in found.items():
-        parts += samples_and_data(name, evaluations, several=len(found) > 1)
-    parts.append("<h2>All settings</h2>" + all_settings(configs))
-    suffix = ""
-    if len(runs) > 1:
-        suffix = "".join(f"_{name}" for name in names)
-        suffix = os.fsdecode(os.fsencode(suffix)[:200])  # a file's name is at most 255 bytes
-    out = Path(paths[0]) / f"report{suffix}.html"
+        heading = f", {escaped(looks[name].label)}" if len(found) > 1 else ""
+        parts += [f"<h2>Samples{heading}</h2>", samples_part(evaluations.samples)]
+    parts += [*data_parts(looks), "<h2>All settings</h2>", all_settings(configs, looks)]
+    out = Path(paths[0]) / file_name(runs)
+    title = " and ".join(look.label for look in looks.values())
     # "replace": a name may be no text, such as a folder's that is not UTF-8
-    out.write_text(page(" and ".join(names), parts), encoding="utf-8", errors="replace")
+    out.write_text(page(title, parts), encoding="utf-8", errors="replace")
     return out
 
 
-def summary(runs, configs):
-    """A table with a line for each run: its size, how far it came, what it took."""
-    lines = []
-    for name, rows in runs.items():
-        last = rows["train"][-1] if rows["train"] else {}
-        end = rows["end"][-1] if rows["end"] else {}
-        [model_config] = load_config([str(Path(name) / "config.json")], ModelConfig)
-        lines.append([
-            name,
-            f"{count_parameters(model_config) / 1e6:,.1f} M",
-            f"{last.get('step', 0):,} of {cell(configs[name].get('max_steps'), ',')}",
-            f"{last.get('tokens', 0) / 1e6:,.2f} M",
-            cell(last.get("loss"), ".3f"),
-            cell(last.get("seconds"), ",.1f", 1 / 60),
-            cell(end.get("kwh", last.get("kwh")), ".3g"),
-            cell(end.get("kg_co2"), ".3g")])
-    return table(["run", "parameters", "steps", "tokens", "training loss", "minutes", "kWh",
-                  "kg CO2eq"], lines)
+def file_name(runs):
+    """report.html, or for several runs report_A_B.html."""
+    if len(runs) == 1:
+        return "report.html"
+    suffix = "".join(f"_{Path(name).resolve().name}" for name in runs)
+    return f"report{os.fsdecode(os.fsencode(suffix)[:200])}.html"  # a name has at most 255 bytes
 
+
+def without_pictures(pyplot):
+    """A line, also printed, if there is nothing to draw with."""
+    if pyplot:
+        return []
+    print("no pictures: pip install matplotlib draws them")
+    return ["<p class=note>There are no pictures: they are drawn with matplotlib "
+            "(pip install matplotlib).</p>"]
+
+
+def held_out_part(pyplot, found, looks):
+    """Bits per byte of each domain as curves and tables."""
+    levels = xz_levels(found)
+    return ["<h2>Held-out text</h2>",
+            "<p class=note>Bits per byte over the tokens trained on; lower is better.</p>",
+            *xz_notes(levels),
+            grid(pyplot, domain_panels(found, levels), looks),
+            last_results(found, "sums", domains_table, looks),
+            *verdicts(found, looks),
+            *left_out(found, looks)]
+
+
+def tasks_part(pyplot, found, looks):
+    """Accuracy of each task as curves and tables; nothing if no task was measured."""
+    if not any(evaluations.tasks for evaluations in found.values()):
+        return []
+    return ["<h2>Tasks</h2>", "<p class=note>Accuracy in percent; dashed is chance.</p>",
+            grid(pyplot, task_panels(found), looks),
+            last_results(found, "tasks", tasks_table, looks)]
+
+
+# ---- Its parts -----------------------------------------------------------------------------------
 
 def best_steps(runs):
     """A line for each run that keeps its best step: which it is (scaling/kept.py)."""
@@ -88,8 +91,11 @@ def best_steps(runs):
     return lines
 
 
-def last_results(found, kind, to_text):
-    """Each run's last results of its domains or tasks, in the table that a terminal shows."""
+def last_results(found, kind, to_text, looks):
+    """Each run's last results of its domains or tasks, in the table that a terminal shows.
+
+    Those of several runs are folded: their numbers are side by side at the top of the page.
+    """
     parts = []
     for run, evaluations in found.items():
         last = {}  # {tokens: {domain or task: result}}
@@ -97,46 +103,64 @@ def last_results(found, kind, to_text):
             tokens = max(points)
             last.setdefault(tokens, {})[name] = points[tokens]
         for tokens, results in sorted(last.items()):
-            parts.append(f"<h3>{escaped(run)}, after {tokens / 1e6:,.2f} M tokens</h3>"
-                         f"<pre class=scroll>{escaped(to_text(results))}</pre>")
+            heading = f"{escaped(looks[run].label)}, after {tokens / 1e6:,.2f} M tokens"
+            shown = f"<pre class=scroll tabindex=0>{escaped(to_text(results))}</pre>"
+            if len(found) > 1:
+                parts.append(f"<details><summary>{heading}</summary>{shown}</details>")
+            else:
+                parts.append(f"<h3>{heading}</h3>{shown}")
     return "".join(parts)
 
 
-def verdicts(found):
+def verdicts(found, looks):
     """A line for each suite that eval.py measured: was the training data decontaminated?"""
     lines = []
     for run, evaluations in found.items():
         for suite, said in evaluations.said.items():
             line = f"{suite}: {said}"
             if len(found) > 1:
-                line = f"{run}, {line}"
+                line = f"{looks[run].label}, {line}"
             lines.append(f"<p class=note>{escaped(line)}</p>")
     return lines
 
 
-def left_out(found):
+def left_out(found, looks):
     """A line, also printed, for what a run's logs hold and the page does not show."""
     lines = []
     for run, evaluations in found.items():
         for said in evaluations.left_out:
             print(f"{run}: {said}")
-            lines.append(f"<p class=note>{escaped(f'{run}: {said}')}</p>")
+            shown = escaped(f"{looks[run].label}: {said}")
+            lines.append(f"<p class=note>{shown}</p>")
     return lines
 
 
-def settings_part(configs):
+def settings_part(configs, looks):
     """A table of the settings that all runs have and that differ between them."""
-    every = list(configs.values())
+    shared = set.intersection(*(set(config) for config in configs.values())) - {"run_dir"}
+    every = []
+    for config in configs.values():
+        every.append(flat_settings({key: config[key] for key in config if key in shared}))
     differing = []
-    for key in every[0]:
-        if key == "run_dir" or not all(key in config for config in every):
-            continue
-        values = [str(config[key]) for config in every]
+    for key in dict.fromkeys(key for settings in every for key in settings):
+        values = [str(settings.get(key, "-")) for settings in every]
         if len(set(values)) > 1:
             differing.append([key, *values])
     if not differing:
         return []
-    return ["<h2>Settings that differ</h2>", table(["", *configs], differing)]
+    return ["<h2>Settings that differ</h2>",
+            table(["", *(look.label for look in looks.values())], differing, "runs")]
+
+
+def flat_settings(config, before=""):
+    """{key.key: value} of nested settings, such as sources.docstrings.path."""
+    found = {}
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            found.update(flat_settings(value, f"{before}{key}."))
+        else:
+            found[before + key] = value
+    return found
 
 
 def xz_notes(levels):
@@ -146,13 +170,6 @@ def xz_notes(levels):
     said = ", ".join(f"{domain} {level:.3f}" for domain, level in levels.items())
     return [f"<p class=note>The dashed line is <code>xz -9</code>, which compresses the same text "
             f"and has seen no other: {escaped(said)}.</p>"]
-
-
-def samples_and_data(name, evaluations, several):
-    """A run's samples and its funnel; with its name if there are several runs."""
-    heading = f", {escaped(name)}" if several else ""
-    return [f"<h2>Samples{heading}</h2>", samples_part(evaluations.samples),
-            f"<h2>The data{heading}</h2>", *data_part(Path(name))]
 
 
 def samples_part(samples):
@@ -165,9 +182,21 @@ def samples_part(samples):
     return f"<div class=columns>{''.join(parts)}</div>"
 
 
-def all_settings(configs):
+def data_parts(looks):
+    """The funnel and the mix of each run's data; runs that share their data are shown together."""
+    together = {}  # {what is shown of the data: labels of its runs}
+    for run, look in looks.items():
+        together.setdefault("".join(data_part(Path(run))), []).append(look.label)
+    parts = []
+    for shown, labels in together.items():
+        heading = f", {escaped(' and '.join(labels))}" if len(looks) > 1 else ""
+        parts += [f"<h2>The data{heading}</h2>", shown]
+    return parts
+
+
+def all_settings(configs, looks):
     parts = []
     for name, config in configs.items():
-        parts.append(f"<details><summary>{escaped(name)}</summary><pre>"
+        parts.append(f"<details><summary>{escaped(looks[name].label)}</summary><pre>"
                      f"{escaped(to_json(config, indent=1))}</pre></details>")
     return "".join(parts)

@@ -30,6 +30,10 @@ CODE = [*ROOT.glob("*.py"), *(file for part in PARTS[1:] for file in (ROOT / par
 ELSEWHERE = ("pip install", "python -m pytest", "python -m tests.bench")  # .ci/run, test_bench.py
 
 
+# A reader's own config, and the lines for Python's prompt
+MINE, SNIPPET = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
 def blocks(language):
     pattern = re.compile(rf"```{language}\n(.*?)```", re.S)
     return [block for text in TEXTS for block in pattern.findall(text)]
@@ -57,11 +61,12 @@ SMALL_TRAINING = ["--max_steps=2", "--eval_every_steps=0", "--compile=false", "-
 def shrunk(words):
     """The same command at a size that takes a second or two; the last value of an option counts."""
     starts = any(word.startswith("configs/") for word in words)
+    is_own = "mine.py" in words  # the reader's text, which is small
     if "train.py" in words and starts and "--plan" not in words:
-        return [*words, *SMALL_DATA, *SMALL_TRAINING]
+        return [*words, *SMALL_DATA * (not is_own), *SMALL_TRAINING]
     if "--resume=runs/two" in words:
         return [*words, "--max_steps=4"]
-    if "data.py" in words and starts:
+    if "data.py" in words and starts and not is_own:
         return [*words, *SMALL_DATA]
     if "adapt.py" in words and starts and "show" not in words:
         data = "preferences.jsonl" if "configs/tiny_dpo.py" in words else "chats.jsonl"
@@ -116,6 +121,11 @@ def run(tmp_path):
     pair = {"prompt": "What is it?", "chosen": "A list.", "rejected": "A dict."}
     (tmp_path / "chats.jsonl").write_text(32 * (json.dumps(chat) + "\n"))
     (tmp_path / "preferences.jsonl").write_text(32 * (json.dumps(pair) + "\n"))
+    (tmp_path / "documents").mkdir()
+    for number, text in enumerate(re.split(r"^## ", "".join(TEXTS), flags=re.M)):
+        (tmp_path / f"documents/{number}.txt").write_text(text)
+    (tmp_path / "mine.py").write_text(MINE)
+    (tmp_path / "snippet.py").write_text(f"{SNIPPET}\nimport sys; sys.exit()\n")
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | EXPLAINS
     options = dict(cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE)
     server = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, **options)
@@ -143,17 +153,20 @@ def test_every_command_runs(run):
             assert code == 0, f"{' '.join(words)}\n{output[-3000:]}"
             ran += 1
     assert ran >= 20
+    code, output = run(["python", "snippet.py"])
+    assert code == 0 and output, output[-3000:]
 
 
-def test_commands_for_other_hardware_are_read():
+def test_commands_for_other_hardware_are_read(tmp_path):
     """Everywhere: our options by load_config, torchrun's by its parser, shell scripts by bash."""
     from torch.distributed.run import get_args_parser
     for block in blocks("bash"):
         assert subprocess.run(["bash", "-n"], input=block, text=True).returncode == 0
+    (tmp_path / "mine.py").write_text(MINE)
     read = 0
     for text in TEXTS:
         lines = re.findall(r"(?:python |torchrun ).*?(?:train|adapt)\.py configs/[^`\n]*",
-                           text.replace("\\\n", " "))
+                           text.replace("\\\n", " ").replace(" mine.py", f" {tmp_path}/mine.py"))
         for words in [shlex.split(line, comments=True) for line in lines]:
             [file] = {"train.py", "adapt.py"} & set(words)
             options = words[words.index(file) + 1:]
@@ -179,6 +192,10 @@ def test_the_shown_sources_load(tmp_path):
     (tmp_path / "config.py").write_text(block)
     [config] = load_config([str(tmp_path / "config.py")], DataConfig)
     assert len(config.parse_sources()) == 5 and config.decontaminate and config.bloom_items
+
+
+def test_the_readme_is_a_door():
+    assert README.count("\n") <= 250 and len(README.split()) <= 2500
 
 
 # ---- Names ---------------------------------------------------------------------------------------
@@ -223,12 +240,14 @@ def test_every_rule_is_listed():
 
 def marks():
     """(file, function or setting) of each mark in the code: the innermost around it or below it."""
-    for file in sorted([*CODE, *(ROOT / "configs").glob("*.py")]):
+    for file in sorted([*CODE, *(file for part in ("configs", "experiments")
+                                 for file in (ROOT / part).glob("*.py"))]):
         text = file.read_text()
         lines = [number for number, line in enumerate(text.splitlines(), 1)
-                 if "# DIFFERS FROM OLMo: " in line]
+                 if re.search("#.*differs from olmo", line, re.I)]
         if not lines:
             continue
+        assert text.count("# DIFFERS FROM OLMo: ") == len(lines), f"{file}: a mark of another form"
         named = [(node.lineno, node.end_lineno, node.name) for node in ast.walk(ast.parse(text))
                  if isinstance(node, ast.FunctionDef | ast.ClassDef)]
         named += [(node.lineno - 1, node.end_lineno, node.targets[0].id)

@@ -5,11 +5,14 @@ import json
 import math
 import random
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 import warnings
 
 import pytest
+import torch
 
 import eval as evaluation
 import train
@@ -18,13 +21,16 @@ from corpus.trace import held_out_of
 from model import ModelConfig
 from scaling.log import Log
 from scaling.machine import flops_per_token
-from support import bars, progress
+from scaling.ranks import code_version
+from support import progress
 from support import records as records_module
 from support import report as report_module
 from support.data_pictures import funnel
 from support.files import log_rows, read_json, read_log, to_json, write_json
 from support.measured import numbers, read_evaluations, read_metrics
-from support.pictures import Panel, training_panels, with_clip_limit
+from support.panels import clip_limit, training_panels
+from support.page import escaped
+from support.pictures import Look, Panel, draw, looks_of
 from support.records import cell, domains_table, keys_recorded, record, tasks_table
 from support.report import report
 from support.suites import Suite
@@ -51,6 +57,22 @@ def run(tmp_path_factory, tiny_config, request_file):
                                 suite=f"domains,{request_file}"))])
     evaluation.main([str(run), "--every_checkpoint", f"--suite=domains,{request_file}"])
     return run
+
+
+# ---- Starts --------------------------------------------------------------------------------------
+
+def test_each_start_is_noted(run, tmp_path, tiny_config):
+    """Its command, the machine, and what auto became; a new run begins a new list."""
+    [row] = log_rows(run, "starts.jsonl")
+    assert row["command"] == shlex.join(["python", *sys.argv]) and row["code"] == code_version()
+    assert (row["step"], row["device"], row["dtype"], row["compiled"]) == (0, "cpu", "float32",
+                                                                           False)
+    assert row["threads"] == torch.get_num_threads() and row["ranks"] == 1
+    copied = shutil.copytree(run, tmp_path / "run")
+    train.main([f"--resume={copied}", "--max_steps=7"])
+    assert [row["step"] for row in log_rows(copied, "starts.jsonl")] == [0, 6]
+    train.main([str(tiny_config(copied, max_steps=2, eval_every_steps=0)), "--overwrite"])
+    assert [row["step"] for row in log_rows(copied, "starts.jsonl")] == [0]
 
 
 # ---- JSON without NaN ----------------------------------------------------------------------------
@@ -290,7 +312,7 @@ def test_xz_compresses_the_text_that_was_measured(run, monkeypatch):
 
 
 def test_the_panels_have_their_levels_and_flops(run):
-    """The clip limit is drawn if all runs share it; FLOPs are tokens times those of a token."""
+    """The clip limit is drawn over the tokens; FLOPs are tokens times those of a token."""
     rows, _ = read_metrics(run)
     config = read_json(run / "config.json")
     panels = {panel.title: panel for panel in training_panels({str(run): rows}, {str(run): config})}
@@ -298,13 +320,94 @@ def test_the_panels_have_their_levels_and_flops(run):
     flops, same = panels["training loss, nats, over FLOPs"].lines[str(run)]
     [model_config] = load_config([str(run / "config.json")], ModelConfig)
     assert same == losses and flops == [n * flops_per_token(model_config) for n in tokens]
-    assert panels["norm of the gradient; dashed: grad_clip"].level == config["grad_clip"] == 1.0
-    for configs in ({"a": {"grad_clip": 1.0}, "b": {"grad_clip": 2.0}},
-                    {"a": {"grad_clip": 0}, "b": {"grad_clip": 0}}, {"a": {}, "b": {}}):
-        panel = with_clip_limit(Panel("norm", {"a": ([1], [2]), "b": ([1], [2])}), configs)
-        assert panel.level is None and panel.title == "norm"
+    panel = panels["norm of the gradient; dashed: the clip limit"]
+    assert panel.limits == {str(run): (tokens, [1.0] * len(tokens))}
     tuned = {str(run): {**config, "method": "dpo"}}
     assert not any(panel.x == "FLOPs" for panel in training_panels({str(run): rows}, tuned))
+
+
+def test_the_clip_limit_is_the_one_of_training():
+    """With its warm-up, which begins at step 2; none for a run that does not clip."""
+    for settings in ({}, {"grad_clip_warmup_steps": 3}, {"grad_clip": 0.0},
+                     {"grad_clip": 2.0, "grad_clip_warmup_steps": 1}):
+        config = train.TrainConfig(**settings)
+        for step in range(1, 7):
+            limit = clip_limit(step, vars(config))
+            assert (limit or math.inf) == train.clip_at_step(step, config)
+    assert clip_limit(1, {}) is None and clip_limit(1, {"grad_clip": "1"}) is None
+
+
+# ---- Several runs --------------------------------------------------------------------------------
+
+@pytest.fixture
+def two_runs(run, tmp_path):
+    """The run, and a copy of it with another loss, another seed and another code."""
+    other = shutil.copytree(run, tmp_path / "other")
+    config = read_json(other / "config.json")
+    config["seed"] += 1
+    name = next(iter(config["sources"]))
+    config["sources"][name] = {"path": "elsewhere"}
+    write_json(other / "config.json", config)
+    [*_, last] = [row for row in log_rows(other) if row["kind"] == "train"]
+    changed = (other / "metrics.jsonl").read_text().replace(str(last["loss"]), "1.25")
+    (other / "metrics.jsonl").write_text(changed)
+    start, = log_rows(other, "starts.jsonl")
+    (other / "starts.jsonl").write_text(to_json({**start, "code": "0123"}) + "\n")
+    return run, other, last["loss"]
+
+
+def cells_of(content, name):
+    """The cells of a line of the table at the top of a page."""
+    [line] = re.findall(rf"<tr><td>{re.escape(name)}<td>(.*?)(?=<tr>|</table>)", content)
+    return line.split("<td>")
+
+
+def test_a_table_compares_runs_and_says_how_they_were_started(two_runs, monkeypatch):
+    monkeypatch.setattr(report_module, "drawing", lambda: None)
+    run, other, loss = two_runs
+    content = report([run, other]).read_text()
+    assert cells_of(content, "training loss, nats") == [
+        f"{loss:.4f}", f"1.2500 ({1.25 - loss:+.4f})"]
+    bits = cells_of(content, "bits per byte, web")
+    assert bits[1] == f"{bits[0]} (+0.0000)"
+    code = cells_of(content, "code")
+    assert code == [code_version(), "0123, which is not the code that drew this page"]
+    command = escaped(shlex.join(["python", *sys.argv]))
+    assert cells_of(content, "command") == [command, command]
+    assert "<td>seed<td>" in content.split("Settings that differ")[1]
+    assert "<td>elsewhere" in content and "<td>(" not in content
+    assert content.count("<h2>The data") == 1  # they share it
+    (other / "starts.jsonl").unlink()  # of an older version
+    assert cells_of(report([run, other]).read_text(), "command") == [command, "-"]
+
+
+def test_a_run_has_one_name_and_one_colour(two_runs, tmp_path):
+    pytest.importorskip("matplotlib")
+    run, other, _ = two_runs
+    content = report([run, other]).read_text()
+    looks = looks_of([run, other])
+    one, two = looks.values()
+    assert (one.label, two.label) == ("run", "other") and one.color != two.color
+    for part in re.findall(r"<svg.*?</svg>", content, re.S):
+        assert one.color in part and two.color in part
+        assert re.match(r'<svg role="img" aria-label="[^"<>]*\brun\b[^"<>]*\bother\b', part)
+    assert content.count("<p class=legend>") == 3  # training, held-out text, tasks
+    same_name = tmp_path / "elsewhere" / "run"
+    labels = [look.label for look in looks_of([run, same_name]).values()]
+    assert labels == [str(run), str(same_name)]
+
+
+def test_a_curve_of_one_point_is_a_bar(two_runs):
+    """And a curve is a line; each run's bar has its colour."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    looks = {"a": Look("a", "#ff0000"), "b": Look("b", "#00ff00")}
+    for lines, bars in (({"a": ([9], [2.0]), "b": ([9], [1.0])}, 2),
+                        ({"a": ([9, 10], [2.0, 1.0]), "b": ([9], [1.0])}, 0)):
+        figure, axes = pyplot.subplots()
+        panel = Panel("title", lines, 1.5, errors={"a": [0.1] * len(lines["a"][0]), "b": [0.1]})
+        draw(axes, panel, looks)
+        assert len(axes.patches) == bars
+        pyplot.close(figure)
 
 
 # ---- Tables --------------------------------------------------------------------------------------
@@ -364,8 +467,8 @@ def test_an_evaluation_says_how_far_it_is_where_there_is_no_terminal(
         run, request_file, capsys, monkeypatch):
     """Each SECONDS a line: of the questions and batches of each domain or task, and of its end."""
     assert evaluate_all(run, request_file, capsys) == ""
-    monkeypatch.setattr(bars, "FIRST_S", 0)
-    monkeypatch.setattr(bars, "SECONDS", 0)
+    monkeypatch.setattr("support.bars.FIRST_S", 0)
+    monkeypatch.setattr("support.bars.SECONDS", 0)
     lines = evaluate_all(run, request_file, capsys).splitlines()
     for name in ("web", "code"):
         assert any(re.match(rf"{name}: batch \d+ of \d+, \d+ s$", line) for line in lines)
@@ -373,14 +476,14 @@ def test_an_evaluation_says_how_far_it_is_where_there_is_no_terminal(
         ["code: measured", "1 of 2"], ["web: measured", "2 of 2"], ["made_up: measured", "1 of 1"]]
     assert any(line.startswith("made_up: question 40 of 80") for line in lines)
     monkeypatch.setattr(progress, "rank", lambda: 1)
-    monkeypatch.setattr(bars, "is_silent", lambda: True)
+    monkeypatch.setattr("support.bars.is_silent", lambda: True)
     assert evaluate_all(run, request_file, capsys) == ""
 
 
 def test_an_evaluation_has_a_bar_on_a_terminal(run, request_file, capsys, monkeypatch):
     """Named for what is measured, and without lines."""
-    monkeypatch.setattr(bars, "FIRST_S", 0)
-    monkeypatch.setattr(bars, "SECONDS", 0)
+    monkeypatch.setattr("support.bars.FIRST_S", 0)
+    monkeypatch.setattr("support.bars.SECONDS", 0)
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     shown = evaluate_all(run, request_file, capsys)
     assert "\r" in shown and "web:" in shown and "made_up:" in shown and "measured" not in shown

@@ -32,7 +32,8 @@ from support.files import log_rows
 from support.records import (bits_per_byte, domains_table, evaluation_key, tasks_table,
                              verdict_on)
 from support.measured import Evaluations, read_evaluations, read_metrics
-from support.pictures import Panel, drawing, svg, task_panels
+from support.panels import task_panels
+from support.pictures import Look, Panel, drawing, legend, svg
 from support.report import last_results
 from support.suites import PALOMA, Suite, open_suites
 from support.tasks import (METRICS, PAPER_METRIC, Question, Task, mmlu, packaged_task,
@@ -1106,24 +1107,26 @@ def test_the_report_of_a_run_cut_off_and_without_matplotlib(run, call, monkeypat
         report_on(call, run)
 
 
-def test_pictures_hold_the_chance_the_errors_and_a_legend(monkeypatch):
+def test_pictures_hold_the_chance_and_the_errors_under_a_legend(monkeypatch):
     pytest.importorskip("matplotlib")
     ranked = {"accuracy": 0.4, "stderr": 0.02, "chance": 0.25, "bits_per_byte": 3.0}
     one, other = task_panels({"a": Evaluations({}, {
         "one": {20: ranked | {"accuracy": 0.5}, 10: ranked},
         "set": {10: {"bits_per_byte": 1.5}}}, [], {})})
-    assert one == Panel("one", {"a": ([10, 20], [40, 50])}, 25, {"a": [2, 2]}, "o")
+    assert one == Panel("one", {"a": ([10, 20], [40, 50])}, 25, errors={"a": [2, 2]},
+                        marker="o")
     assert other.lines == {"a": ([10], [1.5])} and other.level is None
     pyplot, closed = drawing(), []
     monkeypatch.setattr(pyplot, "close", closed.append)
+    looks = {"a": Look("a", "#ff0000"), "b": Look("b", "#00ff00")}
     svg(pyplot, Panel("t", {"a": ([1, 2], [3, 4]), "b": ([1], [2])}, 2.5,
-                      {"a": [1, 1], "b": [1]}, "o"))
-    svg(pyplot, Panel("t", {"a": ([1, 2], [3, 4])}))
+                      errors={"a": [1, 1], "b": [1]}, marker="o"), looks)
+    svg(pyplot, Panel("t", {"a": ([1, 2], [3, 4])}), looks)
     [full], [plain] = (figure.axes for figure in closed)
-    assert [text.get_text() for text in full.get_legend().get_texts()] == ["a", "b"]
     assert any(line.get_linestyle() == "--" and set(line.get_ydata()) == {2.5}
                for line in full.lines)
-    assert len(full.containers) == 2 and not plain.containers and not plain.get_legend()
+    assert len(full.containers) == 2 and not plain.containers
+    assert [look.label in legend(looks) for look in looks.values()] == [True, True]
 
 
 def test_the_report_shows_the_most_questions_or_bytes_and_the_last_step(tmp_path):
@@ -1137,7 +1140,8 @@ def test_the_report_shows_the_most_questions_or_bytes_and_the_last_step(tmp_path
         10: 0.2, 20: 0.3}
     assert {tokens: sums["nats"] for tokens, sums in found.sums["web"].items()} == {
         10: 0.2, 20: 0.3}
-    assert "after 0.00 M tokens</h3><pre class=scroll>[0.3]" in last_results(
-        {"a": found}, "tasks", lambda results: str([r["accuracy"] for r in results.values()]))
+    assert "after 0.00 M tokens</h3><pre class=scroll tabindex=0>[0.3]" in last_results(
+        {"a": found}, "tasks", lambda results: str([r["accuracy"] for r in results.values()]),
+        {"a": Look("a", "#ff0000")})
 
 

@@ -1,0 +1,156 @@
+"""What a report draws: the Panels of training, of held-out text and of tasks."""
+
+import math
+from pathlib import Path
+
+from configs import load_config
+from model import ModelConfig
+from scaling.machine import flops_per_token
+from support.pictures import Panel
+from support.records import bits_per_byte
+
+
+TRAINING_PANELS = (  # kind of row, key, title
+    ("train", "loss", "training loss, nats"),
+    ("train", "lr", "learning rate"),
+    ("train", "grad_norm", "norm of the gradient"),
+    ("train", "tokens_per_second", "tokens/s"),
+    ("train", "kwh", "energy, kWh"),
+    ("train", "rewards/margins", "DPO: margin of the rewards"),
+    ("eval", "loss", "loss of held-out answers, nats"),  # adapt.py, under "tuned"
+    ("eval", "dpo_loss", "DPO: loss of held-out pairs"),
+    ("eval", "accuracy", "held-out pairs that are told right"))
+
+
+# ---- Training ------------------------------------------------------------------------------------
+
+def training_panels(runs, configs):
+    """The Panels of what train.py and adapt.py log; one without any point is left out."""
+    for kind, key, title in TRAINING_PANELS:
+        lines = logged_lines(runs, kind, key)
+        if not lines:
+            continue
+        panel = Panel(title, lines, marker="o" if kind == "eval" else None)
+        yield with_clip_limits(panel, runs, configs) if key == "grad_norm" else panel
+        if kind == "train" and key == "loss":
+            trained = {run: line for run, line in lines.items() if "method" not in configs[run]}
+            if trained:  # adapt.py's steps have other FLOPs: DPO runs two models
+                yield Panel(f"{title}, over FLOPs", over_flops(trained), x="FLOPs")
+
+
+def logged_lines(runs, kind, key):
+    """{run: (tokens, values)} of a key in the rows of a kind; without runs that lack it."""
+    lines = {}
+    for name, rows in runs.items():
+        tokens = []
+        values = []
+        for row in rows[kind]:
+            measured = row if kind == "train" else row["tuned"]
+            if key in measured:
+                tokens.append(row["tokens"])
+                values.append(measured[key])
+        if tokens:
+            lines[name] = (tokens, values)
+    return lines
+
+
+def over_flops(lines):
+    """{run: (FLOPs, losses)} of {run: (tokens, losses)}: equal tokens cost a larger model more."""
+    found = {}
+    for run, (tokens, losses) in lines.items():
+        [config] = load_config([str(Path(run) / "config.json")], ModelConfig)
+        per_token = flops_per_token(config)
+        found[run] = ([count * per_token for count in tokens], losses)
+    return found
+
+
+def with_clip_limits(panel, runs, configs):
+    """The Panel of the gradient's norm with the limit at which each run clips it, if it does."""
+    limits = {}
+    for run in panel.lines:
+        tokens = []
+        values = []
+        for row in runs[run]["train"]:
+            limit = clip_limit(row["step"], configs[run]) if "step" in row else None
+            if limit is not None:
+                tokens.append(row["tokens"])
+                values.append(limit)
+        if tokens:
+            limits[run] = (tokens, values)
+    if not limits:
+        return panel
+    return panel._replace(title=f"{panel.title}; dashed: the clip limit", limits=limits)
+
+
+def clip_limit(step, config):
+    """The limit of the gradient's norm at a step, as train.clip_at_step has it; None without one.
+
+    config: a run's config.json, which may be of another version.
+    """
+    limit, warmup_steps, factor = (config.get(key) for key in (
+        "grad_clip", "grad_clip_warmup_steps", "grad_clip_warmup_factor"))
+    if type(limit) not in (int, float) or limit <= 0:  # 0 does not clip
+        return None
+    is_warm = type(warmup_steps) is int and 2 <= step <= warmup_steps + 1 and warmup_steps > 0
+    return limit * factor if is_warm and type(factor) in (int, float) else limit
+
+
+# ---- Evaluations ---------------------------------------------------------------------------------
+
+def domain_panels(found, levels):
+    """Bits per byte of each domain; levels: {domain: that of xz -9, a dashed line}."""
+    for domain in names_in(found, "sums"):
+        if "/" not in domain:  # a part of a domain has no picture of its own
+            lines = lines_of(found, "sums", domain, bits_per_byte)
+            if lines:
+                yield Panel(domain, lines, levels.get(domain), marker="o")
+
+
+def task_panels(found):
+    """Accuracy with chance and standard errors; bits per byte for a set without choices."""
+    for task in names_in(found, "tasks"):
+        accuracy = lines_of(found, "tasks", task, lambda result: percent(result, "accuracy"))
+        if accuracy:
+            errors = lines_of(found, "tasks", task, error_of)
+            errors = {run: values for run, (_, values) in errors.items()}
+            chance = lines_of(found, "tasks", task, lambda result: percent(result, "chance"))
+            level = next((values[0] for _, values in chance.values()), None)
+            yield Panel(task, accuracy, level, errors=errors, marker="o")
+            continue
+        bits = lines_of(found, "tasks", task, lambda result: result.get("bits_per_byte"))
+        if bits:
+            yield Panel(f"{task}, bits per byte", bits, marker="o")
+
+
+def percent(result, key):
+    """100 x a share of a task's result; None if the result lacks it."""
+    return 100 * result[key] if key in result else None
+
+
+def error_of(result):
+    """The standard error of an accuracy in percent, 0 if it is not known; None without accuracy."""
+    return 100 * abs(result.get("stderr") or 0) if "accuracy" in result else None
+
+
+def names_in(found, kind):
+    """The domains or tasks of all runs, each once, in the order in which they were measured."""
+    names = {}  # as an ordered set
+    for evaluations in found.values():
+        names.update(dict.fromkeys(getattr(evaluations, kind)))
+    return list(names)
+
+
+def lines_of(found, kind, name, value):
+    """{run: (tokens, values)} of a domain or a task; value(result) may be None or NaN: no point."""
+    lines = {}
+    for run, evaluations in found.items():
+        tokens = []
+        values = []
+        for count, result in sorted(getattr(evaluations, kind).get(name, {}).items()):
+            measured = value(result)
+            if measured is not None and not math.isnan(measured):
+                tokens.append(count)
+                values.append(measured)
+        if tokens:
+            lines[run] = (tokens, values)
+    return lines

@@ -1,0 +1,135 @@
+"""The table at the top of a report: how each run was started, and its numbers with differences."""
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+from configs import load_config
+from model import ModelConfig, count_parameters
+from scaling.ranks import code_version
+from support.files import log_rows
+from support.page import escaped
+from support.panels import names_in
+from support.records import bits_per_byte, summed_up
+from support.text import counted
+
+
+class Number(NamedTuple):
+    """A number of a run, and how it is written."""
+
+    value: float
+    form: str  # of format()
+    unit: str = ""
+    is_compared: bool = False  # with the first run's, where there are several
+
+
+def runs_table(runs, found, configs, looks):
+    """HTML: a column for each run, under its name in its colour."""
+    head = ["<th>"]
+    for look in looks.values():
+        head.append(f"<th style='border-top:4px solid {look.color}'>{escaped(look.label)}")
+    lines = ["".join(head)]
+    facts = {run: facts_of(run) for run in looks}
+    numbers = {run: numbers_of(run, runs[run], configs[run], found) for run in looks}
+    for name in ordered(facts.values()):
+        lines.append(line_of(name, [facts[run].get(name, "-") for run in looks]))
+    for name in ordered(numbers.values()):
+        lines.append(line_of(name, compared([numbers[run].get(name) for run in looks])))
+    rows = "".join(f"<tr>{line}" for line in lines)
+    return f"<div class=scroll><table class=runs>{rows}</table></div>"
+
+
+def line_of(name, cells):
+    return f"<td>{escaped(name)}" + "".join(f"<td>{escaped(cell)}" for cell in cells)
+
+
+def ordered(dicts):
+    """The keys of all dicts, each once: those of the first one first."""
+    return dict.fromkeys(key for each in dicts for key in each)
+
+
+def compared(numbers):
+    """The Numbers of a line as text; behind each but the first one its difference from the first.
+    """
+    first = numbers[0]
+    cells = []
+    for place, number in enumerate(numbers):
+        text = "-"
+        if number and not math.isnan(number.value):
+            text = f"{number.value:{number.form}}{number.unit}"
+            if place and first and number.is_compared and not math.isnan(first.value):
+                text += f" ({number.value - first.value:+{number.form}})"
+        cells.append(text)
+    return cells
+
+
+# ---- How a run was started -----------------------------------------------------------------------
+
+def facts_of(run):
+    """{fact: text} of the newest start of a run (scaling/starts.py); {} where no start is noted."""
+    starts = list(log_rows(run, "starts.jsonl"))
+    if not starts:
+        return {}
+    start = starts[-1]
+
+    def said(key):
+        return str(start.get(key, "-"))
+    compiled = "compiled" if start.get("compiled") else "not compiled"
+    code = said("code")
+    if code != code_version():
+        code += ", which is not the code that drew this page"
+    ranks = start.get("ranks")
+    of_ranks = f", {counted(ranks, 'rank')}" if type(ranks) is int and ranks > 1 else ""
+    more = f"; {counted(len(starts), 'start')} in all" if len(starts) > 1 else ""
+    return {"started": said("date") + more,
+            "command": said("command"),
+            "machine": f"{said('machine')}, {said('threads')} threads{of_ranks}",
+            "what auto became": f"{said('device')}, {said('dtype')}, {compiled}",
+            "Python, torch": f"{said('python')}, {said('torch')}",
+            "code": code}
+
+
+# ---- Its numbers ---------------------------------------------------------------------------------
+
+def numbers_of(run, rows, config, found):
+    """{name: Number} of a run: its size, how far it came, what it reached and what it took."""
+    last = rows["train"][-1] if rows["train"] else {}
+    end = rows["end"][-1] if rows["end"] else {}
+    [model_config] = load_config([str(Path(run) / "config.json")], ModelConfig)
+    of_steps = config.get("max_steps")
+    numbers = {
+        "parameters": Number(count_parameters(model_config) / 1e6, ",.1f", " M"),
+        "steps": Number(last.get("step", 0), ",", f" of {of_steps:,}" * (type(of_steps) is int)),
+        "tokens": Number(last.get("tokens", 0) / 1e6, ",.2f", " M"),
+        "training loss, nats": Number(last.get("loss", math.nan), ".4f", "", True),
+        **domain_numbers(run, found),
+        **task_numbers(run, found),
+        "minutes of training": Number(last.get("seconds", math.nan) / 60, ",.1f"),
+        "kWh": Number(end.get("kwh", last.get("kwh", math.nan)), ".3g"),
+        "kg CO2eq": Number(end.get("kg_co2", math.nan), ".3g")}
+    return {name: number for name, number in numbers.items() if not math.isnan(number.value)}
+
+
+def domain_numbers(run, found):
+    """Bits per byte of each domain, and over all of them, after the most tokens."""
+    results = {}
+    for domain in names_in(found, "sums"):
+        points = found[run].sums.get(domain)
+        if points and "/" not in domain:
+            results[domain] = points[max(points)]
+    numbers = {f"bits per byte, {domain}": bits_per_byte(sums) for domain, sums in results.items()}
+    both = summed_up(results)
+    if both:
+        numbers["bits per byte, all bytes"] = bits_per_byte(both[0])
+    return {name: Number(value, ".4f", "", True) for name, value in numbers.items()}
+
+
+def task_numbers(run, found):
+    """Accuracy of each task in percent, after the most tokens."""
+    numbers = {}
+    for task in names_in(found, "tasks"):
+        points = found[run].tasks.get(task)
+        result = points[max(points)] if points else {}
+        if "accuracy" in result:
+            numbers[f"{task}, %"] = Number(100 * result["accuracy"], ".1f", "", True)
+    return numbers
