@@ -1,6 +1,6 @@
 """What every command does around its main(): one line for an error, output that never fails."""
 
-from support.interrupts import IS_COMMAND, end_at_ctrl_c, hear_ctrl_c  # first: Ctrl-C is quiet
+from support.interrupts import clear_starting, end_at_ctrl_c, hear_ctrl_c  # first
 
 import errno
 import os
@@ -23,16 +23,6 @@ LESS_MEMORY = {
     "eval": "try half the --eval_batch_tokens", "data": "try fewer --workers"}
 
 
-def is_at_terminal():
-    """Whether this is a command of ours (of several ranks rank 0) whose stderr is a terminal."""
-    is_seen = IS_COMMAND and os.environ.get("RANK", "0") == "0"
-    return is_seen and sys.stderr is not None and sys.stderr.isatty()
-
-
-if is_at_terminal():
-    print("starting ...", end="", file=sys.stderr, flush=True)  # torch takes seconds to import
-
-
 def run_main(main):
     """Run main(argv) and exit with the code that it returns (None is 0).
 
@@ -40,8 +30,7 @@ def run_main(main):
     its traceback. Text that cannot be printed fails nothing: see Output.
     """
     stop_hearing = hear_ctrl_c()
-    if is_at_terminal():
-        print("\r\033[K", end="", file=sys.stderr, flush=True)  # clears "starting ..."
+    clear_starting()
     is_run = getattr(main, "takes_ranks", False)  # train.py and adapt.py (scaling/ranks.py)
     sys.stdin = sys.stdin or open(os.devnull)  # None: the shell has closed it (<&-)
     stdout = Output(sys.stdout, (BOLD_GREEN, REVERSE, PLAIN), warns=is_run, before=hide_bars)
