@@ -251,6 +251,8 @@ def test_every_key_is_listed(walk):
     for run in runs:
         state = json.loads((run / "step000002/state.json").read_text())
         assert set(state) == keys_in("key of a step")
+        for start in log_rows(run, "starts.jsonl"):
+            assert set(start) == keys_in("key of a start")
 
 
 def test_every_key_of_an_evaluation_is_listed(walk):
