@@ -12,6 +12,7 @@ from support.panels import domain_panels, task_panels, training_panels
 from support.pictures import drawing, grid, looks_of
 from support.records import domains_table, tasks_table
 from support.runs_table import runs_table
+from support.text import counted
 from support.xz import xz_levels
 
 # ---- The page ------------------------------------------------------------------------------------
@@ -132,6 +133,9 @@ def left_out(found, looks):
             print(f"{run}: {said}")
             shown = escaped(f"{looks[run].label}: {said}")
             lines.append(f"<p class=note>{shown}</p>")
+    if len(lines) > 1:
+        heading = f"{counted(len(lines), 'note')} on what is not shown"
+        return [f"<details><summary>{heading}</summary>", *lines, "</details>"]
     return lines
 
 

@@ -366,8 +366,8 @@ def test_a_table_compares_runs_and_says_how_they_were_started(two_runs, monkeypa
     monkeypatch.setattr(report_module, "drawing", lambda: None)
     run, other, loss = two_runs
     content = report([run, other]).read_text()
-    assert cells_of(content, "training loss, nats") == [
-        f"{loss:.4f}", f"1.2500 ({1.25 - loss:+.4f})"]
+    assert cells_of(content, "training loss") == [
+        f"{loss:.4f} nats", f"1.2500 nats ({1.25 - loss:+.4f})"]
     bits = cells_of(content, "bits per byte, web")
     assert bits[1] == f"{bits[0]} (+0.0000)"
     code = cells_of(content, "code")
