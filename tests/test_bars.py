@@ -9,7 +9,7 @@ import torch
 import data
 import train
 from scaling.compiler import say_when_compiling
-from support import bars
+from support import bars, interrupts
 from support.text import UserError
 from tests.conftest import write_jsonl
 
@@ -90,12 +90,39 @@ def test_a_stage_ends_with_an_error(monkeypatch):
     assert not list(bars.tqdm._instances) and threading.active_count() < 10
 
 
+def test_of_stages_inside_each_other_the_innermost_is_seen(monkeypatch, capsys):
+    monkeypatch.setattr(bars, "FIRST_S", 0)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    with bars.stage("outer"):
+        outer = bars.Stage.lasting[-1]
+        assert outer.bar is not None
+        with bars.stage("inner"):
+            capsys.readouterr()
+            outer.show()  # as its thread does each second
+            assert outer.bar is None and "outer" not in capsys.readouterr().err
+        outer.show()
+        assert "outer, 0 s" in capsys.readouterr().err
+
+
+def test_a_terminal_shows_a_word_while_torch_is_imported(monkeypatch, capsys):
+    """Rank 0's terminal alone; run_main clears it."""
+    monkeypatch.setattr(interrupts, "IS_COMMAND", True)
+    for is_terminal, rank, printed in ((True, "0", "starting ...\r\033[K"), (True, "1", ""),
+                                       (False, "0", "")):
+        monkeypatch.setattr("sys.stderr.isatty", lambda shown=is_terminal: shown, raising=False)
+        monkeypatch.setenv("RANK", rank)
+        interrupts.say_starting()
+        interrupts.clear_starting()
+        assert capsys.readouterr().err == printed
+
+
 def test_what_a_training_does_is_said_in_order(tmp_path, tiny_config, call, monkeypatch):
     """From nothing, then once more to a later step: each stage before the next begins."""
     monkeypatch.setattr(bars, "FIRST_S", 0)
     file = tiny_config(tmp_path / "run", max_steps=2)
     in_order = ["preparing the data", "cleaning", "tokenising", "reading the evaluation sets",
-                "looking for a checkpoint", "saving step 2"]
+                "looking for a checkpoint", "preparing the model", "drawing the weights",
+                "saving step 2"]
     assert_in_order(call(train, file, f"--data_dir={tmp_path / 'data'}"), in_order)
     in_order = ["looking for a checkpoint", f"checking {tmp_path}", "loading step 2",
                 "saving step 3"]
