@@ -102,10 +102,10 @@ def facts_of(run):
     began = said("date")
     if len(starts) > 1:
         began += f"; {counted(len(starts), 'start')} in all"
-    machine = f"{said('machine')}, {said('threads')} threads"
-    ranks = start.get("ranks")
-    if type(ranks) is int and ranks > 1:
-        machine += f", {counted(ranks, 'rank')}"
+    machine = said("machine")
+    for key, what in (("threads", "thread"), ("ranks", "rank")):
+        if type(start.get(key)) is int:
+            machine += f", {counted(start[key], what)}"
     compiled = "compiled" if start.get("compiled") else "not compiled"
     code = said("code")
     if code != code_version():
