@@ -593,13 +593,13 @@ def main(argv):
     if argv and argv[0] in ("trace", "find"):
         from corpus.trace import main as trace_main  # only here: it imports this file
         return trace_main(argv)
-    from scaling.begin import tokenizer_of_start  # only here: what follows knows train.py
+    from scaling.begin import data_settings_of_start  # only here: what follows knows train.py
+    from support.bars import staged
     from train import SCHEMAS  # its keys, which a config file may hold
     config, options = load_config(argv, DataConfig, ShowOptions, siblings=SCHEMAS,
-                                  base=tokenizer_of_start(argv, (*SCHEMAS, ShowOptions)))
-    if options.show:
-        return print_dropped(build_data(config), options.show)
-    print_table(build_data(config))
+                                  base=data_settings_of_start(argv, (*SCHEMAS, ShowOptions)))
+    folder = staged("preparing the data", build_data, config)
+    return print_dropped(folder, options.show) if options.show else print_table(folder)
 
 
 if __name__ == "__main__":

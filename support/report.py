@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from support.bars import stage
 from support.data_pictures import data_part
 from support.files import read_json, to_json
 from support.measured import dict_at, read_evaluations, read_metrics
@@ -16,6 +17,7 @@ from support.xz import xz_levels
 
 # ---- The page ------------------------------------------------------------------------------------
 
+@stage("drawing the report")
 def report(paths):
     """Write one HTML page about some runs into the first one's directory; returns its path."""
     logs = {str(path): read_metrics(path) for path in paths}
