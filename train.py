@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 
 from configs import load_config, setting
-from corpus.funnel import print_table
+from corpus.large_drops import print_funnel
 from corpus.storage import held_out_files
 from corpus.trace import places_of_step
 from data import Batches, DataConfig, TokenShards, build_data
@@ -141,7 +141,7 @@ def train(model_config, data_config, eval_config, config):
     build = compile_beside(build_data, model_config, config, device, dtype, compiled)
     folder = on_rank0(data_for_run, config, data_config, settings, vars(eval_config), build,
                       patience=BUILD_PATIENCE)
-    print_table(folder)
+    print_funnel(folder)
     tokenizer = open_tokenizer(folder / "tokenizer.json", model_config)
     shards = TokenShards(folder, model_config.max_seq_len)
     batches = Batches(shards, config.batch_size, data_config.seed, folder)
