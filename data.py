@@ -63,8 +63,7 @@ class DataConfig:
         "", "A list of ready token files (the Dolma toolkit's), one path a line; used instead of "
         "sources.")
     allow_truncated: bool = setting(
-        False, "Read a file that is cut off as far as it goes, and count it, instead of "
-        "stopping.")
+        False, "Read a file that is cut off as far as it goes, and count it.")
 
     # what the rules need to know
     decontaminate: dict[str, str] = setting(
@@ -76,14 +75,12 @@ class DataConfig:
     content_scorer: str = setting(
         "none", "A name in CONTENT_SCORERS (corpus/rules.py); none is built in, add your own.")
     bloom_items: int = setting(
-        0, "Items (URLs, texts, paragraphs) of a source that each Bloom filter expects; 0: exact "
-        "sets.")
+        0, "Items (URLs, texts, paragraphs) of a source in a Bloom filter; 0: exact sets.")
     bloom_fp_rate: float = setting(
         1e-6, "Share of new items that a Bloom filter may take for old ones; 1e-6 is Dolma's for "
         "the web.")
     eval_share: float = setting(
-        0.05, "Share of the groups (modules, topics; else documents) held out, chosen by their "
-        "hash.")
+        0.05, "Share of the groups (modules, topics; else documents) held out, by their hash.")
 
     # the mix and its tokens
     mix_tokens: int = setting(
@@ -96,8 +93,7 @@ class DataConfig:
         "path of a tokenizer.json.")
     seed: int = setting(6198, "Seed of the data order and of the initial weights.")  # OLMo's own
     workers: int = setting(
-        0, "Processes that filter and tokenise, 0 for one a core; the result does not depend on "
-        "it.")
+        0, "Processes that filter and tokenise, 0 for one a core; all give the same result.")
 
     def __post_init__(self):
         check_data_config(self)
@@ -593,13 +589,17 @@ def main(argv):
     if argv and argv[0] in ("trace", "find"):
         from corpus.trace import main as trace_main  # only here: it imports this file
         return trace_main(argv)
-    from scaling.begin import tokenizer_of_start  # only here: what follows knows train.py
+    from corpus.large_drops import print_large_drops
+    from scaling.begin import data_settings_of_start  # only here: what follows knows train.py
+    from support.bars import staged
     from train import SCHEMAS  # its keys, which a config file may hold
     config, options = load_config(argv, DataConfig, ShowOptions, siblings=SCHEMAS,
-                                  base=tokenizer_of_start(argv, (*SCHEMAS, ShowOptions)))
+                                  base=data_settings_of_start(argv, (*SCHEMAS, ShowOptions)))
+    folder = staged("preparing the data", build_data, config)
     if options.show:
-        return print_dropped(build_data(config), options.show)
-    print_table(build_data(config))
+        return print_dropped(folder, options.show)
+    print_large_drops(folder)
+    print_table(folder)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 
 from configs import load_config, setting
-from corpus.funnel import print_table
+from corpus.large_drops import print_funnel
 from corpus.storage import held_out_files
 from corpus.trace import places_of_step
 from data import Batches, DataConfig, TokenShards, build_data
@@ -36,7 +36,7 @@ from scaling.plan import PlanConfig, print_plan, say_unused
 from scaling.ranks import (agree_on_machine, on_all_ranks, on_rank0, rank, reduce_sum,
                            setup_distributed, world_size)
 from scaling.run import Run, deadline_after
-from scaling.sharding import full_tensor, own_part, shard_model, sync_gradients
+from scaling.sharding import full_tensor, init_own_parts, shard_model, sync_gradients
 from scaling.start import BUILD_PATIENCE, data_for_run
 from support.prompts import draw_samples, open_prompts
 from support.suites import check_suites, open_suites
@@ -142,7 +142,7 @@ def train(model_config, data_config, eval_config, config):
     build = compile_beside(build_data, model_config, config, device, dtype, compiled)
     folder = on_rank0(data_for_run, config, data_config, settings, vars(eval_config), build,
                       patience=BUILD_PATIENCE)
-    print_table(folder)
+    print_funnel(folder)
     tokenizer = open_tokenizer(folder / "tokenizer.json", model_config)
     shards = TokenShards(folder, model_config.max_seq_len)
     batches = Batches(shards, config.batch_size, data_config.seed, folder)
@@ -159,7 +159,7 @@ def train(model_config, data_config, eval_config, config):
     if run.checkpoint:
         resume(run, model, optimizer)
     else:
-        init_weights(model, data_config.seed, own_part)
+        init_own_parts(init_weights, model, data_config.seed)
     run.describe(folder, order=run.state["data"], before=run.state.get("data_changes", []))
     micro_batch_size = choose_micro_batch(config, model_config.max_seq_len, world_size())
     print_run(run, model, batches, micro_batch_size, lr_at_step)

@@ -160,7 +160,7 @@ def checked(field, value, place):
     place += f"{field.name}={shown(value)}: {field.name} "
     if not has_type(value, kind):
         given = shown(value) if get_origin(kind) is Literal else type(value).__name__
-        raise UserError(f"{place}takes {type_name(kind)}, not {given}{example_of(kind, value)}")
+        raise UserError(f"{place}takes {type_name(kind)}, not {given}{example_of(field, value)}")
     if kind is int and abs(value) >= 2**63 or kind is float and not math.isfinite(value):
         raise UserError(f"{place}must be a finite number of 64 bits")
     least = field.metadata["least"]

@@ -6,11 +6,7 @@ n_layers = 16
 n_heads = 12
 mlp_hidden_size = 2048  # 8/3 d_model
 max_seq_len = 1024
-vocab_size = 50280
-embedding_size = 50304  # a multiple of 128
 weight_tying = True  # as in OLMo-1B
-eos_token_id = 50279
-pad_token_id = 1
 
 # the data: put .jsonl, .json or .txt files into this folder, or name another
 data_dir = "datasets/small"

@@ -6,11 +6,7 @@ n_layers = 4
 n_heads = 4  # of 64 dimensions each, which a CPU multiplies fast
 mlp_hidden_size = 704  # near 8/3 d_model, as in OLMo-7B
 max_seq_len = 256
-vocab_size = 4096
-embedding_size = 4096
 weight_tying = False
-eos_token_id = 4095
-pad_token_id = 4094
 
 # the data: text that every Python carries, each source with some of Dolma's rules
 data_dir = "datasets/stdlib"

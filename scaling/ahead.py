@@ -20,6 +20,7 @@ from model import OLMo
 from scaling.machine import choose_micro_batch
 from scaling.ranks import world_size
 from scaling.sharding import shard_model
+from support.bars import staged
 
 PATIENCE_S = 30  # for the child when the data is built; what it has finished is in the cache
 END_S = 5  # from SIGTERM to SIGKILL
@@ -40,7 +41,7 @@ def compile_beside(build_data, model_config, config, device, dtype, compiled):
         with beside(partial(compile_step, model_config, config, device, dtype)) as child:
             folder = build_data(data_config)
             import torch._inductor.compile_fx  # noqa: F401  1.3 s that pass beside the child too
-            child.join(PATIENCE_S)
+            staged("compiling the network", child.join, PATIENCE_S)
         return folder
     return build
 

@@ -6,15 +6,17 @@
     an official OLMo checkpoint           whole, if optim.pt and train.pt are there; else the same
 
 The shape lies under the config files, so that a config need not say it, and one that says another
-is an error. Here no weight is read until Run.load does it.
+is an error. Here no weight is read until Run.load does it. Of a run that begins with new weights,
+what follows from the tokenizer lies there: vocab_size, embedding_size, eos_token_id, pad_token_id.
 """
 
-from dataclasses import field, fields, make_dataclass
+from dataclasses import field, fields, make_dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from configs import fields_of, load_config
 from corpus.tokenizer import tokenizer_file
+from data import DataConfig
 from model import ModelConfig
 from scaling.checkpoint import load_checkpoint, run_of, step_directories
 from scaling.ranks import launched
@@ -25,6 +27,7 @@ from support.models import Base, fill_weights
 from support.official_place import notes
 from support.official_run import TAKEN, settings_to_go_on
 from support.official_state import fill_optimizer, has_training_state
+from support.vocabulary import IDS, ids_of_tokenizer
 from support.weights import (check_weights, find_step, is_ours, kind_of, read_model_config,
                              step_config)
 
@@ -36,16 +39,54 @@ SHAPE = [each.name for each in fields(ModelConfig)]
 # ---- The shape -----------------------------------------------------------------------------------
 
 def settings_of_start(argv, schemas):
-    """{key: value} that lies under the config files: shape and tokenizer of the weights.
+    """{key: value} that lies under the config files: what follows from start_from and tokenizer.
 
-    For an official run that is gone on with, also its batch size, schedule and optimiser. schemas:
-    all of train.py's. A run that has begun has them in its own config.json, so that what it began
-    with may be gone. Raises UserError for a key that says another shape.
+    schemas: all of train.py's. Raises UserError for a key that says another shape.
     """
     if {"-h", "--help"} & set(argv):
         return {}
     given = settings_given(argv, schemas)
-    run = Path(given.run_dir or fields_of(schemas)["run_dir"].default)
+    run = run_of_config(given, schemas)
+    found = settings_under(argv, given, run)
+    if given.tokenizer is None:
+        given = replace(given, tokenizer=fields_of(schemas)["tokenizer"].default)
+    return {**ids_under(argv, given, run, found), **found}
+
+
+def data_settings_of_start(argv, schemas):
+    """The same for data.py: the tokenizer of start_from, or with --resume=RUN all settings of RUN.
+
+    Raises UserError if the command line does not say what to read.
+    """
+    if {"-h", "--help"} & set(argv):
+        return {}
+    given = settings_given(argv, schemas)
+    if given.resume:
+        set_here = {key: value for key, value in vars(given).items() if value is not None}
+        return {**data_settings_of_run(given.resume), **set_here}
+    has_config = not all(word.startswith("-") for word in argv)
+    if not has_config and given.sources is None and given.token_files is None:
+        raise UserError("name a config file (python data.py configs/tiny.py), --resume=RUN or "
+                        "--sources")
+    found = settings_under(argv, given, run_of_config(given, schemas))
+    return {key: found[key] for key in ("tokenizer", "start_from") if key in found}
+
+
+def data_settings_of_run(path):
+    """{key: value} of DataConfig of a run, or of a run's step."""
+    home = run_of(path)
+    if not (home / "config.json").is_file():
+        raise UserError(f"--resume={path}{here(home)}: no run there")
+    [config] = load_config([str(home / "config.json")], DataConfig)
+    return vars(config)
+
+
+def settings_under(argv, given, run):
+    """{key: value}: shape and tokenizer of the weights that start_from names; {} without them.
+
+    For an official run that is gone on with, also its batch size, schedule and optimiser. A run
+    that has begun has them in its own config.json, so that what it began with may be gone.
+    """
     if not given.start_from:
         if given.fresh_optimizer:
             raise no_start(argv, run)
@@ -60,10 +101,33 @@ def settings_of_start(argv, schemas):
     return settings_of_weights(argv, given)
 
 
-def tokenizer_of_start(argv, schemas):
-    """The same for data.py, which uses the tokenizer alone."""
-    found = settings_of_start(argv, schemas)
-    return {key: found[key] for key in ("tokenizer", "start_from") if key in found}
+def ids_under(argv, given, run, found):
+    """{key: value} of what follows from the tokenizer, and is neither given nor found; printed.
+
+    found: what settings_under returned. A run that has begun keeps its own values.
+    """
+    keys = [key for key in IDS if getattr(given, key) is None and key not in found]
+    for key in {*IDS} - {*keys} - {*found}:
+        value = getattr(given, key)
+        if value < (key in ("vocab_size", "embedding_size")):
+            raise UserError(f"{place_of(key, argv)}{key}={value}: leave it out; it follows from "
+                            "the tokenizer")
+    if not keys:
+        return {}
+    if step_directories(run) and not given.overwrite and (run / "config.json").is_file():
+        before = read_json(run / "config.json")
+        return {key: before[key] for key in keys if key in before}
+    name = found.get("tokenizer", given.tokenizer)
+    follow = ids_of_tokenizer(name)
+    if given.vocab_size not in (None, follow["vocab_size"]):
+        raise UserError(f"{place_of('vocab_size', argv)}vocab_size={given.vocab_size}: tokenizer="
+                        f"{name} has {follow['vocab_size']} ids; leave it out, and choose the "
+                        "tokenizer: --tokenizer=bpe:N has N ids")
+    ids = {key: follow[key] for key in keys}
+    if launched().rank == 0:
+        values = ", ".join(f"{key}={value}" for key, value in ids.items())
+        print(f"from tokenizer={name}: {values}")
+    return ids
 
 
 def settings_of_weights(argv, given):
@@ -87,6 +151,11 @@ def settings_given(argv, schemas):
             for name, each in fields_of(schemas).items()]
     [given] = load_config(argv, make_dataclass("Given", keys))
     return given
+
+
+def run_of_config(given, schemas):
+    """The run's directory: what the command line sets, else the default."""
+    return Path(given.run_dir or fields_of(schemas)["run_dir"].default)
 
 
 def no_start(argv, run):

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from model import ModelConfig
 from scaling.ranks import gather, on_rank0, rank
+from support.bars import bar, stage
 from support.files import (UserError, disk_remedy, file_sha256, fsync, here, read_json,
                            without_nan, write_json)
 from support.hints import hub_remedy
@@ -109,7 +110,8 @@ def verify_step(path, digests=True):
         raise UserError(f"{path / 'state.json'}: damaged, its digest differs")
     if not isinstance(state.get("files"), dict):
         raise UserError(f"{path / 'state.json'}: lists no files")
-    for name, expected in state["files"].items():
+    for name, expected in bar(state["files"].items(), f"checking {path}", unit="files",
+                              hidden=not digests):
         file = path / name
         if not file.is_file():
             raise UserError(f"{file}: missing from this checkpoint")
@@ -260,6 +262,7 @@ def training_tensors(model, optimizer):
     return tensors
 
 
+@stage("making room for the optimiser's state")
 def create_state(optimizer):
     """Make an optimiser allocate its state, so that a checkpoint of any step has the same tensors.
 

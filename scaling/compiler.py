@@ -8,6 +8,8 @@ import fcntl
 import re
 import struct
 import sys
+from contextlib import ExitStack
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -16,6 +18,7 @@ import torch._functorch.config as functorch_config
 from model import token_losses
 from scaling.machine import compiler_cache
 from scaling.ranks import launched
+from support.bars import stage
 from support.cpu import PLAIN_AT_MOST, fast_token_losses
 from support.files import UserError
 
@@ -51,11 +54,21 @@ def compile_model(model, device, is_asked):
         if torch._inductor.config.cpp.vec_isa_ok is None:
             torch._inductor.config.cpp.vec_isa_ok = True
     remove_broken_libraries(compiler_cache())
+    say_when_compiling()
     compiler = Compiler(is_asked)
     for block in model.blocks:
         block.forward = compiler.compiled(block.forward)
     losses = fast_token_losses if device.type == "cpu" else token_losses
     model.token_losses = compiler.compiled(losses)
+
+
+@lru_cache
+def say_when_compiling():
+    """From here on, each time torch compiles something, it is a stage of support/bars.py."""
+    stages = ExitStack()
+    torch._dynamo.callback.callback_handler.register_start_callback(
+        lambda *_: stages.enter_context(stage("compiling the network")))
+    torch._dynamo.callback.callback_handler.register_end_callback(lambda *_: stages.close())
 
 
 class Compiler:

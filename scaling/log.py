@@ -113,12 +113,20 @@ def has_bar():
     return rank() == 0 and sys.stderr.isatty()
 
 
-def say_row(step, last, said, seconds_left, memory):
-    """A line about a step where no bar is seen, such as in the log of a batch system."""
+def say_row(watch, step, last, said, seconds_left, memory):
+    """A line about a step where no bar is seen, such as in the log of a batch system.
+
+    watch: a Watch of support/bars.py.
+    """
     if rank() == 0 and not has_bar():
         left = timedelta(seconds=round(seconds_left))
-        print(f"step {step:,} of {last:,}: {said}, {left} left, {memory:.2f} GB", file=sys.stderr,
-              flush=True)
+        watch.say(f"step {step:,} of {last:,}: {said}, {left} left, {memory:.2f} GB")
+
+
+def say_slow_step(watch, step, last):
+    """The same about a step without a row, if there was no line for long."""
+    if rank() == 0 and not has_bar() and watch.is_due():
+        watch.say(f"step {step:,} of {last:,}")
 
 
 def say_evaluation(step, results):

@@ -17,12 +17,14 @@ from scaling.begin import load_start
 from scaling.boards import open_boards
 from scaling.checkpoint import save_checkpoint
 from scaling.kept import Kept, check_comparable
-from scaling.log import Log, Pace, Window, has_bar, perplexity, say_evaluation, say_row
+from scaling.log import (Log, Pace, Window, has_bar, perplexity, say_evaluation, say_row,
+                         say_slow_step)
 from scaling.machine import PowerMeter, carbon_kg, energy_line, flops_per_token, peak_memory
 from scaling.ranks import (batch_hash, check_agreement, largest, on_rank0, rank, reduce_sum,
                            world_size)
 from scaling.signals import StopSignal
 from scaling.starts import note_start
+from support.bars import Watch, stage
 from support.files import UserError
 
 READ_PATIENCE = timedelta(hours=2)  # rank 0 reads a complete checkpoint to check it
@@ -91,7 +93,8 @@ class Run:
         lock_text = on_rank0(run.take_lock)
         directory.check_shared(run.path, lock_text)
         find_start = partial(start.find_start, config, settings, fingerprint, free_keys)
-        run.checkpoint, run.state = on_rank0(find_start, patience=READ_PATIENCE)
+        with stage("looking for a checkpoint to go on from, and checking it"):
+            run.checkpoint, run.state = on_rank0(find_start, patience=READ_PATIENCE)
         run.config_before = config_of(run.state, type(config))
         run.state.update(config=settings, data=fingerprint, torch=torch.__version__,
                          model_keys=list(vars(model_config)))
@@ -113,7 +116,8 @@ class Run:
 
     def load(self, model, optimizer):
         """Fill model and optimiser from what the run begins from."""
-        load_start(self, model, optimizer)
+        with stage(f"loading step {self.step:,}"):
+            load_start(self, model, optimizer)
 
     def describe(self, folder, **facts):
         """Write config.json, tokenizer.json and manifest.json (see scaling/directory.py)."""
@@ -155,6 +159,7 @@ class Run:
         """
         self.signals.__enter__()
         last = self.config.max_steps
+        self.watch = Watch()
         self.loop_start = time.perf_counter() - self.state["seconds"]
         with tqdm(total=last, initial=self.step, unit="step", disable=not has_bar()) as self.bar:
             while self.step < last and not self.ended_by:
@@ -185,6 +190,8 @@ class Run:
         self.agree_on_ending()
         if metrics and self.is_due(step, self.config.log_every_steps):
             self.write_row(batch, metrics, lr)
+        else:
+            say_slow_step(self.watch, step, self.config.max_steps)
 
     def agree_on_ending(self):
         """What one rank has heard, all ranks do: leave, or save because of save_every_minutes."""
@@ -209,7 +216,8 @@ class Run:
         said = f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s"
         self.bar.set_postfix_str(said)
         last = self.config.max_steps
-        say_row(self.step, last, said, self.pace.seconds_left(self.step, last, self.window), memory)
+        seconds_left = self.pace.seconds_left(self.step, last, self.window)
+        say_row(self.watch, self.step, last, said, seconds_left, memory)
         self.window = Window()
 
     def count_energy(self):
@@ -258,16 +266,24 @@ class Run:
     def save(self, model, optimizer):
         """Write a checkpoint of the step that was just taken, and delete those no longer kept."""
         self.count_energy()
-        save_checkpoint(self.path, self.state, model, optimizer)
-        on_rank0(lambda: self.kept.drop_old())
+        self.say_on_bar("saving")
+        with stage(f"saving step {self.step:,}"):
+            save_checkpoint(self.path, self.state, model, optimizer)
+            on_rank0(lambda: self.kept.drop_old())
+        self.say_on_bar("")
         self.last_save = time.monotonic()
 
     def evaluation_is_due(self, step):
-        """True before an evaluation; the bar, which may stand at 100 %, then says "evaluating"."""
+        """True before an evaluation; the bar then says so."""
         is_due = self.is_due(step, self.config.eval_every_steps)
-        if is_due and self.bar is not None:
-            self.bar.set_postfix_str("evaluating")
+        if is_due:
+            self.say_on_bar("evaluating")
         return is_due
+
+    def say_on_bar(self, what):
+        """Name what the bar, which may stand at 100 %, waits for; "" after it."""
+        if self.bar is not None:
+            self.bar.set_postfix_str(what)
 
     def evaluation_was_missed(self):
         """True if the run was stopped after it saved its last step and before it evaluated it.
@@ -280,8 +296,7 @@ class Run:
     def log_evaluation(self, results):
         """Write a row of kind "eval" about the last step, and print its headline numbers."""
         self.results = results
-        if self.bar is not None:
-            self.bar.set_postfix_str("")
+        self.say_on_bar("")
         if self.config.keep_best:
             results["best"] = on_rank0(lambda: self.kept.note(self.step, results))
         self.metrics_log.write("eval", self.state, **results)

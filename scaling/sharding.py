@@ -19,6 +19,7 @@ from torch.utils.checkpoint import (CheckpointPolicy, checkpoint,
 
 from scaling.compiler import compile_model
 from scaling.ranks import launched, world_size
+from support.bars import bar, stage
 from support.cpu import only_of_targets, use_fast_attention
 from support.files import UserError
 from support.generation import fixed_weights
@@ -27,6 +28,7 @@ from support.gpu import use_flex_attention
 
 # ---- Applied to a new model, in this order -------------------------------------------------------
 
+@stage("preparing the model")
 def shard_model(model, config, device, dtype, compiled):
     """Make an OLMo on the meta device ready for training on `device`; its weights are still empty.
 
@@ -122,6 +124,15 @@ def own_part(full, parameter):
         return full
     return distribute_tensor(full, parameter.device_mesh, parameter.placements,
                              src_data_rank=None)  # every rank has all of it: nothing is sent
+
+
+def init_own_parts(init_weights, model, seed):
+    """init_weights(model, seed, own_part), with a bar: those of a 7B are minutes of work."""
+    with bar(None, "drawing the weights", len(list(model.parameters())), "tensors") as shown:
+        def part(full, parameter):
+            shown.update()
+            return own_part(full, parameter)
+        init_weights(model, seed, part)
 
 
 def own_slice(tensor):

@@ -1,6 +1,6 @@
 """What every command does around its main(): one line for an error, output that never fails."""
 
-from support.interrupts import end_at_ctrl_c, hear_ctrl_c  # first: from here on Ctrl-C is quiet
+from support.interrupts import clear_starting, end_at_ctrl_c, hear_ctrl_c  # first
 
 import errno
 import os
@@ -10,7 +10,7 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-from support.bars import end_bars
+from support.bars import end_bars, hide_bars
 from support.files import disk_remedy, is_full
 from support.text import BOLD_GREEN, PLAIN, REVERSE, UserError, harmless
 
@@ -30,9 +30,10 @@ def run_main(main):
     its traceback. Text that cannot be printed fails nothing: see Output.
     """
     stop_hearing = hear_ctrl_c()
+    clear_starting()
     is_run = getattr(main, "takes_ranks", False)  # train.py and adapt.py (scaling/ranks.py)
     sys.stdin = sys.stdin or open(os.devnull)  # None: the shell has closed it (<&-)
-    stdout = Output(sys.stdout, (BOLD_GREEN, REVERSE, PLAIN), warns=is_run)
+    stdout = Output(sys.stdout, (BOLD_GREEN, REVERSE, PLAIN), warns=is_run, before=hide_bars)
     with redirect_stdout(stdout), redirect_stderr(Output(sys.stderr, ("\r", "\033[A"))):  # bars
         code = exit_code(main) if is_run or is_alone() else NOT_ALONE
         sys.stdout.flush()
@@ -133,7 +134,8 @@ class Output:
     the pipe (`... | head`) all that follows is dropped; `error` keeps it, unless it was the pipe's.
     """
 
-    def __init__(self, stream, codes=(), warns=True):
+    def __init__(self, stream, codes=(), warns=True, before=lambda: None):
+        self.before = before  # called before anything is printed
         self.codes = codes
         self.warns = warns  # at once of an error, which run_main otherwise says at the end
         self.stream = stream or open(os.devnull, "w")  # None: the shell has closed it (>&-)
@@ -143,6 +145,7 @@ class Output:
             self.stream.reconfigure(errors="backslashreplace", line_buffering=True)
 
     def write(self, text):
+        self.before()
         self.attempt(self.stream.write, harmless(text, self.codes))
         return len(text)
 

@@ -13,6 +13,7 @@ from scaling.ranks import reduce_sum
 from scaling.sharding import evaluating
 from support.answers import answer_prompts
 from support.packing import NO_TARGET
+from support.progress import progress
 from support.rows import sequences_of
 from support.scoring import length_batches, own_batches
 
@@ -27,6 +28,7 @@ def evaluate_held_out(model, tokenizer, eval_set, reference, adapt_config, eval_
     results = {}
     # 1. How likely are the held-out answers, or the preferred ones of two?
     batch_tokens = eval_config.eval_batch_tokens
+    progress.begin("held-out answers")
     if adapt_config.method == "sft":
         tuned = evaluate_chats(model, eval_set, batch_tokens)
     else:
@@ -35,9 +37,11 @@ def evaluate_held_out(model, tokenizer, eval_set, reference, adapt_config, eval_
     prompts = held_out_prompts(sequences_of(eval_set), model.config.max_seq_len,
                                adapt_config.eval_answers)
     if prompts:
+        progress.begin("answers of its own")
         texts, tuned["ended"] = answer_prompts(model, tokenizer, prompts,
                                                eval_config.max_new_tokens)
         results["samples"] = texts[:3]
+    progress.begin("")
     results["tuned"] = tuned
     return results
 

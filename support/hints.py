@@ -5,47 +5,39 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import get_args
 
 from support.files import UserError, here
+from support.other_words import VALUES, names_here, saying_about
 
 ROOT = Path(__file__).resolve().parent.parent  # the repository
-# What our keys are called elsewhere: by Hugging Face, nanoGPT and official OLMo.
-ELSEWHERE = {
-    "lr": "learning_rate max_lr", "min_lr": "min_learning_rate alpha_f", "weight_decay": "wd",
-    "beta1": "adam_beta1", "beta2": "adam_beta2", "eps": "adam_epsilon",
-    "grad_clip": "max_grad_norm max_norm", "warmup_steps": "warmup_iters t_warmup",
-    "decay_steps": "lr_decay_iters t_max", "max_steps": "max_iters max_duration num_train_steps",
-    "batch_size": "global_train_batch_size train_batch_size",
-    "micro_batch_size": "gradient_accumulation_steps per_device_train_batch_size "
-                        "device_train_microbatch_size", "dtype": "bf16 fp16 precision",
-    "run_dir": "output_dir out_dir save_folder", "max_seq_len": "block_size max_sequence_length "
-    "context_length max_position_embeddings", "eval_every_steps": "eval_interval eval_steps",
-    "log_every_steps": "log_interval logging_steps", "save_every_steps": "save_interval save_steps",
-    "d_model": "n_embd hidden_size", "n_layers": "n_layer num_hidden_layers",
-    "n_heads": "n_head num_attention_heads", "mlp_hidden_size": "intermediate_size",
-    "epochs": "num_train_epochs num_epochs", "fresh_optimizer": "reset_optimizer_state",
-    "start_from": "init_from load_path model_name_or_path", "keep_last": "save_total_limit",
-    "keep_best": "load_best_model_at_end", "wandb": "wandb_log report_to"}
 
 
 def unknown_key(key, known, place):
     """The UserError for a key that no schema of this command has. place: begins its message."""
-    if command_of(key):
-        return unused_key(key, place)
-    key_there = key.lower().replace("-", "_")
-    if key_there == "dropout":
-        return UserError(f"{place}{key}: OLMo 1 has none; leave it out")
-    ours = [own for own, others in ELSEWHERE.items() if key_there in others.split()]
-    near = [own for own in ours if own in known] or difflib.get_close_matches(key_there, known, n=1)
+    word = key.lower().replace("-", "_")
+    ours = names_here(word)
+    near = [own for own in (word, *ours) if own in known]
+    saying = None if word in known else saying_about(word, command())
+    if not saying and not near:
+        if command_of(word):
+            return unused_key(key, place)
+        for own in ours:
+            if command_of(own):
+                return UserError(f"{place}{key}: called {own} here, a key of {command_of(own)}, "
+                                 f"which {command()} does not use")
+        near = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
     hint = f"did you mean {near[0]}?" if near else "--help lists the keys"
-    return UserError(f"{place}{key}: unknown key; {hint}")
+    return UserError(f"{place}{key}: {saying or f'unknown key; {hint}'}")
 
 
 def unused_key(key, place):
     """The UserError for a key that another command has."""
-    owner = command_of(key)
-    return UserError(f"{place}{key}: a key of {owner}, which {command()} does not use; leave "
-                     f"it out, or run python {owner}")
+    word = key.lower().replace("-", "_")
+    owner = command_of(word)
+    saying = saying_about(word, command()) or (
+        f"a key of {owner}, which {command()} does not use; leave it out, or run python {owner}")
+    return UserError(f"{place}{key}: {saying}")
 
 
 def command():
@@ -61,13 +53,21 @@ def command_of(key):
     return None
 
 
-def example_of(kind, value):
-    """What to write instead of a value that has not the type `kind`; "" if nothing is better."""
+def example_of(field, value):
+    """What to write instead of a value that has not the field's type; "" if nothing is better."""
+    kind = field.type
     if kind is int and type(value) is float and value.is_integer():  # such as 1e6
         return f"; write {int(value)}"
     if kind is bool:
         return "; write True or False"
-    return "; such as \"{'name': 'path'}\"" if str(kind).startswith("dict[str, str") else ""
+    written = VALUES.get(str(value).lower())
+    if written in get_args(kind):
+        return f"; write {written}"
+    if str(kind).startswith("dict[str, str"):
+        is_path = type(value) is str and not set(value) & set("'\"{}\n")
+        path = value if is_path else "PATH"
+        return f"; such as --{field.name}=\"{{'mine': '{path}'}}\""
+    return ""
 
 
 def missing_value(key, word):

@@ -1,4 +1,7 @@
-"""Ctrl-C: quiet while torch is imported, and never lost. Imported before everything else."""
+"""Ctrl-C: quiet while torch is imported, and never lost; and a word for this time.
+
+Imported before everything else.
+"""
 
 import os
 import signal
@@ -28,6 +31,26 @@ def quiet_while_importing():
 
 
 quiet_while_importing()
+
+
+def say_starting():
+    """A word on the terminal, as torch takes seconds to import; clear_starting() takes it away."""
+    if is_at_terminal():
+        print("starting ...", end="", file=sys.stderr, flush=True)
+
+
+def clear_starting():
+    if is_at_terminal():
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def is_at_terminal():
+    """Whether this is a command of ours (of several ranks rank 0) whose stderr is a terminal."""
+    is_seen = IS_COMMAND and os.environ.get("RANK", "0") == "0"
+    return is_seen and sys.stderr is not None and sys.stderr.isatty()
+
+
+say_starting()
 
 
 def hear_ctrl_c():

@@ -15,6 +15,7 @@ from scaling.machine import choose_device, keep_freed_memory
 from scaling.ranks import check_agreement, on_each_rank
 from scaling.sharding import own_slice
 from support import finite
+from support.bars import stage
 from support.files import UserError, file_sha256
 from support.hf_tokenizer import warn_of_other_template
 from support.official import TRAINING_STATE
@@ -36,6 +37,7 @@ def open_model(path, config):
     return model, tokenizer, state
 
 
+@stage("loading the model")
 def open_with_tokenizer(path):
     """(model, tokenizer, state.json) of any model; UserError unless the two belong together."""
     path = Path(path)
@@ -67,6 +69,7 @@ class Base(NamedTuple):
     kind: str  # "run", "hf" or "official"
 
 
+@stage("checking the weights to start from")
 def open_base(start_from, verify):
     """The Base that `start_from` names; its files are checked, and no weight is loaded yet.
 
@@ -90,6 +93,7 @@ def open_base(start_from, verify):
     return Base(weights, home, digest, model_config, {}, kind_of(weights))
 
 
+@stage("loading the weights")
 def fill_weights(model, base):
     """Copy the weights of the base into a model, sharded or not: each rank reads its own slice.
 

@@ -21,7 +21,9 @@ font-size:.86rem;font-variant-numeric:tabular-nums}.shares i{display:block;heigh
 background:#4c78a8}.columns{display:flex;gap:.8rem;overflow-x:auto}
 .columns>div{flex:1 0 min(20rem,85%)}.columns pre{max-height:18rem;overflow:auto}
 .runs td,.runs th{text-align:left;vertical-align:top;min-width:7rem;max-width:24rem}
-.runs td:first-child{min-width:0;max-width:10rem;white-space:normal}
+.runs td:first-child{min-width:0;max-width:14rem;white-space:normal}
+.tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(15rem,46%),1fr));
+gap:.15rem 1rem;margin:.7rem 0;font-size:.86rem;font-variant-numeric:tabular-nums}
 .legend{display:flex;flex-wrap:wrap;gap:.1rem 1.2rem;font-size:.86rem;margin:.3rem 0}
 .legend i{display:inline-block;width:1.4rem;height:.25rem;margin-right:.4rem;vertical-align:middle}
 summary{cursor:pointer;font-size:.9rem}.stage{font-size:.82rem;text-align:center;line-height:1.5}

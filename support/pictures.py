@@ -76,7 +76,8 @@ def grid(pyplot, panels, looks):
 
 def svg(pyplot, panel, looks):
     """A Panel as the text of an SVG element, with a description for those who cannot see it."""
-    figure, axes = pyplot.subplots(figsize=(4.2, 2.7), layout="constrained")
+    height = min(2.7, 0.8 + 0.3 * len(panel.lines)) if is_one_point(panel) else 2.7
+    figure, axes = pyplot.subplots(figsize=(4.2, height), layout="constrained")
     draw(axes, panel, looks)
     text = svg_text(figure)
     pyplot.close(figure)
@@ -94,11 +95,16 @@ def svg_text(figure):
 
 def draw(axes, panel, looks):
     """A Panel on the axes of a figure: as lines, or as bars where each run has one point."""
-    if all(len(tokens) == 1 for tokens, _ in panel.lines.values()):
+    if is_one_point(panel):
         draw_bars(axes, panel, looks)
     else:
         draw_lines(axes, panel, looks)
     axes.set_title(panel.title)
+
+
+def is_one_point(panel):
+    """Whether each run has one value: a curve of it would be an empty picture."""
+    return all(len(tokens) == 1 for tokens, _ in panel.lines.values())
 
 
 def draw_lines(axes, panel, looks):
@@ -131,12 +137,12 @@ def draw_limits(axes, panel, unit):
 
 
 def draw_bars(axes, panel, looks):
-    """A bar for each run: a curve of one point would be an empty picture."""
-    most = max(0, *(values[0] for _, values in panel.lines.values()), panel.level or 0)
-    least = min(0, *(values[0] for _, values in panel.lines.values()))
+    """A bar for each run, with its value."""
     names = list(panel.lines)
-    for place, name in enumerate(names):
-        _, [value] = panel.lines[name]
+    values = [panel.lines[name][1][0] for name in names]
+    most = max(0, *values, panel.level or 0)
+    least = min(0, *values)
+    for place, (name, value) in enumerate(zip(names, values, strict=True)):
         error = panel.errors[name][0] if panel.errors else None
         axes.barh(place, value, 0.6, xerr=error, color=looks[name].color, ecolor="0.3", capsize=2)
         axes.text(0.02 * (most - least), place, f"{value:.4g}", va="center", color="white")

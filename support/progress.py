@@ -4,33 +4,28 @@ The bar and the lines are on stderr, so that the tables on stdout can be used by
 """
 
 import sys
-import time
-
-from tqdm import tqdm
 
 from scaling.ranks import rank
-from support.bars import SECONDS, bar
+from support.bars import Watch, bar, time_left
 
 
 class Progress:
-    """What is being measured, and when the last line about it was printed."""
+    """What is being measured, and since when."""
 
     def __init__(self):
-        self.title = ""
-        self.began = self.last_line = time.monotonic()
+        self.begin("")
 
     def begin(self, title):
         self.title = title
-        self.began = time.monotonic()
+        self.watch = Watch()
 
     def line_is_due(self):
-        return rank() == 0 and time.monotonic() - self.last_line >= SECONDS
+        return rank() == 0 and self.watch.is_due()
 
-    def say(self, text):
+    def say(self, text, left=""):
         """Print a line about what is being measured, with the seconds since it began."""
-        self.last_line = time.monotonic()
         title = f"{self.title}: " if self.title else ""
-        tqdm.write(f"{title}{text}, {self.last_line - self.began:.0f} s", file=sys.stderr)
+        self.watch.say(f"{title}{text}, {self.watch.seconds():.0f} s{left}")
 
 
 progress = Progress()
@@ -42,12 +37,10 @@ def titled(items):
     The first field of an item is its name. One that took no time has no line.
     """
     items = list(items)
-    progress.last_line = time.monotonic()
     for i, item in enumerate(items, 1):
         progress.begin(item[0])
         yield item
-        has_lines = progress.last_line > progress.began
-        if not sys.stderr.isatty() and (has_lines or progress.line_is_due()):
+        if not sys.stderr.isatty() and (progress.watch.has_line or progress.line_is_due()):
             progress.say(f"measured, {i} of {len(items)}")
     progress.begin("")
 
@@ -59,7 +52,9 @@ def watched(items, unit):
     if sys.stderr.isatty():
         yield from bar(items, progress.title, unit=unit, hidden=rank() > 0)
         return
+    watch = Watch()  # a title may have several lists
     for i, item in enumerate(items, 1):
         yield item
         if progress.line_is_due():
-            progress.say(f"{unit} {i:,} of {len(items):,}")
+            progress.say(f"{unit} {i:,} of {len(items):,}",
+                         time_left(watch.seconds(), i, len(items)))

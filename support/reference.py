@@ -11,6 +11,7 @@ from support.rows import sequences_of
 from support.files import UserError, read_json, write_json
 from support.held_out import completion_log_probs
 from support.models import fill_weights
+from support.progress import progress
 
 
 def reference_log_probs(run, base, model, sets, method, batch_tokens):
@@ -35,7 +36,9 @@ def reference_log_probs(run, base, model, sets, method, batch_tokens):
 
 def answer_log_probs(model, pairs, batch_tokens):
     """Float64 (N, 2): the log-probabilities of the chosen and the rejected answer of each Pair."""
+    progress.begin("answers of the reference")
     found = completion_log_probs(model, sequences_of(pairs), batch_tokens)
+    progress.begin("")
     log_probs, _ = found.T
     return log_probs.view(2, len(pairs)).T
 

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from support.bars import stage
 from support.data_pictures import data_part
 from support.files import read_json, to_json
 from support.measured import dict_at, read_evaluations, read_metrics
@@ -11,10 +12,12 @@ from support.panels import domain_panels, task_panels, training_panels
 from support.pictures import drawing, grid, looks_of
 from support.records import domains_table, tasks_table
 from support.runs_table import runs_table
+from support.text import counted
 from support.xz import xz_levels
 
 # ---- The page ------------------------------------------------------------------------------------
 
+@stage("drawing the report")
 def report(paths):
     """Write one HTML page about some runs into the first one's directory; returns its path."""
     logs = {str(path): read_metrics(path) for path in paths}
@@ -130,6 +133,9 @@ def left_out(found, looks):
             print(f"{run}: {said}")
             shown = escaped(f"{looks[run].label}: {said}")
             lines.append(f"<p class=note>{shown}</p>")
+    if len(lines) > 1:
+        heading = f"{counted(len(lines), 'note')} on what is not shown"
+        return [f"<details><summary>{heading}</summary>", *lines, "</details>"]
     return lines
 
 

@@ -5,6 +5,7 @@ from collections import Counter
 
 from corpus.documents import parse, read_records
 from corpus.questions import stdlib_chats, stdlib_preferences
+from support.bars import stage
 from support.chat_forms import CHATS, PREFERENCES, FormOfFile
 from support.chats import checked_chat, checked_preference
 from support.files import UserError
@@ -17,6 +18,7 @@ ON_ONE_LINE = 5  # so few faults need no table
 
 # ---- A set ---------------------------------------------------------------------------------------
 
+@stage("reading the examples")
 def read_examples(config, key, encode, eval_share):
     """The examples of the set that `key` names, in its order; [] if no eval_data is named.
 

@@ -24,18 +24,36 @@ class Number(NamedTuple):
 
 
 def runs_table(runs, found, configs, looks):
-    """HTML: a column for each run, under its name in its colour."""
+    """HTML: a column for each run, under its name in its colour; one run's numbers as tiles."""
+    facts = {run: facts_of(run) for run in looks}
+    numbers = {run: numbers_of(run, runs[run], configs[run], found) for run in looks}
+    lines = []
+    for name in ordered(facts.values()):
+        lines.append(line_of(name, [facts[run].get(name, "-") for run in looks]))
+    if len(looks) == 1:
+        [of_run] = numbers.values()
+        return tiles(of_run) + runs_in_columns(looks, lines)
+    for name in ordered(numbers.values()):
+        lines.append(line_of(name, compared([numbers[run].get(name) for run in looks])))
+    return runs_in_columns(looks, lines)
+
+
+def tiles(numbers):
+    """The Numbers of one run, side by side."""
+    parts = []
+    for name, number in numbers.items():
+        parts.append(f"<div><b>{escaped(written(number))}</b> {escaped(name)}</div>")
+    return f"<div class=tiles>{''.join(parts)}</div>"
+
+
+def runs_in_columns(looks, lines):
+    """A table with these lines under the runs' names; "" without lines."""
+    if not lines:
+        return ""
     head = ["<th>"]
     for look in looks.values():
         head.append(f"<th style='border-top:4px solid {look.color}'>{escaped(look.label)}")
-    lines = ["".join(head)]
-    facts = {run: facts_of(run) for run in looks}
-    numbers = {run: numbers_of(run, runs[run], configs[run], found) for run in looks}
-    for name in ordered(facts.values()):
-        lines.append(line_of(name, [facts[run].get(name, "-") for run in looks]))
-    for name in ordered(numbers.values()):
-        lines.append(line_of(name, compared([numbers[run].get(name) for run in looks])))
-    rows = "".join(f"<tr>{line}" for line in lines)
+    rows = "".join(f"<tr>{line}" for line in ["".join(head), *lines])
     return f"<div class=scroll><table class=runs>{rows}</table></div>"
 
 
@@ -54,13 +72,16 @@ def compared(numbers):
     first = numbers[0]
     cells = []
     for place, number in enumerate(numbers):
-        text = "-"
-        if number and not math.isnan(number.value):
-            text = f"{number.value:{number.form}}{number.unit}"
-            if place and first and number.is_compared and not math.isnan(first.value):
-                text += f" ({number.value - first.value:+{number.form}})"
+        text = written(number)
+        if place and first and number and number.is_compared and number.unit == first.unit:
+            text += f" ({number.value - first.value:+{number.form}})"
         cells.append(text)
     return cells
+
+
+def written(number):
+    """A Number as text; "-" for none."""
+    return f"{number.value:{number.form}}{number.unit}" if number else "-"
 
 
 # ---- How a run was started -----------------------------------------------------------------------
@@ -97,11 +118,12 @@ def numbers_of(run, rows, config, found):
     end = rows["end"][-1] if rows["end"] else {}
     [model_config] = load_config([str(Path(run) / "config.json")], ModelConfig)
     of_steps = config.get("max_steps")
+    method = f" ({config['method']})" if "method" in config else " nats"
     numbers = {
         "parameters": Number(count_parameters(model_config) / 1e6, ",.1f", " M"),
         "steps": Number(last.get("step", 0), ",", f" of {of_steps:,}" * (type(of_steps) is int)),
         "tokens": Number(last.get("tokens", 0) / 1e6, ",.2f", " M"),
-        "training loss, nats": Number(last.get("loss", math.nan), ".4f", "", True),
+        "training loss": Number(last.get("loss", math.nan), ".4f", method, True),
         **domain_numbers(run, found),
         **task_numbers(run, found),
         "minutes of training": Number(last.get("seconds", math.nan) / 60, ",.1f"),
@@ -131,5 +153,5 @@ def task_numbers(run, found):
         points = found[run].tasks.get(task)
         result = points[max(points)] if points else {}
         if "accuracy" in result:
-            numbers[f"{task}, %"] = Number(100 * result["accuracy"], ".1f", "", True)
+            numbers[task] = Number(100 * result["accuracy"], ".1f", " %", True)
     return numbers

@@ -8,6 +8,7 @@ from pathlib import Path
 from corpus.documents import (as_document, parse, print_line, read_documents, read_records,
                               why_no_text)
 from corpus.source_files import input_files, is_there
+from support.bars import stage
 from support.files import UserError, file_sha256
 from support.prompts import read_prompts
 from support.tasks import PAPER_METRIC, REQUEST, mmlu, packaged_task, read_task
@@ -43,12 +44,14 @@ class Suite:
 
 # ---- Suites by their names -----------------------------------------------------------------------
 
+@stage("checking the evaluation sets")
 def check_suites(config):
     """UserError for a suite or prompts that config misspells, or whose files hold a fault."""
     read_suites(config, held_out=dict)
     read_prompts(config.prompts)
 
 
+@stage("reading the evaluation sets")
 def open_suites(config, held_out=dict):
     """The Suites that config.suite names, with the digests of their files; see read_suites."""
     suites = read_suites(config, held_out)

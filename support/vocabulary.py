@@ -4,13 +4,18 @@ Nothing else would notice a mismatch: with another EOS answers never end, and wi
 model reads another text than the user wrote.
 """
 
+import math
 import shlex
 from pathlib import Path
 
-from corpus.tokenizer import tokenizer_at, tokenizer_file
+from corpus.tokenizer import PII_MARKERS, SPACE_RUNS, tokenizer_at, tokenizer_file
 from support.files import UserError, read_json
 
 
+IDS = ("vocab_size", "embedding_size", "eos_token_id", "pad_token_id")
+MULTIPLE = 128  # of rows, which a GPU multiplies fastest: OLMo pads 50,280 ids to 50,304
+LEAST_IDS = 256 + len(SPACE_RUNS) + len(PII_MARKERS) + 2  # of bpe:N: bytes and added tokens
+OLMO_IDS = (50280, 50279, 1)  # of tokenizer=olmo; so --plan needs no package
 # of weights that have no tokenizer.json beside them
 NAME_IT = "name the one of the weights: --tokenizer=olmo for OLMo 1.0, or --tokenizer=FILE"
 
@@ -45,6 +50,27 @@ def check_vocabulary(config, tokenizer, file, remedy=None):
                     f"{remedy or remedy_for(file, config, wrong)}")
 
 
+def ids_of_tokenizer(name):
+    """{key: value} of IDS, which follow from the tokenizer that a config names.
+
+    Those of `bpe:N` are known before it is trained. UserError if a tokenizer's file is not there.
+    """
+    kind, _, size = name.partition(":")
+    if kind == "bpe":
+        if not size.isdigit() or int(size) < LEAST_IDS:
+            raise UserError(f"tokenizer={name}: write bpe:N, N ids and at least {LEAST_IDS}, such "
+                            "as bpe:4096")
+        count = int(size)
+        eos, pad = count - 1, count - 2  # corpus/bpe.py adds them last
+    elif name == "olmo":
+        count, eos, pad = OLMO_IDS
+    else:
+        tokenizer = tokenizer_at(tokenizer_file(name))
+        count, eos, pad = tokenizer.vocab_size, tokenizer.eos_token_id, tokenizer.pad_token_id
+    rows = math.ceil(count / MULTIPLE) * MULTIPLE
+    return dict(zip(IDS, (count, rows, eos, pad), strict=True))
+
+
 def count_of_ids(unpadded, rows, tokenizer):
     """How many ids a model from elsewhere has: as many as its Tokenizer, where that is possible.
 
@@ -68,7 +94,8 @@ def remedy_for(file, config, wrong):
         remedy = copy_published(file) if description else "set --tokenizer=olmo"
         return f"this is the other one of OLMo's two published tokenizers; {remedy}"
     if description is None:  # of built data, for a model that is still to be trained
-        return "set " + " ".join(f"--{key}={value}" for key, value in wrong.items())
+        options = " ".join(f"--{key}={value}" for key, value in wrong.items())
+        return f"leave out what sets them, as they follow from the tokenizer, or set {options}"
     own = f"put the tokenizer.json that the model was trained with at {file}"
     if is_run(description) or "vocab_size" in wrong:
         return own

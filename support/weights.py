@@ -16,6 +16,7 @@ from model import ModelConfig, OLMo
 from scaling.checkpoint import check_model_keys, check_tensors, read_step, run_of, step_at
 from scaling.directory import has_steps
 from support import finite
+from support.bars import stage
 from support.compare import compare_with_transformers
 from support.files import UserError, free_name, fsync, fsync_all, read_json, write_json
 from support.hf_config import config_to_hf, end_ids, is_hf, read_hf_config, why_no_model
@@ -242,14 +243,16 @@ def export(path, out):
     """
     out = Path(out)
     refuse_existing(out)  # before the long part
-    model = load_model(path)
+    with stage("loading the model"):
+        model = load_model(path)
     home = run_of(path)
     tokenizer = home / "tokenizer.json"
     note = ""
     if not tokenizer.is_file():
         tokenizer = None
         note = "; no tokenizer.json was found beside the model"
-    was_compared = save_hf(model, out, tokenizer, template_of(home))
+    with stage("exporting"):
+        was_compared = save_hf(model, out, tokenizer, template_of(home))
     if not was_compared:
         note += "; its logits were not compared, as no transformers with an OLMo is installed"
     count = sum(parameter.numel() for parameter in model.parameters())
@@ -280,7 +283,8 @@ def save_hf(model, out, tokenizer=None, chat_template=None):
         write_json(aside / "generation_config.json", generation_config(model.config))
         if tokenizer is not None:
             write_tokenizer(Path(tokenizer), aside, model.config, chat_template)
-        was_compared = compare_with_transformers(model, aside, out)
+        with stage("comparing with transformers' model"):
+            was_compared = compare_with_transformers(model, aside, out)
         # a power cut must not leave a directory whose files are empty
         fsync_all(aside)
         aside.replace(out)  # an empty directory gives way

@@ -1,9 +1,15 @@
 """How far a long piece of work has come: bars on a terminal, lines elsewhere."""
 
 import sys
+import threading
+
+import pytest
+import torch
 
 import data
-from support import bars
+import train
+from scaling.compiler import say_when_compiling
+from support import bars, interrupts
 from support.text import UserError
 from tests.conftest import write_jsonl
 
@@ -20,6 +26,7 @@ def test_no_bar_is_drawn_into_a_file(tmp_path, call):
 
 def test_each_bar_is_a_line_now_and_then_in_a_file(tmp_path, call, monkeypatch):
     monkeypatch.setattr(bars, "SECONDS", 0)
+    monkeypatch.setattr(bars, "FIRST_S", 0)
     write_jsonl(tmp_path / "a.jsonl", [{"text": f"the dog and dog number {i}"} for i in range(9)])
     result = call(data, f"--data_dir={tmp_path / 'built'}", "--tokenizer=bpe:290", "--workers=1",
                   f"--sources={ {'main': str(tmp_path / 'a.jsonl')} }", "--eval_share=0")
@@ -46,8 +53,98 @@ def test_a_bar_that_an_error_left_is_ended_before_its_line(call, monkeypatch, ca
 
 
 def test_a_hidden_bar_says_nothing(capsys, monkeypatch):
-    monkeypatch.setattr(bars, "SECONDS", 0)
+    monkeypatch.setattr(bars, "FIRST_S", 0)
     with bars.bar(None, "x", 3, hidden=True) as shown:
         shown.update(2)
     assert list(bars.bar([1, 2], "x", hidden=True)) == [1, 2]
     assert capsys.readouterr().err == ""
+
+
+def test_each_stage_is_named_before_it_ends(monkeypatch, capsys):
+    """Where there is no terminal: a line at its begin, without a CR; none from other ranks."""
+    monkeypatch.setattr(bars, "FIRST_S", 0)
+    with bars.stage("saving"):
+        assert capsys.readouterr().err == "saving\n"
+    assert bars.staged("adding", max, 2, 3) == 3
+    assert capsys.readouterr().err == "adding\n"
+    monkeypatch.setattr(bars, "is_silent", lambda: True)
+    with bars.stage("saving"):
+        assert capsys.readouterr().err == ""
+
+
+def test_a_stage_has_a_line_on_a_terminal_which_is_gone_at_its_end(monkeypatch, capsys):
+    monkeypatch.setattr(bars, "FIRST_S", 0)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    with bars.stage("saving"):
+        assert "saving, 0 s" in capsys.readouterr().err
+        bars.hide_bars()  # as before a line on stdout
+        assert capsys.readouterr().err.split("\r")[-1].strip() == ""
+    assert not list(bars.tqdm._instances)
+
+
+def test_a_stage_ends_with_an_error(monkeypatch):
+    monkeypatch.setattr(bars, "FIRST_S", 0)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    with pytest.raises(UserError), bars.stage("saving"):
+        raise UserError("the disk is full; free some space")
+    assert not list(bars.tqdm._instances) and threading.active_count() < 10
+
+
+def test_of_stages_inside_each_other_the_innermost_is_seen(monkeypatch, capsys):
+    monkeypatch.setattr(bars, "FIRST_S", 0)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    with bars.stage("outer"):
+        outer = bars.Stage.lasting[-1]
+        assert outer.bar is not None
+        with bars.stage("inner"):
+            capsys.readouterr()
+            outer.show()  # as its thread does each second
+            assert outer.bar is None and "outer" not in capsys.readouterr().err
+        outer.show()
+        assert "outer, 0 s" in capsys.readouterr().err
+
+
+def test_a_terminal_shows_a_word_while_torch_is_imported(monkeypatch, capsys):
+    """Rank 0's terminal alone; run_main clears it."""
+    monkeypatch.setattr(interrupts, "IS_COMMAND", True)
+    for is_terminal, rank, printed in ((True, "0", "starting ...\r\033[K"), (True, "1", ""),
+                                       (False, "0", "")):
+        monkeypatch.setattr("sys.stderr.isatty", lambda shown=is_terminal: shown, raising=False)
+        monkeypatch.setenv("RANK", rank)
+        interrupts.say_starting()
+        interrupts.clear_starting()
+        assert capsys.readouterr().err == printed
+
+
+def test_what_a_training_does_is_said_in_order(tmp_path, tiny_config, call, monkeypatch):
+    """From nothing, then once more to a later step: each stage before the next begins."""
+    monkeypatch.setattr(bars, "FIRST_S", 0)
+    file = tiny_config(tmp_path / "run", max_steps=2)
+    in_order = ["preparing the data", "cleaning", "tokenising", "reading the evaluation sets",
+                "looking for a checkpoint", "preparing the model", "drawing the weights",
+                "saving step 2"]
+    assert_in_order(call(train, file, f"--data_dir={tmp_path / 'data'}"), in_order)
+    in_order = ["looking for a checkpoint", f"checking {tmp_path}", "loading step 2",
+                "saving step 3"]
+    assert_in_order(call(train, file, f"--data_dir={tmp_path / 'data'}", "--max_steps=3"), in_order)
+
+
+def test_compiling_is_a_stage(monkeypatch, capsys):
+    """Also of what is compiled later, such as another shape in adapt.py."""
+    monkeypatch.setattr(bars, "FIRST_S", 0)
+    say_when_compiling()
+    double = torch.compile(lambda x: 2 * x, backend="eager", dynamic=False)
+    line = "compiling the network\n"
+    for shape, expected in ((1, line), (1, ""), (2, line)):
+        double(torch.ones(shape))
+        assert capsys.readouterr().err == expected
+
+
+def assert_in_order(result, texts):
+    """All of them begin a line of stderr, the first line of each after that of the one before."""
+    assert result.returncode == 0 and "\r" not in result.stderr, result.stderr
+    lines = result.stderr.splitlines()
+    places = []
+    for text in texts:
+        places.append(next(i for i, line in enumerate(lines) if line.startswith(text)))
+    assert places == sorted(places), lines

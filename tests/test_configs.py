@@ -10,12 +10,14 @@ import pytest
 
 import adapt
 import configs
+import data
+import eval as evaluation
 import train
 from configs import fields_of, load_config, setting
 from corpus.trace import FindOptions, TraceOptions
 from model import ModelConfig
 from support.files import UserError
-from support.hints import ELSEWHERE
+from support.other_words import OURS, SAYINGS
 from support.text import counted
 from train import SCHEMAS
 
@@ -393,18 +395,58 @@ def test_run_main(tmp_path, word, code, begins, lines):
 @pytest.mark.parametrize("word, hint", [
     ("--learning_rate=1", "did you mean lr?"), ("--wd=1", "did you mean weight_decay?"),
     ("--n-embd=1", "did you mean d_model?"), ("--block_size=1", "did you mean max_seq_len?"),
-    ("--gradient_accumulation_steps=1", "did you mean micro_batch_size?"),
-    ("--output_dir=x", "did you mean run_dir?"), ("--bf16", "did you mean dtype?"),
+    ("--gradient_accumulation_steps=1", "--micro_batch_size=N"), ("--lora_r=8", "all weights"),
+    ("--output_dir=x", "did you mean run_dir?"), ("--bf16", "write --dtype=bfloat16"),
     ("--eval_interval=1", "did you mean eval_every_steps?"), ("--dropout=0.1", "has none"),
-    ("--epochs=1", "a key of adapt.py"), ("--overwrite=ja", "True or False"),
-    ("--sources=x", "such as \"{'name': 'path'}\""), ("--max_steps=1e6", "write 1000000")])
+    ("--epochs=1", "--max_steps=N"), ("--num_train_epochs=1", "--max_steps=N"),
+    ("--overwrite=ja", "True or False"), ("--max_steps=1e6", "write 1000000"),
+    ("--sources=mytext", "such as --sources=\"{'mine': 'mytext'}\""), ("--steps=3", "max_steps?"),
+    ("--sources=a\"b", "{'mine': 'PATH'}"), ("--dtype=bf16", "write bfloat16"),
+    ("--device=gpu", "write cuda"), ("--dtype=double", "not double\n"),
+    ("--data=mytext", "--sources="), ("--fp16", "on purpose"), ("--patience=3", "--keep_best"),
+    ("--load_in_4bit", "on purpose"), ("--bias=true", "no bias"), ("--optimizer=lion", "AdamW"),
+    ("--num_gpus=2", "torchrun"), ("--cpu", "--device=cpu"), ("--config=x.py", "name the file"),
+    ("--warmup_ratio=0.1", "did you mean warmup_steps?"), ("--vocab_size=512", "--tokenizer=bpe:N"),
+    ("--LR=1", "did you mean lr?"), ("--zzz=1", "--help"), ("--rules=web", "'rules': 'web'")])
 def test_names_of_other_houses_and_values_of_other_types_get_a_hint(call, word, hint):
     result = call(train, configs.ROOT / "configs/tiny.py", word)
     assert result.returncode == 1 and hint in result.stderr, result.stderr
 
 
+@pytest.mark.parametrize("module, word, hint", [
+    (adapt, "--learning_rate=1", "did you mean lr?"), (adapt, "--max_iters=9", "--epochs"),
+    (adapt, "--warmup_ratio=0.1", "did you mean warmup_share?"), (adapt, "--qlora", "on purpose"),
+    (adapt, "--sources=x", "--train_data=PATH"), (adapt, "--n_embd=64", "follows from the model"),
+    (adapt, "--seed=1", "a key of train.py"), (evaluation, "--batch_size=8", "--eval_batch_tokens"),
+    (evaluation, "--bf16", "--eval_dtype=bfloat16"), (evaluation, "--lr=1", "a key of train.py"),
+    (evaluation, "--learning_rate=1", "called lr here, a key of train.py"),
+    (evaluation, "--max_tokens=9", "did you mean max_new_tokens?"),
+    (evaluation, "--data=x", "--suite=PATH"), (evaluation, "--num_fewshot=5", "mmlu:5shot"),
+    (evaluation, "--tasks=mmlu", "did you mean suite?"), (data, "--data=x", "--sources="),
+    (data, "--num_proc=4", "did you mean workers?"), (data, "--val_split=0.1", "eval_share?"),
+    (data, "--max_iters=4", "did you mean max_steps?"), (data, "--dpo_beta=1", "called beta here")])
+def test_each_command_names_what_it_has(call, module, word, hint):
+    begin = {adapt: "configs/tiny_sft.py", data: "configs/tiny.py"}.get(module, "configs")
+    result = call(module, configs.ROOT / begin, word)
+    assert result.returncode == 1 and hint in result.stderr, result.stderr
+
+
 def test_the_names_of_other_houses_are_those_of_our_keys():
-    known = fields_of([*train.SCHEMAS, adapt.AdaptConfig])
-    for own, others in ELSEWHERE.items():
-        assert own in known and not known.keys() & set(others.split())
+    """Each word means one key of a command, and no word is said to be elsewhere that is a key."""
+    schemas = [*train.SCHEMAS, adapt.AdaptConfig]
+    known = fields_of(schemas)
+    words = [word for words in OURS.values() for word in words.split()]
+    assert OURS.keys() <= known.keys() and not known.keys() & set(words)
+    assert {word for word in words if words.count(word) > 1} == {"warmup_ratio"}
+    commands = {"train.py": fields_of(train.SCHEMAS), "data.py": fields_of(train.SCHEMAS),
+                "adapt.py": fields_of([adapt.AdaptConfig, train.TrainConfig]),
+                "eval.py": fields_of([evaluation.EvalConfig])}
+    for words, named, saying in SAYINGS:
+        for command in named.split() or commands:
+            # adapt.py sets the keys of the schedule by itself, and refuses them by name
+            taken = commands[command].keys() - adapt.DERIVED
+            assert not taken & set(words.split()), saying
+
+
+def test_counts_are_written_with_their_noun():
     assert [counted(n, "line") for n in (0, 1, 2000)] == ["0 lines", "1 line", "2,000 lines"]

@@ -11,6 +11,7 @@ import re
 import string
 import subprocess
 import sys
+import textwrap
 import tracemalloc
 import zlib
 from collections import Counter, defaultdict
@@ -784,3 +785,20 @@ def test_mistake_in_a_source_is_refused_before_anything_is_built(tmp_path, call,
     entry = {"path": write_texts(tmp_path / "s.jsonl", "a")} | entry
     refused(call(data, *words_of(tmp_path, "", "", sources={"s": entry})), "sources: s: ", *words)
     assert not (tmp_path / "built").exists()
+
+
+def test_rules_that_take_out_half_of_a_source_are_named_above_its_table(tmp_path, call):
+    """Hard-wrapped lines do not end as sentences do, so the rules of the web take them out."""
+    good = [prose(random.Random(i)) for i in range(20)]
+    wrapped = [textwrap.fill(text.replace("\n", " "), 40) for text in good]
+    sources = {name: {"path": write_texts(tmp_path / f"{name}.jsonl", *texts), "rules": "c4"}
+               for name, texts in (("good", good), ("wrapped", wrapped))}
+    words = words_of(tmp_path, "", "", sources=sources)
+    lines = call(data, *words).stdout.splitlines()
+    [warning] = [line for line in lines if line.startswith("warning: ")]
+    table = next(i for i, line in enumerate(lines) if line.startswith("data: "))
+    assert warning.startswith("warning: wrapped: rules took out ") and "good" not in warning
+    assert lines.index(warning) < table
+    show = re.search(r"--show=\w+", warning)[0]
+    shown = call(data, *words, show)
+    assert shown.returncode == 0 and "wrapped.jsonl:1" in shown.stdout

@@ -10,6 +10,7 @@ from adapt import AdaptConfig
 from configs import load_config
 from data import render_chat
 from model import ModelConfig, OLMo
+from scaling.begin import settings_of_start
 from support.config_text import read_assignments
 from support.files import UserError
 from train import SCHEMAS, TrainConfig, clip_at_step, lr_at_step
@@ -308,7 +309,9 @@ def test_parameter_counts(name, parameters):
 
     1B: 50304 * 2048 + 16 * (4 * 2048^2 + 3 * 2048 * 8192) = 1,176,764,416, the official count.
     """
-    [config] = load_config([str(ROOT / "configs" / name)], ModelConfig, other=SCHEMAS)
+    words = [str(ROOT / "configs" / name)]
+    base = settings_of_start(words, SCHEMAS)
+    [config] = load_config(words, ModelConfig, other=SCHEMAS, base=base)
     with torch.device("meta"):
         model = OLMo(config)
     assert sum(p.numel() for p in model.parameters()) == parameters

@@ -366,8 +366,8 @@ def test_a_table_compares_runs_and_says_how_they_were_started(two_runs, monkeypa
     monkeypatch.setattr(report_module, "drawing", lambda: None)
     run, other, loss = two_runs
     content = report([run, other]).read_text()
-    assert cells_of(content, "training loss, nats") == [
-        f"{loss:.4f}", f"1.2500 ({1.25 - loss:+.4f})"]
+    assert cells_of(content, "training loss") == [
+        f"{loss:.4f} nats", f"1.2500 nats ({1.25 - loss:+.4f})"]
     bits = cells_of(content, "bits per byte, web")
     assert bits[1] == f"{bits[0]} (+0.0000)"
     code = cells_of(content, "code")
@@ -466,8 +466,9 @@ def evaluate_all(run, request_file, capsys):
 def test_an_evaluation_says_how_far_it_is_where_there_is_no_terminal(
         run, request_file, capsys, monkeypatch):
     """Each SECONDS a line: of the questions and batches of each domain or task, and of its end."""
-    assert evaluate_all(run, request_file, capsys) == ""  # it took no ten seconds
-    monkeypatch.setattr(progress, "SECONDS", 0)
+    assert evaluate_all(run, request_file, capsys) == ""
+    monkeypatch.setattr("support.bars.FIRST_S", 0)
+    monkeypatch.setattr("support.bars.SECONDS", 0)
     lines = evaluate_all(run, request_file, capsys).splitlines()
     for name in ("web", "code"):
         assert any(re.match(rf"{name}: batch \d+ of \d+, \d+ s$", line) for line in lines)
@@ -475,12 +476,14 @@ def test_an_evaluation_says_how_far_it_is_where_there_is_no_terminal(
         ["code: measured", "1 of 2"], ["web: measured", "2 of 2"], ["made_up: measured", "1 of 1"]]
     assert any(line.startswith("made_up: question 40 of 80") for line in lines)
     monkeypatch.setattr(progress, "rank", lambda: 1)
+    monkeypatch.setattr("support.bars.is_silent", lambda: True)
     assert evaluate_all(run, request_file, capsys) == ""
 
 
 def test_an_evaluation_has_a_bar_on_a_terminal(run, request_file, capsys, monkeypatch):
     """Named for what is measured, and without lines."""
-    monkeypatch.setattr(progress, "SECONDS", 0)
+    monkeypatch.setattr("support.bars.FIRST_S", 0)
+    monkeypatch.setattr("support.bars.SECONDS", 0)
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     shown = evaluate_all(run, request_file, capsys)
     assert "\r" in shown and "web:" in shown and "made_up:" in shown and "measured" not in shown

@@ -254,7 +254,7 @@ def one_word(size):
 
 def test_a_text_without_spaces_is_learned_from_and_encoded_in_seconds(capsys, monkeypatch):
     """Minutes, if each merge spells the word anew; or hours. Lines tell of the merges."""
-    monkeypatch.setattr("support.bars.SECONDS", 0.1)
+    monkeypatch.setattr("support.bars.FIRST_S", 0)
     text = one_word(60_000)
     start = time.process_time()
     tokenizer = train_bpe([text], 1500)

@@ -8,17 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import IDS, random_model, refusal, write_jsonl
+from conftest import IDS, ROOT, random_model, refusal, saved_steps, write_jsonl
 from test_checkpoint import write_step
 
 import adapt
+import data
 import eval as evaluation
 import model as m
 import train
+from configs import load_config
 from corpus.tokenizer import EOS, SPACE_RUNS, Tokenizer
 from data import render_chat
+from scaling.begin import settings_of_start
 from support.finite import check_logits
-from support.vocabulary import open_tokenizer
+from support.vocabulary import ids_of_tokenizer, open_tokenizer
 from support.weights import load_model, save_hf
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -369,3 +372,103 @@ def test_another_chat_template_gets_a_warning(tmp_path, tokenizer, opened):
     assert "chat template" not in opened("chat", path).stdout
     (path / "chat_template.jinja").write_text("{{ '<|im_start|>' }}")
     assert "chat template" in opened("chat", path).stdout
+
+
+# ---- What follows from the tokenizer -------------------------------------------------------------
+
+KEYS = ("vocab_size", "embedding_size", "eos_token_id", "pad_token_id")
+
+
+def ids_of_config(*words):
+    """The model's four values, as train.py takes them from a command line."""
+    words = [str(word) for word in words]
+    base = settings_of_start(words, train.SCHEMAS)
+    config, *_ = load_config(words, *train.SCHEMAS, base=base)
+    return tuple(getattr(config, key) for key in KEYS)
+
+
+@pytest.mark.parametrize("name, ids", [
+    ("bpe:300", (300, 384, 299, 298)), ("bpe:512", (512, 512, 511, 510)),
+    ("bpe:4096", (4096, 4096, 4095, 4094)), ("olmo", (50280, 50304, 50279, 1))])
+def test_the_ids_of_a_tokenizer_are_known_by_its_name(name, ids):
+    assert tuple(ids_of_tokenizer(name).values()) == ids
+    assert ids_of_config(ROOT / "configs/tiny.py", f"--tokenizer={name}") == ids
+
+
+def test_a_file_of_a_tokenizer_tells_what_its_name_tells(tokenizer):
+    assert ids_of_tokenizer(str(tokenizer)) == ids_of_tokenizer("bpe:300")  # it is one
+    olmo = published("allenai_gpt-neox-olmo-dolma-v1_5.json")
+    assert ids_of_tokenizer(str(olmo)) == ids_of_tokenizer("olmo")
+
+
+@pytest.mark.parametrize("name", ["tiny", "small", "olmo_1b", "olmo_7b"])
+def test_our_configs_have_the_ids_of_their_tokenizer(name):
+    """OLMo's name them, as its yaml does; the others leave them to the tokenizer."""
+    [data_config] = load_config([str(ROOT / f"configs/{name}.py")], data.DataConfig,
+                                other=train.SCHEMAS)
+    expected = tuple(ids_of_tokenizer(data_config.tokenizer).values())
+    assert ids_of_config(ROOT / f"configs/{name}.py") == expected
+
+
+def test_a_value_that_is_set_holds_and_is_said_by_none(capsys):
+    ids = ids_of_config(ROOT / "configs/tiny.py", "--tokenizer=bpe:500", "--embedding_size=640")
+    assert ids == (500, 640, 499, 498)
+    [line] = capsys.readouterr().out.splitlines()
+    assert "bpe:500" in line and "eos_token_id=499" in line and "embedding_size" not in line
+
+
+@pytest.mark.parametrize("word, message", [
+    ("--vocab_size=0", "--vocab_size=0: leave it out"), ("--pad_token_id=-1", "leave it out"),
+    ("--tokenizer=bpe:283", "at least 284"), ("--tokenizer=bpe:", "bpe:N"),
+    ("--tokenizer=nofile.json", "nofile.json: no such file")])
+def test_what_cannot_follow_is_said_before_anything_is_built(word, message, call, refused):
+    for more in ([], ["--plan"]):
+        refused(call(train, ROOT / "configs/tiny.py", word, *more), message)
+
+
+def test_a_smaller_tokenizer_needs_one_option(tmp_path, sources, tokenizer, call, monkeypatch):
+    """The run says once what follows, saves it, and needs no tokenizer's file to go on."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copyfile(tokenizer, "mine.json")
+    words = [ROOT / "configs/tiny.py", f"--sources={sources}", "--tokenizer=mine.json",
+             "--run_dir=run", "--d_model=32", "--n_layers=1", "--n_heads=2", "--max_seq_len=32",
+             "--mlp_hidden_size=48", "--batch_size=2", "--compile=false", "--max_new_tokens=3"]
+    result = call(train, *words, "--max_steps=1")
+    assert result.returncode == 0, result.stderr
+    said = "from tokenizer=mine.json: vocab_size=300, embedding_size=384, eos_token_id=299, "
+    assert result.stdout.count(said) == 1
+    saved = json.loads(Path("run/config.json").read_text())
+    assert [saved[key] for key in KEYS] == [300, 384, 299, 298]
+    Path("mine.json").unlink()
+    for command in (words, ["--resume=run"]):
+        steps = saved_steps(tmp_path / "run")[-1] + 1
+        result = call(train, *command, f"--max_steps={steps}")
+        assert result.returncode == 0, result.stderr
+        assert said not in result.stdout and saved_steps(tmp_path / "run")[-1] == steps
+
+
+def test_a_run_with_other_rows_than_follow_goes_on(tmp_path, tiny_config, call):
+    """Such as one from before they followed; its config file does not name them any longer."""
+    file = tiny_config(tmp_path / "run", embedding_size=576)
+    assert call(train, file, "--max_steps=1").returncode == 0
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(line for line in lines if not line.startswith(KEYS)))
+    result = call(train, file, "--max_steps=2")
+    assert result.returncode == 0, result.stderr
+    assert saved_steps(tmp_path / "run")[-1] == 2
+    assert call(train, file, "--max_steps=1", "--overwrite").returncode == 0
+    assert json.loads((tmp_path / "run/config.json").read_text())["embedding_size"] == 512
+
+
+def test_data_py_asks_what_to_read_and_takes_a_run(tmp_path, tiny_config, sources, call, refused,
+                                                   monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words in ([], ["--tokenizer=bpe:300"], ["--show=pii"]):
+        refused(call(data, *words), "configs/tiny.py", "--resume=RUN", "--sources")
+    refused(call(data, "--resume=nowhere"), "nowhere")
+    assert not any(tmp_path.iterdir())
+    file = tiny_config("run")
+    assert call(train, file, "--max_steps=1").returncode == 0
+    printed = [call(data, *words) for words in ([file], ["--resume=run", "--max_steps=30"])]
+    assert printed[0].stdout == printed[1].stdout and printed[1].returncode == 0
+    assert call(data, f"--sources={sources}", "--tokenizer=bpe:300").returncode == 0
