@@ -19,6 +19,7 @@ def unknown_key(key, known, place):
     ours = names_here(word)
     near = [own for own in (word, *ours) if own in known]
     saying = None if word in known else saying_about(word, command())
+    near = near or difflib.get_close_matches(word, known, n=1, cutoff=0.85)  # a slip of the hand
     if not saying and not near:
         if command_of(word):
             return unused_key(key, place)
