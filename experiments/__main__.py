@@ -3,6 +3,7 @@
     python -m experiments                                      # all of them, three seeds each
     python -m experiments --only=no_warmup,learned_gain --seeds=1
     python -m experiments --list                               # what each of them changes
+    python -m experiments --publish                            # tables and pictures for the docs
 
 The results are written to OUT/results.md after each run. The same command continues where it was
 stopped. A run that several experiments share is trained once. docs/experiments.md tells what each
@@ -16,11 +17,13 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs import load_config, setting
+from configs import ROOT, load_config, setting
 from experiments.catalogue import EXPERIMENTS
-from experiments.results import table
-from experiments.runs import finish, record_of
+from experiments.drawing import draw_pictures
+from experiments.results import table, with_table
+from experiments.runs import finish, made_by_other_code, record_of
 from support.files import replace_file
+from support.text import counted
 
 FIRST_SEED = 6198  # OLMo's own, the default of train.py
 
@@ -34,6 +37,7 @@ class ExperimentsConfig:
     out: str = setting("runs/experiments", "Folder for runs, data and results.md.")
     extra: str = setting("", "Options for every run, with spaces between, such as --compile=false.")
     list: bool = setting(False, "Print the experiments, and run nothing.")
+    publish: bool = setting(False, "Write what is finished into docs/ and assets/; run nothing.")
 
     def chosen(self):
         """The experiments that `only` names, in the order of the list."""
@@ -55,35 +59,90 @@ def main(argv):
     out = Path(config.out).resolve()
     extra = config.extra.split()
     seeds = range(FIRST_SEED, FIRST_SEED + config.seeds)
+    say_other_code(chosen, seeds, out, extra)
+    if config.publish:
+        publish(seeds, out, extra)
+        return
     for experiment in chosen:
-        for seed in seeds:
-            for variant in experiment.variants:
-                finish(variant, seed, out, extra)
-                write_results(EXPERIMENTS, seeds, out, extra)
-        print("\n".join(lines_of(experiment, seeds, out, extra)))
-        runs = [f"{out}/runs/{variant.name}-seed{FIRST_SEED}" for variant in experiment.variants]
-        print(f"the picture: python eval.py report {' '.join(runs)}\n")
+        run_experiment(experiment, seeds, out, extra)
     print(f"all tables: {out / 'results.md'}")
 
 
-def lines_of(experiment, seeds, out, extra):
-    """The table of an experiment, of the runs that are finished."""
+def say_other_code(experiments, seeds, out, extra):
+    """A line if finished runs were made by other code: they are not run again by themselves."""
+    names = made_by_other_code(experiments, seeds, out, extra)
+    if names:
+        runs = counted(len(names), "finished run")
+        print(f"experiments: the code has changed since {runs}, such "
+              f"as {names[0]}; they are kept as they are. --out=DIR with a new folder runs them "
+              "with today's code")
+
+
+def run_experiment(experiment, seeds, out, extra):
+    """Run what is not finished of an experiment, and print its table."""
+    for seed in seeds:
+        for variant in experiment.variants:
+            finish(variant, seed, out, extra)
+            replace_file(out / "results.md", results_text(seeds, out, extra).encode())
+    records = finished(experiment, seeds, out, extra)
+    print(experiment.name)
+    print("\n".join(table(experiment, records, len(seeds))))
+    runs = [f"{out}/runs/{variant.name}-seed{FIRST_SEED}" for variant in experiment.variants]
+    print(f"the pictures: python eval.py report {' '.join(runs)}\n")
+
+
+def finished(experiment, seeds, out, extra):
+    """{variant name: {seed: record}} of the runs of an experiment that are finished."""
     records = {}
     for variant in experiment.variants:
-        of_seeds = {seed: record_of(variant, seed, out, extra) for seed in seeds}
-        records[variant.name] = {seed: record for seed, record in of_seeds.items()
-                                 if record["figures"]}
-    return table(experiment, records)
+        of_variant = {}
+        for seed in seeds:
+            record = record_of(variant, seed, out, extra)
+            if record["figures"]:
+                of_variant[seed] = record
+        records[variant.name] = of_variant
+    return records
 
 
-def write_results(experiments, seeds, out, extra):
-    """OUT/results.md: the machine, and a table for each experiment."""
-    count = len(seeds)
-    lines = [f"# Results: {count} seed{'s' * (count > 1)}, {os.cpu_count()} cores, "
-             f"{platform.machine()}, Python {platform.python_version()}", ""]
-    for experiment in experiments:
-        lines += lines_of(experiment, seeds, out, extra)
-    replace_file(out / "results.md", "\n".join(lines).encode())
+# ---- Tables and pictures -------------------------------------------------------------------------
+
+def results_text(seeds, out, extra):
+    """results.md: the machine, the time of all runs, and a table for each experiment."""
+    sections = []
+    seconds = {}  # of each run once; several experiments may share it
+    for experiment in EXPERIMENTS:
+        records = finished(experiment, seeds, out, extra)
+        for name, of_variant in records.items():
+            for seed, record in of_variant.items():
+                seconds[name, seed] = record["seconds"]
+        sections += [f"## {experiment.name}", "", experiment.hypothesis, ""]
+        sections += table(experiment, records, len(seeds))
+        sections.append("")
+    heading = (f"# Results: {counted(len(seeds), 'seed')}, {os.cpu_count()} cores, "
+               f"{platform.machine()}, Python {platform.python_version()}")
+    minutes = sum(seconds.values()) / 60
+    said = f"{counted(len(seconds), 'run')}, {minutes:.0f} minutes in all."
+    return "\n".join([heading, "", said, "", *sections])
+
+
+def publish(seeds, out, extra):
+    """Write assets/experiments/results.md, its tables in docs/experiments.md, and the pictures."""
+    folder = ROOT / "assets" / "experiments"
+    folder.mkdir(parents=True, exist_ok=True)
+    doc = ROOT / "docs" / "experiments.md"
+    text = doc.read_text()
+    records = {}
+    for experiment in EXPERIMENTS:
+        of_variants = finished(experiment, seeds, out, extra)
+        records[experiment.name] = of_variants
+        lines = table(experiment, of_variants, len(seeds))
+        text = with_table(text, experiment, lines)
+    replace_file(folder / "results.md", results_text(seeds, out, extra).encode())
+    replace_file(doc, text.encode())
+    is_drawn = draw_pictures(EXPERIMENTS, records, out, folder)
+    print(f"wrote {folder} and the tables of {doc}")
+    if not is_drawn:
+        print("no pictures: pip install matplotlib draws them")
 
 
 def listed(experiments):

@@ -3,12 +3,15 @@
 import math
 from statistics import mean, stdev
 
-from experiments import catalogue
+from experiments.catalogue import (ANSWER_NATS, BITS, DOCSTRING_BITS, ENDED, LEAKED_BITS, NATS,
+                                   PREFERRED)
 from support.files import UserError, log_rows
 from support.records import bits_per_byte, pooled
 
 SOURCES = ("reference", "docstrings", "code")
 
+
+# ---- Figures -------------------------------------------------------------------------------------
 
 def figures_of(run, name):
     """{figure: number} of the last evaluation of a run, those that it has."""
@@ -17,47 +20,83 @@ def figures_of(run, name):
         raise UserError(f"{run}: has no evaluation; {name} cannot be compared")
     sums = rows[-1].get("sums", {})
     tuned = rows[-1].get("tuned", {})
-    text = pooled(sums[source] for source in SOURCES if source in sums)
     figures = {
-        catalogue.BITS: bits_per_byte(text),
-        catalogue.NATS: text["nats"] / text["tokens"] if text["tokens"] else math.nan,
-        catalogue.ANSWER_NATS: tuned.get("loss"),
-        catalogue.ENDED: tuned.get("ended"),
-        catalogue.PREFERRED: tuned.get("accuracy"),
+        **of_all_sources(sums),
+        DOCSTRING_BITS: of_domain(sums, "docstrings"),
+        LEAKED_BITS: of_domain(sums, "leaked_set.jsonl"),
+        ANSWER_NATS: tuned.get("loss"),
+        ENDED: tuned.get("ended"),
+        PREFERRED: tuned.get("accuracy"),
     }
-    for figure, domain in ((catalogue.DOCSTRING_BITS, "docstrings"),
-                           (catalogue.LEAKED_BITS, "leaked_set.jsonl")):
-        figures[figure] = bits_per_byte(sums[domain]) if domain in sums else None
-    return {figure: number for figure, number in figures.items()
-            if number is not None and not math.isnan(number)}
+    return {figure: number for figure, number in figures.items() if is_number(number)}
 
 
-def table(experiment, records):
-    """The Markdown lines of an experiment. records: {variant name: {seed: record}}, finished ones.
+def of_all_sources(sums):
+    """Bits per byte and nats per token over the held-out text of the three sources together."""
+    text = pooled(sums[source] for source in SOURCES if source in sums)
+    if not text["tokens"]:
+        return {}
+    return {
+        BITS: bits_per_byte(text),
+        NATS: text["nats"] / text["tokens"],
+    }
 
-    The difference from the first variant is taken seed by seed, so that what a seed does to both
-    of them is not in its spread.
+
+def of_domain(sums, domain):
+    """Bits per byte of one domain; None if it was not measured."""
+    return bits_per_byte(sums[domain]) if domain in sums else None
+
+
+def is_number(value):
+    return value is not None and not math.isnan(value)
+
+
+# ---- Tables --------------------------------------------------------------------------------------
+
+def table(experiment, records, seeds):
+    """The Markdown lines of an experiment's table.
+
+    records: {variant name: {seed: record}}, finished ones. seeds: how many were asked for.
     """
     first = experiment.variants[0].name
     header = ["variant"]
     for figure in experiment.figures:
         header += [figure, f"difference from {first}"]
-    lines = [f"## {experiment.name}", "", experiment.hypothesis, "",
-             row([*header, "seconds a run"]), "|---" * (len(header) + 1) + "|"]
+    header.append("seconds a run")
+    lines = [row(header), "|---" * len(header) + "|"]
     for variant in experiment.variants:
         of_variant = records[variant.name]
-        cells = [variant.name]
+        cells = [said_name(variant.name, len(of_variant), seeds)]
         for figure in experiment.figures:
-            cells.append(with_spread([each["figures"][figure] for each in of_variant.values()]))
-            cells.append(difference(figure, of_variant, records[first])
-                         if variant.name != first else "")
-        seconds = [each["seconds"] for each in of_variant.values()]
-        lines.append(row([*cells, f"{mean(seconds):.0f}" if seconds else ""]))
-    return lines + [""]
+            numbers = numbers_of(figure, of_variant)
+            cells.append(with_spread(numbers))
+            if variant.name == first:
+                cells.append("")
+            else:
+                cells.append(difference(figure, of_variant, records[first]))
+        cells.append(mean_seconds(of_variant))
+        lines.append(row(cells))
+    return lines
+
+
+def mean_seconds(records):
+    """How long the seeds' runs took on average; "" without any."""
+    seconds = [record["seconds"] for record in records.values()]
+    return f"{mean(seconds):.0f}" if seconds else ""
+
+
+def said_name(name, finished, seeds):
+    """The name of a variant; says how many seeds are finished while some are not."""
+    return name if finished in (0, seeds) else f"{name} ({finished} of {seeds} seeds)"
 
 
 def row(cells):
     return "| " + " | ".join(cells) + " |"
+
+
+def numbers_of(figure, records):
+    """A figure of each seed, in the seeds' order."""
+    return [records[seed]["figures"][figure] for seed in sorted(records)]
 
 
 def with_spread(numbers, sign=""):
@@ -65,16 +104,44 @@ def with_spread(numbers, sign=""):
     if not numbers:
         return "not yet run"
     text = f"{mean(numbers):{sign}.4f}"
-    return text + (f" ± {stdev(numbers):.4f}" if len(numbers) > 1 else "")
+    if len(numbers) > 1:
+        text += f" ± {stdev(numbers):.4f}"
+    return text
 
 
 def difference(figure, records, first):
-    """The mean difference over the seeds that both have; says if it is within the spread."""
-    both = [seed for seed in records if seed in first]
-    numbers = [records[seed]["figures"][figure] - first[seed]["figures"][figure] for seed in both]
+    """The mean difference over the seeds that both have; says if it is within the spread.
+
+    It is taken seed by seed, so that what a seed does to both variants is not in its spread.
+    """
+    numbers = []
+    for seed in sorted(records):
+        if seed in first:
+            number = records[seed]["figures"][figure]
+            base = first[seed]["figures"][figure]
+            numbers.append(number - base)
     if not numbers:
         return ""
     text = with_spread(numbers, "+")
     if len(numbers) > 1 and abs(mean(numbers)) <= stdev(numbers):
         text += ", within the spread"
     return text
+
+
+# ---- The doc -------------------------------------------------------------------------------------
+
+def with_table(doc, experiment, lines):
+    """The text of docs/experiments.md with these lines as the experiment's table of outcomes.
+
+    Its table there begins with the same words: "| variant | " and the first figure.
+    """
+    before, heading, after = doc.partition(f"### {experiment.name}\n")
+    section, next_heading, rest = after.partition("\n### ")
+    begin = section.find(f"| variant | {experiment.figures[0]} |")
+    if begin < 0:
+        raise UserError(f"docs/experiments.md: {experiment.name}: has no table of outcomes")
+    end = section.find("\n\n", begin)
+    if end < 0:
+        end = len(section)
+    section = section[:begin] + "\n".join(lines) + section[end:]
+    return before + heading + section + next_heading + rest

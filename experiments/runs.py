@@ -2,7 +2,7 @@
 
     OUT/runs/VARIANT-seedN/        the run directory
     OUT/runs/VARIANT-seedN.log     what the command printed
-    OUT/runs/VARIANT-seedN.json    its record: key, seconds and, when it is finished, figures
+    OUT/runs/VARIANT-seedN.json    its record: key, code, seconds and, when it is finished, figures
     OUT/code/PATCH/                the patched copy of the code
     OUT/data/, OUT/corpora/        the built data, and the texts of corpora.py
 """
@@ -17,6 +17,7 @@ import time
 from configs import ROOT
 from experiments.corpora import write_corpora
 from experiments.results import figures_of
+from scaling.ranks import code_version
 from support.files import UserError, read_json, to_json, write_json
 
 FOLDERS = ("configs", "corpus", "scaling", "support")
@@ -39,7 +40,8 @@ def beside(run, ending):
 def command_of(variant, seed, out):
     """The words after `python`: what a reader could type in the folder of the code."""
     words = ["adapt.py" if variant.after else "train.py", variant.config, *variant.common]
-    words += [option.replace("{corpora}", str(out / "corpora")) for option in variant.options]
+    corpora = str(out / "corpora")
+    words += [option.replace("{corpora}", corpora) for option in variant.options]
     if variant.after:  # the base fixes the seed
         words.append(f"--start_from={run_of(variant.after, seed, out)}")
     else:
@@ -52,7 +54,8 @@ def key_of(variant, seed, out, extra):
     patch = patch_file(variant.patch).read_text() if variant.patch else ""
     before = key_of(variant.after, seed, out, extra) if variant.after else ""
     parts = [command_of(variant, seed, out), list(extra), patch, before]
-    return hashlib.sha256(to_json(parts).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(to_json(parts).encode())
+    return digest.hexdigest()[:16]
 
 
 def record_of(variant, seed, out, extra):
@@ -79,35 +82,73 @@ def finish(variant, seed, out, extra=()):
         return record
     run = run_of(variant, seed, out)
     words = [*command_of(variant, seed, out), *extra]
-    known = beside(run, ".json")
-    if run.exists() and not (known.is_file() and read_json(known).get("key") == record["key"]):
+    if is_of_another(run, record["key"]):
         words.append("--overwrite")
     run.parent.mkdir(parents=True, exist_ok=True)
-    write_json(known, record)
     if "{corpora}" in "".join(variant.options):
         write_corpora(out / "corpora")
     folder = patched_code(variant.patch, out / "code") if variant.patch else ROOT
 
-    print(f"experiments: {run.name} begins; it prints into {beside(run, '.log')}", flush=True)
-    began = time.monotonic()
-    code = start(words, folder, beside(run, ".log"))
-    record["seconds"] += time.monotonic() - began
-    if code == 0:
-        record["figures"] = figures_of(run, variant.name)
-    write_json(known, record)
+    log = beside(run, ".log")
+    print(f"experiments: {run.name} begins; it prints into {log}", flush=True)
+    code = timed(record, beside(run, ".json"), words, folder, log)
     if code:
-        raise UserError(f"{run.name}: ended with exit code {code}; its output is in "
-                        f"{beside(run, '.log')}. The same command continues")
+        raise UserError(f"{run.name}: ended with exit code {code}; its output is in {log}. "
+                        "The same command continues")
+    record["figures"] = figures_of(run, variant.name)
+    write_json(beside(run, ".json"), record)
     print(f"experiments: {run.name} took {record['seconds']:.0f} s", flush=True)
     return record
+
+
+def is_of_another(run, key):
+    """Whether a run directory is there that another command or patch has made."""
+    if not run.exists():
+        return False
+    known = beside(run, ".json")
+    return not known.is_file() or read_json(known).get("key") != key
+
+
+def timed(record, file, words, folder, log):
+    """Start a command, and add the seconds that it took to its record; returns its exit code.
+
+    The record is written before and after, also where Ctrl-C ends it: the seconds of all starts
+    are added up.
+    """
+    record["code"] = code_version()
+    write_json(file, record)
+    began = time.monotonic()
+    try:
+        return start(words, folder, log)
+    finally:
+        record["seconds"] += time.monotonic() - began
+        write_json(file, record)
 
 
 def start(words, folder, log):
     """Run `python WORDS` in a folder; its output is added to the file `log`. Returns the code."""
     with open(log, "a") as file:
         print("$ python", *words, file=file, flush=True)
-        return subprocess.run([sys.executable, *words], cwd=folder, stdin=subprocess.DEVNULL,
-                              stdout=file, stderr=subprocess.STDOUT).returncode
+        process = subprocess.Popen([sys.executable, *words], cwd=folder, stdin=subprocess.DEVNULL,
+                                   stdout=file, stderr=subprocess.STDOUT)
+        try:
+            return process.wait()
+        except KeyboardInterrupt:  # the run has heard Ctrl-C too: it saves its step, and ends
+            process.wait()
+            raise
+
+
+def made_by_other_code(experiments, seeds, out, extra):
+    """The names of the finished runs that another version of the code has made."""
+    now = code_version()
+    names = {}  # as an ordered set
+    for experiment in experiments:
+        for variant in experiment.variants:
+            for seed in seeds:
+                record = record_of(variant, seed, out, extra)
+                if record["figures"] and record.get("code", now) != now:
+                    names[run_of(variant, seed, out).name] = None
+    return list(names)
 
 
 def patched_code(name, folder):
@@ -122,11 +163,16 @@ def patched_code(name, folder):
         shutil.copy(file, copy)
     for part in FOLDERS:
         shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
+    apply(patch_file(name), copy)
+    return copy
+
+
+def apply(patch, folder):
+    """Apply a patch to the code in a folder; UserError if it does not fit."""
     # subtle: inside a repository, git apply skips files that lie outside the current folder, and
     # names files from the top; with this variable it finds no repository
-    environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.resolve())}
-    done = subprocess.run(["git", "apply", str(patch_file(name))], cwd=copy, env=environment,
-                          text=True, capture_output=True)
+    environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent.resolve())}
+    done = subprocess.run(["git", "apply", str(patch)], cwd=folder, env=environment, text=True,
+                          capture_output=True)
     if done.returncode:
-        raise UserError(f"{patch_file(name)}: does not fit the code: {done.stderr.strip()}")
-    return copy
+        raise UserError(f"{patch}: does not fit the code: {done.stderr.strip()}")

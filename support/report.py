@@ -26,14 +26,19 @@ def report(paths):
     configs = {name: read_json(Path(name) / "config.json") for name in runs}
     looks = looks_of([Path(name) for name in runs])
     pyplot = drawing()
-    parts = [runs_table(runs, found, configs, looks), *best_steps(runs), *without_pictures(pyplot),
-             "<h2>Training</h2>", grid(pyplot, training_panels(runs, configs), looks),
-             *held_out_part(pyplot, found, looks), *tasks_part(pyplot, found, looks),
-             *settings_part(configs, looks)]
-    for name, evaluations in found.items():
-        heading = f", {escaped(looks[name].label)}" if len(found) > 1 else ""
-        parts += [f"<h2>Samples{heading}</h2>", samples_part(evaluations.samples)]
-    parts += [*data_parts(looks), "<h2>All settings</h2>", all_settings(configs, looks)]
+    parts = [
+        runs_table(runs, found, configs, looks),
+        *best_steps(runs, looks),
+        *without_pictures(pyplot),
+        "<h2>Training</h2>",
+        grid(pyplot, training_panels(runs, configs), looks),
+        *held_out_part(pyplot, found, looks),
+        *tasks_part(pyplot, found, looks),
+        *settings_part(configs, looks),
+        *samples_parts(found, looks),
+        *data_parts(looks),
+        "<h2>All settings</h2>",
+        all_settings(configs, looks)]
     out = Path(paths[0]) / file_name(runs)
     title = " and ".join(look.label for look in looks.values())
     # "replace": a name may be no text, such as a folder's that is not UTF-8
@@ -81,13 +86,13 @@ def tasks_part(pyplot, found, looks):
 
 # ---- Its parts -----------------------------------------------------------------------------------
 
-def best_steps(runs):
+def best_steps(runs, looks):
     """A line for each run that keeps its best step: which it is (scaling/kept.py)."""
     lines = []
     for name, rows in runs.items():
         best = dict_at(rows["eval"][-1], "best") if rows["eval"] else {}
         if isinstance(best.get("path"), str) and type(best.get("value")) is float:
-            said = f"{name}: the best step: {best['path']}, {best.get('measure')} "
+            said = f"{looks[name].label}: the best step: {best['path']}, {best.get('measure')} "
             lines.append(f"<p>{escaped(said)}{best['value']:.4f}</p>")
     return lines
 
@@ -144,7 +149,8 @@ def settings_part(configs, looks):
     shared = set.intersection(*(set(config) for config in configs.values())) - {"run_dir"}
     every = []
     for config in configs.values():
-        every.append(flat_settings({key: config[key] for key in config if key in shared}))
+        of_run = {key: config[key] for key in config if key in shared}
+        every.append(flat_settings(of_run))
     differing = []
     for key in dict.fromkeys(key for settings in every for key in settings):
         values = [str(settings.get(key, "-")) for settings in every]
@@ -152,8 +158,8 @@ def settings_part(configs, looks):
             differing.append([key, *values])
     if not differing:
         return []
-    return ["<h2>Settings that differ</h2>",
-            table(["", *(look.label for look in looks.values())], differing, "runs")]
+    labels = [look.label for look in looks.values()]
+    return ["<h2>Settings that differ</h2>", table(["", *labels], differing, "runs")]
 
 
 def flat_settings(config, before=""):
@@ -176,13 +182,24 @@ def xz_notes(levels):
             f"and has seen no other: {escaped(said)}.</p>"]
 
 
+def samples_parts(found, looks):
+    """Each run's samples; with its name if there are several runs."""
+    parts = []
+    for name, evaluations in found.items():
+        heading = f", {escaped(looks[name].label)}" if len(found) > 1 else ""
+        parts.append(f"<h2>Samples{heading}</h2>")
+        parts.append(samples_part(evaluations.samples))
+    return parts
+
+
 def samples_part(samples):
     """(step, text) pairs, a column for each step, so that a reader compares checkpoints."""
     columns = {}
     for step, text in samples:
         columns.setdefault(step, []).append(f"<pre>{escaped(text)}</pre>")
-    parts = [f"<div><h3>step {step:,}</h3>{''.join(texts)}</div>"
-             for step, texts in columns.items()]
+    parts = []
+    for step, texts in columns.items():
+        parts.append(f"<div><h3>step {step:,}</h3>{''.join(texts)}</div>")
     return f"<div class=columns>{''.join(parts)}</div>"
 
 
@@ -190,7 +207,8 @@ def data_parts(looks):
     """The funnel and the mix of each run's data; runs that share their data are shown together."""
     together = {}  # {what is shown of the data: labels of its runs}
     for run, look in looks.items():
-        together.setdefault("".join(data_part(Path(run))), []).append(look.label)
+        shown = "".join(data_part(Path(run)))
+        together.setdefault(shown, []).append(look.label)
     parts = []
     for shown, labels in together.items():
         heading = f", {escaped(' and '.join(labels))}" if len(looks) > 1 else ""

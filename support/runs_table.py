@@ -29,12 +29,14 @@ def runs_table(runs, found, configs, looks):
     numbers = {run: numbers_of(run, runs[run], configs[run], found) for run in looks}
     lines = []
     for name in ordered(facts.values()):
-        lines.append(line_of(name, [facts[run].get(name, "-") for run in looks]))
+        cells = [of_run.get(name, "-") for of_run in facts.values()]
+        lines.append(line_of(name, cells))
     if len(looks) == 1:
         [of_run] = numbers.values()
         return tiles(of_run) + runs_in_columns(looks, lines)
     for name in ordered(numbers.values()):
-        lines.append(line_of(name, compared([numbers[run].get(name) for run in looks])))
+        of_name = [of_run.get(name) for of_run in numbers.values()]
+        lines.append(line_of(name, compared(of_name)))
     return runs_in_columns(looks, lines)
 
 
@@ -58,7 +60,7 @@ def runs_in_columns(looks, lines):
 
 
 def line_of(name, cells):
-    return f"<td>{escaped(name)}" + "".join(f"<td>{escaped(cell)}" for cell in cells)
+    return "".join(f"<td>{escaped(cell)}" for cell in [name, *cells])
 
 
 def ordered(dicts):
@@ -73,8 +75,10 @@ def compared(numbers):
     cells = []
     for place, number in enumerate(numbers):
         text = written(number)
-        if place and first and number and number.is_compared and number.unit == first.unit:
-            text += f" ({number.value - first.value:+{number.form}})"
+        is_alike = first and number and number.unit == first.unit
+        if place > 0 and is_alike and number.is_compared:
+            difference = number.value - first.value
+            text += f" ({difference:+{number.form}})"
         cells.append(text)
     return cells
 
@@ -95,19 +99,24 @@ def facts_of(run):
 
     def said(key):
         return str(start.get(key, "-"))
+    began = said("date")
+    if len(starts) > 1:
+        began += f"; {counted(len(starts), 'start')} in all"
+    machine = f"{said('machine')}, {said('threads')} threads"
+    ranks = start.get("ranks")
+    if type(ranks) is int and ranks > 1:
+        machine += f", {counted(ranks, 'rank')}"
     compiled = "compiled" if start.get("compiled") else "not compiled"
     code = said("code")
     if code != code_version():
         code += ", which is not the code that drew this page"
-    ranks = start.get("ranks")
-    of_ranks = f", {counted(ranks, 'rank')}" if type(ranks) is int and ranks > 1 else ""
-    more = f"; {counted(len(starts), 'start')} in all" if len(starts) > 1 else ""
-    return {"started": said("date") + more,
-            "command": said("command"),
-            "machine": f"{said('machine')}, {said('threads')} threads{of_ranks}",
-            "what auto became": f"{said('device')}, {said('dtype')}, {compiled}",
-            "Python, torch": f"{said('python')}, {said('torch')}",
-            "code": code}
+    return {
+        "started": began,
+        "command": said("command"),
+        "machine": machine,
+        "what auto became": f"{said('device')}, {said('dtype')}, {compiled}",
+        "Python, torch": f"{said('python')}, {said('torch')}",
+        "code": code}
 
 
 # ---- Its numbers ---------------------------------------------------------------------------------
@@ -117,17 +126,20 @@ def numbers_of(run, rows, config, found):
     last = rows["train"][-1] if rows["train"] else {}
     end = rows["end"][-1] if rows["end"] else {}
     [model_config] = load_config([str(Path(run) / "config.json")], ModelConfig)
+    millions = count_parameters(model_config) / 1e6
     of_steps = config.get("max_steps")
+    of_steps = f" of {of_steps:,}" if type(of_steps) is int else ""
+    kwh = end.get("kwh", last.get("kwh", math.nan))
     method = f" ({config['method']})" if "method" in config else " nats"
     numbers = {
-        "parameters": Number(count_parameters(model_config) / 1e6, ",.1f", " M"),
-        "steps": Number(last.get("step", 0), ",", f" of {of_steps:,}" * (type(of_steps) is int)),
+        "parameters": Number(millions, ",.1f", " M"),
+        "steps": Number(last.get("step", 0), ",", of_steps),
         "tokens": Number(last.get("tokens", 0) / 1e6, ",.2f", " M"),
         "training loss": Number(last.get("loss", math.nan), ".4f", method, True),
         **domain_numbers(run, found),
         **task_numbers(run, found),
         "minutes of training": Number(last.get("seconds", math.nan) / 60, ",.1f"),
-        "kWh": Number(end.get("kwh", last.get("kwh", math.nan)), ".3g"),
+        "kWh": Number(kwh, ".3g"),
         "kg CO2eq": Number(end.get("kg_co2", math.nan), ".3g")}
     return {name: number for name, number in numbers.items() if not math.isnan(number.value)}
 
@@ -139,11 +151,13 @@ def domain_numbers(run, found):
         points = found[run].sums.get(domain)
         if points and "/" not in domain:
             results[domain] = points[max(points)]
-    numbers = {f"bits per byte, {domain}": bits_per_byte(sums) for domain, sums in results.items()}
     both = summed_up(results)
     if both:
-        numbers["bits per byte, all bytes"] = bits_per_byte(both[0])
-    return {name: Number(value, ".4f", "", True) for name, value in numbers.items()}
+        results["all bytes"], _ = both
+    numbers = {}
+    for domain, sums in results.items():
+        numbers[f"bits per byte, {domain}"] = Number(bits_per_byte(sums), ".4f", "", True)
+    return numbers
 
 
 def task_numbers(run, found):

@@ -24,6 +24,8 @@ VARIANTS = {variant.name: variant for experiment in EXPERIMENTS for variant in e
 PATCHES = sorted(path.stem for path in (ROOT / "experiments").glob("*.patch"))
 DOC = (ROOT / "docs/experiments.md").read_text()
 README = (ROOT / "README.md").read_text()
+PICTURES = ROOT / "assets/experiments"
+RESULTS = (PICTURES / "results.md").read_text()
 
 
 # ---- The catalogue -------------------------------------------------------------------------------
@@ -65,6 +67,41 @@ def test_the_doc_tells_the_steps_of_the_base_and_of_equal_bytes():
     smallest, base, largest = (int(number.replace(",", "")) for number in found.groups())
     for name, tokens in (("vocabulary_1024", smallest), ("vocabulary_16384", largest)):
         assert VARIANTS[name].options[-1] == f"--max_steps={round(150 * tokens / base)}"
+
+
+def section_of(text, heading):
+    """The part of a text below this heading, until the next heading of its level."""
+    marks = heading.split()[0]
+    return text.partition(f"\n{heading}\n")[2].partition(f"\n{marks} ")[0]
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=[each.name for each in EXPERIMENTS])
+def test_the_doc_holds_the_results(experiment):
+    """The tables that --publish wrote; what is written about them has no other figures."""
+    results_here = section_of(RESULTS, f"## {experiment.name}")
+    assert experiment.hypothesis in results_here
+    lines = [line for line in results_here.splitlines() if line.startswith("|")]
+    table = "\n".join(lines)
+    section = section_of(DOC, f"### {experiment.name}")
+    assert table in section
+    seconds = [line.split("|")[-2].strip() for line in lines[2:]]
+    assert all(float(each) < 240 for each in seconds if each)
+    said = section.partition(table)[2]
+    assert re.findall(r"^(Outcome|What it (?:means|does not mean)): .", said, re.M) == [
+        "Outcome", "What it means", "What it does not mean"]
+    numbers = re.findall(r"\d+\.\d+", re.sub(r"arXiv \S+", "", said))
+    assert set(numbers) <= set(re.findall(r"\d+\.\d+", table))
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=[each.name for each in EXPERIMENTS])
+def test_the_doc_shows_a_picture_and_says_what_is_seen(experiment):
+    section = section_of(DOC, f"### {experiment.name}")
+    place = re.escape(f"(../assets/experiments/{experiment.name}.svg)")
+    [words] = re.findall(rf"!\[([^\]]+)\]{place}", section)
+    assert len(words) > 60
+    picture = (PICTURES / f"{experiment.name}.svg").read_text()
+    assert len(picture) < 45_000
+    assert all(f">{variant.name}<" in picture for variant in experiment.variants)
 
 
 # ---- The patches ---------------------------------------------------------------------------------
@@ -266,6 +303,47 @@ def test_a_run_that_failed_continues(started, tmp_path):
     assert "--overwrite" not in started.calls[-1][1]
 
 
+def test_the_seconds_of_all_starts_are_added_up(started, tmp_path, monkeypatch):
+    """Also those of a start that Ctrl-C ended."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(runs.time, "monotonic", lambda: clock.now)
+
+    def start(words, folder, log):
+        clock.now += 20
+        if clock.now < 30:
+            raise KeyboardInterrupt
+        return started.start(words, folder, log)
+    monkeypatch.setattr(runs, "start", start)
+    with pytest.raises(KeyboardInterrupt):
+        runs.finish(BASE, 6198, tmp_path)
+    record = runs.finish(BASE, 6198, tmp_path)
+    assert record["seconds"] == 40 and "--overwrite" not in started.calls[-1][1]
+    assert json.loads((tmp_path / "runs/base-seed6198.json").read_text()) == record
+
+
+def test_a_stopped_run_ends_before_the_command_does(tmp_path):
+    """What it prints after Ctrl-C is in its log, behind that of earlier starts."""
+    log = tmp_path / "log"
+    log.write_text("an earlier start\n")
+    words = ["-c", "import os, signal, time; os.kill(os.getppid(), signal.SIGINT); time.sleep(1); "
+                   "print('saved')"]
+    with pytest.raises(KeyboardInterrupt):
+        runs.start(words, tmp_path, log)
+    first, *_, last = log.read_text().splitlines()
+    assert (first, last) == ("an earlier start", "saved")
+
+
+def test_changed_code_is_said_and_changes_no_result(started, tmp_path, monkeypatch, capsys):
+    argv = ["--only=one", "--seeds=1", f"--out={tmp_path}"]
+    program.main(argv)
+    assert "code has changed" not in capsys.readouterr().out
+    monkeypatch.setattr(runs, "code_version", lambda: "other")
+    started.calls.clear()
+    program.main(argv)
+    assert "changed since 2 finished runs, such as base-seed6198" in capsys.readouterr().out
+    assert started.calls == []
+
+
 def test_another_option_or_patch_overwrites(started, tmp_path, monkeypatch):
     """Also the runs that are tuned from the changed one."""
     argv = ["--seeds=1", f"--out={tmp_path}"]
@@ -306,6 +384,57 @@ def test_the_commands_of_the_docs_name_experiments_and_options():
         assert config.chosen()
     patches = re.findall(r"git apply (?:-R )?experiments/(\w+)\.patch", README + DOC)
     assert patches and set(patches) <= set(PATCHES)
+
+
+# ---- What is published ---------------------------------------------------------------------------
+
+def test_a_table_takes_the_place_of_the_older_one(started):
+    """In the section of its experiment alone; a doc without a place for it is an error."""
+    doc = ("### zero\n\n| variant | bits per byte | x |\n\n"
+           "### one\n\n| variant | options |\n\n| variant | bits per byte | old |\n| base | 1 |\n\n"
+           "meaning\n\n### two\n\nend\n")
+    lines = ["| variant | bits per byte | new |", "| base | 2 |"]
+    found = results.with_table(doc, ONE, lines)
+    old = "| variant | bits per byte | old |\n| base | 1 |\n"
+    assert found == doc.replace(old, "\n".join(lines) + "\n")
+    with pytest.raises(ValueError, match="two: has no table"):
+        results.with_table(doc, TWO, lines)
+
+
+def test_a_part_of_the_seeds_is_said():
+    records = {"base": {0: {"figures": {catalogue.BITS: 2.0}, "seconds": 8.4},
+                        1: {"figures": {catalogue.BITS: 3.0}, "seconds": 8.4}},
+               "other": {1: {"figures": {catalogue.BITS: 3.5}, "seconds": 9.0}}}
+    assert results.table(ONE, records, 2)[2:] == [
+        "| base | 2.5000 ± 0.7071 |  | 8 |", "| other (1 of 2 seeds) | 3.5000 | +0.5000 | 9 |"]
+
+
+def test_publishing_writes_tables_and_pictures(started, tmp_path, monkeypatch, capsys):
+    """A picture has a curve for each variant, and a dot for each seed of each figure."""
+    pytest.importorskip("matplotlib")
+    (tmp_path / "docs").mkdir()
+    doc = tmp_path / "docs/experiments.md"
+    doc.write_text("### one\n\n| variant | bits per byte |\n\n### two\n\n"
+                   f"| variant | {catalogue.PREFERRED} |\n\n")
+    out = tmp_path / "out"
+    argv = ["--seeds=2", f"--out={out}"]
+    program.main(argv)
+    for log in out.glob("runs/*/metrics.jsonl"):
+        with open(log, "a") as file:
+            for step in (1, 2):
+                file.write(json.dumps({"kind": "train", "step": step, "tokens": step, "loss": 3.0,
+                                       "rewards/margins": 1.0}) + "\n")
+    monkeypatch.setattr(program, "ROOT", tmp_path)
+    started.calls.clear()
+    program.main([*argv, "--publish"])
+    assert started.calls == []
+    tables = (tmp_path / "assets/experiments/results.md").read_text()
+    assert tables == (out / "results.md").read_text() and "8 runs, 0 minutes in all" in tables
+    assert "| other | 2.5500 ± 0.0707 | +0.5000 ± 0.0000 | 0 |" in doc.read_text()
+    picture = (tmp_path / "assets/experiments/one.svg").read_text()
+    assert all(f">{name}<" in picture for name in ("base", "other", catalogue.BITS))
+    margins = (tmp_path / "assets/experiments/two.svg").read_text()
+    assert ">DPO: margin of the rewards<" in margins
 
 
 # ---- A real one ----------------------------------------------------------------------------------
