@@ -11,9 +11,7 @@ RUN is a run directory, one of its step directories, or a Hugging Face directory
 are rows of {messages: [{role, content}]}, preferences of {chosen, rejected}, or of the other forms
 in docs/adaptation.md. "stdlib" makes both from the Python that runs this.
 
-Paper: OLMo (arXiv 2402.00838), section 4.3, which follows Tulu 2 and Open Instruct; DPO is arXiv
-2305.18290. In order: configuration, adapt(), examples, schedule, batches, losses, evaluation,
-commands.
+Paper: OLMo (arXiv 2402.00838), section 4.3, after Tulu 2 and Open Instruct; DPO: arXiv 2305.18290.
 """
 
 from support.command import UserError, run_main  # first: Ctrl-C is quiet from here on
@@ -355,20 +353,27 @@ def packed_rows(rows, seq_len, pad_token_id):
     """A batch of rows, each of a list of groups, padded to seq_len. A group is a chat by itself,
     or the two sides of a Pair.
 
-    {tokens, targets, positions, documents: int64 (B, T); seen_until: int32 (B, T); loss_mask: bool
-    (B, T)}.
+    {tokens, targets, positions, documents: int64; seen_until: int32; loss_mask: bool}: (B, T) each.
     """
     rows = [packed_row(groups, seq_len, pad_token_id) for groups in rows]
     return default_collate(rows)  # {key: the rows' tensors, stacked}
 
 
 def packed_row(groups, seq_len, pad_token_id):
-    """One row of `packed_rows`: groups of Examples one after another, and then padding."""
+    """One row of `packed_rows`: groups of Examples one after another, and then padding.
+
+    The first tokens of a row that begins with a Pair: prompt a b c, chosen answer x y, rejected z:
+
+        tokens      a b c x y c z   both answers share a b; the second one follows without them
+        targets     . . x y . z .   the target of c is x in one, z in the other: each has its c
+        positions   0 1 2 3 4 2 3   in the example, not in the row
+        documents   0 0 0 0 0 1 1   the example's number: even is the chosen one, odd the rejected
+        seen_until  7 7 5 5 5 7 7   place q attends to place k if k <= q < seen_until[k]
+    """
     tokens = torch.full([seq_len], pad_token_id)
     targets = torch.full([seq_len], NO_TARGET)
-    positions = torch.zeros(seq_len, dtype=torch.int64)  # in the example, not in the row
-    documents = torch.full([seq_len], -1)  # the example's number in the row; -1 is padding
-    # the place in the row from which on no token attends to this one
+    positions = torch.zeros(seq_len, dtype=torch.int64)
+    documents = torch.full([seq_len], -1)  # -1: padding
     seen_until = torch.full([seq_len], seq_len, dtype=torch.int32)
     number = 0
     end = 0
@@ -378,18 +383,17 @@ def packed_row(groups, seq_len, pad_token_id):
         for example in group:
             skipped = 0 if end == first else shared
             ids = torch.from_numpy(example.ids[skipped:])
+            trained = torch.from_numpy(example.trained[skipped:])
             begin = end
             end += len(ids)
             tokens[begin:end] = ids
-            positions[begin:end] = torch.arange(skipped, skipped + len(ids))
-            documents[begin:end] = number
-            seen_until[begin:end] = end
-            last = end - 1
             # subtle: a target is the next token of the same example, so the last token has none
-            trained = torch.from_numpy(example.trained[skipped + 1:])
-            targets[begin:last] = ids[1:].where(trained, NO_TARGET)
+            targets[begin:end - 1] = ids[1:].where(trained[1:], NO_TARGET)
+            positions[begin:end] = torch.arange(skipped, len(example.ids))
+            documents[begin:end] = number
+            seen_until[begin:end] = end  # its own tokens alone attend to it
             number += 1
-        seen_until[first:first + shared] = end  # both answers attend to the prompt
+        seen_until[first:first + shared] = end  # the second answer attends to the shared part too
     return {"tokens": tokens, "targets": targets, "positions": positions, "documents": documents,
             "seen_until": seen_until, "loss_mask": targets != NO_TARGET}
 
@@ -397,11 +401,7 @@ def packed_row(groups, seq_len, pad_token_id):
 # ---- Losses --------------------------------------------------------------------------------------
 
 def sft_loss(model, batch):
-    """Returns (summed, {}): cross-entropy in nats, summed over the trained tokens of packed rows.
-
-    The step divides by the number of trained tokens of the global batch. A mean per micro-batch, as
-    Open Instruct took it by default, would weigh the tokens of a short micro-batch more.
-    """
+    """Returns (summed, {}): the cross-entropy, in nats, of the trained tokens of packed rows."""
     token_losses = losses_of_rows(model, batch)  # (B, T)
     summed, _ = next_token_loss(token_losses, batch["loss_mask"])
     return summed, {}
@@ -419,13 +419,13 @@ def losses_of_rows(model, batch):
 def preference_loss(model, batch, beta, length_normalized=False):
     """Returns (summed, {metric: sum}): DPO's loss and metrics, summed over the real pairs.
 
-    batch: as PreferenceBatches gives it. The step divides by the number of pairs: the mean is over
-    pairs, not over tokens.
+    batch: as PreferenceBatches gives it. train_step divides by the number of pairs, not of tokens.
     """
     # DPO compares the policy, the model that is trained, with the reference, the model before that.
     # An answer is not rewarded for being likely, but for being likelier than the reference finds
     # it. So the policy learns what is preferred, and stays close to the language that it has.
     P = batch["real"].shape[1]
+    # In `documents`, pair i of a row is 2i, its chosen answer, and 2i + 1, its rejected one.
     answers = torch.arange(2 * P, device=batch["documents"].device)  # chosen, rejected, chosen, ...
     own = batch["documents"].unsqueeze(1) == answers.unsqueeze(1)  # (B, 2P, T)
     loss_mask = own & batch["loss_mask"].unsqueeze(1)

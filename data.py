@@ -133,7 +133,7 @@ def build_data(config):
                     source.path, source.name, funnel.notes, config.allow_truncated, progress=True,
                     separator=source.separator, text_key=source.text))
                 filtered = decontaminate_and_filter(records, config, source, workers)
-                marked = copies_marked(filtered, config, source)
+                marked = copies_marked(filtered, config, source)  # which texts came before
                 lines = workers.map(partial(finish_batch, config=config, source=source), marked)
                 clean[source.name] = build_once(stages.clean(source), store_documents, lines,
                                                 workers, source, funnel)
@@ -269,8 +269,8 @@ class TokenShards:
     """The shards as `len(shards)` instances of `seq_len` tokens, in memory-mapped files.
 
     As in official OLMo, the tokens of a file are cut into windows of seq_len, no matter where
-    documents begin or end; no window spans two files, and the rest at the end of a file is dropped.
-    Raises UserError for a file that is missing or has the wrong size.
+    documents begin or end. The last tokens of a file, too few for a window, are never trained on:
+    the end of its last document, or more. UserError for a file that is missing or of a wrong size.
     """
 
     def __init__(self, folder, seq_len):

@@ -173,9 +173,9 @@ def rolling_windows(ids, eos_token_id, max_seq_len):
     windows = []
     for begin in range(0, len(ids), max_seq_len):
         end = min(begin + max_seq_len, len(ids))
-        # subtle: the last window reaches back over ids that are scored already, so that its own
-        # ids have a full context. Paloma's official code and lm-eval do so too, although the paper
-        # describes disjoint windows, which give long documents slightly more nats.
+        # subtle: the windows are disjoint, except for the last. It reaches back over ids that are
+        # scored already, so that its own have a full context, as in lm-eval and Paloma's code. The
+        # last window in Paloma's paper does not; long documents then have slightly more nats.
         left = max(0, end - max_seq_len)
         inputs = stream[left:end]
         targets = stream[left + 1:end + 1]

@@ -190,8 +190,9 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """One transformer block: attention mixes tokens, the MLP works on each token by itself.
 
-    Pre-norm: each half reads a normed copy and adds to a stream that is never normed itself. So the
-    gradient reaches the first block along a path of plain sums, and deep models train stably.
+    Pre-norm: each half reads a normed copy and adds to a stream that is never normed. The gradient
+    reaches block 0 along plain sums, and deep models train stably. `wanted` (N, 2), the rows and
+    columns of some tokens, cuts the stream from (B, T, D) to (N, D) before the MLP.
     """
 
     def __init__(self, config):
@@ -294,8 +295,7 @@ def head_logits(x, head_weight, product=linear):
 def token_losses(x, head_weight, targets):
     """-ln p (B, T) in at least float32 of int64 `targets` (B, T) after a stream x (B, T, D).
 
-    The softmax runs over all V rows. Ids from vocab_size on are never targets, so training makes
-    their probability vanish.
+    The softmax runs over all V rows; those from vocab_size on, never targets, become unlikely.
     """
     # A softmax sums V exponentials: in bfloat16 most of them would round away (paper 3.1).
     logits = at_least_float32(head_logits(x, head_weight)).flatten(0, 1)  # (B T, V)
@@ -305,8 +305,7 @@ def token_losses(x, head_weight, targets):
 
 # ---- Initialisation ------------------------------------------------------------------------------
 
-# subtle: the head was once called ff_out; its random stream keeps that name, so that old seeds
-# give the same weights
+# subtle: the head keeps the random stream of its former name: old seeds give the same weights
 STREAM_NAMES = {"lm_head.weight": "ff_out.weight"}
 
 
@@ -352,10 +351,10 @@ def initial_std(name, shape):
     std = 1 / math.sqrt(shape[1])
     parts = name.split(".")  # such as blocks, 3, mlp, ff_out, weight
     if parts[0] == "blocks" and parts[-2] in ("attn_out", "ff_out"):
-        # These two add to the stream. By the end of block l, 2 (l + 1) such sums have been added.
-        # Divided by this count, their variances add up only to the logarithm of the depth.
+        # These two add to the stream: 2 (l + 1) sums by the end of block l, which counts from 0.
+        # Variances divided by this count add up only to the logarithm of the depth.
         block = int(parts[1])
-        std /= math.sqrt(2 * (block + 1))
+        std /= math.sqrt(2 * (block + 1))  # the variance is the square
     return std
 
 
@@ -455,7 +454,7 @@ def generate_stream(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, 
     tokens, visible = pad_left(prompts, end, config.pad_token_id, device)
     attn_mask = None if visible is None else padded_mask(visible[:, :T])
     cache = [KVCache(config, B, T + 32, device, model.stream_dtype) for _ in model.blocks]
-    wanted = torch.tensor([[row, -1] for row in range(B)], device=device)  # each row's last token
+    wanted = torch.tensor([[row, -1] for row in range(B)], device=device)  # -1: the last column
     running = range(B)
     for length in range(T, end):  # `length` columns are known; the next one is to be chosen
         # The first pass reads the prompts, each later one the newest id of each row.
@@ -520,12 +519,13 @@ def choose_next(logits, temperature, top_p, streams):
     if top_p < 1:
         # An id belongs to the nucleus if the likelier ones together stay below top_p.
         probs = probs.masked_fill(probs < least_of_nucleus(probs, top_p), 0)
-    # A race: each id waits for a random time, at the rate of its probability, and the first wins.
-    # Among slices of [0, 1) all would move with each rounding of a logit; here only near ties do.
-    # numpy draws the times, so that a seed means the same on every device.
+    # A race: id i arrives after a random time, waits[i] / probs[i]. The first wins: each id does so
+    # with its probability. The usual way looks up a random number among the running sums of
+    # probs. The rounding of a logit moves all these sums; in a race it matters only for near ties.
+    # numpy draws the waits, so that a seed means the same on every device.
     waits = np.stack([stream.standard_exponential(logits.shape[-1]) for stream in streams])
     waits = torch.from_numpy(waits).to(probs)  # its dtype and device
-    return (probs / waits).max(-1).indices.tolist()
+    return (probs / waits).max(-1).indices.tolist()  # the smallest waits / probs
 
 
 def stream_of(seed, number):

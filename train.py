@@ -70,6 +70,7 @@ class TrainConfig:
     activation_checkpointing: Literal["none", "one_in_four", "one_in_three", "one_in_two",
                                       "fine_grained", "whole_layer"] = setting(
         "none", "What the backward recomputes instead of keeping: OLMo's choices, by memory saved.")
+    # Without it each rank holds complete float32 gradients until the last backward.
     reduce_every_micro_batch: bool = setting(
         False, "Sum gradients over ranks after each micro-batch, as OLMo did: slower, less memory.")
     # the batch
@@ -203,11 +204,11 @@ def build_training(model_config, config, device, dtype, compiled):
 def build_optimizer(model, config):
     """AdamW with OLMo's two groups of parameters; its state exists from the start.
 
-    To try another optimiser (Lion, SGD with momentum), change the one line that makes it:
-    checkpoints and --plan follow.
+    To try another optimiser, change the one line that makes it: checkpoints and --plan follow.
     """
-    # Decay pulls matrices towards zero. The embedding, and with it a tied head, is left out, as in
-    # official olmo/optim.py: most of its rows see no gradient in a step and would only shrink.
+    # Decay pulls matrices towards zero. Official olmo/optim.py leaves the embedding out, and gives
+    # no reason; a usual one: the rows of tokens that a batch lacks have no gradient from the lookup
+    # and would only shrink. A tied head has gradients in all rows, but is the same tensor.
     # A norm's gain or a bias (one dimension) is left out too: decay would pull a gain to 0.
     decayed = []
     not_decayed = []
@@ -245,8 +246,7 @@ def lr_at_step(step, config):
     """The learning rate of step `step`, counted from 1 (official olmo/optim.py).
 
     Linear warm-up from a tenth of the peak, then linear or cosine decay to min_lr at decay_steps,
-    then min_lr. OLMo-7B's final anneal is the linear decay with its warm-up already over:
-    lr 2.3e-5, min_lr 2.3e-8, warmup_steps 556000, decay_steps 557000.
+    then min_lr. OLMo-7B's final anneal is the decay alone: its warm-up ends before its first step.
     """
     # 1) Warm-up. AdamW divides by a mean of squares that rests on few batches at first, so its
     #    first steps would be large in poor directions. They are made small (OLMo: 2,000 or 5,000).
@@ -267,11 +267,11 @@ def lr_at_step(step, config):
 def clip_at_step(step, config):
     """The limit of the gradient's norm at a step; math.inf where nothing is clipped.
 
-    # subtle: OLMo-7B's twin on LUMI was to have ten times the limit in its first N steps. Official
-    # OLMo sets the limit after it has clipped, so the rule took effect a step late: 2..N+1.
+    # subtle: OLMo-7B's twin on LUMI was to have ten times the limit in steps 1..N. Official OLMo
+    # clips before it sets the limit, so 2..N+1 had it and step 1 had not. It is the same here.
     """
     limit = config.grad_clip or math.inf
-    if 2 <= step <= config.grad_clip_warmup_steps + 1 and config.grad_clip_warmup_steps > 0:
+    if 2 <= step <= config.grad_clip_warmup_steps + 1:
         limit *= config.grad_clip_warmup_factor
     return limit
 
@@ -299,11 +299,10 @@ def train_step(model, optimizer, micro_batches, loss_fn, lr, max_norm):
     """One update of the weights; returns {loss, grad_norm, ...} of the global batch.
 
     loss_fn(model, batch) returns (summed loss, extra): extra is {name: summed value} of what else
-    is logged. The loss is the sum over all micro-batches and ranks divided by their count of
-    trained tokens (in DPO: pairs), so it does not depend on how the batch is cut. Extra metrics
-    are normalised in the same way. grad_norm is the L2 norm of the gradient before clipping.
-    Raises FloatingPointError on every rank, before the weights change, if the loss or the
-    gradient is not finite.
+    is logged. Loss and extra are the sums over all micro-batches and ranks divided by their count
+    of trained tokens (in DPO: pairs), so they do not depend on how the batch is cut. grad_norm is
+    the L2 norm of the gradient before clipping. Raises FloatingPointError on every rank, before the
+    weights change, if the loss or the gradient is not finite.
     """
     # 1) All parts are divided by the count of targets in the step, so every token weighs the same.
     # DIFFERS FROM OLMo: Open Instruct takes the mean of each micro-batch, then the mean of these;
@@ -311,7 +310,8 @@ def train_step(model, optimizer, micro_batches, loss_fn, lr, max_norm):
     # DIFFERS FROM OLMo: since v0.4.0 OLMo divides by T; the code of 1.0 divided by T - 1, as here.
     count = global_count(micro_batches)
 
-    # 2) Forward and backward, one micro-batch at a time. Gradients add up in parameter.grad.
+    # 2) Forward and backward, one micro-batch at a time. Gradients add up in parameter.grad, then
+    #    over the ranks: scaling/sharding.py sets a sum, in the place of FSDP's mean.
     sums = Counter()
     for i, batch in enumerate(micro_batches):
         is_last = i == len(micro_batches) - 1

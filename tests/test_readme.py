@@ -147,7 +147,7 @@ def run(tmp_path):
 
 def test_every_command_runs(run):
     ran = 0
-    for words in commands():
+    for words in dict.fromkeys(map(tuple, commands())):  # several docs begin with the same one
         if can_run(words):
             code, output = run(shrunk(words))
             assert code == 0, f"{' '.join(words)}\n{output[-3000:]}"
