@@ -17,11 +17,16 @@ def data_part(run):
             return [f"<p>{len(manifest['shards'])} ready token files</p>"]
         (_, names), *rows = funnel_rows(sources)
         counts = table(["", *names], [[label, *cells] for label, cells in rows])
-        funnels = [funnel(name, source) for name, source in sources.items()]
-        tokens = {name: source["mix_tokens"] for name, source in sources.items()}
-        return [f"<div class=grid>{''.join(funnels)}</div>", "<h3>Tokens of the mix</h3>",
-                shares(tokens, "tokens"),
-                f"<details><summary>All counts</summary>{counts}</details>"]
+        funnels = []
+        tokens = {}
+        for name, source in sources.items():
+            funnels.append(funnel(name, source))
+            tokens[name] = source["mix_tokens"]
+        return [
+            f"<div class=grid>{''.join(funnels)}</div>",
+            "<h3>Tokens of the mix</h3>",
+            shares(tokens, "tokens"),
+            f"<details><summary>All counts</summary>{counts}</details>"]
     except (KeyError, TypeError, AttributeError, ValueError):
         return ["<p class=note>manifest.json is not in the form of this version.</p>"]
 

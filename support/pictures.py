@@ -10,6 +10,9 @@ from support.page import escaped
 COLORS = ("#1f6fb4", "#d9660f", "#2a9d45", "#8f57b5", "#b0383c", "#4f9fa6", "#a3822a", "#6b7280")
 
 
+DASHED = {"color": "0.5", "linestyle": "--", "linewidth": 1}
+
+
 class Look(NamedTuple):
     """How a run is shown everywhere on the page."""
 
@@ -33,9 +36,12 @@ def looks_of(paths):
     """{run: Look} of the paths of runs: the name of a directory, or the path of equal ones."""
     names = [path.resolve().name for path in paths]
     looks = {}
-    for number, (path, name) in enumerate(zip(paths, names, strict=True)):
-        label = name if names.count(name) == 1 else str(path)
-        looks[str(path)] = Look(label, COLORS[number % len(COLORS)])
+    for number, path in enumerate(paths):
+        label = names[number]
+        if names.count(label) > 1:
+            label = str(path)
+        color = COLORS[number % len(COLORS)]
+        looks[str(path)] = Look(label, color)
     return looks
 
 
@@ -43,8 +49,10 @@ def legend(looks):
     """The runs' names in their colours, as HTML; nothing for one run."""
     if len(looks) < 2:
         return ""
-    names = [f"<span><i style='background:{look.color}' aria-hidden=true></i>"
-             f"{escaped(look.label)}</span>" for look in looks.values()]
+    names = []
+    for look in looks.values():
+        line = f"<i style='background:{look.color}' aria-hidden=true></i>"
+        names.append(f"<span>{line}{escaped(look.label)}</span>")
     return f"<p class=legend>{''.join(names)}</p>"
 
 
@@ -70,8 +78,10 @@ def grid(pyplot, panels, looks):
     """The panels as inline SVG, side by side, under a legend; nothing without pyplot."""
     if not pyplot:
         return ""
-    figures = "".join(f"<figure>{svg(pyplot, panel, looks)}</figure>" for panel in panels)
-    return f"{legend(looks)}<div class=grid>{figures}</div>"
+    figures = []
+    for panel in panels:
+        figures.append(f"<figure>{svg(pyplot, panel, looks)}</figure>")
+    return f"{legend(looks)}<div class=grid>{''.join(figures)}</div>"
 
 
 def svg(pyplot, panel, looks):
@@ -112,18 +122,19 @@ def draw_lines(axes, panel, looks):
     most = max((max(tokens) for tokens, _ in panel.lines.values() if tokens), default=0)
     unit, label = unit_of(most, panel.x)
     for name, (tokens, values) in panel.lines.items():
-        color = looks[name].color
-        every = max(1, math.ceil(len(tokens) / 2000))  # the page of a long run stays small
         x = [count / unit for count in tokens]
-        axes.plot(x[::every], values[::every], marker=panel.marker, markersize=3.5, linewidth=1.2,
-                  color=color)
+        every = max(1, math.ceil(len(x) / 2000))  # the page of a long run stays small
+        style = {"color": looks[name].color, "marker": panel.marker, "markersize": 3.5}
+        axes.plot(x[::every], values[::every], linewidth=1.2, **style)
         if panel.errors:
-            axes.errorbar(x, values, panel.errors[name], color=color, linewidth=0, elinewidth=1,
-                          capsize=2)
+            errors = panel.errors[name]
+            axes.errorbar(x, values, errors, linewidth=0, elinewidth=1, capsize=2,
+                          color=looks[name].color)
     draw_limits(axes, panel, unit)
     if panel.level is not None:
-        axes.axhline(panel.level, color="0.5", linestyle="--", linewidth=1)
-    axes.set(xlabel=label, xlim=(0, 1.03 * most / unit or 1))
+        axes.axhline(panel.level, **DASHED)
+    axes.set_xlabel(label)
+    axes.set_xlim(0, 1.03 * most / unit or 1)
 
 
 def draw_limits(axes, panel, unit):
@@ -133,23 +144,25 @@ def draw_limits(axes, panel, unit):
         if (tokens, values) not in drawn:
             drawn.append((tokens, values))
             x = [count / unit for count in tokens]
-            axes.plot(x, values, color="0.5", linestyle="--", linewidth=1)
+            axes.plot(x, values, **DASHED)
 
 
 def draw_bars(axes, panel, looks):
     """A bar for each run, with its value."""
-    names = list(panel.lines)
-    values = [panel.lines[name][1][0] for name in names]
-    most = max(0, *values, panel.level or 0)
-    least = min(0, *values)
-    for place, (name, value) in enumerate(zip(names, values, strict=True)):
+    values = {name: value for name, (_, [value]) in panel.lines.items()}
+    most = max(0, *values.values(), panel.level or 0)
+    least = min(0, *values.values())
+    width = most - least
+    for place, (name, value) in enumerate(values.items()):
         error = panel.errors[name][0] if panel.errors else None
-        axes.barh(place, value, 0.6, xerr=error, color=looks[name].color, ecolor="0.3", capsize=2)
-        axes.text(0.02 * (most - least), place, f"{value:.4g}", va="center", color="white")
+        color = looks[name].color
+        axes.barh(place, value, 0.6, xerr=error, color=color, ecolor="0.3", capsize=2)
+        axes.text(0.02 * width, place, f"{value:.4g}", va="center", color="white")
     if panel.level is not None:
-        axes.axvline(panel.level, color="0.5", linestyle="--", linewidth=1)
-    axes.set(yticks=range(len(names)), yticklabels=[looks[name].label for name in names],
-             xlim=(least, most + 0.1 * (most - least) or 1))
+        axes.axvline(panel.level, **DASHED)
+    labels = [looks[name].label for name in values]
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_xlim(least, most + 0.1 * width or 1)
     axes.invert_yaxis()
 
 
@@ -165,12 +178,11 @@ def description(panel, looks):
     """What a picture shows, in words: where each line begins and ends."""
     parts = []
     for name, (tokens, values) in panel.lines.items():
-        label = looks[name].label
+        first = f"{values[0]:.4g} at {tokens[0]:,.4g} {panel.x}"
+        said = f"{looks[name].label} {first}"
         if len(tokens) > 1:
-            parts.append(f"{label} from {values[0]:.4g} at {tokens[0]:,.4g} {panel.x} to "
-                         f"{values[-1]:.4g} at {tokens[-1]:,.4g}")
-        else:
-            parts.append(f"{label} {values[0]:.4g} at {tokens[0]:,.4g} {panel.x}")
+            said += f", {values[-1]:.4g} at {tokens[-1]:,.4g}"
+        parts.append(said)
     if panel.level is not None:
         parts.append(f"the dashed line at {panel.level:.4g}")
     return f"{panel.title}: {'; '.join(parts)}"
