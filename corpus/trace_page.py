@@ -19,7 +19,8 @@ border-left:4px solid #2f6fab;background:#eaf2fb;border-top:2px dashed #2f6fab}
 font:13px/1.55 ui-monospace,monospace;min-width:0;padding-bottom:.3rem}
 .text span:nth-child(even){background:#0001}
 .text i::before{content:"\\21b5";color:#8c959f}.text .eos{background:#1b1f24!important;color:#fff;
-border-radius:3px;padding:0 .2rem}@media(max-width:600px){.doc{grid-template-columns:1fr}}"""
+border-radius:3px;padding:0 .2rem}@media(max-width:600px){.doc{grid-template-columns:1fr}
+.about{margin-bottom:.4rem}}"""
 
 
 def write_batch_page(file, heading, data, spans):

@@ -684,7 +684,8 @@ def test_no_text_of_a_document_is_markup_of_the_page(tmp_path, tokenizer, call):
     page = Page(file)
     assert len(page.documents) >= len(HOSTILE)
     assert page.tags == set("html meta title style h1 h2 p span div b br i".split())
-    assert page.keys == {"lang", "charset", "http-equiv", "content", "name", "class", "style"}
+    assert page.keys == {"lang", "charset", "http-equiv", "content", "name", "class", "style",
+                         "aria-hidden"}
     found = RunData(tmp_path / "run")
     for span, shown in zip(found.trace(1), page.documents, strict=True):
         ids = found.shards[span.instance][slice(*span.tokens)].tolist()
