@@ -420,6 +420,7 @@ def test_a_value_that_is_set_holds_and_is_said_by_none(capsys):
 @pytest.mark.parametrize("word, message", [
     ("--vocab_size=0", "--vocab_size=0: leave it out"), ("--pad_token_id=-1", "leave it out"),
     ("--tokenizer=bpe:283", "at least 284"), ("--tokenizer=bpe:", "bpe:N"),
+    ("--tokenizer=bpe:²", "bpe:N"),
     ("--tokenizer=nofile.json", "nofile.json: no such file")])
 def test_what_cannot_follow_is_said_before_anything_is_built(word, message, call, refused):
     for more in ([], ["--plan"]):
@@ -471,4 +472,6 @@ def test_data_py_asks_what_to_read_and_takes_a_run(tmp_path, tiny_config, source
     assert call(train, file, "--max_steps=1").returncode == 0
     printed = [call(data, *words) for words in ([file], ["--resume=run", "--max_steps=30"])]
     assert printed[0].stdout == printed[1].stdout and printed[1].returncode == 0
+    other = call(data, "--resume=run", "--eval_share=0.5")
+    assert other.returncode == 0 and "not the data on which run was trained" in other.stdout
     assert call(data, f"--sources={sources}", "--tokenizer=bpe:300").returncode == 0
