@@ -12,15 +12,13 @@ experiment asks.
 
 from support.command import UserError, run_main  # first: Ctrl-C is quiet from here on
 import difflib
-import os
-import platform
 from dataclasses import dataclass
 from pathlib import Path
 
 from configs import ROOT, load_config, setting
 from experiments.catalogue import EXPERIMENTS
 from experiments.drawing import draw_pictures
-from experiments.results import table, with_table
+from experiments.results import section, table, with_section, with_table
 from experiments.runs import finish, made_by_other_code, record_of
 from support.files import replace_file
 from support.text import counted
@@ -61,7 +59,7 @@ def main(argv):
     seeds = range(FIRST_SEED, FIRST_SEED + config.seeds)
     say_other_code(chosen, seeds, out, extra)
     if config.publish:
-        publish(seeds, out, extra)
+        publish(chosen, seeds, out, extra)
         return
     for experiment in chosen:
         run_experiment(experiment, seeds, out, extra)
@@ -107,42 +105,48 @@ def finished(experiment, seeds, out, extra):
 # ---- Tables and pictures -------------------------------------------------------------------------
 
 def results_text(seeds, out, extra):
-    """results.md: the machine, the time of all runs, and a table for each experiment."""
-    sections = []
-    seconds = {}  # of each run once; several experiments may share it
+    """results.md: a section for each experiment."""
+    text = ""
     for experiment in EXPERIMENTS:
         records = finished(experiment, seeds, out, extra)
-        for name, of_variant in records.items():
-            for seed, record in of_variant.items():
-                seconds[name, seed] = record["seconds"]
-        sections += [f"## {experiment.name}", "", experiment.hypothesis, ""]
-        sections += table(experiment, records, len(seeds))
-        sections.append("")
-    heading = (f"# Results: {counted(len(seeds), 'seed')}, {os.cpu_count()} cores, "
-               f"{platform.machine()}, Python {platform.python_version()}")
-    minutes = sum(seconds.values()) / 60
-    said = f"{counted(len(seconds), 'run')}, {minutes:.0f} minutes in all."
-    return "\n".join([heading, "", said, "", *sections])
+        text = with_section(text, experiment, section(experiment, records, len(seeds)))
+    return text
 
 
-def publish(seeds, out, extra):
-    """Write assets/experiments/results.md, its tables in docs/experiments.md, and the pictures."""
-    folder = ROOT / "assets" / "experiments"
-    folder.mkdir(parents=True, exist_ok=True)
-    doc = ROOT / "docs" / "experiments.md"
-    text = doc.read_text()
+def publish(experiments, seeds, out, extra):
+    """Write the tables and pictures of these experiments into docs/ and assets/.
+
+    What is published of the others, and of those without a finished run, stays as it is.
+    """
     records = {}
-    for experiment in EXPERIMENTS:
+    for experiment in experiments:
         of_variants = finished(experiment, seeds, out, extra)
-        records[experiment.name] = of_variants
-        lines = table(experiment, of_variants, len(seeds))
-        text = with_table(text, experiment, lines)
-    replace_file(folder / "results.md", results_text(seeds, out, extra).encode())
-    replace_file(doc, text.encode())
-    is_drawn = draw_pictures(EXPERIMENTS, records, out, folder)
-    print(f"wrote {folder} and the tables of {doc}")
+        if any(of_variants.values()):
+            records[experiment.name] = of_variants
+    if not records:
+        raise UserError(f"{out}: has no finished run of these experiments; without --publish the "
+                        "same command runs them")
+    shown = [experiment for experiment in experiments if experiment.name in records]
+    folder = ROOT / "assets" / "experiments"
+    write_tables(shown, records, len(seeds), folder / "results.md")
+    is_drawn = draw_pictures(shown, records, out, folder)
+    print(f"wrote the tables and pictures of {', '.join(records)}")
     if not is_drawn:
         print("no pictures: pip install matplotlib draws them")
+
+
+def write_tables(experiments, records, seeds, file):
+    """Put the tables of these experiments into docs/experiments.md and into this results.md."""
+    doc = ROOT / "docs" / "experiments.md"
+    text = doc.read_text()
+    results = file.read_text() if file.is_file() else ""
+    for experiment in experiments:
+        of_variants = records[experiment.name]
+        text = with_table(text, experiment, table(experiment, of_variants, seeds))
+        results = with_section(results, experiment, section(experiment, of_variants, seeds))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(file, results.encode())
+    replace_file(doc, text.encode())
 
 
 def listed(experiments):

@@ -7,6 +7,7 @@ from experiments.catalogue import (ANSWER_NATS, BITS, DOCSTRING_BITS, ENDED, LEA
                                    PREFERRED)
 from support.files import UserError, log_rows
 from support.records import bits_per_byte, pooled
+from support.text import counted
 
 SOURCES = ("reference", "docstrings", "code")
 
@@ -128,7 +129,49 @@ def difference(figure, records, first):
     return text
 
 
-# ---- The doc -------------------------------------------------------------------------------------
+# ---- results.md and the doc ----------------------------------------------------------------------
+
+HEAD = """# Results
+
+A run that several experiments share was trained once; each of them counts it.
+"""
+
+
+def section(experiment, records, seeds):
+    """The text of an experiment's section in results.md."""
+    lines = [f"## {experiment.name}", "", experiment.hypothesis, "",
+             *table(experiment, records, seeds)]
+    said = how_run(records)
+    if said:
+        lines += ["", said]
+    return "\n".join(lines) + "\n"
+
+
+def how_run(records):
+    """How many runs took how long, and on which machines; "" without a finished run."""
+    count = 0
+    seconds = 0.0
+    machines = {}  # as an ordered set
+    for of_variant in records.values():
+        for record in of_variant.values():
+            count += 1
+            seconds += record["seconds"]
+            machines.update(dict.fromkeys(record["machines"]))
+    if not count:
+        return ""
+    return f"{counted(count, 'run')}, {seconds / 60:.0f} minutes, on {' and on '.join(machines)}."
+
+
+def with_section(text, experiment, section):
+    """The text of results.md with this section in place of an experiment's older one, or last."""
+    _, *older = f"\n{text}".split("\n## ")
+    sections = {}
+    for old in older:
+        name = old.partition("\n")[0]
+        sections[name] = f"## {old.strip()}\n"
+    sections[experiment.name] = section
+    return "\n".join([HEAD, *sections.values()])
+
 
 def with_table(doc, experiment, lines):
     """The text of docs/experiments.md with these lines as the experiment's table of outcomes.

@@ -2,13 +2,15 @@
 
     OUT/runs/VARIANT-seedN/        the run directory
     OUT/runs/VARIANT-seedN.log     what the command printed
-    OUT/runs/VARIANT-seedN.json    its record: key, code, seconds and, when it is finished, figures
+    OUT/runs/VARIANT-seedN.json    its record: key, code, machines, seconds, and its figures at
+                                   the end
     OUT/code/PATCH/                the patched copy of the code
     OUT/data/, OUT/corpora/        the built data, and the texts of corpora.py
 """
 
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -59,14 +61,22 @@ def key_of(variant, seed, out, extra):
 
 
 def record_of(variant, seed, out, extra):
-    """{key, seconds, figures} of a run; figures is None until it is finished."""
-    record = {"key": key_of(variant, seed, out, extra), "seconds": 0.0, "figures": None}
+    """{key, machines, seconds, figures} of a run; figures is None until it is finished.
+
+    A record of an older version names no machine: it is taken to be of this one.
+    """
+    record = {"key": key_of(variant, seed, out, extra), "machines": [], "seconds": 0.0,
+              "figures": None}
     path = beside(run_of(variant, seed, out), ".json")
     if path.is_file():
         known = read_json(path)
         if known.get("key") == record["key"]:
-            return known
+            return {"machines": [this_machine()], **known}
     return record
+
+
+def this_machine():
+    return f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
 
 
 def finish(variant, seed, out, extra=()):
@@ -116,6 +126,8 @@ def timed(record, file, words, folder, log):
     are added up.
     """
     record["code"] = code_version()
+    if this_machine() not in record["machines"]:
+        record["machines"].append(this_machine())
     write_json(file, record)
     began = time.monotonic()
     try:

@@ -103,7 +103,8 @@ def domain_panels(found, levels):
         if "/" not in domain:  # a part of a domain has no picture of its own
             lines = lines_of(found, "sums", domain, bits_per_byte)
             if lines:
-                yield Panel(domain, lines, levels.get(domain), marker="o")
+                title = domain + unlike(found, "sums", domain, "bytes")
+                yield Panel(title, lines, levels.get(domain), marker="o")
 
 
 def task_panels(found):
@@ -115,11 +116,23 @@ def task_panels(found):
             errors = {run: values for run, (_, values) in errors.items()}
             chance = lines_of(found, "tasks", task, lambda result: percent(result, "chance"))
             level = next((values[0] for _, values in chance.values()), None)
-            yield Panel(task, accuracy, level, errors=errors, marker="o")
+            title = task + unlike(found, "tasks", task, "questions")
+            yield Panel(title, accuracy, level, errors=errors, marker="o")
             continue
         bits = lines_of(found, "tasks", task, lambda result: result.get("bits_per_byte"))
         if bits:
             yield Panel(f"{task}, bits per byte", bits, marker="o")
+
+
+def unlike(found, kind, name, size):
+    """Words behind the title of a picture whose lines are not of equal text or questions."""
+    sizes = set()
+    for evaluations in found.values():
+        points = getattr(evaluations, kind).get(name)
+        if points:
+            newest = points[max(points)]
+            sizes.add(newest[size])
+    return f"; the runs' {size} differ" if len(sizes) > 1 else ""
 
 
 def percent(result, key):

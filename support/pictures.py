@@ -11,6 +11,7 @@ COLORS = ("#1f6fb4", "#d9660f", "#2a9d45", "#8f57b5", "#b0383c", "#4f9fa6", "#a3
 
 
 DASHED = {"color": "0.5", "linestyle": "--", "linewidth": 1}
+BEHIND_TEXT = {"facecolor": "white", "edgecolor": "none", "pad": 1}
 
 
 class Look(NamedTuple):
@@ -37,11 +38,12 @@ def looks_of(paths):
     names = [path.resolve().name for path in paths]
     looks = {}
     for number, path in enumerate(paths):
+        run = str(path)
         label = names[number]
         if names.count(label) > 1:
-            label = str(path)
+            label = run
         color = COLORS[number % len(COLORS)]
-        looks[str(path)] = Look(label, color)
+        looks[run] = Look(label, color)
     return looks
 
 
@@ -119,17 +121,20 @@ def is_one_point(panel):
 
 def draw_lines(axes, panel, looks):
     """A line for each run."""
-    most = max((max(tokens) for tokens, _ in panel.lines.values() if tokens), default=0)
+    ends = [0]
+    for tokens, _ in panel.lines.values():
+        ends += tokens
+    most = max(ends)
     unit, label = unit_of(most, panel.x)
     for name, (tokens, values) in panel.lines.items():
+        color = looks[name].color
         x = [count / unit for count in tokens]
         every = max(1, math.ceil(len(x) / 2000))  # the page of a long run stays small
-        style = {"color": looks[name].color, "marker": panel.marker, "markersize": 3.5}
-        axes.plot(x[::every], values[::every], linewidth=1.2, **style)
+        axes.plot(x[::every], values[::every],
+                  color=color, linewidth=1.2, marker=panel.marker, markersize=3.5)
         if panel.errors:
             errors = panel.errors[name]
-            axes.errorbar(x, values, errors, linewidth=0, elinewidth=1, capsize=2,
-                          color=looks[name].color)
+            axes.errorbar(x, values, errors, linewidth=0, elinewidth=1, capsize=2, color=color)
     draw_limits(axes, panel, unit)
     if panel.level is not None:
         axes.axhline(panel.level, **DASHED)
@@ -148,21 +153,31 @@ def draw_limits(axes, panel, unit):
 
 
 def draw_bars(axes, panel, looks):
-    """A bar for each run, with its value."""
-    values = {name: value for name, (_, [value]) in panel.lines.items()}
-    most = max(0, *values.values(), panel.level or 0)
-    least = min(0, *values.values())
-    width = most - least
-    for place, (name, value) in enumerate(values.items()):
-        error = panel.errors[name][0] if panel.errors else None
+    """A bar for each run, and on its right its value: the bar may be too short to hold it."""
+    labels = []
+    ends = [0]  # the axis holds all of them
+    for place, (name, (_, [value])) in enumerate(panel.lines.items()):
+        labels.append(looks[name].label)
+        error = panel.errors[name][0] if panel.errors else 0
         color = looks[name].color
-        axes.barh(place, value, 0.6, xerr=error, color=color, ecolor="0.3", capsize=2)
-        axes.text(0.02 * width, place, f"{value:.4g}", va="center", color="white")
+        axes.barh(place, value, 0.6, xerr=error or None, color=color, ecolor="0.3",
+                  capsize=2)
+        left = value - error
+        right = max(0, value + error)
+        ends += [left, right]
+        axes.annotate(
+            f"{value:.4g}", (right, place), (5, 0),
+            textcoords="offset points",
+            va="center",
+            bbox=BEHIND_TEXT)
     if panel.level is not None:
         axes.axvline(panel.level, **DASHED)
-    labels = [looks[name].label for name in values]
+        ends.append(panel.level)
     axes.set_yticks(range(len(labels)), labels)
-    axes.set_xlim(least, most + 0.1 * width or 1)
+    least = min(ends)
+    most = max(ends)
+    width = most - least or 1
+    axes.set_xlim(least - 0.02 * width, most + 0.25 * width)  # room for the last value
     axes.invert_yaxis()
 
 
@@ -178,8 +193,8 @@ def description(panel, looks):
     """What a picture shows, in words: where each line begins and ends."""
     parts = []
     for name, (tokens, values) in panel.lines.items():
-        first = f"{values[0]:.4g} at {tokens[0]:,.4g} {panel.x}"
-        said = f"{looks[name].label} {first}"
+        label = looks[name].label
+        said = f"{label} {values[0]:.4g} at {tokens[0]:,.4g} {panel.x}"
         if len(tokens) > 1:
             said += f", {values[-1]:.4g} at {tokens[-1]:,.4g}"
         parts.append(said)

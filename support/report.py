@@ -145,21 +145,42 @@ def left_out(found, looks):
 
 
 def settings_part(configs, looks):
-    """A table of the settings that all runs have and that differ between them."""
-    shared = set.intersection(*(set(config) for config in configs.values())) - {"run_dir"}
+    """The settings that differ: a table of those that all runs have, the names of the others."""
+    keys = {}  # {key: how many runs have it}
+    for config in configs.values():
+        for key in config:
+            keys[key] = keys.get(key, 0) + 1
+    keys.pop("run_dir", None)
+    lacking = [key for key, count in keys.items() if count < len(configs)]
+    differing = differing_rows(configs, keys.keys() - lacking)
+    parts = []
+    if differing or lacking:
+        parts.append("<h2>Settings that differ</h2>")
+    if differing:
+        labels = [look.label for look in looks.values()]
+        parts.append(table(["", *labels], differing, "runs"))
+    if lacking:
+        heading = f"{counted(len(lacking), 'setting')} that not every run has"
+        names = escaped(", ".join(lacking))
+        parts.append(f"<details><summary>{heading}</summary><p>{names}</p></details>")
+    return parts
+
+
+def differing_rows(configs, shared):
+    """[key, a value for each run] of the settings in `shared` whose values differ."""
     every = []
     for config in configs.values():
         of_run = {key: config[key] for key in config if key in shared}
         every.append(flat_settings(of_run))
-    differing = []
-    for key in dict.fromkeys(key for settings in every for key in settings):
+    keys = {}  # as an ordered set
+    for settings in every:
+        keys.update(dict.fromkeys(settings))
+    rows = []
+    for key in keys:
         values = [str(settings.get(key, "-")) for settings in every]
         if len(set(values)) > 1:
-            differing.append([key, *values])
-    if not differing:
-        return []
-    labels = [look.label for look in looks.values()]
-    return ["<h2>Settings that differ</h2>", table(["", *labels], differing, "runs")]
+            rows.append([key, *values])
+    return rows
 
 
 def flat_settings(config, before=""):

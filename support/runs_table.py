@@ -7,7 +7,8 @@ from typing import NamedTuple
 from configs import load_config
 from model import ModelConfig, count_parameters
 from scaling.ranks import code_version
-from support.files import log_rows
+from support.files import log_rows, read_json
+from support.measured import dict_at
 from support.page import escaped
 from support.panels import names_in
 from support.records import bits_per_byte, summed_up
@@ -20,11 +21,15 @@ class Number(NamedTuple):
     value: float
     form: str  # of format()
     unit: str = ""
-    is_compared: bool = False  # with the first run's, where there are several
+    of: dict = None  # {what: what it was measured on}, of a number that is compared between runs
 
 
 def runs_table(runs, found, configs, looks):
-    """HTML: a column for each run, under its name in its colour; one run's numbers as tiles."""
+    """HTML: a column for each run, under its name in its colour; one run's numbers as tiles.
+
+    runs: {run: {kind: rows}} of read_metrics. found: {run: Evaluations}. configs: {run: its
+    config.json}. looks: {run: Look}. A run is the path of its directory, as text.
+    """
     facts = {run: facts_of(run) for run in looks}
     numbers = {run: numbers_of(run, runs[run], configs[run], found) for run in looks}
     lines = []
@@ -76,11 +81,18 @@ def compared(numbers):
     for place, number in enumerate(numbers):
         text = written(number)
         is_alike = first and number and number.unit == first.unit
-        if place > 0 and is_alike and number.is_compared:
-            difference = number.value - first.value
-            text += f" ({difference:+{number.form}})"
+        if place > 0 and is_alike and number.of:
+            text += f" ({difference(number, first)})"
         cells.append(text)
     return cells
+
+
+def difference(number, first):
+    """A Number minus the first run's, as text; or what differs, so that they cannot be compared."""
+    for what, of_run in number.of.items():
+        if of_run != first.of[what]:
+            return f"other {what}"
+    return f"{number.value - first.value:+{number.form}}"
 
 
 def written(number):
@@ -123,8 +135,8 @@ def facts_of(run):
 
 def numbers_of(run, rows, config, found):
     """{name: Number} of a run: its size, how far it came, what it reached and what it took."""
-    last = rows["train"][-1] if rows["train"] else {}
-    end = rows["end"][-1] if rows["end"] else {}
+    last = newest(rows["train"])
+    end = newest(rows["end"])
     [model_config] = load_config([str(Path(run) / "config.json")], ModelConfig)
     millions = count_parameters(model_config) / 1e6
     of_steps = config.get("max_steps")
@@ -135,13 +147,27 @@ def numbers_of(run, rows, config, found):
         "parameters": Number(millions, ",.1f", " M"),
         "steps": Number(last.get("step", 0), ",", of_steps),
         "tokens": Number(last.get("tokens", 0) / 1e6, ",.2f", " M"),
-        "training loss": Number(last.get("loss", math.nan), ".4f", method, True),
+        "training loss": Number(last.get("loss", math.nan), ".4f", method, trained_on(run)),
         **domain_numbers(run, found),
         **task_numbers(run, found),
         "minutes of training": Number(last.get("seconds", math.nan) / 60, ",.1f"),
         "kWh": Number(kwh, ".3g"),
         "kg CO2eq": Number(end.get("kg_co2", math.nan), ".3g")}
     return {name: number for name, number in numbers.items() if not math.isnan(number.value)}
+
+
+def newest(rows):
+    return rows[-1] if rows else {}
+
+
+def trained_on(run):
+    """What a training loss is of: the tokens of the data, or the chats or pairs of tuning."""
+    file = Path(run) / "manifest.json"
+    manifest = read_json(file) if file.is_file() else {}
+    tuned_on = dict_at(manifest, "tuned_on")  # its seed and its base are no part of the data
+    if tuned_on:
+        return {"tokenizer": tuned_on.get("tokenizer_sha256"), "data": tuned_on.get("data_sha256")}
+    return {"tokenizer": None, "data": manifest.get("sha256")}
 
 
 def domain_numbers(run, found):
@@ -156,7 +182,9 @@ def domain_numbers(run, found):
         results["all bytes"], _ = both
     numbers = {}
     for domain, sums in results.items():
-        numbers[f"bits per byte, {domain}"] = Number(bits_per_byte(sums), ".4f", "", True)
+        bits = bits_per_byte(sums)
+        text = {"text": (sums["documents"], sums["bytes"])}
+        numbers[f"bits per byte, {domain}"] = Number(bits, ".4f", "", text)
     return numbers
 
 
@@ -167,5 +195,10 @@ def task_numbers(run, found):
         points = found[run].tasks.get(task)
         result = points[max(points)] if points else {}
         if "accuracy" in result:
-            numbers[task] = Number(100 * result["accuracy"], ".1f", " %", True)
+            of = {
+                "questions": result["questions"],
+                "metric": result.get("metric"),
+                "prompt": result.get("answer_begins")}
+            percent = 100 * result["accuracy"]
+            numbers[task] = Number(percent, ".1f", " %", of)
     return numbers

@@ -416,14 +416,27 @@ def test_a_part_of_the_seeds_is_said():
         "| base | 2.5000 ± 0.7071 |  | 8 |", "| other (1 of 2 seeds) | 3.5000 | +0.5000 | 9 |"]
 
 
-def test_publishing_writes_tables_and_pictures(started, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """A folder with a doc that has a place for a table of each experiment."""
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/experiments.md").write_text(
+        "### one\n\n| variant | bits per byte |\n\n### two\n\n"
+        f"| variant | {catalogue.PREFERRED} |\n\n")
+    monkeypatch.setattr(program, "ROOT", tmp_path)
+    return tmp_path
+
+
+def contents(folder):
+    """{file: its bytes} of the published files."""
+    files = [*folder.glob("docs/*"), *folder.glob("assets/*/*")]
+    return {file.name: file.read_bytes() for file in files}
+
+
+def test_publishing_writes_tables_and_pictures(started, published):
     """A picture has a curve for each variant, and a dot for each seed of each figure."""
     pytest.importorskip("matplotlib")
-    (tmp_path / "docs").mkdir()
-    doc = tmp_path / "docs/experiments.md"
-    doc.write_text("### one\n\n| variant | bits per byte |\n\n### two\n\n"
-                   f"| variant | {catalogue.PREFERRED} |\n\n")
-    out = tmp_path / "out"
+    out = published / "out"
     argv = ["--seeds=2", f"--out={out}"]
     program.main(argv)
     for log in out.glob("runs/*/metrics.jsonl"):
@@ -431,17 +444,67 @@ def test_publishing_writes_tables_and_pictures(started, tmp_path, monkeypatch, c
             for step in (1, 2):
                 file.write(json.dumps({"kind": "train", "step": step, "tokens": step, "loss": 3.0,
                                        "rewards/margins": 1.0}) + "\n")
-    monkeypatch.setattr(program, "ROOT", tmp_path)
     started.calls.clear()
     program.main([*argv, "--publish"])
     assert started.calls == []
-    tables = (tmp_path / "assets/experiments/results.md").read_text()
-    assert tables == (out / "results.md").read_text() and "8 runs, 0 minutes in all" in tables
-    assert "| other | 2.5500 ± 0.0707 | +0.5000 ± 0.0000 | 0 |" in doc.read_text()
-    picture = (tmp_path / "assets/experiments/one.svg").read_text()
+    tables = (published / "assets/experiments/results.md").read_text()
+    assert tables == (out / "results.md").read_text()
+    assert tables.count(f"\n\n4 runs, 0 minutes, on {runs.this_machine()}.\n") == 2
+    doc = (published / "docs/experiments.md").read_text()
+    assert "| other | 2.5500 ± 0.0707 | +0.5000 ± 0.0000 | 0 |" in doc
+    picture = (published / "assets/experiments/one.svg").read_text()
     assert all(f">{name}<" in picture for name in ("base", "other", catalogue.BITS))
-    margins = (tmp_path / "assets/experiments/two.svg").read_text()
+    margins = (published / "assets/experiments/two.svg").read_text()
     assert ">DPO: margin of the rewards<" in margins
+
+
+def test_publishing_keeps_what_it_has_no_run_of(started, published, monkeypatch):
+    """The tables and pictures of other experiments; without any run it is an error."""
+    monkeypatch.setattr(program, "draw_pictures", lambda shown, *rest: drawn.append(
+        [experiment.name for experiment in shown]))
+    drawn = []
+    out = f"--out={published / 'out'}"
+    program.main(["--seeds=2", out])
+    program.main(["--seeds=2", out, "--publish"])
+    before = contents(published)
+    fresh = f"--out={published / 'fresh'}"
+    with pytest.raises(ValueError, match="no finished run of these experiments"):
+        program.main(["--publish", fresh])
+    program.main(["--only=one", "--seeds=1", fresh])
+    with pytest.raises(ValueError, match="no finished run of these experiments"):
+        program.main(["--publish", "--only=two", fresh])
+    assert contents(published) == before
+    for argv in (["--only=one"], []):  # both hold the same: there is no other run
+        program.main(["--seeds=1", fresh, "--publish", *argv])
+        after = contents(published)
+        for name in ("experiments.md", "results.md"):
+            old, new = (text[name].decode().split("two") for text in (before, after))
+            assert old[1] == new[1] and "| base | 2.0500 ±" in old[0]
+            assert "| base | 2.0000 |" in new[0]
+    assert drawn == [["one", "two"], ["one"], ["one"]]
+
+
+def test_a_record_names_the_machines_of_its_starts(started, tmp_path, monkeypatch):
+    """Another machine that writes the tables is not among them; one of an older version names none.
+    """
+    def finish_on(machine):
+        monkeypatch.setattr(runs, "this_machine", lambda: machine)
+        return runs.finish(BASE, 6198, tmp_path)
+    started.start.fails = "base-seed6198"
+    for _ in range(2):
+        with pytest.raises(ValueError, match="exit code"):
+            finish_on("4 cores")
+    started.start.fails = None
+    record = finish_on("8 cores")
+    assert record["machines"] == ["4 cores", "8 cores"]
+    monkeypatch.setattr(runs, "this_machine", lambda: "a writer")
+    records = program.finished(ONE, [6198], tmp_path, ())
+    assert results.how_run(records) == "1 run, 0 minutes, on 4 cores and on 8 cores."
+    file = tmp_path / "runs/base-seed6198.json"
+    del record["machines"]
+    file.write_text(json.dumps(record))
+    records = program.finished(ONE, [6198], tmp_path, ())
+    assert results.how_run(records).endswith("on a writer.")
 
 
 # ---- A real one ----------------------------------------------------------------------------------

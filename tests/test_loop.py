@@ -118,7 +118,8 @@ def private_words():
     import getpass
     import platform
     printed = "forward in"
-    return [platform.node(), f'"{getpass.getuser()}"', "requirements.txt", "train.py", printed]
+    words = [platform.node(), f'"{getpass.getuser()}"', "requirements.txt", "train.py", printed]
+    return [word for word in words if len(word) > 4]  # random bytes hold shorter ones too
 
 
 def fake_wandb(monkeypatch, board):

@@ -28,11 +28,12 @@ from support import report as report_module
 from support.data_pictures import funnel
 from support.files import log_rows, read_json, read_log, to_json, write_json
 from support.measured import numbers, read_evaluations, read_metrics
-from support.panels import clip_limit, training_panels
+from support.panels import clip_limit, domain_panels, task_panels, training_panels
 from support.page import escaped
 from support.pictures import Look, Panel, draw, looks_of
 from support.records import cell, domains_table, keys_recorded, record, tasks_table
-from support.report import report
+from support.report import report, settings_part
+from support.runs_table import trained_on
 from support.suites import Suite
 from support.xz import xz_levels
 
@@ -408,6 +409,78 @@ def test_a_curve_of_one_point_is_a_bar(two_runs):
         draw(axes, panel, looks)
         assert len(axes.patches) == bars
         pyplot.close(figure)
+
+
+BARS = ((-0.5, 2.0, 0.001), (-3.0, -0.2), (0.0, 0.0), (99.9, 100.0, 2.0))
+
+
+@pytest.mark.parametrize("values", BARS)
+def test_the_value_of_a_bar_can_be_read(values):
+    """It is dark, inside the picture, and beside every bar and its error, however short."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figure, axes = pyplot.subplots(figsize=(4.2, 1.7), layout="constrained")
+    lines = {}
+    looks = {}
+    for number, value in enumerate(values):
+        lines[number] = ([9], [value])
+        looks[number] = Look(f"run {number}", "#1f6fb4")
+    draw(axes, Panel("title", lines, errors=dict.fromkeys(lines, [0.1])), looks)
+    figure.canvas.draw()
+    frame = axes.get_window_extent()
+    assert [text.get_text() for text in axes.texts] == [f"{value:.4g}" for value in values]
+    for text in axes.texts:
+        extent = text.get_window_extent()
+        assert text.get_color() == "black" and extent.x1 <= frame.x1
+        for drawn in [*axes.patches, *axes.lines]:  # a line: an end of an error
+            assert not extent.overlaps(drawn.get_window_extent())
+    pyplot.close(figure)
+
+
+def test_numbers_of_other_text_or_questions_are_not_subtracted(two_runs, monkeypatch):
+    """Nor a training loss of other data; the pictures say what differs."""
+    monkeypatch.setattr(report_module, "drawing", lambda: None)
+    run, other, _ = two_runs
+    rows = log_rows(other, "eval.jsonl")
+    rows = [row for row in rows if row["kind"] == "eval"]
+    for row in rows:
+        for sums in row.get("sums", {}).values():
+            sums["bytes"] += 1
+        for result in row.get("tasks", {}).values():
+            result["questions"] += 1
+    (other / "eval.jsonl").write_text("".join(f"{to_json(row)}\n" for row in rows))
+    write_json(other / "manifest.json", read_json(other / "manifest.json") | {"sha256": "other"})
+    content = report([run, other]).read_text()
+    for name, said in (("bits per byte, web", "text"), ("bits per byte, all bytes", "text"),
+                       ("made_up", "questions"), ("training loss", "data")):
+        assert cells_of(content, name)[1].endswith(f" (other {said})")
+    found = {path: read_evaluations(path, read_metrics(path)[0]) for path in (run, other)}
+    titles = [panel.title for panel in [*domain_panels(found, {}), *task_panels(found)]]
+    assert sorted(titles) == [f"{name}; the runs' {size} differ" for name, size in (
+        ("code", "bytes"), ("made_up", "questions"), ("web", "bytes"))]
+
+
+def test_what_a_tuned_loss_is_of(tmp_path):
+    """Another seed, or another base, is no other data; older runs name none."""
+    assert trained_on(tmp_path) == trained_on(tmp_path / "none")
+    tuned_on = {"data_sha256": "chats", "tokenizer_sha256": "words", "seed": 1}
+    seen = []
+    for sha256, change in (("a", {}), ("b", {"seed": 2}), ("b", {"data_sha256": "other"})):
+        write_json(tmp_path / "manifest.json", {"sha256": sha256, "tuned_on": tuned_on | change})
+        seen.append(trained_on(tmp_path))
+    assert seen[0] == seen[1] != seen[2]
+
+
+def test_settings_that_one_run_lacks_are_named(two_runs, monkeypatch):
+    monkeypatch.setattr(report_module, "drawing", lambda: None)
+    run, other, _ = two_runs
+    config = read_json(other / "config.json")
+    del config["grad_clip"]
+    write_json(other / "config.json", config)
+    content = report([run, other]).read_text()
+    assert ("<details><summary>1 setting that not every run has</summary><p>grad_clip</p>"
+            in content.split("<h2>Settings that differ</h2>")[1])
+    configs = {"a": {"seed": 1, "run_dir": "a"}, "b": {"seed": 1, "run_dir": "b"}}
+    assert settings_part(configs, {}) == []
 
 
 # ---- Tables --------------------------------------------------------------------------------------
