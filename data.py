@@ -63,7 +63,7 @@ class DataConfig:
         "", "A list of ready token files (the Dolma toolkit's), one path a line; used instead of "
         "sources.")
     allow_truncated: bool = setting(
-        False, "Read a file that is cut off as far as it goes, and count it.")
+        False, "Read a file that is cut off as far as it goes, and count it, instead of stopping.")
 
     # what the rules need to know
     decontaminate: dict[str, str] = setting(
@@ -551,8 +551,7 @@ def sample_documents(folder, shards, fraction):
 
 # ---- Chats (adapt.py, eval.py --chat, support/talk.py) -------------------------------------------
 
-# The chat format lies in three files: here; in Jinja, CHAT_TEMPLATE in support/hf_tokenizer.py; and
-# what a file of chats may hold, checked in support/chats.py.
+# The format also lies in support/hf_tokenizer.py (in Jinja) and support/chats.py (its checks).
 def render_chat(messages, tokenizer, reply=False):
     """Returns (ids, trained): the token ids of a chat, and for each whether the loss counts it.
 
@@ -590,12 +589,13 @@ def main(argv):
         from corpus.trace import main as trace_main  # only here: it imports this file
         return trace_main(argv)
     from corpus.large_drops import print_large_drops
-    from scaling.begin import data_settings_of_start  # only here: what follows knows train.py
+    from scaling.begin import data_settings_of_start, say_other_data  # only here: knows train.py
     from support.bars import staged
     from train import SCHEMAS  # its keys, which a config file may hold
     config, options = load_config(argv, DataConfig, ShowOptions, siblings=SCHEMAS,
                                   base=data_settings_of_start(argv, (*SCHEMAS, ShowOptions)))
     folder = staged("preparing the data", build_data, config)
+    say_other_data(argv, folder)
     if options.show:
         return print_dropped(folder, options.show)
     print_large_drops(folder)

@@ -41,15 +41,15 @@ class ModelConfig:
     # OLMo's own key of this name counts both halves of the gated MLP, 2F.
     mlp_hidden_size: int = setting(704, "Width F of the MLP (the paper: about 8/3 of d_model).")
     max_seq_len: int = setting(256, "Context T in tokens, and the length of a training instance.")
-    vocab_size: int = setting(4096, "Ids of the tokenizer; if not set, as many as it has.")
+    vocab_size: int = setting(4096, "Number of ids; train.py: the tokenizer's, if not set.")
     # A GPU multiplies fastest where sizes are multiples of 128: OLMo pads 50,280 ids to 50,304.
-    embedding_size: int = setting(4096, "Rows V of the embedding; if not set, vocab_size, padded.")
+    embedding_size: int = setting(4096, "Rows V; train.py: vocab_size, padded, if not set.")
     rope_theta: float = setting(10000.0, "Base of the rotary frequencies.", least=1.0)
     # Sharing one matrix saves OLMo-1B 8 % of its weights; it would save a 7B 3 %.
     weight_tying: bool = setting(False, "Use the embedding as the output head, as OLMo-1B does.")
     # Neither OLMo nor this code has a token for the beginning of a text.
-    eos_token_id: int = setting(4095, "End of a document; if not set, the tokenizer's.")
-    pad_token_id: int = setting(4094, "Padding, never trained on; if not set, the tokenizer's.")
+    eos_token_id: int = setting(4095, "End of a document; train.py: the tokenizer's, if not set.")
+    pad_token_id: int = setting(4094, "Padding, untrained; train.py: the tokenizer's, if not set.")
 
     def __post_init__(self):
         for key in ("d_model", "n_layers", "n_heads", "mlp_hidden_size", "vocab_size"):

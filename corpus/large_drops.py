@@ -15,14 +15,19 @@ def print_funnel(folder):
 
 def print_large_drops(folder):
     """Print a line for each source of which the rules took out more than half."""
-    for name, source in read_json(folder / "manifest.json")["sources"].items():
-        megabytes = {rule: counts.get("bytes", 0) / 1e6
-                     for rule, counts in source["by_rule"].items()}
+    sources = read_json(folder / "manifest.json")["sources"]
+    for name, source in sources.items():
+        lost = {}  # {rule: megabytes}
+        for rule, counts in source["by_rule"].items():
+            megabytes = counts.get("bytes", 0) / 1e6
+            if megabytes > 0:
+                lost[rule] = megabytes
+        total = sum(lost.values())
         whole = source.get("bytes in", 0) / 1e6
-        lost = sum(megabytes.values())
-        if lost > MOST_LOST * whole:
-            rules = sorted(megabytes, key=megabytes.get, reverse=True)[:NAMED_RULES]
-            listed = ", ".join(f"{rule} {megabytes[rule]:,.2f}" for rule in rules
-                               if megabytes[rule] > 0)
-            print(f"warning: {name}: rules took out {lost:,.2f} of {whole:,.2f} MB ({listed}); to "
-                  f"see what: python data.py CONFIG --show={rules[0]}")
+        if total <= MOST_LOST * whole:
+            continue
+        rules = sorted(lost, key=lost.get, reverse=True)
+        rules = rules[:NAMED_RULES]
+        listed = ", ".join(f"{rule} {lost[rule]:,.2f}" for rule in rules)
+        print(f"warning: {name}: rules took out {total:,.2f} of {whole:,.2f} MB ({listed}); to "
+              f"see what: python data.py CONFIG --show={rules[0]}")

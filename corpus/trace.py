@@ -206,7 +206,7 @@ class RunData:
     def steps_done(self):
         """The last step that the run has logged or saved."""
         names = [path.name.removeprefix("step") for path in self.run.glob("step*")]
-        saved = [int(name) for name in names if name.isdigit()]  # not step000500.tmp
+        saved = [int(name) for name in names if name.isdecimal()]  # not step000500.tmp
         return max([0, *saved, *(row["step"] for row in log_rows(self.run))])
 
 

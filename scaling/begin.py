@@ -19,6 +19,7 @@ from corpus.tokenizer import tokenizer_file
 from data import DataConfig
 from model import ModelConfig
 from scaling.checkpoint import load_checkpoint, run_of, step_directories
+from scaling.directory import last_value
 from scaling.ranks import launched
 from support.config_text import read_assignments
 from support.files import UserError, here, read_json
@@ -61,9 +62,14 @@ def data_settings_of_start(argv, schemas):
     if {"-h", "--help"} & set(argv):
         return {}
     given = settings_given(argv, schemas)
+    if given.tokenizer and given.tokenizer.startswith("bpe:"):
+        ids_of_tokenizer(given.tokenizer)  # a UserError now, not after the text is cleaned
     if given.resume:
-        set_here = {key: value for key, value in vars(given).items() if value is not None}
-        return {**data_settings_of_run(given.resume), **set_here}
+        settings = data_settings_of_run(given.resume)
+        for key, value in vars(given).items():
+            if value is not None:
+                settings[key] = value
+        return settings
     has_config = not all(word.startswith("-") for word in argv)
     if not has_config and given.sources is None and given.token_files is None:
         raise UserError("name a config file (python data.py configs/tiny.py), --resume=RUN or "
@@ -78,7 +84,20 @@ def data_settings_of_run(path):
     if not (home / "config.json").is_file():
         raise UserError(f"--resume={path}{here(home)}: no run there")
     [config] = load_config([str(home / "config.json")], DataConfig)
-    return vars(config)
+    return dict(vars(config))
+
+
+def say_other_data(argv, folder):
+    """A line if data.py --resume=RUN has built other data than RUN was trained on."""
+    resume = last_value(argv, "--resume=")
+    if not resume:
+        return
+    home = run_of(resume)
+    trained = home / "manifest.json"
+    built = read_json(folder / "manifest.json")
+    if trained.is_file() and read_json(trained)["sha256"] != built["sha256"]:
+        print(f"warning: {folder}: not the data on which {home} was trained, as the text, the "
+              "settings or the code has changed since")
 
 
 def settings_under(argv, given, run):
@@ -106,12 +125,14 @@ def ids_under(argv, given, run, found):
 
     found: what settings_under returned. A run that has begun keeps its own values.
     """
-    keys = [key for key in IDS if getattr(given, key) is None and key not in found]
-    for key in {*IDS} - {*keys} - {*found}:
+    keys = [key for key in IDS if key not in found]
+    for key in keys:
         value = getattr(given, key)
-        if value < (key in ("vocab_size", "embedding_size")):
+        least = 1 if key in ("vocab_size", "embedding_size") else 0
+        if value is not None and value < least:
             raise UserError(f"{place_of(key, argv)}{key}={value}: leave it out; it follows from "
                             "the tokenizer")
+    keys = [key for key in keys if getattr(given, key) is None]
     if not keys:
         return {}
     if step_directories(run) and not given.overwrite and (run / "config.json").is_file():
@@ -147,8 +168,10 @@ def settings_of_weights(argv, given):
 
 def settings_given(argv, schemas):
     """An object with every key of the schemas: what the command line sets, else None."""
-    keys = [(name, each.type, field(default=None, metadata=each.metadata))
-            for name, each in fields_of(schemas).items()]
+    keys = []
+    for name, each in fields_of(schemas).items():
+        unset = field(default=None, metadata=each.metadata)
+        keys.append((name, each.type, unset))
     [given] = load_config(argv, make_dataclass("Given", keys))
     return given
 
@@ -160,8 +183,11 @@ def run_of_config(given, schemas):
 
 def no_start(argv, run):
     """The UserError about a config that begins with weights, when nobody says whose."""
-    config = next((word for word in argv if not word.startswith("-")), "CONFIG")
-    goes_on = f"; --resume={run} continues the run that is there" * bool(step_directories(run))
+    files = [word for word in argv if not word.startswith("-")]
+    config = files[0] if files else "CONFIG"
+    goes_on = ""
+    if step_directories(run):
+        goes_on = f"; --resume={run} continues the run that is there"
     return UserError("start_from: missing, and fresh_optimizer is for a run that begins with "
                      "somebody's weights; name a run or a Hugging Face directory: python train.py "
                      f"{config} --start_from=OLMo-1B-hf{goes_on}")
@@ -238,7 +264,8 @@ def place_of(key, argv):
     """Where a command line sets a key: "--" or "FILE:LINE: "."""
     if any(word.partition("=")[0] == f"--{key}" for word in argv):
         return "--"
-    for word in reversed([word for word in argv if not word.startswith("-")]):
+    files = [word for word in argv if not word.startswith("-")]
+    for word in reversed(files):
         if word.endswith(".json") and key in read_json(word):
             return f"{word}: "
         if not word.endswith(".json"):

@@ -5,7 +5,6 @@ plain records alone; a tensor's file holds nothing else.
 """
 
 import errno
-import dataclasses
 import hashlib
 import json
 import shutil
@@ -19,7 +18,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.tensor import DTensor
 
-from model import ModelConfig
 from scaling.ranks import gather, on_rank0, rank
 from support.bars import bar, stage
 from support.files import (UserError, disk_remedy, file_sha256, fsync, here, read_json,
@@ -46,7 +44,8 @@ def run_of(path):
 
 def step_directories(run):
     """The step directories of a run, oldest first."""
-    steps = [path for path in Path(run).glob("step*") if path.name[4:].isdigit() and path.is_dir()]
+    steps = [path for path in Path(run).glob("step*")
+             if path.name[4:].isdecimal() and path.is_dir()]
     return sorted(steps, key=step_of)
 
 
@@ -130,20 +129,6 @@ def read_sha256(file):
         if error.errno != errno.EIO:
             raise
         raise UserError(f"{file}: damaged, the disk cannot read it ({error})") from None
-
-
-def check_model_keys(state, path):
-    """UserError for a setting of the network that this code does not have, as it would ignore it.
-
-    The code that wrote the step may be another version, or a fork, whose network computes something
-    else from the same tensors. (Steps of older code do not list the network's keys.)
-    """
-    known = {field.name for field in dataclasses.fields(ModelConfig)}
-    unknown = [key for key in state.get("model_keys", ()) if key not in known]
-    if unknown:
-        given = ", ".join(f"{key}={state['config'].get(key)}" for key in unknown)
-        raise UserError(f"{path}: config: {given}: this code's network has no such setting; use "
-                        "the code that trained it")
 
 
 def state_digest(state):

@@ -116,7 +116,7 @@ class Run:
 
     def load(self, model, optimizer):
         """Fill model and optimiser from what the run begins from."""
-        with stage(f"loading step {self.step:,}"):
+        with stage(f"loading {getattr(self.checkpoint, 'weights', self.checkpoint)}"):
             load_start(self, model, optimizer)
 
     def describe(self, folder, **facts):

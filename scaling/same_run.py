@@ -4,10 +4,12 @@ Settings and data may differ only with --accept_changes. The shape of the weight
 whose ids they have learned and what the run began with may not differ at all.
 """
 
+from dataclasses import fields
 from pathlib import Path
 
 from corpus.storage import tokenizer_digest
-from scaling.checkpoint import check_model_keys, run_of
+from model import ModelConfig
+from scaling.checkpoint import run_of
 from scaling.directory import forked_from
 from support.files import UserError, read_json
 
@@ -81,6 +83,20 @@ def check_changes(place, before, settings, config, free_keys):
             remedy += "" if is_fixed else "; or use --accept_changes"
         raise UserError(f"{place}: holds another run ({'; '.join(changes)}); {remedy}")
     return changes
+
+
+def check_model_keys(state, path):
+    """UserError for a setting of the network that this code does not have, as it would ignore it.
+
+    The code that wrote the step may be another version, or a fork, whose network computes something
+    else from the same tensors. (Steps of older code do not list the network's keys.)
+    """
+    known = {field.name for field in fields(ModelConfig)}
+    unknown = [key for key in state.get("model_keys", ()) if key not in known]
+    if unknown:
+        given = ", ".join(f"{key}={state['config'].get(key)}" for key in unknown)
+        raise UserError(f"{path}: config: {given}: this code's network has no such setting; use "
+                        "the code that trained it")
 
 
 def is_same_path(one, other):

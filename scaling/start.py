@@ -24,11 +24,11 @@ from corpus.tokenizer import tokenizer_at, tokenizer_file
 from data import DataConfig
 from model import ModelConfig
 from scaling.begin import check_files, is_whole_official, takes_step
-from scaling.checkpoint import (Unreadable, check_model_keys, run_of, step_at, step_directories,
-                                step_of, verify_step)
+from scaling.checkpoint import (Unreadable, run_of, step_at, step_directories, step_of,
+                                verify_step)
 from scaling.directory import (MEASURED, check_directory, check_overwrite, forked_from, overwrite)
-from scaling.same_run import (check_before_build, check_data, check_digest, check_settings,
-                              check_tokenizer, differing)
+from scaling.same_run import (check_before_build, check_data, check_digest, check_model_keys,
+                              check_settings, check_tokenizer, differing)
 from support.bars import staged
 from support.files import (UserError, here, link_or_copy, log_rows, read_json, rows_until,
                            write_json, write_rows)
@@ -275,7 +275,7 @@ def start_new(config, fingerprint):
     lost = len(list(log_rows(config.run_dir)))
     if lost:
         print(f"{config.run_dir}: holds no step, so the run begins again; dropped: "
-              f"{counted(lost, 'row')} of its metrics.jsonl")
+              f"{counted(lost, 'row')} of its metrics.jsonl; starts.jsonl keeps its earlier starts")
     if not config.start_from:
         return None, dict(NEW_STATE)
     start = Path(config.start_from)

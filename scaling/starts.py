@@ -14,7 +14,11 @@ from support.files import UserError, disk_remedy, to_json
 
 
 def note_start(path, step, config, device):
-    """Append a row; all ranks call this, and rank 0 writes. step: from which the run goes on."""
+    """Append a row; all ranks call this, and rank 0 writes. step: from which the run goes on.
+
+    The command is that of the process, also where a program of its own calls train.main. `compiled`
+    is what auto chose; a compiler that then fails is switched off (scaling/compiler.py).
+    """
     compiled, _ = agree_on_compile(config, device)
     dtype = choose_dtype(config.dtype, device)
     row = {"kind": "start", "step": step,
@@ -33,9 +37,14 @@ def note_start(path, step, config, device):
 
 
 def append_row(file, row):
+    """Append a row, {key: value}, to a file of JSON lines, on a line of its own.
+
+    A crash may have torn the last line. The row must not become a part of it, and be lost too.
+    """
     try:
+        rows = file.read_bytes() if file.is_file() else b""
         with open(file, "a") as log:
-            log.write(to_json(row) + "\n")
+            log.write("\n" * (rows[-1:] not in (b"", b"\n")) + to_json(row) + "\n")
     except OSError as error:
         raise UserError(f"{file}: could not be written ({error}); {disk_remedy(error)}") from None
 

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from tqdm import tqdm
 
@@ -186,22 +186,45 @@ def take_lock():
     """Give tqdm a lock that a fork waits for: its child would inherit what a thread holds."""
     lock = threading.RLock()
     tqdm.set_lock(lock)
-    os.register_at_fork(before=lock.acquire, after_in_parent=lock.release,
+    # subtle: release itself, as Ctrl-C at the begin of a function of ours would leave it locked
+    os.register_at_fork(before=partial(hold, lock), after_in_parent=lock.release,
                         after_in_child=lock.release)
 
 
+def hold(lock):
+    """Acquire an RLock before a fork, also where Ctrl-C falls into the wait for it.
+
+    The fork follows in any case, and after it a release. The KeyboardInterrupt is only deferred:
+    see hear_ctrl_c in support/interrupts.py.
+    """
+    try:
+        lock.acquire()
+    except KeyboardInterrupt:
+        if not lock._is_owned():  # as threading.Condition asks it
+            lock.acquire()
+        raise
+
+
 # ---- Other output --------------------------------------------------------------------------------
+
+def bars_now():
+    """The bars of this moment, a list. The thread of a stage adds bars and ends them."""
+    if not getattr(tqdm, "_instances", ()):
+        return []
+    with tqdm.get_lock():  # nobody adds a bar while they are listed
+        return list(tqdm._instances)
+
 
 def hide_bars():
     """Clear the lines of all bars, so that what is printed next has a line of its own.
 
     Each bar is drawn again when it goes on.
     """
-    for each in list(getattr(tqdm, "_instances", ())):
+    for each in bars_now():
         each.clear()
 
 
 def end_bars():
     """End the bars that work left on the terminal, so that the next line is a line of its own."""
-    for each in list(getattr(tqdm, "_instances", ())):
+    for each in bars_now():
         each.close()

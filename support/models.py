@@ -15,7 +15,7 @@ from scaling.machine import choose_device, keep_freed_memory
 from scaling.ranks import check_agreement, on_each_rank
 from scaling.sharding import own_slice
 from support import finite
-from support.bars import stage
+from support.bars import stage, staged
 from support.files import UserError, file_sha256
 from support.hf_tokenizer import warn_of_other_template
 from support.official import TRAINING_STATE
@@ -37,13 +37,13 @@ def open_model(path, config):
     return model, tokenizer, state
 
 
-@stage("loading the model")
 def open_with_tokenizer(path):
     """(model, tokenizer, state.json) of any model; UserError unless the two belong together."""
     path = Path(path)
-    device = choose_device()
-    step, state = find_step(path)
-    model = load_step(step, state, device) if state else load_model(path, device)
+    with stage(f"loading {path}"):
+        device = choose_device()
+        step, state = find_step(path)
+        model = load_step(step, state, device) if state else load_model(path, device)
     tokenizer = open_tokenizer(run_of(path) / "tokenizer.json", model.config)
     return model, tokenizer, state
 
@@ -93,12 +93,15 @@ def open_base(start_from, verify):
     return Base(weights, home, digest, model_config, {}, kind_of(weights))
 
 
-@stage("loading the weights")
 def fill_weights(model, base):
     """Copy the weights of the base into a model, sharded or not: each rank reads its own slice.
 
     A fault that one rank finds is a UserError on all of them.
     """
+    staged(f"loading {base.weights}", fill_slices, model, base)
+
+
+def fill_slices(model, base):
     if base.kind != "run":
         row_hash = on_each_rank(fill_from_files, model, base.weights)
         # a node may have another directory under this name, on a disk of its own

@@ -15,9 +15,11 @@ class Progress:
     def __init__(self):
         self.begin("")
 
-    def begin(self, title):
+    def begin(self, title, has_line=False):
+        """has_line: whether there was a line about what came before it in the same list."""
         self.title = title
         self.watch = Watch()
+        self.watch.has_line = has_line
 
     def line_is_due(self):
         return rank() == 0 and self.watch.is_due()
@@ -32,15 +34,16 @@ progress = Progress()
 
 
 def titled(items):
-    """Yields each of some domains or tasks, and says when one of them is done.
+    """Yields each of some domains or tasks, and says when one of them is done, if a line is due.
 
-    The first field of an item is its name. One that took no time has no line.
+    The first field of an item is its name. The lines of all items are as far apart as those of one.
     """
     items = list(items)
+    progress.begin("")
     for i, item in enumerate(items, 1):
-        progress.begin(item[0])
+        progress.begin(item[0], progress.watch.has_line)
         yield item
-        if not sys.stderr.isatty() and (progress.watch.has_line or progress.line_is_due()):
+        if not sys.stderr.isatty() and progress.line_is_due():
             progress.say(f"measured, {i} of {len(items)}")
     progress.begin("")
 

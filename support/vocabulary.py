@@ -57,7 +57,7 @@ def ids_of_tokenizer(name):
     """
     kind, _, size = name.partition(":")
     if kind == "bpe":
-        if not size.isdigit() or int(size) < LEAST_IDS:
+        if not size.isdecimal() or int(size) < LEAST_IDS:  # "²".isdigit(), but int takes decimals
             raise UserError(f"tokenizer={name}: write bpe:N, N ids and at least {LEAST_IDS}, such "
                             "as bpe:4096")
         count = int(size)
@@ -112,8 +112,10 @@ def remedy_for_missing(file):
 
 def description_of(folder):
     """The file in `folder` that describes a model; None in a folder of built data."""
-    files = [folder / "config.yaml", folder / "config.json"]
-    return next((file for file in files if file.is_file()), None)
+    for name in ("config.yaml", "config.json"):
+        if (folder / name).is_file():
+            return folder / name
+    return None
 
 
 def is_run(description):

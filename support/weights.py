@@ -13,8 +13,9 @@ import torch
 
 from corpus.tokenizer import tokenizer_at
 from model import ModelConfig, OLMo
-from scaling.checkpoint import check_model_keys, check_tensors, read_step, run_of, step_at
+from scaling.checkpoint import check_tensors, read_step, run_of, step_at
 from scaling.directory import has_steps
+from scaling.same_run import check_model_keys
 from support import finite
 from support.bars import stage
 from support.compare import compare_with_transformers
@@ -243,7 +244,7 @@ def export(path, out):
     """
     out = Path(out)
     refuse_existing(out)  # before the long part
-    with stage("loading the model"):
+    with stage(f"loading {path}"):
         model = load_model(path)
     home = run_of(path)
     tokenizer = home / "tokenizer.json"

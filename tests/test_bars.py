@@ -1,5 +1,6 @@
 """How far a long piece of work has come: bars on a terminal, lines elsewhere."""
 
+import re
 import sys
 import threading
 
@@ -9,7 +10,7 @@ import torch
 import data
 import train
 from scaling.compiler import say_when_compiling
-from support import bars, interrupts
+from support import bars, interrupts, progress
 from support.text import UserError
 from tests.conftest import write_jsonl
 
@@ -72,26 +73,38 @@ def test_each_stage_is_named_before_it_ends(monkeypatch, capsys):
         assert capsys.readouterr().err == ""
 
 
-def test_a_stage_has_a_line_on_a_terminal_which_is_gone_at_its_end(monkeypatch, capsys):
+@pytest.fixture
+def no_thread(monkeypatch):
+    """A stage shows itself at its begin, and then only when the test calls show()."""
     monkeypatch.setattr(bars, "FIRST_S", 0)
+    monkeypatch.setattr(bars.Stage, "keep_showing", lambda self, ended: None)
+
+
+def test_a_stage_has_a_line_on_a_terminal_which_is_gone_at_its_end(no_thread, monkeypatch, capsys):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     with bars.stage("saving"):
-        assert "saving, 0 s" in capsys.readouterr().err
+        assert re.search(r"saving, \d+ s", capsys.readouterr().err)
         bars.hide_bars()  # as before a line on stdout
         assert capsys.readouterr().err.split("\r")[-1].strip() == ""
     assert not list(bars.tqdm._instances)
+
+
+def showing_threads():
+    """How many threads show a stage; tqdm has one of its own."""
+    names = [thread.name for thread in threading.enumerate()]
+    return sum("keep_showing" in name for name in names)
 
 
 def test_a_stage_ends_with_an_error(monkeypatch):
     monkeypatch.setattr(bars, "FIRST_S", 0)
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     with pytest.raises(UserError), bars.stage("saving"):
+        assert showing_threads() == 1
         raise UserError("the disk is full; free some space")
-    assert not list(bars.tqdm._instances) and threading.active_count() < 10
+    assert not list(bars.tqdm._instances) and showing_threads() == 0
 
 
-def test_of_stages_inside_each_other_the_innermost_is_seen(monkeypatch, capsys):
-    monkeypatch.setattr(bars, "FIRST_S", 0)
+def test_of_stages_inside_each_other_the_innermost_is_seen(no_thread, monkeypatch, capsys):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     with bars.stage("outer"):
         outer = bars.Stage.lasting[-1]
@@ -101,7 +114,55 @@ def test_of_stages_inside_each_other_the_innermost_is_seen(monkeypatch, capsys):
             outer.show()  # as its thread does each second
             assert outer.bar is None and "outer" not in capsys.readouterr().err
         outer.show()
-        assert "outer, 0 s" in capsys.readouterr().err
+        assert re.search(r"outer, \d+ s", capsys.readouterr().err)
+
+
+def test_bars_are_listed_while_nobody_adds_one(monkeypatch):
+    """The thread of a stage may add its bar while another thread prints."""
+    bars.take_lock()
+    is_held = []
+
+    class Bars(list):
+        def __iter__(self):
+            is_held.append(bars.tqdm.get_lock()._is_owned())
+            return super().__iter__()
+    monkeypatch.setattr(bars.tqdm, "_instances", Bars([bars.bar([], "x", hidden=True)]))
+    bars.hide_bars()
+    bars.end_bars()
+    assert is_held == [True, True]
+
+
+def test_ctrl_c_before_a_fork_leaves_a_lock_to_release(monkeypatch):
+    """Otherwise the release after the fork is an error, and the child may inherit a locked lock."""
+    class Lock:
+        interrupts = 1
+        depth = 0
+
+        def acquire(self):
+            if self.interrupts:
+                self.interrupts -= 1
+                raise KeyboardInterrupt
+            self.depth += 1
+
+        def _is_owned(self):
+            return self.depth > 0
+
+    lock = Lock()
+    with pytest.raises(KeyboardInterrupt):
+        bars.hold(lock)
+    assert lock.depth == 1
+    bars.hold(lock)
+    assert lock.depth == 2
+
+
+def test_the_lines_of_many_tasks_are_as_far_apart_as_those_of_one(monkeypatch, capsys):
+    monkeypatch.setattr(bars, "FIRST_S", 0)
+    monkeypatch.setattr(bars, "SECONDS", 600)
+    for _ in range(2):  # two suites
+        for _ in progress.titled([("one",), ("two",), ("three",)]):
+            assert list(progress.watched([1, 2], "question")) == [1, 2]
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith("one: question 1 of 2")
 
 
 def test_a_terminal_shows_a_word_while_torch_is_imported(monkeypatch, capsys):
@@ -124,7 +185,7 @@ def test_what_a_training_does_is_said_in_order(tmp_path, tiny_config, call, monk
                 "looking for a checkpoint", "preparing the model", "drawing the weights",
                 "saving step 2"]
     assert_in_order(call(train, file, f"--data_dir={tmp_path / 'data'}"), in_order)
-    in_order = ["looking for a checkpoint", f"checking {tmp_path}", "loading step 2",
+    in_order = ["looking for a checkpoint", f"checking {tmp_path}", f"loading {tmp_path}",
                 "saving step 3"]
     assert_in_order(call(train, file, f"--data_dir={tmp_path / 'data'}", "--max_steps=3"), in_order)
 

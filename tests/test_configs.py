@@ -1,9 +1,11 @@
 """The config loader: precedence, types, errors, --help, and that a config file is never run."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -407,6 +409,8 @@ def test_run_main(tmp_path, word, code, begins, lines):
     ("--load_in_4bit", "on purpose"), ("--bias=true", "no bias"), ("--optimizer=lion", "AdamW"),
     ("--num_gpus=2", "torchrun"), ("--cpu", "--device=cpu"), ("--config=x.py", "name the file"),
     ("--warmup_ratio=0.1", "did you mean warmup_steps?"), ("--vocab_size=512", "--tokenizer=bpe:N"),
+    ("--alpha_f=0.1", "--min_lr=RATE"), ("--hidden_dim=512", "--mlp_hidden_size=N"),
+    ("--total_batch_size=524288", "--batch_size=N, in sequences"),
     ("--LR=1", "did you mean lr?"), ("--zzz=1", "--help"), ("--rules=web", "'rules': 'web'")])
 def test_names_of_other_houses_and_values_of_other_types_get_a_hint(call, word, hint):
     result = call(train, configs.ROOT / "configs/tiny.py", word)
@@ -418,6 +422,10 @@ def test_names_of_other_houses_and_values_of_other_types_get_a_hint(call, word, 
     (adapt, "--warmup_ratio=0.1", "did you mean warmup_share?"), (adapt, "--qlora", "on purpose"),
     (adapt, "--sources=x", "--train_data=PATH"), (adapt, "--n_embd=64", "follows from the model"),
     (adapt, "--seed=1", "a key of train.py"), (evaluation, "--batch_size=8", "--eval_batch_tokens"),
+    (evaluation, "--num_gpus=2", "one process"), (data, "--devices=2", "--workers=N"),
+    (evaluation, "--config=x.py", "runs/tiny"), (adapt, "--config=x.py", "tiny_sft.py"),
+    (evaluation, "--fp16", "--eval_dtype=bfloat16"), (adapt, "--patience=3", "--epochs"),
+    (evaluation, "--total_batch_size=8", "--eval_batch_tokens"),
     (evaluation, "--bf16", "--eval_dtype=bfloat16"), (evaluation, "--lr=1", "a key of train.py"),
     (evaluation, "--learning_rate=1", "called lr here, a key of train.py"),
     (evaluation, "--max_tokens=9", "did you mean max_new_tokens?"),
@@ -446,6 +454,43 @@ def test_the_names_of_other_houses_are_those_of_our_keys():
             # adapt.py sets the keys of the schedule by itself, and refuses them by name
             taken = commands[command].keys() - adapt.DERIVED
             assert not taken & set(words.split()), saying
+
+
+OPTION = re.compile(r"--(\w+)(?:=(\"[^\"]*\"|[\w.:]+))?")
+EXAMPLES = {"N": "64", "RATE": "1e-5", "true": "true"}  # of what stands after the = in a saying
+
+
+def options_in(saying):
+    """The options that a saying names, as somebody would type them; not those of torchrun."""
+    fields = fields_of([*train.SCHEMAS, adapt.AdaptConfig])
+    for key, value in OPTION.findall(re.sub(r"torchrun \S+", "torchrun", saying)):
+        if not value and key in fields:
+            value = str(fields[key].default)
+        yield f"--{key}={EXAMPLES.get(value, value.strip(chr(34)))}"
+
+
+@pytest.mark.parametrize("module, begin, work", [
+    (train, ["configs/tiny.py"], "train"), (adapt, ["configs/tiny_sft.py"], "adapt"),
+    (data, ["configs/tiny.py"], "build_data"), (evaluation, ["configs"], "evaluate_path")])
+def test_each_option_in_a_saying_is_one_of_the_command_that_says_it(call, monkeypatch, module,
+                                                                    begin, work):
+    """Whoever does as told must not be refused again, nor told of another command's program."""
+    def reach(*_):  # the command line is read, and the work would begin
+        raise UserError("reached")
+    monkeypatch.chdir(configs.ROOT)
+    monkeypatch.setattr(module, work, reach)
+    command = Path(module.__file__).name
+    faults = []
+    for words, named, saying in SAYINGS:
+        if named and command not in named.split():
+            continue
+        for option in options_in(saying):
+            said = call(module, *begin, option).stderr
+            if not said.endswith("error: reached\n"):
+                faults.append(f"{words.split()[0]}: {saying}: {said.strip()}")
+        if "torchrun" in saying and not hasattr(module.main, "takes_ranks"):
+            faults.append(f"{words.split()[0]}: {saying}: {command} is one process")
+    assert not faults, "\n".join(faults)
 
 
 def test_counts_are_written_with_their_noun():

@@ -18,6 +18,7 @@ from corpus.documents import is_held_out
 from experiments import __main__ as program
 from experiments import catalogue, corpora, results, runs
 from experiments.catalogue import EXPERIMENTS, UNCHANGED, Experiment, short, tuned
+from model import count_parameters
 from train import SCHEMAS
 
 VARIANTS = {variant.name: variant for experiment in EXPERIMENTS for variant in experiment.variants}
@@ -50,8 +51,9 @@ def test_the_options_load_and_say_what_they_mean(tmp_path):
     betas = re.findall(r"--beta=(0\.\d+)", str(EXPERIMENTS))
     assert max(map(float, betas)) / min(map(float, betas)) == pytest.approx(30)
     assert configs["no_warmup"][3].warmup_steps == 0 < configs["unchanged"][3].warmup_steps
-    assert [configs[name][0].vocab_size for name in ("vocabulary_1024", "vocabulary_16384")] == [
-        1024, 16384]
+    small, large = (configs[f"vocabulary_{size}"][0] for size in (1024, 16384))
+    assert (small.vocab_size, large.vocab_size) == (1024, 16384)
+    assert count_parameters(large) > 2 * count_parameters(configs["unchanged"][0])
 
 
 def test_the_doc_lists_what_is_run():
@@ -67,6 +69,11 @@ def test_the_doc_tells_the_steps_of_the_base_and_of_equal_bytes():
     smallest, base, largest = (int(number.replace(",", "")) for number in found.groups())
     for name, tokens in (("vocabulary_1024", smallest), ("vocabulary_16384", largest)):
         assert VARIANTS[name].options[-1] == f"--max_steps={round(150 * tokens / base)}"
+
+
+def test_the_doc_tells_the_time_of_all_runs():
+    heading, _, said, *_ = RESULTS.splitlines()
+    assert heading.startswith("# Results: 3 seeds, 2 cores") and said in " ".join(DOC.split())
 
 
 def section_of(text, heading):

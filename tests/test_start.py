@@ -21,6 +21,7 @@ from corpus.documents import as_document
 from corpus.stdlib import stdlib_document
 from eval import EvalConfig, evaluate_perplexity
 from scaling.directory import describe
+from scaling.starts import append_row
 from support.files import UserError, disk_remedy, fsync, log_rows, write_rows
 from support.models import open_base, open_model
 
@@ -32,6 +33,10 @@ def content_and_times(folder):
     """{file: (bytes, time of the last change)} of everything in a folder."""
     return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*")
             if path.is_file() and path.name != ".lock"}
+
+
+def starts_of(run):
+    return list(log_rows(run, "starts.jsonl"))
 
 
 # ---- A run's tokenizer is part of its data -------------------------------------------------------
@@ -462,9 +467,22 @@ def test_a_run_that_has_lost_its_steps_does_not_begin_again_in_silence(copied, t
     assert content_and_times(copied) == before
     command = re.search(r"python train.py (\S+) (\S+)", line).groups()
     lost = len(list(log_rows(copied)))
+    began = starts_of(copied)
     result = call(train, *command, "--max_steps=2")
     assert result.returncode == 0 and f"{lost} rows" in result.stdout and steps(copied) == [1, 2]
+    assert "starts.jsonl keeps" in result.stdout and len(starts_of(copied)) == len(began) + 1
     assert "rows" not in call(train, *command, "--max_steps=2", "--overwrite").stdout
+
+
+def test_a_start_after_a_torn_one_has_a_line_of_its_own(tmp_path):
+    """A crash may tear the last line; the next row must not be lost with it."""
+    file = tmp_path / "starts.jsonl"
+    for step in (0, 5):
+        append_row(file, {"kind": "start", "step": step})
+    file.write_bytes(file.read_bytes()[:-9])
+    append_row(file, {"kind": "start", "step": 7})
+    assert [row["step"] for row in starts_of(tmp_path)] == [0, 7]
+    assert len(file.read_text().splitlines()) == 3
 
 
 def test_a_step_that_is_not_there_is_told_with_those_that_are(copied, tiny_config, call, refused):

@@ -189,7 +189,8 @@ def test_built_data_with_the_other_published_tokenizer_names_the_right_one(tmp_p
                            pad_token_id=1)
     shutil.copyfile(file, tmp_path / "tokenizer.json")
     line = refusal(open_tokenizer, tmp_path / "tokenizer.json", config)
-    assert "--tokenizer=olmo" in line and "--eos_token_id" not in line
+    assert "--tokenizer=olmo" in line
+    assert "--eos_token_id" not in line
 
 
 def test_a_missing_tokenizer_says_where_it_must_lie(tmp_path, tokenizer, opened, refused):
@@ -254,12 +255,14 @@ def test_logits_that_are_no_numbers_are_an_error_with_their_place(bad):
         model.lm_head.weight[3] = bad
     for temperature in (0.0, 1.0):
         line = refusal(m.generate, model, [[5, 6], [7]], 4, temperature)
-        assert "prompt 1 of 2" in line and "token 1" in line
+        assert "prompt 1 of 2" in line
+        assert "token 1" in line
     assert "prompt 2 of 2" in refusal(check_logits, torch.tensor([[1.0, 2], [bad, 1]]), 0)
 
 
 @pytest.mark.parametrize("kind, name", [
-    ("run", "blocks.1.mlp.ff_out.weight"), ("hf", "model.layers.1.mlp.down_proj.weight")])
+    ("run", "blocks.1.mlp.ff_out.weight"),
+    ("hf", "model.layers.1.mlp.down_proj.weight")])
 def test_weights_that_are_no_numbers_are_named(kind, name, tmp_path, tokenizer, opened, refused):
     """Under the name that the file gives them."""
     model = random_model(**IDS)
@@ -320,7 +323,8 @@ def test_added_chat_tokens_are_read_as_hf_reads_them(tmp_path, tokenizer, normal
     model = load_model(path)
     assert model.config.vocab_size == 303
     ids, _ = render_chat([{"role": "user", "content": "dog"}], ours, reply=True)
-    assert ids[1] == 300 and ids[-2] == 301
+    assert ids[1] == 300
+    assert ids[-2] == 301
     for door in DOORS:
         result = opened(door, path)
         assert result.returncode == (door == "plain"), (door, result.stderr)
@@ -336,7 +340,8 @@ def lose_a_byte(spec):
 
 
 @pytest.mark.parametrize("change, part", [
-    (hole, "ids without a token"), (lambda spec: hole(spec, 10**15), "ids without a token"),
+    (hole, "ids without a token"),
+    (lambda spec: hole(spec, 10**15), "ids without a token"),
     (lambda spec: hole(spec, -1), "ids that are none"),
     (lambda spec: add_tokens(spec, "<a>", "<a>b"), "added tokens with which another begins"),
     (lambda spec: hole(spec, 7), "ids that two tokens have: [7]"),
@@ -352,11 +357,13 @@ def test_a_tokenizer_that_would_be_read_wrongly_is_refused(tmp_path, tokenizer, 
     file = shutil.copyfile(tokenizer, tmp_path / "tokenizer.json")
     changed(file, change)
     line = refusal(Tokenizer.load, file)
-    assert str(file) in line and part in line
+    assert str(file) in line
+    assert part in line
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"add_bos_token": True}, ["add_bos_token"]), ({"add_eos_token": True}, ["add_eos_token"]),
+    ({"add_bos_token": True}, ["add_bos_token"]),
+    ({"add_eos_token": True}, ["add_eos_token"]),
     ({"add_prefix_space": True}, ["add_prefix_space"]),
     ({"added_tokens_decoder": {"300": {"content": "<new>"}}}, ["added_tokens_decoder", "300"]),
     ({"added_tokens_decoder": ["<new>"]}, ["added_tokens_decoder"])])
@@ -388,8 +395,10 @@ def ids_of_config(*words):
 
 
 @pytest.mark.parametrize("name, ids", [
-    ("bpe:300", (300, 384, 299, 298)), ("bpe:512", (512, 512, 511, 510)),
-    ("bpe:4096", (4096, 4096, 4095, 4094)), ("olmo", (50280, 50304, 50279, 1))])
+    ("bpe:300", (300, 384, 299, 298)),
+    ("bpe:512", (512, 512, 511, 510)),
+    ("bpe:4096", (4096, 4096, 4095, 4094)),
+    ("olmo", (50280, 50304, 50279, 1))])
 def test_the_ids_of_a_tokenizer_are_known_by_its_name(name, ids):
     assert tuple(ids_of_tokenizer(name).values()) == ids
     assert ids_of_config(ROOT / "configs/tiny.py", f"--tokenizer={name}") == ids
@@ -414,12 +423,17 @@ def test_a_value_that_is_set_holds_and_is_said_by_none(capsys):
     ids = ids_of_config(ROOT / "configs/tiny.py", "--tokenizer=bpe:500", "--embedding_size=640")
     assert ids == (500, 640, 499, 498)
     [line] = capsys.readouterr().out.splitlines()
-    assert "bpe:500" in line and "eos_token_id=499" in line and "embedding_size" not in line
+    assert "bpe:500" in line
+    assert "eos_token_id=499" in line
+    assert "embedding_size" not in line
 
 
 @pytest.mark.parametrize("word, message", [
-    ("--vocab_size=0", "--vocab_size=0: leave it out"), ("--pad_token_id=-1", "leave it out"),
-    ("--tokenizer=bpe:283", "at least 284"), ("--tokenizer=bpe:", "bpe:N"),
+    ("--vocab_size=0", "--vocab_size=0: leave it out"),
+    ("--pad_token_id=-1", "leave it out"),
+    ("--tokenizer=bpe:283", "at least 284"),
+    ("--tokenizer=bpe:", "bpe:N"),
+    ("--tokenizer=bpe:²", "bpe:N"),
     ("--tokenizer=nofile.json", "nofile.json: no such file")])
 def test_what_cannot_follow_is_said_before_anything_is_built(word, message, call, refused):
     for more in ([], ["--plan"]):
@@ -444,7 +458,8 @@ def test_a_smaller_tokenizer_needs_one_option(tmp_path, sources, tokenizer, call
         steps = saved_steps(tmp_path / "run")[-1] + 1
         result = call(train, *command, f"--max_steps={steps}")
         assert result.returncode == 0, result.stderr
-        assert said not in result.stdout and saved_steps(tmp_path / "run")[-1] == steps
+        assert said not in result.stdout
+        assert saved_steps(tmp_path / "run")[-1] == steps
 
 
 def test_a_run_with_other_rows_than_follow_goes_on(tmp_path, tiny_config, call):
@@ -470,5 +485,9 @@ def test_data_py_asks_what_to_read_and_takes_a_run(tmp_path, tiny_config, source
     file = tiny_config("run")
     assert call(train, file, "--max_steps=1").returncode == 0
     printed = [call(data, *words) for words in ([file], ["--resume=run", "--max_steps=30"])]
-    assert printed[0].stdout == printed[1].stdout and printed[1].returncode == 0
+    assert printed[0].stdout == printed[1].stdout
+    assert printed[1].returncode == 0
+    other = call(data, "--resume=run", "--eval_share=0.5")
+    assert other.returncode == 0
+    assert "not the data on which run was trained" in other.stdout
     assert call(data, f"--sources={sources}", "--tokenizer=bpe:300").returncode == 0
