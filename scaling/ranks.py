@@ -26,6 +26,8 @@ from support.files import UserError, file_sha256
 
 WAIT_IN_SILENCE_S = 10  # after so long, rank 0 says for which ranks it waits
 ALONE = {"show", "chat", "generate"}  # of adapt.py; several processes would write one file
+MAIN_FILES = ("model.py", "data.py", "train.py", "eval.py", "adapt.py", "configs/__init__.py")
+PARTS = ("corpus", "scaling", "support")  # folders of code
 ERROR_GRACE_S = 3  # how long a rank other than 0 waits before it prints an error of its own
 
 
@@ -298,9 +300,13 @@ def agree_on_compile(config, device):
 
 
 def code_version():
-    """One hash over all code files, which must be the same on every rank."""
-    folders = (".", "configs", "corpus", "scaling", "support")
-    files = [file for folder in folders for file in sorted((ROOT / folder).glob("*.py"))]
+    """One hash over the project's code, which must be the same on every rank.
+
+    A user's config files are no part of it, wherever they lie: what they say is in the settings.
+    """
+    files = [ROOT / name for name in MAIN_FILES]
+    for folder in PARTS:
+        files += sorted((ROOT / folder).glob("*.py"))
     digests = "".join(file_sha256(file) for file in files)
     return hashlib.sha256(digests.encode()).hexdigest()[:12]
 

