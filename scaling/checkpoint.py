@@ -22,7 +22,7 @@ from scaling.ranks import gather, on_rank0, rank
 from support.bars import bar, stage
 from support.files import (UserError, disk_remedy, file_sha256, fsync, here, read_json,
                            without_nan, write_json)
-from support.hints import hub_remedy
+from support.hints import hub_remedy, run_remedy
 from support.plain_pickle import NamelessUnpickler
 
 # ---- Finding -------------------------------------------------------------------------------------
@@ -36,8 +36,7 @@ def run_of(path):
         steps = [step.name for step in step_directories(path.parent)]
         if steps:
             raise UserError(f"{path}: no such step; {path.parent} has {', '.join(steps)}")
-        remedy = hub_remedy(path) or ("python train.py configs/tiny.py makes runs/tiny, and then "
-                                      "python adapt.py configs/tiny_sft.py makes runs/tiny_sft")
+        remedy = hub_remedy(path) or run_remedy(path)
         raise UserError(f"{path}: no such directory{here(path)}; {remedy}")
     return path.parent if (path / "state.json").is_file() else path
 

@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 from scaling.machine import peak_flops
 from scaling.ranks import rank, world_size
-from support.files import (UserError, disk_remedy, free_name, read_log, rows_until, to_json,
-                           write_rows)
+from support.files import (UserError, disk_remedy, free_name, read_json, read_log, rows_until,
+                           to_json, write_rows)
 from support.records import domains_table, tasks_table
 from support.text import counted
 
@@ -193,6 +193,12 @@ def print_results(run):
         print(f"\nthe best step: {best_in(run.results)}")
     print("\nnext:")
     print(f"  python eval.py {best}")
-    print(f'  python eval.py sample {best} --prompt="def read_"')
+    print(f"  python eval.py sample {best} --prompt={example_prompt(run.path)}")
     print(f"  python eval.py report {run.path}")
     print(f"  python model.py export {best} {free_name(f'{run.path}-hf')}")
+
+
+def example_prompt(run):
+    """A prompt that fits the text of a run, quoted: some Python, or whatever the user writes."""
+    sources = read_json(run / "config.json").get("sources", {})
+    return '"def read_"' if "stdlib" in str(sources) else '"THE BEGINNING OF A TEXT"'

@@ -75,12 +75,12 @@ def check_changes(place, before, settings, config, free_keys):
     fixed = SHAPE if "method" in settings else SHAPE | START
     is_fixed = bool(fixed & set(keys))
     if changes and (is_fixed or not config.accept_changes):
-        accept = "" if is_fixed else " or --accept_changes"
+        accept = "" if is_fixed else " or --accept_changes (continues it with what is given now)"
         # with --resume every value that is not named is the run's, in any run_dir
-        remedy = f"choose another --run_dir, or use --overwrite{accept}"
+        remedy = f"choose another --run_dir, or use --overwrite (deletes that run){accept}"
         if config.resume:
             remedy = f"leave out what sets {', '.join(keys)}: the values of {place} are then used"
-            remedy += "" if is_fixed else "; or use --accept_changes"
+            remedy += "" if is_fixed else "; or continue with the new: --accept_changes"
         raise UserError(f"{place}: holds another run ({'; '.join(changes)}); {remedy}")
     return changes
 
@@ -126,7 +126,7 @@ def check_data(place, saved, fingerprint, config):
         print(f"{place}: continues with changed data: {'; '.join(changes)}")
     elif changes:
         is_own = run_of(place).resolve() == Path(config.run_dir).resolve()
-        remedy = "use --overwrite or" if is_own and not config.resume else "use"
+        remedy = "use --overwrite (deletes the run) or" if is_own and not config.resume else "use"
         if starts_another(config, Path(place)):
             remedy = "take its weights alone (--fresh_optimizer), or use"
         raise UserError(f"{place}: its data has changed ({'; '.join(changes)}); restore the text, "

@@ -38,12 +38,12 @@ CHATS = Forms("a chat is an object with a list of them: the user's and the assis
     ("query", "response"): "query and response",  # MetaMathQA
     ("query", "answer"): "query and answer",  # CodeFeedback
     ("inputs", "targets"): "inputs and targets",  # FLAN and Aya
-}, {"chosen": "these are preferences: --method=dpo"})
+}, {"chosen": "these are preferences, for DPO: take a config such as configs/tiny_dpo.py"})
 PREFERENCES = Forms("a preference has both", {("chosen", "rejected"): "chosen and rejected"}, {
     "completion": "DPO needs two answers to a prompt; a row of one answer, with a label as for "
                   "KTO, is not read",
     **dict.fromkeys(("messages", "conversations", "output", "response"),
-                    "these are chats: --method=sft")})
+                    "these are chats, for SFT: take a config such as configs/tiny_sft.py")})
 PROMPTS = Forms("a prompt is an object with one of messages, conversations, prompt, instruction, "
                 "question, query and inputs", {
     ("messages",): "messages",

@@ -10,6 +10,7 @@ from typing import get_args
 from support.files import UserError, here
 from support.other_words import OURS, VALUES, names_here, saying_about
 
+NAMED_RUNS = 8  # of a folder, in a message
 ROOT = Path(__file__).resolve().parent.parent  # the repository
 
 
@@ -149,6 +150,19 @@ def check_base(path, base, before, place):
             file = from_here(ROOT / "configs" / str(base))
         raise UserError(f"{place}adds_to={base}: this file adds to that one; name both: "
                         f"{file} {path}")
+
+
+def run_remedy(path):
+    """What to do about a run that is not there: which are beside it, or how the first is made."""
+    beside = sorted(file.parent.name for file in path.parent.glob("*/config.json"))
+    if not beside:
+        return ("python train.py configs/tiny.py makes runs/tiny, and then python adapt.py "
+                "configs/tiny_sft.py makes runs/tiny_sft")
+    near = difflib.get_close_matches(path.name, beside, n=1)
+    if near:
+        return f"did you mean {path.parent / near[0]}? If it has moved, name where it is now"
+    listed = ", ".join(beside[:NAMED_RUNS]) + ", ..." * (len(beside) > NAMED_RUNS)
+    return f"{path.parent} has {listed}; if it has moved, name where it is now"
 
 
 def hub_remedy(path):

@@ -157,6 +157,8 @@ class Faults:
         if not self.rows:
             return
         remedy = f"mend {self.rows:,} of {counted(self.rows + self.sound, 'row')}{or_else}"
+        if len(self.reasons) == 1 and self.rows > 1 and not self.sound:  # of another kind
+            raise UserError(f"{self.examples[0]} (all {self.rows:,} rows have this fault)")
         if self.rows <= ON_ONE_LINE:
             raise UserError(f"{'; '.join(self.examples)}; {remedy}")
         examples = "\n  ".join(self.examples)

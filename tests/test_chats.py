@@ -85,6 +85,15 @@ def test_many_faults_are_ten_examples_and_counts_by_reason(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[1:] == shown[12:]
 
 
+def test_a_file_of_another_kind_is_one_fault(tmp_path, capsys):
+    """Said once, with no word of skipping rows: none would be left."""
+    file = write_lines(tmp_path / "rows.jsonl", [SOUND["dpo"]] * 20)
+    message = refusal(read_set, str(file), adapt.AdaptConfig(), False, 0.1, Counter())
+    assert message.startswith(f"{file}:1: messages") and "configs/tiny_dpo.py" in message
+    assert message.endswith(" (all 20 rows have this fault)")
+    assert capsys.readouterr().out == ""
+
+
 def test_one_row_is_said_in_the_singular():
     faults = Faults()
     for place, fault in (("f:1", "f:1: one"), ("f:2", "f:2: two"), ("f:3", "f:3: two")):
@@ -98,13 +107,13 @@ def test_one_row_is_said_in_the_singular():
 @pytest.mark.parametrize("check, row, words", [
     (checked_chat, A_CHAT, ["messages is missing", "a list", '{"messages": [...]}']),
     (checked_chat, {"prompt": "q", "completion": None}, ["completion: null, and no value"]),
-    (checked_chat, {"prompt": "q", "chosen": "a", "rejected": "b"}, ["--method=dpo"]),
+    (checked_chat, {"prompt": "q", "chosen": "a", "rejected": "b"}, ["configs/tiny_dpo.py"]),
     (checked_chat, A_CHAT[0], ["messages is missing", "role, content"]),
     (checked_chat, {"text": "a document"}, ["messages is missing", "are: text"]),
     (checked_chat, {"messages": [{"role": "tool", "content": "4"}]}, ['"tool"', "no tools"]),
     (checked_chat, {"messages": [{"role": "environment", "content": "4"}]}, ["no tools"]),
     (checked_chat, {"messages": say("s: ")}, ["messages[0].role: system"]),
-    (checked_preference, {"messages": A_CHAT}, ["chosen or rejected", "--method=sft"]),
+    (checked_preference, {"messages": A_CHAT}, ["chosen or rejected", "configs/tiny_sft.py"]),
     (checked_preference, {"input": "q", "chosen": "a", "rejected": "b"},
      ["prompt is missing", "input, chosen, rejected"]),
     (checked_preference, {"prompt": "q", "completion": "a", "label": True}, ["KTO"]),

@@ -19,6 +19,7 @@ from configs import fields_of, load_config, setting
 from corpus.trace import FindOptions, TraceOptions
 from model import ModelConfig
 from support.files import UserError
+from support.hints import run_remedy
 from support.other_words import OURS, SAYINGS
 from support.text import counted
 from train import SCHEMAS
@@ -512,3 +513,12 @@ def test_each_option_in_a_saying_is_one_of_the_command_that_says_it(call, monkey
 
 def test_counts_are_written_with_their_noun():
     assert [counted(n, "line") for n in (0, 1, 2000)] == ["0 lines", "1 line", "2,000 lines"]
+
+
+def test_a_run_that_is_not_there_is_compared_with_those_beside_it(tmp_path):
+    assert run_remedy(tmp_path / "tiny").startswith("python train.py configs/tiny.py makes")
+    for name in ("mine", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").touch()
+    assert run_remedy(tmp_path / "mine1").startswith(f"did you mean {tmp_path}/mine? If it has mo")
+    assert run_remedy(tmp_path / "x").startswith(f"{tmp_path} has mine, other; if it has moved")

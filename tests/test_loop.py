@@ -20,7 +20,7 @@ from corpus.tokenizer import Tokenizer
 from scaling import boards
 from scaling.boards import numbers_of
 from scaling.kept import Kept
-from scaling.log import Pace, Window, say_warmup
+from scaling.log import Pace, Window, example_prompt, say_warmup
 from support.command import Output
 from support.files import UserError, write_rows
 from support.prompts import open_prompts, read_prompts
@@ -515,3 +515,9 @@ def test_of_several_ranks_one_speaks(tmp_path, finished, tiny_config, offline):
     assert len([line for line in said.splitlines() if " left, " in line]) == 4
     assert said.count("the best step: step000020") == said.count("2 samples:") == 1
     assert len(offline_runs(run)) == WANDB and saved_steps(run) == [20]
+
+
+@pytest.mark.parametrize("path, prompt", [("stdlib", '"def read_"'), ("poems", '"THE BEGINNING')])
+def test_the_prompt_that_is_proposed_fits_the_text(tmp_path, path, prompt):
+    (tmp_path / "config.json").write_text(json.dumps({"sources": {"s": {"path": path}}}))
+    assert example_prompt(tmp_path).startswith(prompt)

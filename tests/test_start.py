@@ -450,6 +450,8 @@ def test_the_remedy_of_a_change_works(copied, tmp_path, sources, tiny_config, ca
     assert remedy(resume, fork, "--lr=1e-3") == {"leave out", "--accept_changes"}
     assert remedy(same, f"--run_dir={copied}", "--lr=1e-3") == {"--run_dir", "--overwrite",
                                                                "--accept_changes"}
+    refused(call(train, same, f"--run_dir={copied}", "--lr=1e-3"), "--overwrite (deletes that run)",
+            "--accept_changes (continues it with ")
     less = f"--sources={ {'web': sources['web']} }"
     start = [same, f"--start_from={copied / 'step000010'}", less]
     assert remedy(*start) == {"restore", "--accept_changes"}
