@@ -588,16 +588,16 @@ def main(argv):
     if argv and argv[0] in ("trace", "find"):
         from corpus.trace import main as trace_main  # only here: it imports this file
         return trace_main(argv)
-    from corpus.large_drops import print_large_drops
+    from corpus.large_drops import checked_rule, print_large_drops
     from scaling.begin import data_settings_of_start, say_other_data  # only here: knows train.py
-    from support.bars import staged
+    from support.bars import prepared
     from train import SCHEMAS  # its keys, which a config file may hold
     config, options = load_config(argv, DataConfig, ShowOptions, siblings=SCHEMAS,
                                   base=data_settings_of_start(argv, (*SCHEMAS, ShowOptions)))
-    folder = staged("preparing the data", build_data, config)
+    folder = prepared(build_data, config)
     say_other_data(argv, folder)
     if options.show:
-        return print_dropped(folder, options.show)
+        return print_dropped(folder, checked_rule(folder, options.show))
     print_large_drops(folder)
     print_table(folder)
 

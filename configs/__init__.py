@@ -124,7 +124,7 @@ def read_option(word, following, fields, known):
     if not equals:
         is_flag = kind is bool or get_origin(kind) is Literal and "true" in get_args(kind)
         if not is_flag or str(following).lower() in ("true", "false"):
-            raise missing_value(key, following)
+            raise missing_value(fields[key], following)
         text = "true"
     return key, checked(fields[key], parse(text, kind, f"--{key}: "), "--")
 

@@ -1,7 +1,11 @@
-"""A warning above the funnel's table: rules that took out more than half of a source."""
+"""A warning above the funnel's table: rules that took out more than half of a source.
+
+And an error for `--show` of a rule that no source has.
+"""
 
 from corpus.funnel import print_table
-from support.files import read_json
+from corpus.rules import DEDUPLICATIONS, RULES
+from support.files import UserError, read_json
 
 MOST_LOST = 0.5  # of a source's bytes
 NAMED_RULES = 3
@@ -31,3 +35,17 @@ def print_large_drops(folder):
         listed = ", ".join(f"{rule} {lost[rule]:,.2f}" for rule in rules)
         print(f"warning: {name}: rules took out {total:,.2f} of {whole:,.2f} MB ({listed}); to "
               f"see what: python data.py CONFIG --show={rules[0]}")
+
+
+def checked_rule(folder, rule):
+    """The rule that --show names; UserError if it is one of ours that no source of the data has."""
+    sources = read_json(folder / "manifest.json")["sources"]
+    is_used = any(rule in source["rules"] for source in sources.values())
+    if is_used or not sources or rule not in {*RULES, *DEDUPLICATIONS}:
+        return rule
+    listed = []
+    for name, source in sources.items():
+        rules = [each for each in source["rules"] if each != "empty"]  # which every source has
+        listed.append(f"{name} has {', '.join(rules) or 'no rules'}")
+    raise UserError(f"--show={rule}: no source has this rule ({'; '.join(listed)}); a source takes "
+                    f"rules in the config: \"{name}\": {{\"path\": ..., \"rules\": \"{rule}\"}}")

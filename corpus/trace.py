@@ -13,7 +13,7 @@ import json
 import math
 import re
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -41,6 +41,7 @@ class TraceOptions:
     world_size: int = setting(0, "How many ranks the step had; 0 is what the log says.")
     chars: int = setting(200, "Characters of each document's part to print; 0 for all.", least=0)
     html: str = setting("", "An .html file: write the batch to it as a page, with all characters.")
+    data_dir: str = setting("", "Where the run's built data is now, if it has moved.")
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class FindOptions:
     doc: str = setting("", "The id of a document.")
     text: str = setting("", "Text that a document holds, with the same spelling and spaces.")
     limit: int = setting(10, "Documents that are shown; the rest are counted.", least=0)
+    data_dir: str = setting("", "Where the run's built data is now, if it has moved.")
 
 
 class Span(NamedTuple):
@@ -67,10 +69,11 @@ class RunData:
     """The data of a run as it was trained on, for looking things up in it.
 
     A run may have changed its data (--accept_changes): then it is the data of `step`, by default
-    the newest. first_step: the first step that was taken on it.
+    the newest. first_step: the first step that was taken on it. data_dir: where it is now, if it
+    has moved.
     """
 
-    def __init__(self, run, step=math.inf):
+    def __init__(self, run, step=math.inf, data_dir=""):
         self.run = Path(run)
         if not (self.run / "manifest.json").is_file():
             raise UserError(f"{run}: no run is there (no manifest.json); train.py makes one")
@@ -78,6 +81,8 @@ class RunData:
         if "method" in self.settings:
             raise UserError(f"{run}: was tuned by adapt.py; name the run that it started from")
         [config] = load_config([str(self.run / "config.json")], DataConfig)
+        if data_dir:
+            config = replace(config, data_dir=data_dir)
         order, self.first_step = order_at(self.run, step)
         self.folder = data_of_run(self.run, config, order["data_sha256"])
         self.manifest = read_json(self.folder / "manifest.json")
@@ -244,7 +249,7 @@ def main(argv):
     if len(runs) != 1:
         raise UserError(f"{verb}: name one run, such as runs/tiny; --help shows the form")
     if verb == "trace":
-        data = RunData(runs[0], options.step)
+        data = RunData(runs[0], options.step, options.data_dir)
         heading, spans = part_of_step(data, options)
         if options.html:
             write_batch_page(options.html, heading, data, spans)
@@ -307,7 +312,7 @@ def print_found(run, options):
     """Print the steps that saw a document, or documents that hold a text."""
     if bool(options.doc) == bool(options.text):
         raise UserError("find: write --doc=ID or --text=\"...\", one of the two")
-    data = RunData(run)
+    data = RunData(run, data_dir=options.data_dir)
     if options.doc:
         print_document(data, options.doc)
     elif data.manifest["sources"]:

@@ -29,7 +29,7 @@ from scaling.checkpoint import (Unreadable, run_of, step_at, step_directories, s
 from scaling.directory import (MEASURED, check_directory, check_overwrite, forked_from, overwrite)
 from scaling.same_run import (check_before_build, check_data, check_digest, check_model_keys,
                               check_settings, check_tokenizer, differing)
-from support.bars import staged
+from support.bars import prepared
 from support.files import (UserError, here, link_or_copy, log_rows, read_json, rows_until,
                            write_json, write_rows)
 from support.models import open_base
@@ -39,7 +39,6 @@ from support.text import counted
 from support.vocabulary import NAME_IT, open_tokenizer
 
 BUILD_PATIENCE = timedelta(days=2)  # of the ranks that wait while rank 0 builds the data
-PREPARING = "preparing the data"
 NEW_STATE = {"step": 0, "tokens": 0, "seconds": 0.0, "kwh": 0.0}
 
 
@@ -59,7 +58,7 @@ def data_for_run(config, data_config, settings, free_keys, build_data):
     check_outside(config.run_dir, "run_dir", data_config.parse_sources())
     origin = origin_of(config)
     if origin is None:
-        return staged(PREPARING, build_data, data_config)
+        return prepared(build_data, data_config)
     home = run_of(origin)
     if not config.fresh_optimizer and is_whole_official(origin):
         check_place(origin, settings)
@@ -73,7 +72,7 @@ def data_for_run(config, data_config, settings, free_keys, build_data):
     # a step that is taken whole brings its data, which is compared later
     if config.start_from and origin == Path(config.start_from) and not takes_step(config):
         check_named(home, data_config.tokenizer, settings)
-    return staged(PREPARING, build_data, with_tokenizer_of(home, data_config))
+    return prepared(build_data, with_tokenizer_of(home, data_config))
 
 
 def origin_of(config):

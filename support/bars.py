@@ -145,6 +145,17 @@ def staged(what, function, *arguments):
         return function(*arguments)
 
 
+def prepared(build_data, config):
+    """The folder that build_data returns; a stage around the call. Ctrl-C says what is kept."""
+    try:
+        return staged("preparing the data", build_data, config)
+    except KeyboardInterrupt:
+        end_bars()
+        print("stopped while preparing the data: finished stages are kept, and the same command "
+              "continues", file=sys.stderr)
+        raise
+
+
 class Stage(Watch):
     """The display of one stage; nothing is seen of it while another one lasts inside it."""
 

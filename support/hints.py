@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 from support.files import UserError, here
-from support.other_words import VALUES, names_here, saying_about
+from support.other_words import OURS, VALUES, names_here, saying_about
 
 ROOT = Path(__file__).resolve().parent.parent  # the repository
 
@@ -20,13 +20,18 @@ def unknown_key(key, known, place):
     near = [own for own in (word, *ours) if own in known]
     saying = None if word in known else saying_about(word, command())
     near = near or difflib.get_close_matches(word, known, n=1, cutoff=0.85)  # a slip of the hand
+    if not near and not ours and not saying:  # the same in another house's word
+        theirs = " ".join(OURS.values()).split()
+        for other in difflib.get_close_matches(word, theirs, n=1, cutoff=0.85):
+            ours = names_here(other)
+            near = [own for own in ours if own in known]
     if not saying and not near:
         if command_of(word):
             return unused_key(key, place)
         for own in ours:
             if command_of(own):
                 return UserError(f"{place}{key}: called {own} here, a key of {command_of(own)}, "
-                                 f"which {command()} does not use")
+                                 f"which {command_and_verb()} does not use")
         near = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
     hint = f"did you mean {near[0]}?" if near else "--help lists the keys"
     return UserError(f"{place}{key}: {saying or f'unknown key; {hint}'}")
@@ -37,13 +42,20 @@ def unused_key(key, place):
     word = key.lower().replace("-", "_")
     owner = command_of(word)
     saying = saying_about(word, command()) or (
-        f"a key of {owner}, which {command()} does not use; leave it out, or run python {owner}")
+        f"a key of {owner}, which {command_and_verb()} does not use; leave it out, or run python "
+        f"{owner}")
     return UserError(f"{place}{key}: {saying}")
 
 
 def command():
     """The command that runs, such as train.py."""
     return Path(sys.argv[0]).name
+
+
+def command_and_verb():
+    """The same with the word that chooses what it does, such as data.py trace."""
+    verb = sys.argv[1] if sys.argv[1:] and sys.argv[1].isalpha() else ""
+    return f"{command()} {verb}".rstrip()
 
 
 def command_of(key):
@@ -64,6 +76,8 @@ def example_of(field, value):
     written = VALUES.get(str(value).lower())
     if written in get_args(kind):
         return f"; write {written}"
+    if kind in (int, float) and "," in str(value):
+        return f"; write {mended_number(str(value), kind)}"
     if str(kind).startswith("dict[str, str"):
         is_path = type(value) is str and not set(value) & set("'\"{}\n")
         path = value if is_path else "PATH"
@@ -71,9 +85,29 @@ def example_of(field, value):
     return ""
 
 
-def missing_value(key, word):
+def mended_number(text, kind):
+    """A number that was written with commas: 1.5e-3 for 1,5e-3; 16384 for 16,384."""
+    if kind is float and text.count(",") == 1:
+        return text.replace(",", ".") + ", with a point"
+    return text.replace(",", "") + ", without commas"
+
+
+def missing_value(field, word):
     """The UserError for an option without its value; word: what follows it, or None."""
-    return UserError(f"--{key}: the value is missing; write --{key}={word or 'VALUE'}")
+    if not word or word.startswith("-") and not is_number(word):
+        word = "VALUE"
+    meaning = field.metadata["help"].removesuffix(".")
+    return UserError(f"--{field.name}: the value is missing; write --{field.name}={word} "
+                     f"({meaning})")
+
+
+def is_number(word):
+    """True for -1 and -1e-3, and False for another option."""
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 def no_config_file(path, fields):
@@ -98,17 +132,23 @@ def nearest_path(path):
     for folder in (ROOT / "configs", path.parent):
         beside |= {file.name: file for file in folder.glob("[!_.]*")}
     for name in difflib.get_close_matches(path.name, beside, n=1):
-        found = beside[name]
-        cwd = Path.cwd()
-        return f"did you mean {found.relative_to(cwd) if found.is_relative_to(cwd) else found}?"
+        return f"did you mean {from_here(beside[name])}?"
     return "configs/ holds those that come with nanOLMo"
+
+
+def from_here(file):
+    """A file's path as seen from the working directory, if it lies in it."""
+    return file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
 
 
 def check_base(path, base, before, place):
     """UserError unless the config file that `path` adds to, or a saved config, stands before it."""
     if not any(file.name == base or file.suffix == ".json" for file in before):
+        file = path.parent / str(base)
+        if not file.is_file() and (ROOT / "configs" / str(base)).is_file():  # one of ours
+            file = from_here(ROOT / "configs" / str(base))
         raise UserError(f"{place}adds_to={base}: this file adds to that one; name both: "
-                        f"{path.parent / str(base)} {path}")
+                        f"{file} {path}")
 
 
 def hub_remedy(path):

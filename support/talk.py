@@ -118,7 +118,8 @@ def reply(line, messages, model, tokenizer, options, number):
               "fewer words)")
         return messages
     if dropped:
-        print(f"(the oldest {dropped} turns no longer fit and were forgotten)")
+        turns = "turn was" if dropped == 1 else f"{dropped} turns were"
+        print(f"(the oldest {turns} forgotten: the model sees {max_seq_len:,} tokens)")
     answer = speak(model, tokenizer, prompt, options, number)
     if not answer.strip():  # an empty one, or one that was stopped at once
         print("(no answer: the question is forgotten)")

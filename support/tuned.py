@@ -16,7 +16,11 @@ from support.config_text import read_assignments
 from support.files import UserError
 from support.records import domains_table, tasks_table
 from support.rows import sequences_of
-from support.text import BOLD_GREEN, PLAIN, harmless
+from support.text import BOLD_GREEN, PLAIN, counted, harmless
+
+FEW_STEPS = 40  # a tuning of fewer is warned of
+SMALL_BATCH = 8  # examples a step, for a small set
+ENOUGH_STEPS = 80  # what the warning aims at
 
 
 # ---- Configuration and command line --------------------------------------------------------------
@@ -109,6 +113,18 @@ def print_run(run, base, adapt_config, config, micro_batch_size):
     kind = "chats" if adapt_config.method == "sft" else "pairs"
     print(f"run: {run}, {adapt_config.method} of {base.weights}, {config.max_steps:,} steps of "
           f"{config.batch_size} {kind}, {micro_batch_size} packed rows at a time")
+    say_few_steps(adapt_config, config, kind)
+
+
+def say_few_steps(adapt_config, config, kind):
+    """A line for a tuning of so few steps that it learns next to nothing, with what to set."""
+    if config.max_steps >= FEW_STEPS:
+        return
+    batch_size = min(config.batch_size, SMALL_BATCH)
+    examples = config.max_steps / adapt_config.epochs * config.batch_size  # of an epoch, about
+    epochs = math.ceil(ENOUGH_STEPS * batch_size / examples)
+    print(f"warning: {counted(config.max_steps, 'step')} may be too few to learn anything; for few "
+          f"{kind}, try --batch_size={batch_size} --epochs={epochs}, and a larger --lr")
 
 
 def print_results(run, step, results):

@@ -39,6 +39,7 @@ from support.models import open_base
 from support.packing import NO_TARGET, best_fit, dense_mask
 from support.reference import answer_log_probs, read_reference
 from support.rows import sequences_of
+from support.tuned import say_few_steps
 from support.weights import load_model, name_table, save_hf
 
 pytestmark = [pytest.mark.usefixtures("one_thread"),
@@ -633,6 +634,20 @@ def test_the_learning_rate_falls_as_transformers_linear_schedule(examples, batch
                                            0.1 + 0.9 * step / warmup), rel=1e-9)
         assert lr > 0
     assert train.lr_at_step(config.max_steps + 1, config) == 0
+
+
+@pytest.mark.parametrize("examples, words, remedy", [
+    (30, {}, "--batch_size=8 --epochs=20"), (1000, {}, ""), (416, {}, "--batch_size=8 --epochs=2"),
+    (30, {"batch_size": 8, "epochs": 20.0}, ""),
+    (20, {"batch_size": 4}, "--batch_size=4 --epochs=16")])
+def test_a_tuning_of_few_steps_says_what_to_set(examples, words, remedy, capsys):
+    words = {"batch_size": 32, "epochs": 3.0} | words
+    options = adapt.AdaptConfig(epochs=words["epochs"])
+    config = adapt.by_epochs(options, train.TrainConfig(batch_size=words["batch_size"]), examples)
+    say_few_steps(options, config, "chats")
+    line = capsys.readouterr().out
+    assert bool(line) == bool(remedy) and remedy in line
+    assert line.startswith(f"warning: {config.max_steps} steps ") or not remedy
 
 
 # ---- Runs ----------------------------------------------------------------------------------------
@@ -1270,7 +1285,7 @@ def test_a_chat_keeps_its_history_and_obeys_its_commands(base, talk, monkeypatch
     assert shown.count("/quit ") == 2 and shown.count("(started again)") == 4
     asked.clear()
     shown = talk(base, "/system be", *(f"turn {i}" for i in range(6)))
-    assert "(the oldest 1 turns no longer fit and were forgotten)" in shown
+    assert "(the oldest turn was forgotten: the model sees 128 tokens)" in shown
     for i, (text, _) in enumerate(asked):
         assert text.startswith("<|endoftext|><|system|>\nbe\n<|user|>\n")
         assert text.endswith(f"turn {i}\n<|assistant|>\n")

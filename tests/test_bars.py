@@ -61,6 +61,14 @@ def test_a_hidden_bar_says_nothing(capsys, monkeypatch):
     assert capsys.readouterr().err == ""
 
 
+def test_ctrl_c_while_the_data_is_prepared_says_what_is_kept(capsys):
+    def build(config):
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        bars.prepared(build, None)
+    assert capsys.readouterr().err.endswith("stages are kept, and the same command continues\n")
+
+
 def test_each_stage_is_named_before_it_ends(monkeypatch, capsys):
     """Where there is no terminal: a line at its begin, without a CR; none from other ranks."""
     monkeypatch.setattr(bars, "FIRST_S", 0)

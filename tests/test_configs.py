@@ -261,6 +261,12 @@ def test_a_byte_order_mark_is_read_and_another_encoding_refused(tmp_path):
         assert message.startswith(f"{file}:1: ") and ("UTF-16" in message) == ("utf" in encoding)
 
 
+def test_a_variant_of_a_config_of_ours_names_its_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(configs.ROOT)
+    mine = write(tmp_path / "mine.py", "adds_to = 'tiny.py'\nsteps = 4\n")
+    assert refused(mine).endswith(f"name both: configs/tiny.py {mine}")
+
+
 def test_a_variant_needs_the_file_that_it_adds_to(tmp_path):
     base = write(tmp_path / "base.py", "steps = 3\nname = 'base'\n")
     variant = write(tmp_path / "variant.py", "adds_to = 'base.py'\nsteps = 4\n")
@@ -411,10 +417,21 @@ def test_run_main(tmp_path, word, code, begins, lines):
     ("--warmup_ratio=0.1", "did you mean warmup_steps?"), ("--vocab_size=512", "--tokenizer=bpe:N"),
     ("--alpha_f=0.1", "--min_lr=RATE"), ("--hidden_dim=512", "--mlp_hidden_size=N"),
     ("--total_batch_size=524288", "--batch_size=N, in sequences"),
-    ("--LR=1", "did you mean lr?"), ("--zzz=1", "--help"), ("--rules=web", "'rules': 'web'")])
+    ("--LR=1", "did you mean lr?"), ("--learning_rat=1", "did you mean lr?"),
+    ("--lr=1,5e-3", "write 1.5e-3, with a point\n"), ("--lr", "write --lr=VALUE (Peak"),
+    ("--max_steps=1,000", "write 1000, without commas\n"), ("--zzz=1", "--help"),
+    ("--rules=web", "'rules': 'web'")])
 def test_names_of_other_houses_and_values_of_other_types_get_a_hint(call, word, hint):
     result = call(train, configs.ROOT / "configs/tiny.py", word)
     assert result.returncode == 1 and hint in result.stderr, result.stderr
+
+
+def test_another_option_is_not_taken_for_the_value_that_is_missing():
+    for following in ("--run_dir=x", "--name", "-x"):
+        assert refused("--rate", following) == ("--rate: the value is missing; write --rate=VALUE "
+                                                "(Size of a step)")
+    for following in ("0.1", "-1e-3"):
+        assert f"write --rate={following} (" in refused("--rate", following)
 
 
 @pytest.mark.parametrize("module, word, hint", [

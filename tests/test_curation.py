@@ -759,6 +759,11 @@ def test_show_prints_what_a_rule_dropped_or_edited_marked_and_why(tmp_path, call
         for part in parts:
             assert part in printed
     refused(call(data, *words, "--show=c4_dokument"), "--show=c4_dokument", "c4_document, ")
+    refused(call(data, *words, "--show=code_header"), "no source has this rule (s has c4_punct")
+    words = words_of(tmp_path, path, "")
+    refused(call(data, *words, "--show=pii"), "(s has no rules)",
+            '"s": {"path": ..., "rules": "pii"')
+    refused(call(data, *words, "--show=empty"), "dropped and edited nothing")
 
 
 def test_stand_ins_and_the_memory_of_bloom_filters_are_announced(tmp_path, call):

@@ -725,7 +725,7 @@ def test_a_step_not_seen_is_said_to_be_so(found, call):
     ("trace --step=0", "step=0"), ("trace --step=-3", "step=-3"), ("trace --rank=-2", "rank=-2"),
     ("trace --rank=2 --world_size=2", "rank=2"), ("trace --world_size=-1", "world_size=-1"),
     ("trace --steps=1", "did you mean step"), ("find", "--doc"), ("find --doc=a --text=b", "--doc"),
-    ("trace runs/other", "one run")])
+    ("trace --workers=2", "which data.py trace does not use"), ("trace runs/other", "one run")])
 def test_bad_words_are_refused_in_one_line(found, call, refused, command, said):
     verb, *words = command.split()
     refused(call(data, verb, found.run, *words), said)
@@ -754,6 +754,17 @@ def test_a_run_or_data_that_is_gone_is_refused_in_one_line(small, call, refused)
     (run / "manifest.json").unlink()
     refused(call(data, "trace", run), run, "no run")
     refused(call(data, "find", run, "--doc=x"), run, "no run")
+
+
+def test_data_that_has_moved_is_found_where_data_dir_says(small, call, refused, tmp_path):
+    run, config, _ = small
+    words = [["trace", run], ["find", run, "--doc=x1"]]
+    before = [call(data, *each).stdout for each in words]
+    moved = shutil.move(config.data_dir, tmp_path / "moved")
+    for each in words:
+        refused(call(data, *each), config.data_dir, "--data_dir=")
+    assert [call(data, *each, f"--data_dir={moved}").stdout for each in words] == before
+    refused(call(data, *words[0], f"--data_dir={tmp_path}/no"), f"{tmp_path}/no: does not hold")
 
 
 def test_data_that_has_changed_is_refused_in_one_line(small, call, refused):
