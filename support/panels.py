@@ -147,7 +147,7 @@ def unlike(found, kind, name, size):
         points = getattr(evaluations, kind).get(name)
         if points:
             newest = points[max(points)]
-            sizes.add(newest[size])
+            sizes.add(newest.get(size))
     return f"; the runs' {size} differ" if len(sizes) > 1 else ""
 
 
