@@ -7,7 +7,8 @@ left out, and counted.
 from pathlib import Path
 from typing import NamedTuple
 
-from support.files import UserError, read_log
+from scaling.checkpoint import step_directories
+from support.files import UserError, read_json, read_log
 from support.records import bits_per_byte, cell
 from support.text import counted
 
@@ -23,6 +24,7 @@ class Evaluations(NamedTuple):
     samples: list  # (step, text), the oldest first
     said: dict  # {suite: whether the training data was decontaminated}
     left_out: tuple = ()  # sentences about what is not shown
+    steps: dict = {}  # {tokens: the step after which they were trained on}
 
 
 def read_metrics(run):
@@ -68,8 +70,11 @@ def read_evaluations(run, rows, left_out=()):
     measured = {"sums": {}, "tasks": {}}  # {(name, size): {conditions: {tokens: result}}}
     samples = {}  # as an ordered set
     said = {}
+    steps = {}
     faulty = 0
     for row in [*rows["eval"], *later]:
+        if is_count(row["step"]):
+            steps[row["tokens"]] = row["step"]
         for kind, size in (("sums", "bytes"), ("tasks", "questions")):
             for name, result in dict_at(row, kind).items():
                 result = sound(result, kind)
@@ -87,7 +92,33 @@ def read_evaluations(run, rows, left_out=()):
         left_out.append(f"left out are results without their size or sums: {faulty:,}")
     sums = comparable(measured["sums"], left_out)
     tasks = comparable(measured["tasks"], left_out)
-    return Evaluations(sums, tasks, sorted(samples), said, tuple(left_out))
+    return Evaluations(sums, tasks, sorted(samples), said, tuple(left_out), steps)
+
+
+def last_step(run, rows):
+    """What is known of the last step that a run has taken: its step, tokens, seconds and kwh.
+
+    rows: read_metrics'. A run that was stopped has saved a step after the last row of its log.
+    """
+    last = {}
+    for row in [*rows["eval"], *saved_states(run), *rows["train"]]:
+        row = numbers(row)
+        if row.get("step", -1) >= last.get("step", 0):
+            last = row
+    return last
+
+
+def saved_states(run):
+    """The state.json of the newest step directory of a run, in a list; [] where none can be read.
+    """
+    for path in reversed(step_directories(run)):
+        try:
+            state = numbers(read_json(path / "state.json"))
+        except (UserError, OSError):
+            continue
+        if is_count(state.get("step")) and is_count(state.get("tokens")):
+            return [state]
+    return []
 
 
 def is_count(value):

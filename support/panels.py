@@ -10,8 +10,12 @@ from support.pictures import Panel
 from support.records import bits_per_byte
 
 
+LOSSES = {  # the method of adapt.py, "" for train.py: what its training loss is
+    "": "training loss, nats",
+    "sft": "SFT: training loss, nats",
+    "dpo": "DPO: training loss of a pair"}
+
 TRAINING_PANELS = (  # kind of row, key, title
-    ("train", "loss", "training loss, nats"),
     ("train", "lr", "learning rate"),
     ("train", "grad_norm", "norm of the gradient"),
     ("train", "tokens_per_second", "tokens/s"),
@@ -26,16 +30,28 @@ TRAINING_PANELS = (  # kind of row, key, title
 
 def training_panels(runs, configs):
     """The Panels of what train.py and adapt.py log; one without any point is left out."""
+    yield from loss_panels(logged_lines(runs, "train", "loss"), configs)
     for kind, key, title in TRAINING_PANELS:
         lines = logged_lines(runs, kind, key)
         if not lines:
             continue
         panel = Panel(title, lines, marker="o" if kind == "eval" else None)
         yield with_clip_limits(panel, runs, configs) if key == "grad_norm" else panel
-        if kind == "train" and key == "loss":
-            trained = {run: line for run, line in lines.items() if "method" not in configs[run]}
-            if trained:  # adapt.py's steps have other FLOPs: DPO runs two models
-                yield Panel(f"{title}, over FLOPs", over_flops(trained), x="FLOPs")
+
+
+def loss_panels(losses, configs):
+    """A Panel for each kind of training: beside the tokens of pretraining, tuning has few.
+
+    losses: {run: (tokens, losses)}.
+    """
+    by_method = {}
+    for run, line in losses.items():
+        by_method.setdefault(configs[run].get("method", ""), {})[run] = line
+    for method, lines in by_method.items():
+        title = LOSSES.get(method, f"{method}: training loss")
+        yield Panel(title, lines)
+        if not method:  # adapt.py's steps have other FLOPs: DPO runs two models
+            yield Panel(f"{title}, over FLOPs", over_flops(lines), x="FLOPs")
 
 
 def logged_lines(runs, kind, key):
@@ -131,7 +147,7 @@ def unlike(found, kind, name, size):
         points = getattr(evaluations, kind).get(name)
         if points:
             newest = points[max(points)]
-            sizes.add(newest[size])
+            sizes.add(newest.get(size))
     return f"; the runs' {size} differ" if len(sizes) > 1 else ""
 
 

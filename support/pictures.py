@@ -131,7 +131,8 @@ def draw_lines(axes, panel, looks):
         x = [count / unit for count in tokens]
         every = max(1, math.ceil(len(x) / 2000))  # the page of a long run stays small
         axes.plot(x[::every], values[::every],
-                  color=color, linewidth=1.2, marker=panel.marker, markersize=3.5)
+                  color=color, linewidth=1.2, marker=panel.marker, markersize=3.5,
+                  clip_on=False)  # a point at 0 is seen too
         if panel.errors:
             errors = panel.errors[name]
             axes.errorbar(x, values, errors, linewidth=0, elinewidth=1, capsize=2, color=color)
@@ -139,6 +140,7 @@ def draw_lines(axes, panel, looks):
     if panel.level is not None:
         axes.axhline(panel.level, **DASHED)
     axes.set_xlabel(label)
+    axes.locator_params(axis="x", nbins=7)  # so that the numbers do not touch
     axes.set_xlim(0, 1.03 * most / unit or 1)
 
 
@@ -178,13 +180,17 @@ def draw_bars(axes, panel, looks):
     most = max(ends)
     width = most - least or 1
     axes.set_xlim(least - 0.02 * width, most + 0.25 * width)  # room for the last value
+    axes.locator_params(axis="x", nbins=6)
     axes.invert_yaxis()
 
 
 def unit_of(most, x):
     """Returns (unit, label) of an axis of tokens or FLOPs that ends at `most`."""
     if x == "tokens":
-        return (1e9, "billion tokens") if most > 2e9 else (1e6, "million tokens")
+        for unit, label in ((1e9, "billion tokens"), (1e6, "million tokens")):
+            if most > 0.1 * unit:
+                return unit, label
+        return 1e3, "thousand tokens"
     power = math.floor(math.log10(most)) if most else 0
     return 10 ** power, f"1e{power} {x}"
 

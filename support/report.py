@@ -11,7 +11,7 @@ from support.page import escaped, page, table
 from support.panels import domain_panels, task_panels, training_panels
 from support.pictures import drawing, grid, looks_of
 from support.records import domains_table, tasks_table
-from support.runs_table import runs_table
+from support.runs_table import amount, runs_table, written
 from support.text import counted
 from support.xz import xz_levels
 
@@ -109,7 +109,7 @@ def last_results(found, kind, to_text, looks):
             tokens = max(points)
             last.setdefault(tokens, {})[name] = points[tokens]
         for tokens, results in sorted(last.items()):
-            heading = f"{escaped(looks[run].label)}, after {tokens / 1e6:,.2f} M tokens"
+            heading = f"{escaped(looks[run].label)}, after {written(amount(tokens))} tokens"
             shown = f"<pre class=scroll tabindex=0>{escaped(to_text(results))}</pre>"
             if len(found) > 1:
                 parts.append(f"<details><summary>{heading}</summary>{shown}</details>")

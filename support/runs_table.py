@@ -8,7 +8,7 @@ from configs import load_config
 from model import ModelConfig, count_parameters
 from scaling.ranks import code_version
 from support.files import log_rows, read_json
-from support.measured import dict_at
+from support.measured import dict_at, last_step
 from support.page import escaped
 from support.panels import names_in
 from support.records import bits_per_byte, summed_up
@@ -22,6 +22,7 @@ class Number(NamedTuple):
     form: str  # of format()
     unit: str = ""
     of: dict = None  # {what: what it was measured on}, of a number that is compared between runs
+    at: int = None  # the step at which it was measured, if the run has taken later ones
 
 
 def runs_table(runs, found, configs, looks):
@@ -89,6 +90,8 @@ def compared(numbers):
 
 def difference(number, first):
     """A Number minus the first run's, as text; or what differs, so that they cannot be compared."""
+    if number.at != first.at:
+        return "other step"
     for what, of_run in number.of.items():
         if of_run != first.of[what]:
             return f"other {what}"
@@ -97,7 +100,10 @@ def difference(number, first):
 
 def written(number):
     """A Number as text; "-" for none."""
-    return f"{number.value:{number.form}}{number.unit}" if number else "-"
+    if not number:
+        return "-"
+    at = "" if number.at is None else f" at step {number.at:,}"
+    return f"{number.value:{number.form}}{number.unit}{at}"
 
 
 # ---- How a run was started -----------------------------------------------------------------------
@@ -135,7 +141,8 @@ def facts_of(run):
 
 def numbers_of(run, rows, config, found):
     """{name: Number} of a run: its size, how far it came, what it reached and what it took."""
-    last = newest(rows["train"])
+    last = last_step(run, rows)
+    logged = newest(rows["train"])
     end = newest(rows["end"])
     [model_config] = load_config([str(Path(run) / "config.json")], ModelConfig)
     millions = count_parameters(model_config) / 1e6
@@ -146,14 +153,25 @@ def numbers_of(run, rows, config, found):
     numbers = {
         "parameters": Number(millions, ",.1f", " M"),
         "steps": Number(last.get("step", 0), ",", of_steps),
-        "tokens": Number(last.get("tokens", 0) / 1e6, ",.2f", " M"),
-        "training loss": Number(last.get("loss", math.nan), ".4f", method, trained_on(run)),
-        **domain_numbers(run, found),
-        **task_numbers(run, found),
+        "tokens": amount(last.get("tokens", 0)),
+        "training loss": Number(logged.get("loss", math.nan), ".4f", method, trained_on(run),
+                                earlier(logged.get("step"), last)),
+        **domain_numbers(run, found, last),
+        **task_numbers(run, found, last),
         "minutes of training": Number(last.get("seconds", math.nan) / 60, ",.1f"),
         "kWh": Number(kwh, ".3g"),
         "kg CO2eq": Number(end.get("kg_co2", math.nan), ".3g")}
     return {name: number for name, number in numbers.items() if not math.isnan(number.value)}
+
+
+def amount(tokens):
+    """The Number of some tokens, in millions if they are many."""
+    return Number(tokens, ",") if tokens < 1e5 else Number(tokens / 1e6, ",.2f", " M")
+
+
+def earlier(step, last):
+    """The step, if it is not the run's last one; else None."""
+    return None if step == last.get("step") else step
 
 
 def newest(rows):
@@ -170,25 +188,29 @@ def trained_on(run):
     return {"tokenizer": None, "data": manifest.get("sha256")}
 
 
-def domain_numbers(run, found):
+def domain_numbers(run, found, last):
     """Bits per byte of each domain, and over all of them, after the most tokens."""
     results = {}
+    steps = {}  # {domain: at which it was measured}
     for domain in names_in(found, "sums"):
         points = found[run].sums.get(domain)
         if points and "/" not in domain:
             results[domain] = points[max(points)]
+            steps[domain] = found[run].steps.get(max(points))
     both = summed_up(results)
-    if both:
+    if both and len(set(steps.values())) == 1:  # a sum over several steps is of no model
         results["all bytes"], _ = both
+        steps["all bytes"] = max(steps.values())
     numbers = {}
     for domain, sums in results.items():
         bits = bits_per_byte(sums)
         text = {"text": (sums["documents"], sums["bytes"])}
-        numbers[f"bits per byte, {domain}"] = Number(bits, ".4f", "", text)
+        numbers[f"bits per byte, {domain}"] = Number(
+            bits, ".4f", "", text, earlier(steps[domain], last))
     return numbers
 
 
-def task_numbers(run, found):
+def task_numbers(run, found, last):
     """Accuracy of each task in percent, after the most tokens."""
     numbers = {}
     for task in names_in(found, "tasks"):
@@ -200,5 +222,6 @@ def task_numbers(run, found):
                 "metric": result.get("metric"),
                 "prompt": result.get("answer_begins")}
             percent = 100 * result["accuracy"]
-            numbers[task] = Number(percent, ".1f", " %", of)
+            step = found[run].steps.get(max(points))
+            numbers[task] = Number(percent, ".1f", " %", of, earlier(step, last))
     return numbers

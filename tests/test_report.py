@@ -28,9 +28,10 @@ from support import report as report_module
 from support.data_pictures import funnel
 from support.files import log_rows, read_json, read_log, to_json, write_json
 from support.measured import numbers, read_evaluations, read_metrics
-from support.panels import clip_limit, domain_panels, task_panels, training_panels
+from support.panels import (clip_limit, domain_panels, logged_lines, loss_panels, task_panels,
+                            training_panels)
 from support.page import escaped
-from support.pictures import Look, Panel, draw, looks_of
+from support.pictures import Look, Panel, draw, drawing, looks_of
 from support.records import cell, domains_table, keys_recorded, record, tasks_table
 from support.report import report, settings_part
 from support.runs_table import trained_on
@@ -470,6 +471,65 @@ def test_numbers_of_other_text_or_questions_are_not_subtracted(two_runs, monkeyp
         "code; the runs' bytes differ",
         "made_up; the runs' questions differ",
         "web; the runs' bytes differ"]
+
+
+def test_a_number_of_an_earlier_step_says_so(two_runs, monkeypatch):
+    """Of a run that was stopped after the last row of its log; it is compared with no other."""
+    monkeypatch.setattr(report_module, "drawing", lambda: None)
+    run, other, _ = two_runs
+    for log in ("metrics.jsonl", "eval.jsonl"):
+        kept = [row for row in log_rows(other, log) if row["step"] < 6]
+        (other / log).write_text("".join(f"{to_json(row)}\n" for row in kept))
+    content = report([run, other]).read_text()
+    assert cells_of(content, "steps") == ["6 of 6", "6 of 6"]
+    tokens, same = cells_of(content.split("<h2>")[0], "tokens")
+    assert tokens == same
+    for name, step in (("training loss", 5), ("bits per byte, web", 3), ("made_up", 3),
+                       ("bits per byte, all bytes", 3)):
+        last, earlier = cells_of(content, name)
+        assert "step" not in last
+        assert earlier.endswith(f" at step {step} (other step)")
+    shutil.rmtree(other / "step000006")  # as a crash leaves it
+    content = report([run, other]).read_text()
+    assert cells_of(content, "steps") == ["6 of 6", "5 of 6"]
+    assert "step 5" not in cells_of(content, "training loss")[1]
+    (other / "step000003" / "state.json").write_text("{")
+    assert cells_of(report([run, other]).read_text(), "steps") == ["6 of 6", "5 of 6"]
+
+
+def test_losses_of_tuning_have_pictures_of_their_own(run):
+    """Beside pretraining's tokens they would be a sliver, and DPO's loss is of a pair."""
+    rows, _ = read_metrics(run)
+    config = read_json(run / "config.json")
+    base = str(run)
+    configs = {base: config, "chats": config | {"method": "sft"},
+               "pairs": config | {"method": "dpo"}, "x": config | {"method": "other"}}
+    losses = logged_lines(dict.fromkeys(configs, rows), "train", "loss")
+    shown = {panel.title: list(panel.lines) for panel in loss_panels(losses, configs)}
+    assert shown == {
+        "training loss, nats": [base],
+        "training loss, nats, over FLOPs": [base],
+        "SFT: training loss, nats": ["chats"],
+        "DPO: training loss of a pair": ["pairs"],
+        "other: training loss": ["x"]}
+
+
+@pytest.mark.parametrize("most", [3, 2012, 123_456, 17_800_000, 2.5e9, 2.46e12])
+@pytest.mark.parametrize("x", ["tokens", "FLOPs"])
+def test_the_numbers_of_an_axis_do_not_touch(most, x):
+    pyplot = drawing()
+    if pyplot is None:
+        pytest.skip("needs matplotlib")
+    looks = {"a": Look("a", "#1f6fb4")}
+    for panel in (Panel("title", {"a": ([0, most], [3.0, 2.0])}, x=x),
+                  Panel("title", {"a": ([most], [-most])}, x=x)):
+        figure, axes = pyplot.subplots(figsize=(4.2, 2.7), layout="constrained")
+        draw(axes, panel, looks)
+        figure.canvas.draw()
+        extents = [label.get_window_extent() for label in axes.get_xticklabels()]
+        for left, right in zip(extents, extents[1:], strict=False):
+            assert left.x1 + 3 < right.x0
+        pyplot.close(figure)
 
 
 def test_what_a_tuned_loss_is_of(tmp_path):

@@ -1109,10 +1109,11 @@ def test_the_report_of_a_run_cut_off_and_without_matplotlib(run, call, monkeypat
 
 def test_pictures_hold_the_chance_and_the_errors_under_a_legend(monkeypatch):
     pytest.importorskip("matplotlib")
-    ranked = {"accuracy": 0.4, "stderr": 0.02, "chance": 0.25, "bits_per_byte": 3.0}
+    ranked = {"questions": 40, "accuracy": 0.4, "stderr": 0.02, "chance": 0.25,
+              "bits_per_byte": 3.0}
     one, other = task_panels({"a": Evaluations({}, {
         "one": {20: ranked | {"accuracy": 0.5}, 10: ranked},
-        "set": {10: {"bits_per_byte": 1.5}}}, [], {})})
+        "set": {10: {"questions": 40, "bits_per_byte": 1.5}}}, [], {})})
     assert one == Panel("one", {"a": ([10, 20], [40, 50])}, 25, errors={"a": [2, 2]},
                         marker="o")
     assert other.lines == {"a": ([10], [1.5])} and other.level is None
@@ -1140,7 +1141,7 @@ def test_the_report_shows_the_most_questions_or_bytes_and_the_last_step(tmp_path
         10: 0.2, 20: 0.3}
     assert {tokens: sums["nats"] for tokens, sums in found.sums["web"].items()} == {
         10: 0.2, 20: 0.3}
-    assert "after 0.00 M tokens</h3><pre class=scroll tabindex=0>[0.3]" in last_results(
+    assert "after 20 tokens</h3><pre class=scroll tabindex=0>[0.3]" in last_results(
         {"a": found}, "tasks", lambda results: str([r["accuracy"] for r in results.values()]),
         {"a": Look("a", "#ff0000")})
 
