@@ -20,7 +20,7 @@ from configs import ROOT
 from experiments.corpora import write_corpora
 from experiments.results import figures_of
 from scaling.ranks import code_version
-from support.files import UserError, read_json, to_json, write_json
+from support.files import UserError, file_sha256, read_json, to_json, write_json
 
 FOLDERS = ("configs", "corpus", "scaling", "support")
 
@@ -101,6 +101,7 @@ def finish(variant, seed, out, extra=()):
 
     log = beside(run, ".log")
     print(f"experiments: {run.name} begins; it prints into {log}", flush=True)
+    record["code"] = code_of(variant)
     code = timed(record, beside(run, ".json"), words, folder, log)
     if code:
         raise UserError(f"{run.name}: ended with exit code {code}; its output is in {log}. "
@@ -125,7 +126,6 @@ def timed(record, file, words, folder, log):
     The record is written before and after, also where Ctrl-C ends it: the seconds of all starts
     are added up.
     """
-    record["code"] = code_version()
     if this_machine() not in record["machines"]:
         record["machines"].append(this_machine())
     write_json(file, record)
@@ -150,12 +150,18 @@ def start(words, folder, log):
             raise
 
 
+def code_of(variant):
+    """A hash of the code and of the variant's config, which the hash of the code leaves out."""
+    digests = code_version() + file_sha256(ROOT / variant.config)
+    return hashlib.sha256(digests.encode()).hexdigest()[:12]
+
+
 def made_by_other_code(experiments, seeds, out, extra):
     """The names of the finished runs that another version of the code has made."""
-    now = code_version()
     names = {}  # as an ordered set
     for experiment in experiments:
         for variant in experiment.variants:
+            now = code_of(variant)
             for seed in seeds:
                 record = record_of(variant, seed, out, extra)
                 if record["figures"] and record.get("code", now) != now:

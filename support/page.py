@@ -22,7 +22,8 @@ background:#4c78a8}.columns{display:flex;gap:.8rem;overflow-x:auto}
 .columns>div{flex:1 0 min(20rem,85%)}.columns pre{max-height:18rem;overflow:auto}
 .runs td,.runs th{text-align:left;vertical-align:top;min-width:7rem;max-width:24rem;
 white-space:normal;overflow-wrap:anywhere}.runs td:first-child{min-width:6rem;max-width:14rem;
-white-space:normal}
+white-space:normal}.runs span{display:inline-block;
+word-break:break-all}
 .tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(15rem,46%),1fr));
 gap:.15rem 1rem;margin:.7rem 0;font-size:.86rem;font-variant-numeric:tabular-nums}
 .legend{display:flex;flex-wrap:wrap;gap:.1rem 1.2rem;font-size:.86rem;margin:.3rem 0}

@@ -36,7 +36,7 @@ def runs_table(runs, found, configs, looks):
     lines = []
     for name in ordered(facts.values()):
         cells = [of_run.get(name, "-") for of_run in facts.values()]
-        lines.append(line_of(name, cells))
+        lines.append(command_line(cells) if name == "command" else line_of(name, cells))
     if len(looks) == 1:
         [of_run] = numbers.values()
         return tiles(of_run) + runs_in_columns(looks, lines)
@@ -67,6 +67,16 @@ def runs_in_columns(looks, lines):
 
 def line_of(name, cells):
     return "".join(f"<td>{escaped(cell)}" for cell in [name, *cells])
+
+
+def command_line(commands):
+    """The line of the commands: each breaks between its words, and not behind the -- of an option.
+    """
+    line = "<td>command"
+    for command in commands:
+        words = [f"<span>{escaped(word)}</span>" for word in command.split(" ")]
+        line += f"<td>{' '.join(words)}"
+    return line
 
 
 def ordered(dicts):

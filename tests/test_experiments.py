@@ -345,11 +345,13 @@ def test_a_stopped_run_ends_before_the_command_does(tmp_path):
     assert (first, last) == ("an earlier start", "saved")
 
 
-def test_changed_code_is_said_and_changes_no_result(started, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("changed", ["code_version", "file_sha256"])  # the second: of the config
+def test_changed_code_is_said_and_changes_no_result(started, tmp_path, monkeypatch, capsys,
+                                                    changed):
     argv = ["--only=one", "--seeds=1", f"--out={tmp_path}"]
     program.main(argv)
     assert "code has changed" not in capsys.readouterr().out
-    monkeypatch.setattr(runs, "code_version", lambda: "other")
+    monkeypatch.setattr(runs, changed, lambda *_: "other")
     started.calls.clear()
     program.main(argv)
     assert "changed since 2 finished runs, such as base-seed6198" in capsys.readouterr().out

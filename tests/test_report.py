@@ -30,7 +30,7 @@ from support.files import log_rows, read_json, read_log, to_json, write_json
 from support.measured import numbers, read_evaluations, read_metrics
 from support.panels import (clip_limit, domain_panels, logged_lines, loss_panels, task_panels,
                             training_panels)
-from support.page import escaped
+from support.page import STYLE, escaped
 from support.pictures import Look, Panel, draw, drawing, looks_of
 from support.records import cell, domains_table, keys_recorded, record, tasks_table
 from support.report import report, settings_part
@@ -363,6 +363,7 @@ def two_runs(run, tmp_path):
 
 def cells_of(content, name):
     """The cells of a line of the table at the top of a page."""
+    content = re.sub("</?span>", "", content)  # around the words of a command
     [line] = re.findall(rf"<tr><td>{re.escape(name)}<td>(.*?)(?=<tr>|</table>)", content)
     return line.split("<td>")
 
@@ -375,6 +376,7 @@ def test_a_table_compares_runs_and_says_how_they_were_started(two_runs, monkeypa
         f"{loss:.4f} nats", f"1.2500 nats ({1.25 - loss:+.4f})"]
     bits = cells_of(content, "bits per byte, web")
     assert bits[1] == f"{bits[0]} (+0.0000)"
+    assert f"<td><span>python</span> <span>{escaped(shlex.quote(sys.argv[0]))}</span>" in content
     code = cells_of(content, "code")
     assert code == [code_version(), "0123, which is not the code that drew this page"]
     command = escaped(shlex.join(["python", *sys.argv]))
@@ -384,6 +386,14 @@ def test_a_table_compares_runs_and_says_how_they_were_started(two_runs, monkeypa
     assert content.count("<h2>The data") == 1  # they share it
     (other / "starts.jsonl").unlink()  # of an older version
     assert cells_of(report([run, other]).read_text(), "command") == [command, "-"]
+
+
+def test_the_cells_of_the_runs_wrap():
+    """They lie in a .scroll, which keeps its lines: a long command printed over its neighbour."""
+    [rule] = re.findall(r"\.runs td,\.runs th\{([^}]*)\}", STYLE)
+    declared = dict(one.strip().split(":") for one in rule.split(";"))
+    assert declared["white-space"] == "normal"
+    assert declared["overflow-wrap"] == "anywhere"
 
 
 def test_a_run_has_one_name_and_one_colour(two_runs, tmp_path):
