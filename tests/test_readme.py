@@ -18,6 +18,7 @@ from configs import load_config
 from corpus.rules import DEDUPLICATIONS, RULES
 from data import DataConfig
 from eval import EvalConfig
+from support.files import UserError
 from train import SCHEMAS, TrainConfig
 
 
@@ -192,6 +193,12 @@ def test_the_shown_sources_load(tmp_path):
     (tmp_path / "config.py").write_text(block)
     [config] = load_config([str(tmp_path / "config.py")], DataConfig)
     assert len(config.parse_sources()) == 5 and config.decontaminate and config.bloom_items
+
+
+def test_the_readers_config_is_not_used_without_the_one_it_adds_to(tmp_path):
+    (tmp_path / "mine.py").write_text(MINE)
+    with pytest.raises(UserError, match="configs/tiny.py"):
+        load_config([str(tmp_path / "mine.py")], *SCHEMAS)
 
 
 def test_the_readme_is_a_door():
