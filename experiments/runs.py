@@ -19,10 +19,10 @@ import time
 from configs import ROOT
 from experiments.corpora import write_corpora
 from experiments.results import figures_of
-from scaling.ranks import code_version
+from scaling.ranks import PARTS, code_version
 from support.files import UserError, file_sha256, read_json, to_json, write_json
 
-FOLDERS = ("configs", "corpus", "scaling", "support")
+FOLDERS = ("configs", *PARTS)
 
 
 def patch_file(name):

@@ -163,10 +163,12 @@ def error_of(result):
 
 def names_in(found, kind):
     """The domains or tasks of all runs, each once, in the order in which they were measured."""
-    names = {}  # as an ordered set
-    for evaluations in found.values():
-        names.update(dict.fromkeys(getattr(evaluations, kind)))
-    return list(names)
+    return ordered(getattr(evaluations, kind) for evaluations in found.values())
+
+
+def ordered(dicts):
+    """The keys of all dicts, each once: those of the first one first."""
+    return list(dict.fromkeys(key for each in dicts for key in each))
 
 
 def lines_of(found, kind, name, value):

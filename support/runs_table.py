@@ -10,7 +10,7 @@ from scaling.ranks import code_version
 from support.files import log_rows, read_json
 from support.measured import dict_at, last_step
 from support.page import escaped
-from support.panels import names_in
+from support.panels import names_in, ordered
 from support.records import bits_per_byte, summed_up
 from support.text import counted
 
@@ -77,11 +77,6 @@ def command_line(commands):
         words = [f"<span>{escaped(word)}</span>" for word in command.split(" ")]
         line += f"<td>{' '.join(words)}"
     return line
-
-
-def ordered(dicts):
-    """The keys of all dicts, each once: those of the first one first."""
-    return dict.fromkeys(key for each in dicts for key in each)
 
 
 def compared(numbers):

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT
-from test_forks import forget, imported, train_resume_and_evaluate
+from test_forks import (check_second_document, forget, imported,
+                        train_resume_and_evaluate)
 
 from configs import load_config
 from corpus.documents import is_held_out
@@ -183,19 +184,7 @@ def check_gelu(code, run, tensors):
 
 
 def check_document_mask(code, run, tensors):
-    """The losses of a second document are those that it has alone."""
-    model = small_model(code)
-    tokens = torch.randint(50, (1, 12))
-    tokens[0, 5] = 4095  # EOS belongs to the document that it ends
-    batches = object.__new__(code.data.Batches)
-    batches.batch_size = 1
-    batches.shards = type("Shards", (list,), {"eos_token_id": 4095})([tokens[0].numpy()])
-    batches.instances = lambda step: [0]
-    batch = batches(1)
-    batch["loss_mask"][:, :6] = False
-    summed, _ = code.train.pretraining_loss(model, batch)
-    alone = model(tokens[:, 6:-1], targets=tokens[:, 7:]).sum()
-    assert torch.allclose(summed, alone, rtol=1e-5)
+    check_second_document(code, small_model(code), eos_token_id=4095)
 
 
 def check_sft_all_tokens(code, run, tensors):

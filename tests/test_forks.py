@@ -223,11 +223,17 @@ def test_a_document_mask_is_a_change_in_one_place(fork, three_steps):
     config, run = three_steps
     train_resume_and_evaluate(code, config, run)
     model = code.model.build_model(code.model.ModelConfig(**vars(small_config())), 0)
+    check_second_document(code, model, eos_token_id=49)
+
+
+def check_second_document(code, model, eos_token_id):
+    """The losses of a window's second document are those that it has alone."""
     tokens = random_ids(1, 12, high=49)
-    tokens[0, 5] = 49  # EOS belongs to the document that it ends
+    tokens[0, 5] = eos_token_id  # EOS belongs to the document that it ends
     batches = object.__new__(code.data.Batches)
     batches.batch_size = 1
-    batches.shards = type("Shards", (list,), {"eos_token_id": 49})([tokens[0].numpy()])
+    shards = type("Shards", (list,), {"eos_token_id": eos_token_id})
+    batches.shards = shards([tokens[0].numpy()])
     batches.instances = lambda step: [0]
     batch = batches(1)
     assert batch["documents"].tolist() == [[0] * 6 + [1] * 6]
