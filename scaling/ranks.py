@@ -7,11 +7,13 @@ group; a sum over the ranks is then the number itself.
 import functools
 import hashlib
 import os
+import re
 import socket
 import sys
 import textwrap
 import time
 import uuid
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -169,7 +171,8 @@ def on_all_ranks(main):
         try:
             if launched().world_size > 1 and argv and argv[0] in ALONE:
                 raise UserError(f"{argv[0]} is one process; start it with python, not torchrun")
-            code = main(argv)
+            with named_loss():
+                code = main(argv)
         except UserError:
             # If rank 0 failed too, it prints the error and torchrun kills this rank within the
             # grace time. If not, this rank must print it.
@@ -183,6 +186,20 @@ def on_all_ranks(main):
         return code
     run.takes_ranks = True  # for run_main: other commands are one process
     return run
+
+
+@contextmanager
+def named_loss():
+    """Around a rank's work: a lost connection to another rank is a UserError and no traceback."""
+    try:
+        yield
+    except RuntimeError as error:
+        found = re.search("(reset|closed) by peer|Broken pipe|remote process exited", str(error))
+        if not (dist.is_initialized() and found):
+            raise
+        raise UserError(f"rank {rank()}: another rank has ended ({found[0]}). Its own error says "
+                        "why; if torchrun names its exitcode -9 below, it was killed, as happens "
+                        "when memory runs out") from None
 
 
 # ---- Collectives ---------------------------------------------------------------------------------
