@@ -19,6 +19,7 @@ from support.chats import checked_request
 from support.fields import require
 from support.files import here, to_json
 from support.generation import fixed_weights
+from support.memory import Half, remedied
 from support.models import open_base
 from support.progress import watched
 from support.rows import Faults, checked_rows, listed
@@ -40,7 +41,8 @@ def answer_prompts(model, tokenizer, prompts, max_new_tokens):
     prompts: lists of ids, which begin with EOS. All ranks answer together, with rank 0's tokens.
     """
     answers = []
-    with evaluating(model):
+    less = Half("max_new_tokens", max_new_tokens)
+    with remedied("in an answer", less), evaluating(model):
         for begin in watched(range(0, len(prompts), ANSWER_BATCH), "batch of answers"):
             answers += generate(model, prompts[begin:begin + ANSWER_BATCH], max_new_tokens,
                                 stop_ids=(tokenizer.eos_token_id,), sync=from_rank0)
@@ -84,7 +86,10 @@ def generate_answers(argv):
     model, tokenizer = open_assistant(run, dtype)
     prompts = [render_chat(messages, tokenizer, reply=True)[0] for messages in requests]
 
-    with open(out, "a", encoding="utf-8") as file, fixed_weights(model):
+    less = (Half("answer_batch", options.answer_batch),
+            Half("max_new_tokens", options.max_new_tokens))
+    with (open(out, "a", encoding="utf-8") as file, fixed_weights(model),
+          remedied("in an answer", *less)):
         for begin in bar(range(done, len(rows), options.answer_batch), "answering", unit="batches"):
             end = begin + options.answer_batch
             found = answers_of(model, tokenizer, prompts[begin:end], options, begin)

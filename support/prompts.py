@@ -6,6 +6,7 @@ from pathlib import Path
 from corpus.documents import parse, print_line, read_records
 from corpus.lines import TEXT_SUFFIXES, ends_in
 from support.files import UserError, here
+from support.memory import Half, remedied
 from support.progress import watched
 from support.text import counted, decoded, shown
 
@@ -15,8 +16,9 @@ def draw_samples(model, tokenizer, prompts, config, sample_text):
 
     A prompt's sample is the same alone and among others. All ranks return the same.
     """
-    return [sample_text(model, tokenizer, replace(config, prompt=prompt))
-            for prompt in watched(prompts, "sample")]
+    with remedied("in a sample", Half("max_new_tokens", config.max_new_tokens)):
+        return [sample_text(model, tokenizer, replace(config, prompt=prompt))
+                for prompt in watched(prompts, "sample")]
 
 
 def open_prompts(config, tokenizer, max_seq_len):
