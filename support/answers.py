@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-from corpus.lines import JSON_SUFFIXES
+from corpus.lines import JSON_SUFFIXES, ends_in
 from corpus.source_files import is_there
 from corpus.tables import TABLE_SUFFIXES
 from data import render_chat
@@ -67,7 +67,7 @@ def generate_answers(argv):
             f"{' '.join(['generate', *paths])}: the form is generate RUN PROMPTS.jsonl OUT.jsonl")
     require(is_there(paths[1]), f"{paths[1]}: no such file or folder{here(paths[1])}; name a file "
             "of prompts")
-    is_read = not Path(paths[1]).is_file() or paths[1].endswith(JSON_SUFFIXES + TABLE_SUFFIXES)
+    is_read = not Path(paths[1]).is_file() or ends_in(paths[1], JSON_SUFFIXES + TABLE_SUFFIXES)
     require(is_read, f"{paths[1]}: the name of a file of prompts must end in .jsonl, with an "
             f"object a line, in .json or in {', '.join(TABLE_SUFFIXES)}")
     require(paths[2].endswith(".jsonl"), f"{paths[2]}: answers are written as an object a line: "

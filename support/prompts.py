@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from corpus.documents import parse, print_line, read_records
-from corpus.lines import TEXT_SUFFIXES
+from corpus.lines import TEXT_SUFFIXES, ends_in
 from support.files import UserError, here
 from support.memory import Half, remedied
 from support.progress import watched
@@ -54,7 +54,7 @@ def read_prompts(path):
                         'lines of {"prompt": TEXT}')
     prompts = []
     for record in read_records(path):
-        is_text = path.endswith(TEXT_SUFFIXES)
+        is_text = ends_in(path, TEXT_SUFFIXES)
         prompts += prompts_of_lines(file, record) if is_text else [prompt_of(record)]
     if not prompts:
         raise UserError(f"prompts={path}: holds no prompt; write one a line")
