@@ -200,6 +200,9 @@ class Run:
             self.write_row(batch, metrics, lr)
         else:
             say_slow_step(self.watch, step, self.config.max_steps)
+        if self.pace.first is None:
+            self.pace.begin(step)
+            self.window.leave_time_out()
 
     def agree_on_ending(self):
         """What one rank has heard, all ranks do: leave, or save because of save_every_minutes."""
