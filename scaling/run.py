@@ -111,7 +111,8 @@ class Run:
         """True, and printed, if neither a step nor an evaluation is left to do."""
         is_finished = self.step == self.config.max_steps and not self.lacks_evaluation
         if is_finished:
-            print(f"{self.path}: finished, at step {self.step} of {self.config.max_steps}")
+            print(f"{self.path}: finished, at step {self.step} of {self.config.max_steps}; to go "
+                  "on, raise --max_steps (in adapt.py: --epochs)")
         return is_finished
 
     def load(self, model, optimizer):
