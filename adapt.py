@@ -96,9 +96,9 @@ def adapt(adapt_config, eval_config, config):
     check_not_base(Path(config.run_dir), base)
     tokenizer = open_tokenizer(base.home / "tokenizer.json", base.model_config)
 
-    # The examples, and the schedule that follows from their number
-    train_set, eval_set = read_sets(adapt_config, base, tokenizer)  # chats, or pairs of answers
+    # The texts that are measured; the examples, and the schedule that follows from their number
     suites = open_suites(eval_config, partial(held_out_of_base, base))
+    train_set, eval_set = read_sets(adapt_config, base, tokenizer)  # chats, or pairs of answers
     config = by_epochs(adapt_config, config, len(train_set))
     fingerprint = fingerprint_of(base, train_set, eval_set, config.batch_size)  # of the run
     settings = base.settings | saved_settings(base.model_config, eval_config, adapt_config, config)

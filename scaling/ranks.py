@@ -275,7 +275,7 @@ def agree_on_machine(config, settings, device):
 
     settings: every key of the run, printed too; they must be equal on all ranks.
     """
-    on_rank0(print_settings, settings, config.overwrite)
+    on_rank0(print_settings, config, settings)
     on_rank0(check_boards, config)
     ranks_per_node = launched().ranks_per_node if config.shard == "hybrid" else None
     check_agreement({**settings, "code": code_version(), "torch": torch.__version__,

@@ -10,10 +10,13 @@ GROUPS = {"d_model": "network", "data_dir": "data", "suite": "evaluation", "run_
           "method": "tuning"}
 
 
-def print_settings(settings, overwrite):
-    """Print {key: value} of a run that begins, or what differs where the run has begun before."""
-    saved = Path(settings["run_dir"]) / "config.json"
-    before = read_json(saved) if saved.is_file() and not overwrite else {}
+def print_settings(config, settings):
+    """Print {key: value} of a run that begins, or what differs where the run has begun before.
+
+    config: its TrainConfig.
+    """
+    saved = Path(config.run_dir) / "config.json"
+    before = read_json(saved) if saved.is_file() and not config.overwrite else {}
     if "run_dir" not in before:  # no run of ours is there yet
         print(f"config: all settings, saved in {saved}")
         for name, values in grouped(settings).items():
