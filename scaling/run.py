@@ -226,6 +226,8 @@ class Run:
                                kwh=self.state["kwh"], world_size=world_size(),
                                batch_hash=batch_hash(batch["tokens"]))
         said = f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s"
+        if "rewards/accuracies" in metrics:
+            said += f", reward accuracy {metrics['rewards/accuracies']:.0%}"
         self.bar.set_postfix_str(said)
         last = self.config.max_steps
         seconds_left = self.pace.seconds_left(self.step, last, self.window)
