@@ -4,7 +4,6 @@
 """
 
 import math
-import sys
 import time
 from datetime import timedelta
 from functools import partial
@@ -155,7 +154,7 @@ class Run:
         self.signals.restore()
         self.metrics_log.close(failed=error is not None)
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
-            print(STOPPED_AT_ONCE, file=sys.stderr)
+            error.add_note(STOPPED_AT_ONCE)
         if error and is_lack_of_memory(error):
             raise UserError(about_memory(error, *memory_left_to_save(self))) from None
 

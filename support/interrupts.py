@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 
-COMMANDS = ("train.py", "data.py", "eval.py", "adapt.py", "model.py")
+COMMANDS = ("train.py", "data.py", "eval.py", "adapt.py", "model.py", "experiments/__main__.py")
 
 
 def is_command():

@@ -17,6 +17,7 @@ import data
 import eval as e
 import train
 from scaling.signals import StopSignal
+from support.bars import noted
 from support.text import BOLD_GREEN, PLAIN, UserError, harmless
 
 TOY = r"""
@@ -178,7 +179,8 @@ def test_ctrl_c_that_python_can_only_ignore_comes_again(tmp_path):
             os._exit(0)
         time.sleep(3600)
     process = forked(tmp_path / "log", start_workers)
-    assert joined(process) == 130 and (tmp_path / "log").read_text() == ""
+    assert joined(process) == 130
+    assert (tmp_path / "log").read_text() == "stopped; the same command begins again\n"
 
 
 CHILD = """
@@ -255,11 +257,9 @@ def test_sigterm_clears_up_as_ctrl_c_does(tmp_path):
             time.sleep(60)
         _, status = os.wait()
         print("child", -os.waitstatus_to_exitcode(status))
-        try:
+        with noted("rows are kept"):
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(60)
-        finally:
-            print("cleared up")
     process = forked(tmp_path / "log", main)
     assert joined(process) == 128 + signal.SIGTERM
-    assert (tmp_path / "log").read_text() == f"child {int(signal.SIGTERM)}\ncleared up\n"
+    assert (tmp_path / "log").read_text() == f"child {int(signal.SIGTERM)}\nrows are kept\n"
