@@ -491,7 +491,7 @@ def check_first_loss(metrics, dtype, adapt_config):
         width *= max(1, adapt_config.beta / 0.1)  # rewards, and their rounding, grow with beta
     loss = metrics["loss"]
     ln_2 = math.log(2)
-    tqdm.write(f"the first step's loss is {loss:.4f}; ln 2 is {ln_2:.4f}")
+    tqdm.write(f"step 1: the loss is {loss:.4f}; with equal rewards it is ln 2 = {ln_2:.4f}")
     if abs(loss - ln_2) > width:
         raise UserError(f"loss={loss:.4f} at step 1: DPO's must be ln 2 = {ln_2:.4f} within "
                         f"{width:g}, so the reference's log-probabilities are not those of the "

@@ -27,8 +27,8 @@ from configs import load_config, setting
 from corpus.bpe import sample_texts, train_bpe
 from corpus.dedup import (copies_marked, decontaminate, evaluation_paragraphs, evaluation_sets,
                           keys_of, without_copies)
-from corpus.documents import is_held_out, parse_documents, read_records, size_of
-from corpus.funnel import Funnel, ShowOptions, print_dropped, print_table
+from corpus.documents import parse_documents, read_records, size_of, split_held_out
+from corpus.funnel import Funnel, ShowOptions, print_dropped
 from corpus.manifest import write_manifest
 from corpus.questions import leaked_docstrings
 from corpus.rules import CONTENT_SCORERS, LANGUAGE_SCORERS, RULES, Drop, filter_documents
@@ -80,7 +80,8 @@ class DataConfig:
         1e-6, "Share of new items that a Bloom filter may take for old ones; 1e-6 is Dolma's for "
         "the web.")
     eval_share: float = setting(
-        0.05, "Share of the groups (modules, topics; else documents) held out, by their hash.")
+        0.05, "Share of the groups (modules, topics; else documents) held out, by their hash; "
+        "the end of a source that is one text.")
 
     # the mix and its tokens
     mix_tokens: int = setting(
@@ -380,9 +381,8 @@ def hold_out(documents, config, source, funnel):
     A held-out docstring of the embedded corpus whose text is also in a training document is
     dropped: measured on it, the model would look better than it is.
     """
-    for document in documents:
-        # by a hash of its group: the same side in every build, whatever else is in the source
-        held_out = is_held_out(document, config.eval_share)
+    # by a hash of its group: the same side in every build, whatever else is in the source
+    for document, held_out in split_held_out(documents, config.eval_share, funnel.notes):
         if held_out and source.path == "stdlib":
             if document["id"] in leaked_docstrings(config.eval_share):
                 funnel.drop("leaked", document, Drop("held out, but also in a training document"))
@@ -588,7 +588,7 @@ def main(argv):
     if argv and argv[0] in ("trace", "find"):
         from corpus.trace import main as trace_main  # only here: it imports this file
         return trace_main(argv)
-    from corpus.large_drops import checked_rule, print_large_drops
+    from corpus.large_drops import checked_rule, print_funnel
     from scaling.begin import data_settings_of_start, say_other_data  # only here: knows train.py
     from support.bars import prepared
     from train import SCHEMAS  # its keys, which a config file may hold
@@ -598,8 +598,7 @@ def main(argv):
     say_other_data(argv, folder)
     if options.show:
         return print_dropped(folder, checked_rule(folder, options.show))
-    print_large_drops(folder)
-    print_table(folder)
+    print_funnel(folder)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import hashlib
 import sys
 from collections import Counter
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +13,8 @@ from tqdm import tqdm
 
 from corpus.json_lists import read_json_values
 from corpus.left_out import CAN_BE_READ
-from corpus.lines import JSON_SUFFIXES, TEXT_SUFFIXES, Truncated, line_number, read_parts
+from corpus.lines import (JSON_SUFFIXES, TEXT_SUFFIXES, Truncated, ends_in, line_number,
+                          read_parts)
 from corpus.source_files import input_files, name_in
 from corpus.stdlib import stdlib_documents
 from corpus.tables import TABLE_SUFFIXES, read_table
@@ -24,6 +26,7 @@ from support.text import UserError, decoded, json_type, noted, parsed_json, refu
 TEXT_KEYS = ("text", "content", "raw_content", "body", "document", "article", "story", "passage",
              "code", "markdown", "sentence", "page_content", "completion", "abstract")
 OF_A_DOCUMENT = ("id", "metadata", "added", "created")  # its keys beside the text, as in Dolma
+LEAST_HELD_OUT = 100  # characters at the end of a text; fewer measure nothing
 MANY_EOS = 10  # so many in one text file are no accident: many corpora put it between documents
 
 
@@ -49,6 +52,7 @@ class Record(NamedTuple):
     place: str  # file:line as the user knows it, for messages
     content: bytes | dict  # JSON, text, a row of a table, or an embedded document (finished)
     part: int = 1  # of the documents that begin on this line, which one
+    alone: bool = False  # whether its source holds nothing else
 
 
 def read_records(path, source="", counts=None, allow_truncated=None, progress=False,
@@ -74,7 +78,7 @@ def read_records(path, source="", counts=None, allow_truncated=None, progress=Fa
         for what in notes:
             if CAN_BE_READ in what:
                 warn(f"{source}: {noted(notes[what], what)}")
-    if separator and not any(file.name.endswith(TEXT_SUFFIXES) for file in files):
+    if separator and not any(ends_in(file, TEXT_SUFFIXES) for file in files):
         raise UserError(f"{root}: separator={separator!r} cuts text files, and none is there; "
                         "leave it out")
     total = sum(file.stat().st_size for file in files)
@@ -87,7 +91,7 @@ def read_records(path, source="", counts=None, allow_truncated=None, progress=Fa
                     is_empty = False
                     place = f"{file}:{line_number(line, part)}"
                     yield Record(name, line, place, content, part)
-                notes["tables without rows"] += is_empty and name.endswith(TABLE_SUFFIXES)
+                notes["tables without rows"] += is_empty and ends_in(name, TABLE_SUFFIXES)
             except OSError as error:
                 raise UserError(f"{file}: cannot be read ({error.strerror}); restore it or its "
                                 "rights, or take it out") from None
@@ -99,14 +103,24 @@ def read_records(path, source="", counts=None, allow_truncated=None, progress=Fa
                 warn(str(error))
 
 
+def alone_marked(records):
+    """Yield the records of an iterator; one that comes alone is marked as such."""
+    first = list(islice(records, 2))
+    if len(first) == 1:
+        first = [first[0]._replace(alone=True)]
+    while first:
+        yield first.pop(0)  # not held until the end: it may have 1 GiB
+    yield from records
+
+
 def contents_of(file, separator, text_key, bar):
     """Yield (line, part, content) of each document in a file, as Record has them."""
     refuse_pointer(file)
-    if file.name.endswith(TABLE_SUFFIXES):
+    if ends_in(file, TABLE_SUFFIXES):
         columns = partial(columns_of_documents, file, text_key) if text_key else None
         for row, values in read_table(file, columns, bar):
             yield row, 1, values
-    elif file.name.endswith(JSON_SUFFIXES):
+    elif ends_in(file, JSON_SUFFIXES):
         yield from read_json_values(file, bar)
     else:
         yield from read_parts(file, separator, bar)
@@ -138,7 +152,7 @@ def parse(record):
     """The JSON value in a Record; for a text file, an object with its text."""
     if isinstance(record.content, dict):
         return record.content
-    if record.file.endswith(JSON_SUFFIXES):
+    if ends_in(record.file, JSON_SUFFIXES):
         return parsed_json(record.content, record.place)
     return {"text": decoded(record.content, record.place)}
 
@@ -156,7 +170,7 @@ def as_document(record, source, counts, text_key=None):
     if not isinstance(entry, dict):
         raise UserError(f"{place}: holds {json_type(entry)}, not a JSON object; correct or delete "
                         "it")
-    is_text_file = record.file.endswith(TEXT_SUFFIXES)
+    is_text_file = ends_in(record.file, TEXT_SUFFIXES)
     text = entry.get("text" if is_text_file or not text_key else text_key)
     if not isinstance(text, str):
         raise UserError(f"{place}: {why_no_text(entry, text_key, record.file)}")
@@ -180,8 +194,9 @@ def as_document(record, source, counts, text_key=None):
     if is_text_file:
         note_oddities(text, counts)
     dates = {key: given[key] for key in ("added", "created") if key in given}
+    alone = {"alone": True} if record.alone else {}  # split_held_out takes it out again
     return {"id": without_surrogates(str(name)), "text": repaired, "source": source, **dates,
-            "metadata": metadata}
+            "metadata": metadata, **alone}
 
 
 def parse_documents(records, source, funnel):
@@ -241,7 +256,7 @@ def why_no_text(entry, text_key, file=""):
 
 def change(file, of_table, of_object):
     """A command that changes each row of a table, or of another file by a filter of jq."""
-    kind = next((kind for kind in ("parquet", "feather") if file.endswith(f".{kind}")), None)
+    kind = next((kind for kind in ("parquet", "feather") if ends_in(file, f".{kind}")), None)
     if kind:
         return (f"python -c \"import pandas; pandas.read_{kind}('OLD'){of_table}"
                 f".to_{kind}('NEW')\"")
@@ -262,6 +277,40 @@ def without_surrogates(text):
         return text
     # through UTF-16, as a proper pair of surrogates becomes its character there
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def split_held_out(documents, eval_share, notes):
+    """Yield (document, whether it is held out) of the documents that passed all rules.
+
+    Where a document is all that its source holds, no hash can choose a share. Its last part is
+    held out, as nanoGPT does with its input.txt; `notes` receives a line about it.
+    """
+    for document in documents:
+        alone = document.pop("alone", False)
+        text = document["text"]
+        cut = begin_of_end(text, eval_share) if alone else 0
+        if not text[:cut].strip() or len(text[cut:].strip()) < LEAST_HELD_OUT:
+            yield document, is_held_out(document, eval_share)
+            continue
+        yield {**document, "text": text[:cut]}, False
+        end = f"{document['id']}.2"
+        place = document["metadata"]["provenance"]
+        share = 100 * (1 - cut / len(text))
+        notes[f"documents, {place}, is the whole source; its last {share:.3g} % are held out, as "
+              f"document {end}"] += 1
+        metadata = {**document["metadata"], "provenance": f"{place}.2"}
+        yield {**document, "id": end, "text": text[cut:], "metadata": metadata}, True
+
+
+def begin_of_end(text, share):
+    """Where the last part of a text begins: after a line break, a blank line if one is near."""
+    place = round(len(text) * (1 - share))
+    least = max(0, place - (len(text) - place) // 4)  # the part is a quarter longer at the most
+    for mark in ("\n\n", "\n\r\n", "\n", " "):
+        found = text.rfind(mark, least, place)
+        if found >= 0:
+            return found + len(mark)
+    return place
 
 
 def is_held_out(document, eval_share):

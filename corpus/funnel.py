@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from configs import setting
 from corpus.documents import size_of, warn
-from corpus.lines import TEXT_SUFFIXES
+from corpus.lines import TEXT_SUFFIXES, ends_in
 from corpus.rules import DEDUPLICATIONS, RULES
 from support.files import UserError, read_json
 from support.text import PLAIN, REVERSE, counted, noted
@@ -67,7 +67,7 @@ class Funnel:
         self.counts["bad lines"] += 1
         message_alone = message.removeprefix(place.rpartition(":")[0])  # the line may be another
         reason = re.split(r"[;(]", re.sub(r"^:[\d.]+: ", "", message_alone))[0].strip()
-        if place.rpartition(":")[0].endswith(TEXT_SUFFIXES):  # no line: a whole document is lost
+        if ends_in(place.rpartition(":")[0], TEXT_SUFFIXES):  # no line: a whole document is lost
             reason = f"{TEXTS}: {reason}"
         self.bad_reasons[reason] += 1
         self.bad_first.setdefault(reason, message)

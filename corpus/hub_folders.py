@@ -7,7 +7,7 @@ that are kept apart for tests.
 import re
 from collections import Counter, defaultdict
 
-from corpus.lines import TEXT_SUFFIXES
+from corpus.lines import TEXT_SUFFIXES, ends_in
 from corpus.tables import TABLE_SUFFIXES
 from support.files import read_json
 from support.text import UserError, counted
@@ -28,7 +28,7 @@ def files_with_rows(files, left_out_files):
     left_out_files: receives those that are left out. Raises UserError for tables that are not the
     listed ones.
     """
-    tables = [file for file in files if file.name.endswith(TABLE_SUFFIXES)]
+    tables = [file for file in files if ends_in(file, TABLE_SUFFIXES)]
     if not tables:
         return files
     left_out = {}  # {file: why}
@@ -54,7 +54,7 @@ def files_with_rows(files, left_out_files):
 def is_card(file):
     """Whether a file is a text that only describes the files beside it."""
     is_named = file.name.lower().startswith(("readme", "license", "changelog"))
-    return is_named and file.name.endswith(TEXT_SUFFIXES)
+    return is_named and ends_in(file, TEXT_SUFFIXES)
 
 
 def check_single(file):
@@ -99,9 +99,9 @@ def check_splits(root, files, counts):
     tables = []
     for file in files:
         split, path = split_of(file.relative_to(root))
-        if split and not file.name.endswith(TEXT_SUFFIXES):
+        if split and not ends_in(file, TEXT_SUFFIXES):
             splits[split][root / path] += 1
-            tables += [file] * file.name.endswith(TABLE_SUFFIXES)
+            tables += [file] * ends_in(file, TABLE_SUFFIXES)
     if len(splits) < 2:
         return
     if not tables:

@@ -71,7 +71,7 @@ class LeftOut:
 
 def ending_of(file):
     """.png, or .csv.gz of a compressed file; "" if there is none."""
-    is_compressed = file.suffix in (".gz", ".zst", ".xz", ".bz2", ".zip")
+    is_compressed = file.suffix.lower() in (".gz", ".zst", ".xz", ".bz2", ".zip")
     return "".join(file.suffixes[-2:]) if is_compressed else file.suffix
 
 

@@ -25,6 +25,11 @@ TABLES = {"Parquet": ".parquet", "Arrow": ".arrow"}  # kinds of files that corpu
 SUFFIXES = {name: suffix for suffix, name in PACKED.items()}
 
 
+def ends_in(file, suffixes):
+    """Whether a file's name (text or Path) has one of these suffixes, also in capitals."""
+    return str(file).lower().endswith(suffixes)
+
+
 class Truncated(UserError):
     """A packed file that is damaged, or a file that ends early."""
 
@@ -93,7 +98,7 @@ class Content(io.RawIOBase):
 
 def unpacked(file, raw, bar):
     """Yield the bytes of an open file, as they come; see `opened`."""
-    chunks = {".gz": gzip_chunks, ".zst": zstd_chunks}.get(file.suffix, plain_chunks)
+    chunks = {".gz": gzip_chunks, ".zst": zstd_chunks}.get(file.suffix.lower(), plain_chunks)
     lines = 0
     done = 0
     try:
@@ -151,7 +156,7 @@ def zstd_chunks(raw):
 
 def check_packed(file, raw):
     """UserError for a .gz or .zst file that is none; `raw`, the open file, stays at its begin."""
-    wanted = PACKED.get(file.suffix)
+    wanted = PACKED.get(file.suffix.lower())
     if not wanted:
         return
     head = raw.read(1000)
@@ -163,8 +168,9 @@ def check_packed(file, raw):
     is_skippable = wanted == "zstd" and SKIPPABLE.match(head)
     if kind == wanted or is_skippable:
         return
-    if not kind and head.removeprefix(BYTE_ORDER_MARK).lstrip()[:1] in (b"{", b"["):
-        raise UserError(f"{file}: not {wanted} but plain JSON; rename it to {file.stem}")
+    # packed bytes hold control characters; the page of a failed download begins with <
+    if not kind and min(head) >= 9 and not head.lstrip().startswith(b"<"):
+        raise UserError(f"{file}: not {wanted} but plain text; rename it to {file.stem}")
     remedy = "fetch it again, or take it out"
     if kind in SUFFIXES:
         remedy = f"rename it to {file.stem}{SUFFIXES[kind]}"
@@ -178,12 +184,12 @@ def check_kind(file, head):
     """
     if other_encoding(head):
         decoded(head, f"{file}:1")  # raises the error that names it
-    name = signature_of(head) if file.name.endswith(JSON_SUFFIXES) else None
+    name = signature_of(head) if ends_in(file, JSON_SUFFIXES) else None
     if name:
         remedy = "convert it"
         if name in TABLES:
             remedy = f"rename it to {file.stem}{TABLES[name]}"
-        if name in SUFFIXES and file.suffix not in PACKED:
+        if name in SUFFIXES and file.suffix.lower() not in PACKED:
             remedy = f"rename it to {file.name}{SUFFIXES[name]}"
         raise UserError(f"{file}: not JSON but {name}; {remedy}")
 

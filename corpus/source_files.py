@@ -7,7 +7,7 @@ from pathlib import Path
 from corpus.hub_folders import check_splits, files_with_rows, is_card
 from corpus.json_lists import holds_rows, list_inside
 from corpus.left_out import ANY_OTHER, LeftOut, remedy_for
-from corpus.lines import JSON_SUFFIXES, TEXT_SUFFIXES
+from corpus.lines import JSON_SUFFIXES, TEXT_SUFFIXES, ends_in
 from corpus.tables import TABLE_SUFFIXES
 from support.files import here
 from support.hints import command
@@ -40,7 +40,7 @@ def input_files(root, counts):
 def files_at(root, left_out):
     """The same for a file or folder; `left_out` receives what is not read."""
     if root.is_file():
-        if root.name.endswith(SUFFIXES):
+        if ends_in(root, SUFFIXES):
             return [root]
         raise UserError(f"{root}: cannot read this kind of file; {READ}; to make one: "
                         + (remedy_for(root) or ANY_OTHER))
@@ -55,7 +55,7 @@ def files_at(root, left_out):
     if not root.is_dir():
         raise UserError(f"{root}: neither a file nor a folder; save what it holds in a file")
     files = files_with_rows(files_in(root, left_out), left_out)
-    others = [file for file in files if not file.name.endswith(SUFFIXES)]
+    others = [file for file in files if not ends_in(file, SUFFIXES)]
     left_out.add_endings(sorted(others))
     readable = readable_files(sorted(set(files) - set(others)), left_out)
     check_splits(root, readable, left_out.counts)
@@ -122,7 +122,7 @@ def matches(pattern):
 
 def is_text(file):
     """Whether a file is a text, and not one that only describes the files of a folder."""
-    return file.name.endswith(TEXT_SUFFIXES) and not is_card(file)
+    return ends_in(file, TEXT_SUFFIXES) and not is_card(file)
 
 
 def why_not_read(file, has_text):
@@ -132,9 +132,9 @@ def why_not_read(file, has_text):
     it configures something, elsewhere it is data if it holds several objects.
     """
     # an empty .txt is an empty document; an empty .gz a download that failed, and an error
-    if file.suffix in (".jsonl", ".json") and not file.stat().st_size:
+    if ends_in(file, (".jsonl", ".json")) and not file.stat().st_size:
         return "empty"
-    if file.suffix != ".json":
+    if not ends_in(file, ".json"):
         return ""
     if has_text:
         return ".json beside text or code; to read one, name it"

@@ -3,6 +3,7 @@
 import difflib
 import math
 import re
+from os.path import realpath
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,7 +98,8 @@ def parse_sources(sources, mix_tokens):
 def check_outside(folder, key, sources):
     """UserError if `folder`, the value of `key`, lies in a source: it would be read as its text."""
     for source in sources:
-        inside = Path(folder).resolve().is_relative_to(Path(source.path).resolve())
+        # os.path.realpath and not resolve, which stops at a link that leads to itself
+        inside = Path(realpath(folder)).is_relative_to(realpath(source.path))
         if inside and source.path != "stdlib":
             raise UserError(f"{key}={folder}: lies in {source.path}, the path of source "
                             f"{source.name}, whose files are read as text; choose another --{key}")

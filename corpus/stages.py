@@ -24,6 +24,7 @@ from itertools import islice
 from pathlib import Path
 
 from corpus.dedup import evaluation_sets
+from corpus.documents import alone_marked
 from corpus.inputs import check_unchanged, input_digests, inputs_of, state_of
 from corpus.rules import DEDUPLICATIONS
 from corpus.sources import check_outside
@@ -93,9 +94,10 @@ class Stages:
     def checked(self, source, records):
         """Yield the records of a source; UserError at their end if its text has changed meanwhile.
 
-        Its stage is named by the digests of its files and must hold the text of these very files.
+        A record that comes alone is marked. The source's stage is named by the digests of its
+        files and must hold the text of these very files.
         """
-        yield from records
+        yield from alone_marked(records)
         for _, path, known in inputs_of(source, self.settings["clean"][source.name]):
             check_unchanged(path, known, self.config.data_dir)
 
@@ -180,7 +182,7 @@ def tokenizer_settings(config):
     kind, _, size = config.tokenizer.partition(":")
     if kind != "bpe":
         return file_sha256(tokenizer_file(config.tokenizer))
-    if not size.isdigit():
+    if not size.isdecimal():  # "²".isdigit(), and int() does not take it
         raise UserError(f"tokenizer={config.tokenizer}: write bpe:N, N ids, such as bpe:4096")
     return config.tokenizer
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from corpus.arrow_values import (bytes_for_text, changed, kind_of, plain_type, utc_for_zones,
                                  values_of)
-from corpus.lines import MOST_BYTES, TABLES, Truncated
+from corpus.lines import MOST_BYTES, TABLES, Truncated, ends_in
 from support.text import UserError, shown, signature_of
 
 TABLE_SUFFIXES = (".parquet", ".arrow", ".feather")
@@ -52,7 +52,7 @@ def read_table(file, choose, bar):
 def parts_of(file, choose):
     """Yield (rows, share of the file that is read): up to MOST_ROWS dicts at a time."""
     import_pyarrow(file)
-    batches = parquet_batches if file.suffix == ".parquet" else arrow_batches
+    batches = parquet_batches if ends_in(file, ".parquet") else arrow_batches
     row = 0
     for batch, share in batches(file, choose):
         for part in small_parts(batch):
@@ -87,7 +87,7 @@ def check_format(file):
         raise UserError(f"{file}: 0 bytes, a download that failed; {FETCH}")
     if b"PARE" in (head[:4], tail[-4:]):
         raise UserError(f"{file}: encrypted; {DECRYPT}")
-    kind = "Parquet" if file.suffix == ".parquet" else "Arrow"
+    kind = "Parquet" if ends_in(file, ".parquet") else "Arrow"
     found = "Arrow" if head.startswith(END_OF_STREAM[:4]) else signature_of(head)
     if head.startswith(b"FEA1"):
         raise UserError(f"{file}: Feather's first format; write it again: pandas.read_feather(OLD)"
@@ -114,7 +114,7 @@ def named_faults(file, row):
     except UserError:
         raise
     except MemoryError:
-        remedy = "write it as Parquet, or " * (file.suffix != ".parquet") + "take it out"
+        remedy = "write it as Parquet, or " * (not ends_in(file, ".parquet")) + "take it out"
         raise UserError(f"{file}:{row + 1}: to unpack the rows from here on takes over "
                         f"{MOST_MEMORY:,} bytes of memory; {remedy}") from None
     except (ArrowException, OSError, ValueError, KeyError, OverflowError, RecursionError) as error:
@@ -125,7 +125,7 @@ def named_faults(file, row):
             raise UserError(f"{file}: encrypted; {DECRYPT}") from None
         message = f"{file}: cannot be read after row {row:,} ({reason}); {FETCH}"
         # a stream has batches up to where it ends; Parquet and Feather lose all with their end
-        raise (Truncated if row and file.suffix == ".arrow" else UserError)(message) from None
+        raise (Truncated if row and ends_in(file, ".arrow") else UserError)(message) from None
 
 
 @contextmanager

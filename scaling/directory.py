@@ -201,7 +201,7 @@ def resumed_argv(argv, file, example, is_tuned):
     if is_fork and step_directories(run_dir) and not begins_again:
         check_is_fork(Path(run_dir), Path(resume))
         saved = Path(run_dir) / "config.json"
-    elif not (is_fork or begins_again or step_directories(home)):
+    elif not (is_fork or begins_again or step_directories(home)) and any(log_rows(home)):
         raise UserError(f"--resume={resume}: holds no step; python {file} {saved} "
                         f"--run_dir={home} begins the run again at step 1")
     elif not is_fork and home != Path(resume):

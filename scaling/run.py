@@ -20,12 +20,14 @@ from scaling.kept import Kept, check_comparable
 from scaling.log import (Log, Pace, Window, has_bar, perplexity, say_evaluation, say_row,
                          say_slow_step)
 from scaling.machine import PowerMeter, carbon_kg, energy_line, flops_per_token, peak_memory
+from scaling.memory import memory_left_to_save
 from scaling.ranks import (batch_hash, check_agreement, largest, on_rank0, rank, reduce_sum,
                            world_size)
-from scaling.signals import StopSignal
+from scaling.signals import STOPPED_AT_ONCE, StopSignal
 from scaling.starts import note_start
 from support.bars import Watch, stage
 from support.files import UserError
+from support.memory import about_memory, is_lack_of_memory
 
 READ_PATIENCE = timedelta(hours=2)  # rank 0 reads a complete checkpoint to check it
 
@@ -68,6 +70,7 @@ class Run:
         self.results = None
         self.ended_by = 0
         self.bar = None
+        self.doing = "evaluating"  # the one thing that may come before the first step; "": a step
 
     @property
     def step(self):
@@ -148,9 +151,13 @@ class Run:
         if rank() == 0:
             self.kept = Kept(self.path, self.config, self.settings)
 
-    def __exit__(self, error, *_):
+    def __exit__(self, kind, error, traceback):
         self.signals.restore()
         self.metrics_log.close(failed=error is not None)
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            error.add_note(STOPPED_AT_ONCE)
+        if error and is_lack_of_memory(error):
+            raise UserError(about_memory(error, *memory_left_to_save(self))) from None
 
     def steps(self):
         """Yield the number of each step to take, the same on all ranks.
@@ -161,6 +168,7 @@ class Run:
         self.signals.__enter__()
         last = self.config.max_steps
         self.watch = Watch()
+        self.doing = ""
         self.loop_start = time.perf_counter() - self.state["seconds"]
         with tqdm(total=last, initial=self.step, unit="step", disable=not has_bar()) as self.bar:
             while self.step < last and not self.ended_by:
@@ -193,6 +201,9 @@ class Run:
             self.write_row(batch, metrics, lr)
         else:
             say_slow_step(self.watch, step, self.config.max_steps)
+        if self.pace.first is None:
+            self.pace.begin(step)
+            self.window.leave_time_out()
 
     def agree_on_ending(self):
         """What one rank has heard, all ranks do: leave, or save because of save_every_minutes."""
@@ -215,6 +226,8 @@ class Run:
                                kwh=self.state["kwh"], world_size=world_size(),
                                batch_hash=batch_hash(batch["tokens"]))
         said = f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s"
+        if "rewards/accuracies" in metrics:
+            said += f", reward accuracy {metrics['rewards/accuracies']:.0%}"
         self.bar.set_postfix_str(said)
         last = self.config.max_steps
         seconds_left = self.pace.seconds_left(self.step, last, self.window)
@@ -283,6 +296,7 @@ class Run:
 
     def say_on_bar(self, what):
         """Name what the bar, which may stand at 100 %, waits for; "" after it."""
+        self.doing = what
         if self.bar is not None:
             self.bar.set_postfix_str(what)
 

@@ -12,6 +12,9 @@ from tqdm import tqdm
 from scaling.ranks import world_size
 
 
+STOPPED_AT_ONCE = "stopped at once; the same command continues after the newest checkpoint"
+
+
 class StopSignal:
     """While open, remembers the first Ctrl-C, SIGTERM or alarm in `number`.
 
@@ -113,6 +116,8 @@ class Shield:
             if number not in self.BLOCKED or heard and world_size() > 1:
                 continue
             if heard:
+                tqdm.write(STOPPED_AT_ONCE)
+                sys.stdout.flush()
                 os._exit(128 + number)  # the compiler's processes end by themselves
             heard = number
             what = "compiling; " if "torch._inductor.compile_fx" in sys.modules else ""

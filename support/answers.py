@@ -6,19 +6,20 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-from corpus.lines import JSON_SUFFIXES
+from corpus.lines import JSON_SUFFIXES, ends_in
 from corpus.source_files import is_there
 from corpus.tables import TABLE_SUFFIXES
 from data import render_chat
 from model import generate
 from scaling.ranks import from_rank0
 from scaling.sharding import evaluating
-from support.bars import bar
+from support.bars import bar, noted
 from support.chat_forms import PROMPTS
 from support.chats import checked_request
 from support.fields import require
 from support.files import here, to_json
 from support.generation import fixed_weights
+from support.memory import Half, remedied
 from support.models import open_base
 from support.progress import watched
 from support.rows import Faults, checked_rows, listed
@@ -40,7 +41,8 @@ def answer_prompts(model, tokenizer, prompts, max_new_tokens):
     prompts: lists of ids, which begin with EOS. All ranks answer together, with rank 0's tokens.
     """
     answers = []
-    with evaluating(model):
+    less = Half("max_new_tokens", max_new_tokens)
+    with remedied("in an answer", less), evaluating(model):
         for begin in watched(range(0, len(prompts), ANSWER_BATCH), "batch of answers"):
             answers += generate(model, prompts[begin:begin + ANSWER_BATCH], max_new_tokens,
                                 stop_ids=(tokenizer.eos_token_id,), sync=from_rank0)
@@ -65,7 +67,7 @@ def generate_answers(argv):
             f"{' '.join(['generate', *paths])}: the form is generate RUN PROMPTS.jsonl OUT.jsonl")
     require(is_there(paths[1]), f"{paths[1]}: no such file or folder{here(paths[1])}; name a file "
             "of prompts")
-    is_read = not Path(paths[1]).is_file() or paths[1].endswith(JSON_SUFFIXES + TABLE_SUFFIXES)
+    is_read = not Path(paths[1]).is_file() or ends_in(paths[1], JSON_SUFFIXES + TABLE_SUFFIXES)
     require(is_read, f"{paths[1]}: the name of a file of prompts must end in .jsonl, with an "
             f"object a line, in .json or in {', '.join(TABLE_SUFFIXES)}")
     require(paths[2].endswith(".jsonl"), f"{paths[2]}: answers are written as an object a line: "
@@ -84,7 +86,11 @@ def generate_answers(argv):
     model, tokenizer = open_assistant(run, dtype)
     prompts = [render_chat(messages, tokenizer, reply=True)[0] for messages in requests]
 
-    with open(out, "a", encoding="utf-8") as file, fixed_weights(model):
+    less = (Half("answer_batch", options.answer_batch),
+            Half("max_new_tokens", options.max_new_tokens))
+    with (open(out, "a", encoding="utf-8") as file, fixed_weights(model),
+          remedied("in an answer", *less),
+          noted(f"stopped: {out} keeps its answers, and the same command continues")):
         for begin in bar(range(done, len(rows), options.answer_batch), "answering", unit="batches"):
             end = begin + options.answer_batch
             found = answers_of(model, tokenizer, prompts[begin:end], options, begin)

@@ -15,6 +15,8 @@ from functools import lru_cache, partial
 
 from tqdm import tqdm
 
+from support.memory import Half, remedied
+
 # How long a bar or a stage lasts before its first line; on a terminal, a stage half as long. With 0
 # each has a line at once.
 FIRST_S = 2
@@ -146,13 +148,21 @@ def staged(what, function, *arguments):
 
 
 def prepared(build_data, config):
-    """The folder that build_data returns; a stage around the call. Ctrl-C says what is kept."""
-    try:
+    """The folder that build_data returns; a stage around the call."""
+    filters = "--bloom_items=N for N texts, as exact sets of them take more (docs/data.md)"
+    less = (Half("workers", config.workers or os.cpu_count()), config.bloom_items == 0 and filters)
+    with (noted("stopped while preparing the data: finished stages are kept, and the same command "
+                "continues"), remedied("while the data was prepared", *less)):
         return staged("preparing the data", build_data, config)
-    except KeyboardInterrupt:
-        end_bars()
-        print("stopped while preparing the data: finished stages are kept, and the same command "
-              "continues", file=sys.stderr)
+
+
+@contextmanager
+def noted(text):
+    """Around work: where Ctrl-C or SIGTERM ends it, run_main prints this text."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as stop:  # SystemExit: of SIGTERM
+        stop.add_note(text)
         raise
 
 
@@ -188,6 +198,7 @@ class Stage(Watch):
 
     def clear(self):
         if self.bar is not None:
+            self.bar.clear()  # subtle: close() alone leaves the cursor where the text ended
             self.bar.close()
             self.bar = None
 

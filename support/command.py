@@ -4,23 +4,14 @@ from support.interrupts import clear_starting, end_at_ctrl_c, hear_ctrl_c  # fir
 
 import errno
 import os
-import re
 import signal
 import sys
 from contextlib import redirect_stderr, redirect_stdout
-from pathlib import Path
 
 from support.bars import end_bars, hide_bars
 from support.files import disk_remedy, is_full
+from support.memory import about_memory, is_lack_of_memory
 from support.text import BOLD_GREEN, PLAIN, REVERSE, UserError, harmless
-
-# What to do first when memory runs out; docs/scale.md has the rest.
-LESS_MEMORY = {
-    "train": "try --activation_checkpointing=one_in_two, then half the --micro_batch_size; in an "
-             "evaluation, half the --eval_batch_tokens",
-    "adapt": "try --activation_checkpointing=one_in_two, then half the --micro_batch_size; for "
-             "generate, half the --answer_batch",
-    "eval": "try half the --eval_batch_tokens", "data": "try fewer --workers"}
 
 
 def run_main(main):
@@ -70,9 +61,15 @@ def exit_code(main):
     except UserError as error:
         end_bars()
         return f"error: {harmless(str(error))}"
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends the clearing up
+        say_stopped(stop)
         return 130  # 128 + SIGINT, as shells have it
+    except SystemExit as stop:
+        if stop.code != 128 + signal.SIGTERM:  # see hear_sigterm in support/interrupts.py
+            raise
+        say_stopped(stop)
+        return stop.code
     except (MemoryError, OSError, RuntimeError, UnicodeEncodeError) as error:
         end_bars()
         line = about_machine(error)
@@ -81,18 +78,18 @@ def exit_code(main):
         return f"error: {harmless(line)}"
 
 
+def say_stopped(stop):
+    """Say what a signal leaves: in the notes that whoever was interrupted has added to it."""
+    end_bars()
+    notes = getattr(stop, "__notes__", ["stopped; the same command begins again"])
+    print(*notes, sep="\n", file=sys.stderr)
+
+
 def about_machine(error):
     """One line about an error whose cause is the machine, the user's rights or text; else None."""
-    text = str(error)
-    name = type(error).__name__  # torch.OutOfMemoryError; torch is not imported here
     number = getattr(error, "errno", None)
-    is_memory = isinstance(error, MemoryError) or "OutOfMemory" in name or number == errno.ENOMEM
-    if is_memory or "can't allocate memory" in text:
-        remedy = LESS_MEMORY.get(Path(sys.argv[0]).stem, "try a smaller batch")
-        amount = re.search(r"llocate (\d[\w.]* ?\w+)", text)
-        if amount and bytes_of(amount[1]) > whole_memory(text):
-            remedy = "there is less than that in all; choose a smaller model, batch or context"
-        return f"out of memory{f' (asked for {amount[1]})' if amount else ''}; {remedy}"
+    if is_lack_of_memory(error):
+        return about_memory(error)
     if isinstance(error, UnicodeEncodeError):
         part = error.object[max(0, error.start - 20):error.end + 20]
         return f"{part!r} is not all text: bytes that are not UTF-8, or half a surrogate pair"
@@ -101,20 +98,6 @@ def about_machine(error):
     if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR):
         return f"{error}; it must be a file that you may read and write"
     return None
-
-
-def bytes_of(amount):
-    """The bytes in torch's words: "80 bytes" on a CPU, "2.00 GiB" on a GPU."""
-    number, _, unit = amount.partition(" ")
-    return float(number) * 1024 ** ("KMGTP".find(unit[:1]) + 1)
-
-
-def whole_memory(text):
-    """The bytes of a GPU, as torch's message names them, or of this machine."""
-    capacity = re.search(r"total capacity of (\d[\w.]* ?\w+)", text)
-    if capacity:
-        return bytes_of(capacity[1])
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 NOT_ALONE = "error: this command is one process; start it with python, not with torchrun"

@@ -43,7 +43,7 @@ def funnel(name, source):
             stages.append((f"{left:,} left: {rule} dropped {dropped:,}", left))
     held_out = source.get("held-out documents", 0)
     if held_out:
-        left -= held_out
+        left = source.get("documents", left - held_out)  # of a single one, both parts count
         stages.append((f"{left:,} left: {held_out:,} are held out", left))
     lines = [f"<figure><h3>{escaped(name)}, documents</h3>"]
     for said, count in stages:

@@ -11,6 +11,7 @@ from corpus.documents import warn
 from corpus.trace import held_out_of
 from scaling.checkpoint import run_of, step_directories
 from support.files import UserError
+from support.memory import Half, remedied
 from support.models import check_description, open_model
 from support.prompts import draw_samples, open_prompts, read_prompts
 from support.records import (domains_table, evaluation_key, keys_recorded, record, sample_key,
@@ -69,7 +70,8 @@ def evaluate_and_record(run, model, tokenizer, state, suites, config, evaluate):
     """Evaluate suites one by one: print the table of each, add a row to RUN/eval.jsonl."""
     for suite in suites:
         began = time.monotonic()
-        results = evaluate(model, tokenizer, [suite], config)
+        with remedied("in an evaluation", *memory_left(model, config)):
+            results = evaluate(model, tokenizer, [suite], config)
         [key] = results.pop("of")
         if suite.tasks:
             print(tasks_table(results["tasks"]))
@@ -82,6 +84,12 @@ def evaluate_and_record(run, model, tokenizer, state, suites, config, evaluate):
             seconds = round(time.monotonic() - began, 1)
             record(run, "eval", state, of=key, decontaminated=verdict, said=said, **results,
                    seconds=seconds)
+
+
+def memory_left(model, config):
+    """The remedies of support/memory.py; one sequence of the context length is the least."""
+    dtype = "--eval_dtype=bfloat16" if config.eval_dtype == "float32" else None
+    return Half("eval_batch_tokens", config.eval_batch_tokens, model.config.max_seq_len), dtype
 
 
 def evaluate_every_checkpoint(path, config, evaluate, sample_text):

@@ -12,6 +12,7 @@ from model import sequence_log_probs
 from scaling.ranks import reduce_sum
 from scaling.sharding import evaluating
 from support.answers import answer_prompts
+from support.memory import Half, remedied
 from support.packing import NO_TARGET
 from support.progress import progress
 from support.rows import sequences_of
@@ -89,7 +90,8 @@ def completion_log_probs(model, sequences, batch_tokens):
     found = torch.zeros(len(sequences), 2, dtype=torch.float64)
     numbers = range(len(sequences))
     batches = length_batches(numbers, batch_tokens, lambda i: len(sequences[i].ids))
-    with evaluating(model):
+    less = Half("eval_batch_tokens", batch_tokens, model.config.max_seq_len)
+    with remedied("in an evaluation", less), evaluating(model):
         for numbers, counts in own_batches(batches):
             examples = [sequences[i] for i in numbers]
             log_probs = log_probs_of_batch(model, examples)

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 
-COMMANDS = ("train.py", "data.py", "eval.py", "adapt.py", "model.py")
+COMMANDS = ("train.py", "data.py", "eval.py", "adapt.py", "model.py", "experiments/__main__.py")
 
 
 def is_command():
@@ -74,24 +74,49 @@ end_fast()
 
 
 def hear_ctrl_c():
-    """From here on Ctrl-C raises KeyboardInterrupt, and is not lost.
+    """From here on Ctrl-C raises KeyboardInterrupt, and SIGTERM SystemExit; neither is lost.
 
     # subtle: in a callback of os.fork or in a destructor Python can only print an exception and go
-    # on. A Ctrl-C that falls there comes again a moment later.
+    # on. A signal that falls there comes again a moment later.
     Returns a function that ends this.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     before = sys.unraisablehook
     process = os.getpid()
+    again = {KeyboardInterrupt: signal.SIGINT, SystemExit: signal.SIGTERM}
+    stop_hearing_sigterm = hear_sigterm(process)
 
     def hook(ignored):
-        if not issubclass(ignored.exc_type, KeyboardInterrupt):
+        if ignored.exc_type not in again:
             before(ignored)
         elif os.getpid() == process:  # its workers end with it
-            threading.Timer(0.1, os.kill, (process, signal.SIGINT)).start()
+            threading.Timer(0.1, os.kill, (process, again[ignored.exc_type])).start()
     sys.unraisablehook = hook
-    return lambda: setattr(sys, "unraisablehook", before)
+
+    def stop_hearing():
+        sys.unraisablehook = before
+        stop_hearing_sigterm()
+    return stop_hearing
+
+
+def hear_sigterm(process):
+    """From here on SIGTERM ends this process as sys.exit does: what is half-written is cleared up.
+
+    Not one rank of several: it may wait for the others where Python handles no signal. Returns a
+    function that ends this.
+    """
+    is_ours = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if not is_ours or os.environ.get("WORLD_SIZE", "1") != "1":
+        return lambda: None
+
+    def end(number, frame):
+        signal.signal(number, signal.SIG_DFL)  # a second one acts at once
+        if os.getpid() != process:  # a child of ours, which has nothing to clear up
+            os.kill(os.getpid(), number)
+        sys.exit(128 + number)
+    signal.signal(signal.SIGTERM, end)
+    return lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def end_at_ctrl_c(code):

@@ -4,8 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from corpus.documents import parse, print_line, read_records
-from corpus.lines import TEXT_SUFFIXES
+from corpus.lines import TEXT_SUFFIXES, ends_in
 from support.files import UserError, here
+from support.memory import Half, remedied
 from support.progress import watched
 from support.text import counted, decoded, shown
 
@@ -15,8 +16,9 @@ def draw_samples(model, tokenizer, prompts, config, sample_text):
 
     A prompt's sample is the same alone and among others. All ranks return the same.
     """
-    return [sample_text(model, tokenizer, replace(config, prompt=prompt))
-            for prompt in watched(prompts, "sample")]
+    with remedied("in a sample", Half("max_new_tokens", config.max_new_tokens)):
+        return [sample_text(model, tokenizer, replace(config, prompt=prompt))
+                for prompt in watched(prompts, "sample")]
 
 
 def open_prompts(config, tokenizer, max_seq_len):
@@ -52,7 +54,7 @@ def read_prompts(path):
                         'lines of {"prompt": TEXT}')
     prompts = []
     for record in read_records(path):
-        is_text = path.endswith(TEXT_SUFFIXES)
+        is_text = ends_in(path, TEXT_SUFFIXES)
         prompts += prompts_of_lines(file, record) if is_text else [prompt_of(record)]
     if not prompts:
         raise UserError(f"prompts={path}: holds no prompt; write one a line")

@@ -212,7 +212,7 @@ def verdict_on(suite, key, run, state):
     one_data_set = len({manifest.get("sha256") for manifest in manifests}) == 1
     if suite.name == "domains" and one_data_set:
         word = "and" if verdict else "but"
-        said = f"held out of the training data as whole documents, {word} {said}"
+        said = f"held out of the training data, {word} {said}"
     return verdict, said
 
 

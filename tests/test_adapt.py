@@ -718,6 +718,15 @@ def numbers_of(run):
             for kind in ("eval", "train") for row in rows(run, kind)]
 
 
+def test_a_line_about_a_step_of_dpo_has_its_reward_accuracy(undisturbed, tmp_path, call):
+    """The loss alone falls to 0.000 and says little."""
+    copied = shutil.copytree(undisturbed["dpo"], tmp_path / "copied")
+    shutil.rmtree(copied / "step000009")
+    result = call(adapt, f"--resume={copied}")
+    accuracy = rows(copied)[-1]["rewards/accuracies"]
+    assert result.returncode == 0 and f", reward accuracy {accuracy:.0%}, " in result.stderr
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_holds_what_a_run_of_pretraining_holds(method, undisturbed, base, sets):
     """And its log: evaluations before the first step, during and after the last; every answer's

@@ -61,12 +61,13 @@ def test_a_hidden_bar_says_nothing(capsys, monkeypatch):
     assert capsys.readouterr().err == ""
 
 
-def test_ctrl_c_while_the_data_is_prepared_says_what_is_kept(capsys):
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])  # the second of SIGTERM
+def test_a_signal_while_the_data_is_prepared_says_what_is_kept(stop):
     def build(config):
-        raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt):
-        bars.prepared(build, None)
-    assert capsys.readouterr().err.endswith("stages are kept, and the same command continues\n")
+        raise stop
+    with pytest.raises(stop) as raised:
+        bars.prepared(build, data.DataConfig())
+    assert "the same command continues" in raised.value.__notes__[0]
 
 
 def test_each_stage_is_named_before_it_ends(monkeypatch, capsys):

@@ -11,14 +11,13 @@ import time
 from types import SimpleNamespace
 
 import pytest
-import torch
 from conftest import ROOT, end_of, forked, joined, rows, saved_steps, wait_until
 
 import data
 import eval as e
 import train
 from scaling.signals import StopSignal
-from support.command import about_machine
+from support.bars import noted
 from support.text import BOLD_GREEN, PLAIN, UserError, harmless
 
 TOY = r"""
@@ -180,7 +179,8 @@ def test_ctrl_c_that_python_can_only_ignore_comes_again(tmp_path):
             os._exit(0)
         time.sleep(3600)
     process = forked(tmp_path / "log", start_workers)
-    assert joined(process) == 130 and (tmp_path / "log").read_text() == ""
+    assert joined(process) == 130
+    assert (tmp_path / "log").read_text() == "stopped; the same command begins again\n"
 
 
 CHILD = """
@@ -228,27 +228,6 @@ def test_whoever_imports_our_files_keeps_ctrl_c():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-# ---- Memory --------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("module, error, words", [
-    (train, MemoryError("Unable to allocate 7.3 GiB for an array"),
-     ["7.3 GiB", "--activation_checkpointing=one_in_two"]),
-    (train, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"),
-     ["2.00 GiB", "--activation_checkpointing=one_in_two"]),
-    (data, OSError(12, "Cannot allocate memory"), ["--workers"])])
-def test_a_lack_of_memory_is_one_line_with_the_first_remedy(call, refused, monkeypatch, module,
-                                                            error, words):
-    def fail(argv):
-        raise error
-    monkeypatch.setattr(module, "main", fail)
-    refused(call(module), "out of memory", *words)
-
-
-def test_torchs_lack_of_memory_on_a_cpu_is_known(call, refused, monkeypatch):
-    monkeypatch.setattr(train, "main", lambda argv: torch.empty(2**50))
-    refused(call(train), "out of memory", f"{2**52}", "smaller model")
-
-
 # ---- torchrun ------------------------------------------------------------------------------------
 
 def test_a_command_of_one_process_refuses_torchrun(call, refused, monkeypatch):
@@ -291,12 +270,17 @@ def test_a_command_ends_without_taking_torch_apart():
     assert ended.returncode == 3 and ended.stdout == b"cleaned up\n"
 
 
-@pytest.mark.parametrize("text, fits", [
-    ("can't allocate memory: you tried to allocate 80000000 bytes.", True),
-    (f"can't allocate memory: you tried to allocate {2**60} bytes.", False),
-    ("Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.10 GiB", True),
-    ("Tried to allocate 1.50 TiB. GPU 0 has a total capacity of 79.10 GiB", False)])
-def test_more_memory_than_there_is_asks_for_a_smaller_model(text, fits, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["train.py"])
-    line = about_machine(torch.OutOfMemoryError(text))
-    assert ("smaller model" in line) == (not fits) and ("micro_batch_size" in line) == fits
+def test_sigterm_clears_up_as_ctrl_c_does(tmp_path):
+    """Exit code 143; a child that gets it too ends at once, and runs nothing of its parent's."""
+    def main(argv):
+        if os.fork() == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        _, status = os.wait()
+        print("child", -os.waitstatus_to_exitcode(status))
+        with noted("rows are kept"):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+    process = forked(tmp_path / "log", main)
+    assert joined(process) == 128 + signal.SIGTERM
+    assert (tmp_path / "log").read_text() == f"child {int(signal.SIGTERM)}\nrows are kept\n"

@@ -249,11 +249,12 @@ def test_a_bomb_stops_at_its_place_without_its_memory(tmp_path, monkeypatch, nam
 
 
 @pytest.mark.parametrize("name, content, words", [
-    ("a.jsonl.zst", b'{"text": "x"}\n', ["plain JSON", "rename it to a.jsonl"]),
-    ("a.json.zst", b'\xef\xbb\xbf [{"text": "x"}]', ["plain JSON", "rename it to a.json"]),
+    ("a.jsonl.zst", b'{"text": "x"}\n', ["plain text", "rename it to a.jsonl"]),
+    ("a.json.zst", b'\xef\xbb\xbf [{"text": "x"}]', ["plain text", "rename it to a.json"]),
     ("a.jsonl.zst", gzip.compress(b"{}"), ["gzip", "rename it to a.jsonl.gz"]),
     ("a.jsonl", b"\x28\xb5\x2f\xfd\0", ["zstd", "rename it to a.jsonl.zst"]),
-    ("a.txt.zst", b"words", ["not zstd", "again"]), ("a.jsonl.zst", b"", ["0 bytes", "again"]),
+    ("a.txt.zst", b"words", ["plain text", "rename it to a.txt"]),
+    ("a.txt.zst", b"<html>", ["not zstd", "again"]), ("a.jsonl.zst", b"", ["0 bytes", "again"]),
     ("a.jsonl.gz", gzip.compress(gzip.compress(b"{}")), ["gzip", "convert"]),
     ("a.json", b"PK\x03\x04", ["a zip archive"])])
 def test_what_lies_under_the_name_of_another_packer_is_named(tmp_path, name, content, words):

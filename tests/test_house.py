@@ -60,7 +60,8 @@ def test_nobody_imports_what_is_above(name):
     if name in ("support.files", "support.text"):
         allowed = {"support.text"}
     if name == "support.command":
-        allowed = {"support.bars", "support.files", "support.text", "support.interrupts"}
+        allowed = {"support.bars", "support.files", "support.interrupts",
+                   "support.memory", "support.text"}
     if name.startswith("corpus.") and name != "corpus.trace":
         allowed -= {"model", "data", "corpus.trace"}
         allowed = {each for each in allowed if not each.startswith("scaling.")}

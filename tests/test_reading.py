@@ -18,10 +18,10 @@ from conftest import (POINTER, data_config, kept_documents, manifest_of, officia
 import data
 from corpus.bpe import sample_texts
 from corpus.dedup import evaluation_texts
-from corpus.documents import as_document, read_documents, read_records
+from corpus.documents import as_document, begin_of_end, read_documents, read_records
 from corpus.inputs import input_digests, state_of
+from corpus.large_drops import print_funnel
 from corpus.lines import CHUNK_BYTES
-from corpus.source_files import input_files
 from corpus.storage import DocumentWriter, mapped_order, pack, read_block
 from corpus.token_files import read_sidecar, token_file
 from corpus.tokenizer import Tokenizer
@@ -45,6 +45,28 @@ def build(folder, **source):
 
 
 # ---- Folders and links ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize("names", [
+    ("a.txt", "b.md", "c.txt.gz", "d.jsonl", "e.json.gz", "license.rst"), ("d.jsonl", "readme.md")])
+def test_capitals_in_an_ending_change_nothing(tmp_path, names):
+    """Of a folder and of a file that is named, here those of Windows and of old cameras."""
+    rows = "".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(3)).encode()
+    found = {}
+    for case in (str.lower, str.upper, str.title):
+        folder = tmp_path / case.__name__
+        folder.mkdir()
+        for name in names:
+            content = rows if ".json" in name else name.encode()
+            packed = gzip.compress(content) if name.endswith("gz") else content
+            (folder / case(name)).write_bytes(packed)
+        texts, counts = texts_at(folder)
+        found[case] = sorted(text for _, text in texts), sum(counts.values())
+        for name in names:
+            alone, _ = texts_at(folder / case(name))
+            assert len(alone) == (3 if ".json" in name else 1)
+    assert found[str.upper] == found[str.title] == found[str.lower]
+
+
 
 def test_links_are_followed_and_each_file_is_read_once(tmp_path):
     """80 documents, not 50: in files and folders behind links, and no circle without an end."""
@@ -153,8 +175,9 @@ def test_evaluation_data_says_what_is_not_read(tmp_path, capsys):
 def test_a_pipe_a_broken_link_and_a_file_that_changes_are_refused_by_name(tmp_path):
     os.mkfifo(tmp_path / "pipe.jsonl")
     (tmp_path / "link").symlink_to("nowhere")
-    for name in ("pipe.jsonl", "link"):
-        assert str(tmp_path / name) in refusal(input_files, tmp_path / name, Counter())
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("pipe.jsonl", "link", "loop"):
+        assert str(tmp_path / name) in refusal(build, tmp_path, path=str(tmp_path / name))
     file = tmp_path / "a.jsonl"
     write_jsonl(file, [{"text": str(i)} for i in range(10)])
     file.unlink()
@@ -218,9 +241,9 @@ def test_an_evaluation_set_that_is_never_found_is_said(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name, content, words", [
-    ("a.jsonl.gz", b'{"text": "x"}\n', ["plain JSON", "rename it to a.jsonl"]),
+    ("a.jsonl.gz", b'{"text": "x"}\n', ["plain text", "rename it to a.jsonl"]),
     ("a.jsonl.gz", b"\x28\xb5\x2f\xfd", ["zstd", "rename it to a.jsonl.zst"]),
-    ("a.jsonl.gz", b"?", ["again"]),
+    ("a.jsonl.gz", b"\1?", ["again"]),
     ("a.jsonl", b'{"text": "x"}\r{"text": "y"}\r', ["CR alone", "tr '\\r'"])])
 def test_a_file_of_another_kind_is_named_with_what_mends_it(tmp_path, name, content, words):
     """--allow_truncated would not: nothing of such a file can be read."""
@@ -377,10 +400,74 @@ def test_a_build_of_one_document_says_that_it_holds_nothing_out(tmp_path, capsys
     for share, source, said in ((0.001, whole, True), (0.001, cut, True), (0.0, whole, False)):
         config = data_config(tmp_path, sources={"main": source}, eval_share=share,
                              tokenizer="bpe:284")
-        data.print_table(build_data(config))
+        print_funnel(build_data(config))
         out = capsys.readouterr().out
         assert ("main: nothing is held out" in out) == said
         assert ("with separator" in out) == (said and source is whole)
+
+
+# ---- A source that is one text -------------------------------------------------------------------
+
+VERSES = [f"verse {i}\nof the song\n\n" for i in range(200)]
+
+
+def sides_of(folder):
+    """([(id, provenance, text)] that are trained on, the same of those that are held out)."""
+    held_out = map(json.loads, (folder / "held_out" / "main.jsonl").read_text().splitlines())
+    return [[(each["id"], each["metadata"]["provenance"], each["text"]) for each in side]
+            for side in (kept_documents(folder), held_out)]
+
+
+@pytest.mark.parametrize("name, workers", [("input.txt", 1), ("Input.TXT.GZ", 2), ("in/a.md", 1)])
+def test_the_end_of_a_source_that_is_one_text_is_held_out(tmp_path, capsys, name, workers):
+    """After a blank line, and none of it is trained on."""
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    content = "".join(VERSES).encode()
+    file.write_bytes(gzip.compress(content) if name.endswith("GZ") else content)
+    source = {"path": str(file if file.parent == tmp_path else file.parent), "rules": "document"}
+    config = data_config(tmp_path, sources={"main": source}, eval_share=0.1, tokenizer="bpe:284",
+                         workers=workers)
+    folder = build_data(config)
+    place = f"{file.name}:1"
+    parts = "".join(VERSES[:180]), "".join(VERSES[180:])
+    assert sides_of(folder) == [[(place, place, parts[0])],
+                                [(f"{place}.2", f"{place}.2", parts[1])]]
+    print_funnel(folder)
+    assert f"main: 1 document, {place}, is the whole source; its last 10.2 % are held out, as" \
+        in capsys.readouterr().out
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    ids = np.fromfile(folder / "main-00000.bin", manifest_of(folder)["dtype"])
+    assert tokenizer.decode(ids[:-1].tolist()) == parts[0].strip()
+
+
+def test_what_the_rules_leave_of_one_text_is_cut_and_a_short_one_is_not(tmp_path):
+    """Also of an object; with a second document, the hashes of the ids choose as ever."""
+    def built(text, beside=(), **source):
+        rows = [{"text": text, "id": "a", "metadata": {"url": "u"}}, *beside]
+        file = write_jsonl(tmp_path / "a.jsonl", rows)
+        config = data_config(tmp_path, sources={"main": {"path": file} | source},
+                             eval_share=0.05, tokenizer="bpe:284")
+        return build_data(config)
+
+    mail = "write to someone@example.com\n"
+    [[trained], [held_out]] = sides_of(built("x\n" * 3000 + mail + "y\n" * 3000,
+                                             rules="pii url document"))
+    assert trained[0] == "a" and held_out[:2] == ("a.2", "a.jsonl:1.2")
+    assert (trained[2] + held_out[2]).count("|||EMAIL_ADDRESS|||") == 1
+    assert 0.04 < len(held_out[2]) / len(trained[2] + held_out[2]) < 0.07
+    text = "x\n" * 2000
+    assert [len(side) for side in sides_of(built(text, [{"text": "y", "id": "b"}]))] == [2, 0]
+    assert [len(side) for side in sides_of(built("some words\n" * 100))] == [1, 0]
+
+
+@pytest.mark.parametrize("text, share, end", [
+    ("a" * 999 + "\n" + "b" * 990 + "\n\n" + "c" * 1000, 1 / 3, "c" * 1000),
+    ("a" * 890 + "\r\n\r\n" + "b" * 106, 0.1, "b" * 106),
+    ("a b\n" * 100 + "c" * 50, 0.205, "a b\n" * 11 + "c" * 50),  # the break before the share
+    ("a " * 500, 0.1, "a " * 50), ("a" * 1000, 0.1, "a" * 100), ("a\n" * 50, 1.0, "a\n" * 50)])
+def test_where_the_end_of_a_text_begins(text, share, end):
+    assert text[begin_of_end(text, share):] == end
 
 
 # ---- Large texts ---------------------------------------------------------------------------------

@@ -1,0 +1,40 @@
+"""When memory runs out in a run: where it was, and which options are left there.
+
+The order is that of docs/scale.md. No remedy changes a result beyond rounding, the last ones aside.
+"""
+
+from scaling.machine import choose_micro_batch
+from scaling.ranks import world_size
+from support.memory import Half
+from support.tuned import choose_rows
+
+POLICIES = ("one_in_two", "fine_grained", "whole_layer")  # from fast to small
+
+
+def memory_left_to_save(run):
+    """Returns (where, remedies) of a Run, as support/memory.py takes them."""
+    config = run.config
+    seq_len = run.model_config.max_seq_len
+    if run.doing == "saving":
+        return f"while step {run.step} was saved", []
+    if run.doing:
+        # one sequence of the context length is the least
+        less = Half("eval_batch_tokens", run.settings["eval_batch_tokens"], seq_len)
+        return f"in the evaluation after step {run.step}", [less]
+    if "method" in run.settings:  # a tuning
+        rows = choose_rows(config, run.model_config)
+    else:
+        rows = choose_micro_batch(config, seq_len, world_size())
+    where = f"at step {run.step + 1}, with {rows} x {seq_len:,} tokens at a time"
+    changes_nothing = ", which changes no result"
+    remedies = [Half("micro_batch_size", rows, note=changes_nothing), policy_left(config)]
+    if world_size() > 1 and not config.reduce_every_micro_batch:
+        remedies.append("--reduce_every_micro_batch")
+    return where, remedies
+
+
+def policy_left(config):
+    """The option that recomputes more than the run does; None if it recomputes all."""
+    now = config.activation_checkpointing
+    left = POLICIES[POLICIES.index(now) + 1:] if now in POLICIES else POLICIES
+    return f"--activation_checkpointing={left[0]}, which is slower" if left else None

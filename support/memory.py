@@ -1,0 +1,101 @@
+"""Out of memory: one line that says where it was, and the first remedy that is left there."""
+
+import errno
+import os
+import re
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from support.text import UserError
+
+# Words of CUDA, its libraries and C++, whose errors have no type of their own
+WORDS = ("out of memory", "can't allocate memory", "Cannot allocate memory", "std::bad_alloc",
+         "ALLOC_FAILED", "can't start new thread")
+WEIGHTS = "the weights must fit, at 4 bytes a parameter: choose a smaller model or another machine"
+
+# What to do where no option was named by `remedied`, such as before a run's first step
+OTHER_REMEDIES = {
+    "train": "weights, gradients and optimiser take 16 bytes a parameter: choose a smaller model, "
+             "or share them over GPUs: torchrun --nproc_per_node=N; docs/scale.md has more",
+    "eval": WEIGHTS, "model": WEIGHTS, "data": "try fewer --workers"}
+OTHER_REMEDIES["adapt"] = OTHER_REMEDIES["train"]
+
+
+class Half(NamedTuple):
+    """A remedy: half the value of an option, as long as that is at least `least`."""
+
+    key: str
+    value: int
+    least: int = 1
+    note: str = ""
+
+    def words(self, share):
+        """Returns "--KEY=VALUE", or None if no value is left.
+
+        share: what one tensor alone asked for / all memory; above 1, one half is not enough.
+        """
+        value = max(self.least, self.value // 2)
+        while share * value > self.value and value > self.least:
+            value = max(self.least, value // 2)
+        is_left = value < self.value and share * value <= self.value
+        return f"--{self.key}={value}{self.note}" if is_left else None
+
+
+@contextmanager
+def remedied(where, *remedies):
+    """Around work: a lack of memory is a UserError with the first remedy that is left.
+
+    where: such as "in an evaluation". remedies: each a text, a Half or None.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_lack_of_memory(error):
+            raise
+        raise UserError(about_memory(error, where, remedies)) from None
+
+
+def is_lack_of_memory(error):
+    """True for the errors of Python, numpy, torch, CUDA and the system."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    name = type(error).__name__  # torch.OutOfMemoryError; torch is not imported here
+    has_words = isinstance(error, RuntimeError) and any(word in str(error) for word in WORDS)
+    return has_words or name == "OutOfMemoryError"
+
+
+def about_memory(error, where="", remedies=()):
+    """One line about a lack of memory."""
+    text = str(error)
+    amount = re.search(r"llocate (\d[\w.]* ?\w+)", text)
+    share = bytes_of(amount[1]) / whole_memory(text) if amount else 0
+    found = [each.words(share) if isinstance(each, Half) else each for each in remedies]
+    options = [words for words in found if words]
+    if options:
+        remedy = f"try {options[0]}"
+    elif share > 1:
+        remedy = "there is less than that in all; choose a smaller model, batch or context"
+    else:
+        remedy = OTHER_REMEDIES.get(Path(sys.argv[0]).stem, "use a machine with more memory")
+    asked = ""
+    if "thread" in text:
+        asked = f" ({text}: the system gives no more memory, or no more threads)"
+    if amount:
+        asked = f" (asked for {bytes_of(amount[1]) / 2**20:,.0f} MiB)"
+    return f"out of memory{f' {where}' if where else ''}{asked}; {remedy}"
+
+
+def bytes_of(amount):
+    """The bytes in torch's words: "80 bytes" on a CPU, "2.00 GiB" on a GPU."""
+    number, _, unit = amount.partition(" ")
+    return float(number) * 1024 ** ("KMGTP".find(unit[:1]) + 1)
+
+
+def whole_memory(text):
+    """The bytes of a GPU, as torch's message names them, or of this machine."""
+    capacity = re.search(r"total capacity of (\d[\w.]* ?\w+)", text)
+    if capacity:
+        return bytes_of(capacity[1])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

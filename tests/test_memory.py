@@ -1,0 +1,123 @@
+"""Out of memory: one line that says where it was, with an option that the same command takes."""
+
+import errno
+import re
+
+import pytest
+import torch
+from conftest import write_lines
+
+import adapt
+import data
+import eval as e
+import train
+from support import answers
+from support.memory import Half, about_memory, is_lack_of_memory
+
+CPU = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 80000000 bytes."
+GPU = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB"
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def fails(monkeypatch):
+    """Lets a function of a module fail for lack of memory; `mend()` ends it."""
+    def put(module, name, error=None):
+        def fail(*_, **__):
+            raise error or RuntimeError(CPU)
+        monkeypatch.setattr(module, name, fail)
+    put.mend = monkeypatch.undo
+    return put
+
+
+def option_in(line):
+    """The one option that a line tells to try."""
+    [option] = re.findall(r"try (--\w+=\w+)", line)
+    return option
+
+
+@pytest.mark.parametrize("error, lacks", [
+    (RuntimeError(CPU), True), (torch.OutOfMemoryError(GPU), True), (MemoryError(), True),
+    (OSError(errno.ENOMEM, "Cannot allocate memory"), True), (RuntimeError("std::bad_alloc"), True),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), True),
+    (RuntimeError("can't start new thread"), True),
+    (RuntimeError("mat1 and mat2 shapes"), False), (OSError(errno.ENOSPC, "No space"), False),
+    (KeyError("out of memory"), False)])
+def test_the_errors_that_tell_of_a_lack_of_memory(error, lacks):
+    assert is_lack_of_memory(error) == lacks
+
+
+@pytest.mark.parametrize("half, share, words", [
+    (Half("n", 16), 0.1, "--n=8"), (Half("n", 3), 0, "--n=1"), (Half("n", 1), 0, None),
+    (Half("n", 300, 256), 0, "--n=256"), (Half("n", 256, 256), 0, None),
+    (Half("n", 16), 3, "--n=4"), (Half("n", 16), 16, "--n=1"), (Half("n", 16), 17, None)])
+def test_half_of_a_value_is_less_where_one_half_is_more_than_all_memory(half, share, words):
+    assert half.words(share) == words
+
+
+def test_more_memory_than_there_is_asks_for_a_smaller_model():
+    for size, is_small in (("20.00 GiB", True), ("1.50 TiB", False)):
+        error = torch.OutOfMemoryError(GPU.replace("2.00 GiB", size))
+        line = about_memory(error, "at step 1", [Half("micro_batch_size", 2)])
+        assert " MiB)" in line and ("--micro_batch_size=1" in line) == is_small
+        assert ("smaller model" in line) != is_small
+
+
+@pytest.mark.parametrize("error", [RuntimeError(CPU), torch.OutOfMemoryError(GPU), MemoryError()])
+def test_a_step_names_a_smaller_micro_batch(tmp_path, tiny_config, call, refused, fails, error):
+    """And then recomputation: each option, typed as it is printed, is another start of the run."""
+    config = tiny_config(tmp_path / "run", max_steps=1, batch_size=4)
+    words = [config]
+    for option in ("--micro_batch_size=2", "--micro_batch_size=1",
+                   "--activation_checkpointing=one_in_two",
+                   "--activation_checkpointing=fine_grained",
+                   "--activation_checkpointing=whole_layer"):
+        fails(train, "train_step", error)
+        line = refused(call(train, *words), "out of memory at step 1, with ")
+        assert option_in(line) == option
+        words.append(option)
+    refused(call(train, *words), "smaller model")
+    fails.mend()
+    result = call(train, *words)
+    assert result.returncode == 0 and "1 sequences at a time" in result.stdout
+
+
+def test_an_evaluation_names_fewer_tokens(tmp_path, finished, tiny_config, call, refused, fails):
+    """In training and in eval.py; one sequence of the context length is the least."""
+    config = tiny_config(tmp_path / "run", max_steps=1, eval_batch_tokens=64)
+    fails(e, "evaluate_domains")
+    line = refused(call(train, config), "evaluation after step 1")
+    assert option_in(line) == "--eval_batch_tokens=32"
+    assert option_in(refused(call(e, finished), "evaluation")) == "--eval_batch_tokens=1024"
+    line = refused(call(e, finished, "--eval_batch_tokens=1"), "evaluation")
+    assert option_in(line) == "--eval_dtype=bfloat16"
+    fails.mend()
+    assert call(e, finished, option_in(line)).returncode == 0
+
+
+def test_answers_and_samples_name_their_options(finished, tmp_path, call, refused, fails):
+    prompts = write_lines(tmp_path / "prompts.jsonl", [{"prompt": "q"}])
+    words = ["generate", finished, prompts, tmp_path / "out.jsonl"]
+    fails(answers, "answers_of")
+    assert option_in(refused(call(adapt, *words), "answer")) == "--answer_batch=4"
+    line = refused(call(adapt, *words, "--answer_batch=1"), "answer")
+    assert option_in(line) == "--max_new_tokens=256"
+    fails(e, "sample_text")
+    assert option_in(refused(call(e, "sample", finished), "sample")) == "--max_new_tokens=100"
+    fails.mend()
+    assert call(adapt, *words, "--answer_batch=1", option_in(line)).returncode == 0
+
+
+def test_the_building_of_data_names_fewer_workers(tmp_path, tiny_config, call, refused, fails):
+    config = tiny_config(tmp_path / "run")
+    fails(data, "build_data", MemoryError())
+    line = refused(call(data, config, "--workers=6"), "while the data was prepared")
+    assert option_in(line) == "--workers=3"
+    refused(call(data, config, "--workers=1"), "--bloom_items")
+
+
+def test_where_no_option_is_known_the_command_has_a_line(call, refused, fails):
+    fails(train, "load_config", MemoryError("Unable to allocate 7.3 GiB for an array"))
+    refused(call(train, "configs/tiny.py"), "7,475 MiB", "smaller model", "torchrun")
+    fails(train, "load_config", RuntimeError(CPU.replace("80000000", str(2**52))))
+    refused(call(train, "configs/tiny.py"), f"{2**32:,} MiB", "less than that")
