@@ -3,6 +3,8 @@
 And an error for `--show` of a rule that no source has.
 """
 
+from pathlib import Path
+
 from corpus.funnel import print_table
 from corpus.rules import DEDUPLICATIONS, RULES
 from support.files import UserError, read_json
@@ -11,8 +13,13 @@ MOST_LOST = 0.5  # of a source's bytes
 NAMED_RULES = 3
 
 
-def print_funnel(folder):
-    """Print the warnings about built data, then its table."""
+def print_funnel(folder, run, overwrite):
+    """Print the warnings about built data, then its table; a line where `run` has it already."""
+    known = Path(run) / "manifest.json"
+    data = read_json(folder / "manifest.json")
+    if known.is_file() and not overwrite and read_json(known).get("sha256") == data["sha256"]:
+        print(f"data: {folder}, as before; python data.py --resume={run} prints its table")
+        return
     print_large_drops(folder)
     print_table(folder)
 

@@ -10,7 +10,6 @@ import os
 import re
 import socket
 import sys
-import textwrap
 import time
 import uuid
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from configs import ROOT
 from scaling.boards import check_boards
 from scaling.machine import choose_compile, choose_device, choose_dtype, keep_freed_memory
 from support.files import UserError, file_sha256
+from support.settings import print_settings
 
 WAIT_IN_SILENCE_S = 10  # after so long, rank 0 says for which ranks it waits
 ALONE = {"show", "chat", "generate"}  # of adapt.py; several processes would write one file
@@ -297,10 +297,9 @@ def check_agreement(facts):
 def agree_on_machine(config, settings, device):
     """Returns (dtype of the forward, whether to compile): chosen, printed and equal on all ranks.
 
-    settings: every key of the run; they too must be equal on all ranks.
+    settings: every key of the run, printed too; they must be equal on all ranks.
     """
-    text = "config: " + ", ".join(f"{key}={value}" for key, value in settings.items())
-    print(textwrap.fill(text, width=100, subsequent_indent="  "))
+    on_rank0(print_settings, config, settings)
     on_rank0(check_boards, config)
     ranks_per_node = launched().ranks_per_node if config.shard == "hybrid" else None
     check_agreement({**settings, "code": code_version(), "torch": torch.__version__,

@@ -114,7 +114,8 @@ class Run:
         """True, and printed, if neither a step nor an evaluation is left to do."""
         is_finished = self.step == self.config.max_steps and not self.lacks_evaluation
         if is_finished:
-            print(f"{self.path}: finished, at step {self.step} of {self.config.max_steps}")
+            print(f"{self.path}: finished, at step {self.step} of {self.config.max_steps}; to go "
+                  "on, raise --max_steps (in adapt.py: --epochs)")
         return is_finished
 
     def load(self, model, optimizer):
@@ -225,6 +226,8 @@ class Run:
                                kwh=self.state["kwh"], world_size=world_size(),
                                batch_hash=batch_hash(batch["tokens"]))
         said = f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s"
+        if "rewards/accuracies" in metrics:
+            said += f", reward accuracy {metrics['rewards/accuracies']:.0%}"
         self.bar.set_postfix_str(said)
         last = self.config.max_steps
         seconds_left = self.pace.seconds_left(self.step, last, self.window)

@@ -243,10 +243,31 @@ def test_ctrl_c_while_python_shuts_down_is_quiet(finished, start, tmp_path):
     """The work is done: the exit code stays 0, and torch's atexit functions print no traceback."""
     (tmp_path / "sitecustomize.py").write_text(
         "import atexit, os, signal, time\n"
-        "atexit.register(lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(9)))\n")
+        "register = atexit.register\n"
+        "def after_ours(function, *arguments, **options):\n"  # as torch registers its own
+        "    atexit.register = register\n"
+        "    register(function, *arguments, **options)\n"
+        "    register(lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(9)))\n"
+        "atexit.register = after_ours\n")
     with start("train.py", f"--resume={finished}", env={"PYTHONPATH": str(tmp_path)}) as process:
         code, stdout, stderr = end_of(process)
     assert code == 0 and "finished" in stdout and "Traceback" not in stderr, stderr
+
+
+def test_a_command_ends_without_taking_torch_apart():
+    """Else nothing is seen for 1 to 3 s. Other functions at exit are still called."""
+    program = """if True:
+        import atexit
+        class Torch:
+            def __del__(self): print("taken apart")
+        torch = Torch()
+        from support import interrupts
+        interrupts.IS_COMMAND = True
+        interrupts.end_fast()
+        atexit.register(print, "cleaned up")
+        interrupts.end_at_ctrl_c(3)"""
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE)
+    assert ended.returncode == 3 and ended.stdout == b"cleaned up\n"
 
 
 def test_sigterm_clears_up_as_ctrl_c_does(tmp_path):

@@ -224,7 +224,7 @@ def test_results_by_another_metric_dtype_or_prompt_are_no_curve(tmp_path):
     assert [result["accuracy"] for result in found.tasks["one"].values()] == [0.1, 0.2, 0.3]
     assert len(found.left_out) == 3 and all("one" in said for said in found.left_out)
     [said] = [said for said in found.left_out if "bfloat16" in said]
-    assert "3 steps" in said and "1 step, the newest 80.0% right" in said and "logs" in said
+    assert "3 steps" in said and "1 step (at last 80.0% right)" in said and "logs" in said
     found = read_evaluations(tmp_path, {"eval": rows[-2:]})
     assert [result["accuracy"] for result in found.tasks["one"].values()] == [0.6]
     in_training = {**row(1, 0.5), "of": [{"dtype": "float32"}, {"dtype": "float32", "chat": False}]}

@@ -323,8 +323,8 @@ def test_auto_compiles_where_a_compiler_and_the_headers_of_python_are(monkeypatc
         (tmp_path / "Python.h").touch()
         assert can_compile() == bool(compiler)
         assert agree_on_machine(config, {"lr": 0.5}, CPU) == (torch.float32, bool(compiler))
-        settings, line = capsys.readouterr().out.splitlines()
-        assert "lr=0.5" in settings and "torch.float32" in line and "1 threads" in line
+        *settings, line = capsys.readouterr().out.splitlines()
+        assert "lr=0.5" in "".join(settings) and "torch.float32" in line and "1 threads" in line
         assert ("not compiled" in line) != bool(compiler)
 
 
@@ -661,8 +661,24 @@ def test_a_finished_run_says_so_and_is_left_alone(copied, finished, call):
     for words in ([finished.with_suffix(".py"), f"--run_dir={copied}"], [f"--resume={copied}"]):
         result = call(train, *words)
         assert result.returncode == 0
-        assert result.stdout.splitlines()[-1] == f"{copied}: finished, at step 20 of 20"
+        assert f"{copied}: finished, at step 20 of 20" in result.stdout.splitlines()[-1]
         assert content(copied) == before
+
+
+def test_settings_and_funnel_are_printed_whole_once_and_then_what_changed(tiny_config, tmp_path,
+                                                                          call):
+    file = tiny_config(tmp_path / "run", max_steps=1)
+    whole = call(train, file).stdout
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    words = " ".join(whole.split())
+    assert all(f" {key}=" in words for key in saved) and "run_dir=" + str(tmp_path / "run") in words
+    assert "documents in" in whole
+    config, _, funnel, *_ = call(train, file).stdout.splitlines()
+    assert config == f"config: as in {tmp_path / 'run' / 'config.json'}"
+    assert "as before" in funnel and f"data.py --resume={tmp_path / 'run'}" in funnel
+    config, *_ = call(train, file, "--max_steps=2").stdout.splitlines()
+    assert config.endswith("config.json, except max_steps=2 (before: 1)")
+    assert "documents in" in call(train, file, "--overwrite").stdout
 
 
 def test_a_differing_config_is_refused_and_its_keys_named(copied, finished, call, refused):
