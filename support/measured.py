@@ -25,6 +25,8 @@ class Evaluations(NamedTuple):
     said: dict  # {suite: whether the training data was decontaminated}
     left_out: tuple = ()  # sentences about what is not shown
     steps: dict = {}  # {tokens: the step after which they were trained on}
+    before: int = 0  # tokens that the base of a tuned run was trained on, if it is on the page
+    lacks_base: bool = False  # a tuned run whose base, or its base's base, is not on the page
 
 
 def read_metrics(run):
@@ -95,6 +97,44 @@ def read_evaluations(run, rows, left_out=()):
     return Evaluations(sums, tasks, sorted(samples), said, tuple(left_out), steps)
 
 
+# ---- The base of a tuned run ---------------------------------------------------------------------
+
+def after_their_bases(found, configs):
+    """{run: Evaluations} with what each says of a base: tuning continues the base's curve."""
+    weights = {}  # {their SHA-256: (run, tokens)} of all steps
+    for run in found:
+        for path in step_directories(run):
+            state = read_state(path)
+            if isinstance(state.get("sha256"), str):
+                weights[state["sha256"]] = (run, state["tokens"])
+    bases = {run: weights.get(base_of(run)) for run in found}
+    placed = {}
+    for run, evaluations in found.items():
+        first, before = before_tuning(run, bases)
+        lacks_base = "method" in configs[first]
+        placed[run] = evaluations._replace(before=before, lacks_base=lacks_base)
+    return placed
+
+
+def base_of(run):
+    """The SHA-256 of the weights that adapt.py tuned; "" for another run."""
+    file = Path(run) / "manifest.json"
+    manifest = read_json(file) if file.is_file() else {}
+    return str(dict_at(manifest, "tuned_on").get("base_sha256", ""))
+
+
+def before_tuning(run, bases):
+    """(the first run of a chain of bases, the tokens of all runs before `run`)."""
+    base = bases[run]
+    if base is None:
+        return run, 0
+    name, tokens = base
+    first, before = before_tuning(name, bases | {run: None})  # None: no chain is a circle
+    return first, before + tokens
+
+
+# ---- The last step -------------------------------------------------------------------------------
+
 def last_step(run, rows):
     """What is known of the last step that a run has taken: its step, tokens, seconds and kwh.
 
@@ -112,14 +152,25 @@ def saved_states(run):
     """The state.json of the newest step directory of a run, in a list; [] where none can be read.
     """
     for path in reversed(step_directories(run)):
-        try:
-            state = numbers(read_json(path / "state.json"))
-        except (UserError, OSError):
-            continue
-        if is_count(state.get("step")) and is_count(state.get("tokens")):
+        state = read_state(path)
+        if state:
             return [state]
     return []
 
+
+def read_state(path):
+    """The state.json of a step directory; {} if it cannot be read or lacks its step or tokens."""
+    try:
+        state = read_json(path / "state.json")
+    except (UserError, OSError):
+        return {}
+    if not isinstance(state, dict):
+        return {}
+    is_complete = is_count(state.get("step")) and is_count(state.get("tokens"))
+    return state if is_complete else {}
+
+
+# ---- Values --------------------------------------------------------------------------------------
 
 def is_count(value):
     """Whether a value is a number of tokens, bytes or questions that can be drawn."""

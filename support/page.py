@@ -47,6 +47,20 @@ def page(title, parts, style=""):
     return "\n".join([head, *parts]) + "\n"
 
 
+def section(heading, *contents, note=""):
+    """A part of a page under its heading, a text; [] if it has no content."""
+    content = "".join(contents)
+    if not content:
+        return []
+    note = f"<p class=note>{note}</p>" if note else ""
+    return [f"<h2>{escaped(heading)}</h2>", note + content]
+
+
+def folded(heading, content):
+    """HTML that a reader unfolds; `heading` is a text."""
+    return f"<details><summary>{escaped(heading)}</summary>{content}</details>"
+
+
 def escaped(text):
     """Text of a user as HTML that shows it: it is never markup, and control characters are seen."""
     return html.escape(harmless(str(text)))

@@ -6,52 +6,59 @@ from pathlib import Path
 from configs import load_config
 from model import ModelConfig
 from scaling.machine import flops_per_token
-from support.pictures import Panel
+from support.pictures import Panel, is_one_point
 from support.records import bits_per_byte
 
 
-LOSSES = {  # the method of adapt.py, "" for train.py: what its training loss is
-    "": "training loss, nats",
-    "sft": "SFT: training loss, nats",
-    "dpo": "DPO: training loss of a pair"}
-
-TRAINING_PANELS = (  # kind of row, key, title
-    ("train", "lr", "learning rate"),
-    ("train", "grad_norm", "norm of the gradient"),
-    ("train", "tokens_per_second", "tokens/s"),
-    ("train", "kwh", "energy, kWh"),
-    ("train", "rewards/margins", "DPO: margin of the rewards"),
-    ("eval", "loss", "loss of held-out answers, nats"),  # adapt.py, under "tuned"
-    ("eval", "dpo_loss", "DPO: loss of held-out pairs"),
-    ("eval", "accuracy", "held-out pairs that are told right"))
+TRAINING_PANELS = (  # kind of row, key, title, level
+    ("train", "loss", "training loss", None),
+    ("eval", "loss", "loss of held-out answers, nats", None),  # adapt.py, under "tuned"
+    ("eval", "dpo_loss", "loss of held-out pairs", math.log(2)),
+    ("eval", "accuracy", "share of held-out pairs that are told right", 0.5),
+    ("train", "rewards/margins", "margin of the rewards", None),
+    ("train", "lr", "learning rate", None),
+    ("train", "grad_norm", "norm of the gradient", None),
+    ("train", "tokens_per_second", "tokens/s", None),
+    ("train", "kwh", "energy, kWh", None))
 
 
 # ---- Training ------------------------------------------------------------------------------------
 
-def training_panels(runs, configs):
-    """The Panels of what train.py and adapt.py log; one without any point is left out."""
-    yield from loss_panels(logged_lines(runs, "train", "loss"), configs)
-    for kind, key, title in TRAINING_PANELS:
+def runs_by_method(runs, configs):
+    """{method of adapt.py, "" for train.py: its runs}: beside the tokens of pretraining, tuning has
+    few, and its loss is of something else, so that they are drawn apart.
+    """
+    found = {}
+    for run, rows in runs.items():
+        found.setdefault(configs[run].get("method", ""), {})[run] = rows
+    return found
+
+
+def training_panels(runs, configs, method):
+    """The Panels of what train.py or one method of adapt.py logs; without those of no point."""
+    for kind, key, title, level in TRAINING_PANELS:
         lines = logged_lines(runs, kind, key)
         if not lines:
             continue
-        panel = Panel(title, lines, marker="o" if kind == "eval" else None)
-        yield with_clip_limits(panel, runs, configs) if key == "grad_norm" else panel
+        panel = Panel(title, lines, level, marker="o" if kind == "eval" else None)
+        if (kind, key) == ("train", "loss"):
+            yield from loss_panels(panel, method)
+        elif key == "grad_norm":
+            yield with_clip_limits(panel, runs, configs)
+        else:
+            yield panel
 
 
-def loss_panels(losses, configs):
-    """A Panel for each kind of training: beside the tokens of pretraining, tuning has few.
-
-    losses: {run: (tokens, losses)}.
-    """
-    by_method = {}
-    for run, line in losses.items():
-        by_method.setdefault(configs[run].get("method", ""), {})[run] = line
-    for method, lines in by_method.items():
-        title = LOSSES.get(method, f"{method}: training loss")
-        yield Panel(title, lines)
-        if not method:  # adapt.py's steps have other FLOPs: DPO runs two models
-            yield Panel(f"{title}, over FLOPs", over_flops(lines), x="FLOPs")
+def loss_panels(panel, method):
+    """The training loss in its unit; that of pretraining over FLOPs too."""
+    if method == "dpo":
+        yield panel._replace(title=f"{panel.title} of a pair", level=math.log(2))
+        return
+    in_nats = panel._replace(title=f"{panel.title}, nats")
+    yield in_nats
+    if not method:  # adapt.py's steps have other FLOPs: DPO runs two models
+        title = f"{in_nats.title}, over FLOPs"
+        yield in_nats._replace(title=title, lines=over_flops(panel.lines), x="FLOPs")
 
 
 def logged_lines(runs, kind, key):
@@ -120,7 +127,8 @@ def domain_panels(found, levels):
             lines = lines_of(found, "sums", domain, bits_per_byte)
             if lines:
                 title = domain + unlike(found, "sums", domain, "bytes")
-                yield Panel(title, lines, levels.get(domain), marker="o")
+                panel = Panel(title, lines, levels.get(domain), marker="o")
+                yield from on_their_axes(panel, found)
 
 
 def task_panels(found):
@@ -133,11 +141,29 @@ def task_panels(found):
             chance = lines_of(found, "tasks", task, lambda result: percent(result, "chance"))
             level = next((values[0] for _, values in chance.values()), None)
             title = task + unlike(found, "tasks", task, "questions")
-            yield Panel(title, accuracy, level, errors=errors, marker="o")
+            panel = Panel(title, accuracy, level, errors=errors, marker="o")
+            yield from on_their_axes(panel, found)
             continue
         bits = lines_of(found, "tasks", task, lambda result: result.get("bits_per_byte"))
         if bits:
-            yield Panel(f"{task}, bits per byte", bits, marker="o")
+            panel = Panel(f"{task}, bits per byte", bits, marker="o")
+            yield from on_their_axes(panel, found)
+
+
+def on_their_axes(panel, found):
+    """The Panel; or two, where some of its runs were tuned and their base is not on the page.
+
+    Their tokens begin at 0, as if they were trained from scratch.
+    """
+    tuned = {}
+    others = {}
+    for run, line in panel.lines.items():
+        group = tuned if found[run].lacks_base else others
+        group[run] = line
+    if is_one_point(panel) or not tuned or not others:
+        return [panel]
+    title = f"{panel.title}; tuned"
+    return [panel._replace(lines=others), panel._replace(lines=tuned, title=title)]
 
 
 def unlike(found, kind, name, size):
@@ -172,7 +198,10 @@ def ordered(dicts):
 
 
 def lines_of(found, kind, name, value):
-    """{run: (tokens, values)} of a domain or a task; value(result) may be None or NaN: no point."""
+    """{run: (tokens, values)} of a domain or a task; value(result) may be None or NaN: no point.
+
+    The tokens of a tuned run begin at those of its base, if the base is on the page.
+    """
     lines = {}
     for run, evaluations in found.items():
         tokens = []
@@ -180,7 +209,7 @@ def lines_of(found, kind, name, value):
         for count, result in sorted(getattr(evaluations, kind).get(name, {}).items()):
             measured = value(result)
             if measured is not None and not math.isnan(measured):
-                tokens.append(count)
+                tokens.append(evaluations.before + count)
                 values.append(measured)
         if tokens:
             lines[run] = (tokens, values)

@@ -48,9 +48,7 @@ def looks_of(paths):
 
 
 def legend(looks):
-    """The runs' names in their colours, as HTML; nothing for one run."""
-    if len(looks) < 2:
-        return ""
+    """The runs' names in their colours, as HTML."""
     names = []
     for look in looks.values():
         line = f"<i style='background:{look.color}' aria-hidden=true></i>"
@@ -77,13 +75,22 @@ def drawing():
 
 
 def grid(pyplot, panels, looks):
-    """The panels as inline SVG, side by side, under a legend; nothing without pyplot."""
-    if not pyplot:
+    """The panels as inline SVG, side by side; "" without panels or pyplot.
+
+    If the page is about several runs, a legend names those that are drawn.
+    """
+    panels = list(panels)
+    if not pyplot or not panels:
         return ""
     figures = []
     for panel in panels:
         figures.append(f"<figure>{svg(pyplot, panel, looks)}</figure>")
-    return f"{legend(looks)}<div class=grid>{''.join(figures)}</div>"
+    drawn = {}
+    for run, look in looks.items():
+        if any(run in panel.lines for panel in panels):
+            drawn[run] = look
+    names = legend(drawn) if len(looks) > 1 else ""
+    return f"{names}<div class=grid>{''.join(figures)}</div>"
 
 
 def svg(pyplot, panel, looks):

@@ -7,15 +7,24 @@ from scaling.ranks import MAIN_FILES
 from scaling.starts import noted_files
 from support.bars import stage
 from support.data_pictures import data_part
-from support.files import read_json, to_json
-from support.measured import dict_at, read_evaluations, read_metrics
-from support.page import escaped, page, table
-from support.panels import domain_panels, task_panels, training_panels
+from support.files import log_rows, read_json, to_json
+from support.measured import after_their_bases, dict_at, read_evaluations, read_metrics
+from support.page import escaped, folded, page, section, table
+from support.panels import domain_panels, runs_by_method, task_panels, training_panels
 from support.pictures import drawing, grid, looks_of
 from support.records import domains_table, tasks_table
 from support.runs_table import amount, runs_table, written
 from support.text import counted
 from support.xz import xz_levels
+
+METHODS = {  # of adapt.py, "" for train.py: the heading of its curves and a note
+    "": ("Training", ""),
+    "sft": ("SFT: training on chats",
+            "The loss is the mean over the tokens of the answers; the questions do not count."),
+    "dpo": ("DPO: training on pairs of answers",
+            "Dashed: ln 2 = 0.693, the loss of a pair before the first step; and 0.5, the share of "
+            "pairs that chance tells right.")}
+
 
 # ---- The page ------------------------------------------------------------------------------------
 
@@ -24,23 +33,22 @@ def report(paths):
     """Write one HTML page about some runs into the first one's directory; returns its path."""
     logs = {str(path): read_metrics(path) for path in paths}
     runs = {name: rows for name, (rows, _) in logs.items()}
-    found = {name: read_evaluations(name, *log) for name, log in logs.items()}
     configs = {name: read_json(Path(name) / "config.json") for name in runs}
+    found = {name: read_evaluations(name, *log) for name, log in logs.items()}
+    found = after_their_bases(found, configs)
     looks = looks_of([Path(name) for name in runs])
     pyplot = drawing()
     parts = [
         runs_table(runs, found, configs, looks),
         *best_steps(runs, looks),
         *without_pictures(pyplot),
-        "<h2>Training</h2>",
-        grid(pyplot, training_panels(runs, configs), looks),
+        *training_parts(pyplot, runs, configs, looks),
         *held_out_part(pyplot, found, looks),
         *tasks_part(pyplot, found, looks),
         *settings_part(configs, looks),
         *samples_parts(found, looks),
         *data_parts(looks),
-        "<h2>All settings</h2>",
-        all_settings(configs, looks)]
+        *section("All settings", all_settings(configs, looks))]
     out = Path(paths[0]) / file_name(runs)
     title = " and ".join(look.label for look in looks.values())
     # "replace": a name may be no text, such as a folder's that is not UTF-8
@@ -65,25 +73,38 @@ def without_pictures(pyplot):
             "(pip install matplotlib).</p>"]
 
 
+def training_parts(pyplot, runs, configs, looks):
+    """The curves of each kind of training."""
+    parts = []
+    for method, of_method in runs_by_method(runs, configs).items():
+        heading, note = METHODS.get(method, (f"Training: {method}", ""))
+        panels = training_panels(of_method, configs, method)
+        parts += section(heading, grid(pyplot, panels, looks), note=note)
+    return parts
+
+
 def held_out_part(pyplot, found, looks):
     """Bits per byte of each domain as curves and tables."""
     levels = xz_levels(found)
-    return ["<h2>Held-out text</h2>",
-            "<p class=note>Bits per byte over the tokens trained on; lower is better.</p>",
-            *xz_notes(levels),
-            grid(pyplot, domain_panels(found, levels), looks),
-            last_results(found, "sums", domains_table, looks),
-            *verdicts(found, looks),
-            *left_out(found, looks)]
+    notes = ["Bits per byte over the tokens trained on; lower is better.",
+             *xz_notes(levels),
+             *base_notes(found, looks)]
+    return section(
+        "Held-out text",
+        grid(pyplot, domain_panels(found, levels), looks),
+        last_results(found, "sums", domains_table, looks),
+        verdicts(found, looks),
+        left_out(found, looks),
+        note="<br>".join(notes))
 
 
 def tasks_part(pyplot, found, looks):
-    """Accuracy of each task as curves and tables; nothing if no task was measured."""
-    if not any(evaluations.tasks for evaluations in found.values()):
-        return []
-    return ["<h2>Tasks</h2>", "<p class=note>Accuracy in percent; dashed is chance.</p>",
-            grid(pyplot, task_panels(found), looks),
-            last_results(found, "tasks", tasks_table, looks)]
+    """Accuracy of each task as curves and tables."""
+    return section(
+        "Tasks",
+        grid(pyplot, task_panels(found), looks),
+        last_results(found, "tasks", tasks_table, looks),
+        note="Accuracy in percent; dashed is chance.")
 
 
 # ---- Its parts -----------------------------------------------------------------------------------
@@ -111,17 +132,29 @@ def last_results(found, kind, to_text, looks):
             tokens = max(points)
             last.setdefault(tokens, {})[name] = points[tokens]
         for tokens, results in sorted(last.items()):
-            heading = f"{escaped(looks[run].label)}, after {written(amount(tokens))} tokens"
+            heading = f"{looks[run].label}, after {written(amount(tokens))} tokens"
             shown = f"<pre class=scroll tabindex=0>{escaped(to_text(results))}</pre>"
             if len(found) > 1:
-                parts.append(f"<details><summary>{heading}</summary>{shown}</details>")
+                parts.append(folded(heading, shown))
             else:
-                parts.append(f"<h3>{heading}</h3>{shown}")
+                parts.append(f"<h3>{escaped(heading)}</h3>{shown}")
     return "".join(parts)
 
 
+def base_notes(found, looks):
+    """A line on where the curves of tuned runs begin."""
+    lines = []
+    if any(evaluations.before for evaluations in found.values()):
+        lines.append("The curve of a tuned run begins where its base ended.")
+    lacking = [looks[run].label for run, each in found.items() if each.lacks_base]
+    if lacking:
+        lines.append(f"The tokens of {escaped(' and '.join(lacking))} are those of tuning alone: "
+                     "the base is not on this page.")
+    return lines
+
+
 def verdicts(found, looks):
-    """A line for each suite that eval.py measured: was the training data decontaminated?"""
+    """Folded, a line for each suite that eval.py measured: was the training data decontaminated?"""
     lines = []
     for run, evaluations in found.items():
         for suite, said in evaluations.said.items():
@@ -129,7 +162,8 @@ def verdicts(found, looks):
             if len(found) > 1:
                 line = f"{looks[run].label}, {line}"
             lines.append(f"<p class=note>{escaped(line)}</p>")
-    return lines
+    heading = "Decontamination: was the training data searched for these texts?"
+    return folded(heading, "".join(lines)) if lines else ""
 
 
 def left_out(found, looks):
@@ -140,10 +174,8 @@ def left_out(found, looks):
             print(f"{run}: {said}")
             shown = escaped(f"{looks[run].label}: {said}")
             lines.append(f"<p class=note>{shown}</p>")
-    if len(lines) > 1:
-        heading = f"{counted(len(lines), 'note')} on what is not shown"
-        return [f"<details><summary>{heading}</summary>", *lines, "</details>"]
-    return lines
+    heading = f"{counted(len(lines), 'note')} on what is not shown"
+    return folded(heading, "".join(lines)) if lines else ""
 
 
 def settings_part(configs, looks):
@@ -154,22 +186,27 @@ def settings_part(configs, looks):
             keys[key] = keys.get(key, 0) + 1
     keys.pop("run_dir", None)
     lacking = [key for key, count in keys.items() if count < len(configs)]
-    code = {name: noted_files(name) for name in configs}
-    if not all(code.values()):  # a run of an older version noted none
-        code = {}
-    differing = [*differing_rows(configs, keys.keys() - lacking),
-                 *differing_rows(code, MAIN_FILES)]
+    differing = [*differing_rows(configs, keys.keys() - lacking), *differing_code(configs)]
     parts = []
-    if differing or lacking:
-        parts.append("<h2>Settings and code that differ</h2>")
     if differing:
         labels = [look.label for look in looks.values()]
         parts.append(table(["", *labels], differing, "runs"))
     if lacking:
         heading = f"{counted(len(lacking), 'setting')} that not every run has"
         names = escaped(", ".join(lacking))
-        parts.append(f"<details><summary>{heading}</summary><p>{names}</p></details>")
-    return parts
+        parts.append(folded(heading, f"<p>{names}</p>"))
+    return section("Settings and code that differ", *parts)
+
+
+def differing_code(runs):
+    """The main files that differ; where a run of an older version noted none, the whole code."""
+    files = {run: noted_files(run) for run in runs}
+    if all(files.values()):
+        return differing_rows(files, MAIN_FILES)
+    newest = {run: list(log_rows(run, "starts.jsonl"))[-1:] for run in runs}
+    if not all(newest.values()):
+        return []
+    return differing_rows({run: start for run, [start] in newest.items()}, ["code"])
 
 
 def differing_rows(configs, shared):
@@ -205,17 +242,16 @@ def xz_notes(levels):
     if not levels:
         return []
     said = ", ".join(f"{domain} {level:.3f}" for domain, level in levels.items())
-    return [f"<p class=note>The dashed line is <code>xz -9</code>, which compresses the same text "
-            f"and has seen no other: {escaped(said)}.</p>"]
+    return ["The dashed line is <code>xz -9</code>, which compresses the same text and has seen no "
+            f"other: {escaped(said)}."]
 
 
 def samples_parts(found, looks):
     """Each run's samples; with its name if there are several runs."""
     parts = []
     for name, evaluations in found.items():
-        heading = f", {escaped(looks[name].label)}" if len(found) > 1 else ""
-        parts.append(f"<h2>Samples{heading}</h2>")
-        parts.append(samples_part(evaluations.samples))
+        heading = f"Samples, {looks[name].label}" if len(found) > 1 else "Samples"
+        parts += section(heading, samples_part(evaluations.samples))
     return parts
 
 
@@ -227,7 +263,7 @@ def samples_part(samples):
     parts = []
     for step, texts in columns.items():
         parts.append(f"<div><h3>step {step:,}</h3>{''.join(texts)}</div>")
-    return f"<div class=columns>{''.join(parts)}</div>"
+    return f"<div class=columns>{''.join(parts)}</div>" if parts else ""
 
 
 def data_parts(looks):
@@ -238,14 +274,14 @@ def data_parts(looks):
         together.setdefault(shown, []).append(look.label)
     parts = []
     for shown, labels in together.items():
-        heading = f", {escaped(' and '.join(labels))}" if len(looks) > 1 else ""
-        parts += [f"<h2>The data{heading}</h2>", shown]
+        heading = f"The data, {' and '.join(labels)}" if len(looks) > 1 else "The data"
+        parts += section(heading, shown)
     return parts
 
 
 def all_settings(configs, looks):
     parts = []
     for name, config in configs.items():
-        parts.append(f"<details><summary>{escaped(looks[name].label)}</summary><pre>"
-                     f"{escaped(to_json(config, indent=1))}</pre></details>")
+        settings = f"<pre>{escaped(to_json(config, indent=1))}</pre>"
+        parts.append(folded(looks[name].label, settings))
     return "".join(parts)

@@ -16,7 +16,7 @@ import torch
 
 import eval as evaluation
 import train
-from configs import load_config
+from configs import ROOT, load_config
 from corpus.trace import held_out_of
 from model import ModelConfig
 from scaling.log import Log
@@ -27,14 +27,14 @@ from support import records as records_module
 from support import report as report_module
 from support.data_pictures import funnel
 from support.files import log_rows, read_json, read_log, to_json, write_json
-from support.measured import numbers, read_evaluations, read_metrics
-from support.panels import (clip_limit, domain_panels, logged_lines, loss_panels, task_panels,
+from support.measured import after_their_bases, numbers, read_evaluations, read_metrics
+from support.panels import (clip_limit, domain_panels, runs_by_method, task_panels,
                             training_panels)
 from support.page import STYLE, escaped
 from support.pictures import Look, Panel, draw, drawing, looks_of
 from support.records import cell, domains_table, keys_recorded, record, tasks_table
 from support.report import report, settings_part
-from support.runs_table import trained_on
+from support.runs_table import SEED_SPREAD, trained_on
 from support.suites import Suite
 from support.xz import xz_levels
 
@@ -320,7 +320,10 @@ def test_the_panels_have_their_levels_and_flops(run):
     """The clip limit is drawn over the tokens; FLOPs are tokens times those of a token."""
     rows, _ = read_metrics(run)
     config = read_json(run / "config.json")
-    panels = {panel.title: panel for panel in training_panels({str(run): rows}, {str(run): config})}
+    one_run = {str(run): rows}
+    panels = {}
+    for panel in training_panels(one_run, {str(run): config}, ""):
+        panels[panel.title] = panel
     tokens, losses = panels["training loss, nats"].lines[str(run)]
     flops, same = panels["training loss, nats, over FLOPs"].lines[str(run)]
     [model_config] = load_config([str(run / "config.json")], ModelConfig)
@@ -328,7 +331,9 @@ def test_the_panels_have_their_levels_and_flops(run):
     panel = panels["norm of the gradient; dashed: the clip limit"]
     assert panel.limits == {str(run): (tokens, [1.0] * len(tokens))}
     tuned = {str(run): {**config, "method": "dpo"}}
-    assert not any(panel.x == "FLOPs" for panel in training_panels({str(run): rows}, tuned))
+    panels = list(training_panels(one_run, tuned, "dpo"))
+    assert panels[0].level == math.log(2)
+    assert not any(panel.x == "FLOPs" for panel in panels)
 
 
 def test_the_clip_limit_is_the_one_of_training():
@@ -389,6 +394,68 @@ def test_a_table_compares_runs_and_says_how_they_were_started(two_runs, monkeypa
     assert content.count("<h2>The data") == 1  # they share it
     (other / "starts.jsonl").unlink()  # of an older version
     assert cells_of(report([run, other]).read_text(), "command") == [command, "-"]
+
+
+def test_a_continued_run_shows_its_first_command_and_all_starts(two_runs, monkeypatch):
+    monkeypatch.setattr(report_module, "drawing", lambda: None)
+    run, other, _ = two_runs
+    assert "newest command" not in report([run]).read_text()
+    [start] = log_rows(other, "starts.jsonl")
+    rows = [{**start, "command": "begin", "date": "Monday"},
+            {**start, "command": "go on", "date": "Tuesday", "step": 3},
+            {**start, "command": "end", "date": "Sunday", "step": 5,
+             "files": {**start["files"], "adapt.py": "4567"}}]
+    (other / "starts.jsonl").write_text("".join(f"{to_json(row)}\n" for row in rows))
+    content = report([run, other]).read_text()
+    command, newest_command = (cells_of(content, name) for name in ("command", "newest command"))
+    assert command[1] == "begin" and newest_command == ["-", "end"]
+    assert cells_of(content, "started")[1] == "Monday"
+    assert cells_of(content, "continued") == ["-", "Sunday, after step 5; 3 starts in all"]
+    assert "changed between its starts: adapt.py; changed since: " in cells_of(content, "code")[1]
+    [listed] = re.findall("<summary>other: its 3 starts</summary>(.*?)</details>", content)
+    assert re.findall(r"<tr><td>(\w+)<td>(\d)<td>0123<td>([^<]*)", listed) == [
+        ("Monday", "0", "begin"), ("Tuesday", "3", "go on"), ("Sunday", "5", "end")]
+    (other / "starts.jsonl").write_text('{"kind": "start"}\n{"kind": "start", "files": 1}\n')
+    assert cells_of(report([run, other]).read_text(), "command")[1] == "-"
+
+
+def test_the_spread_between_seeds_stands_below_differences(two_runs, monkeypatch):
+    """It is that of the published experiments."""
+    monkeypatch.setattr(report_module, "drawing", lambda: None)
+    run, other, _ = two_runs
+    results = (ROOT / "assets" / "experiments" / "results.md").read_text()
+    assert set(re.findall(r"\| unchanged \| 2[\d.]+ ± ([\d.]+) ", results)) == {SEED_SPREAD}
+    said = f"standard deviation over three seeds is {SEED_SPREAD}"
+    assert said in report([run, other]).read_text()
+    assert said not in report([run]).read_text()
+
+
+def test_code_differs_where_a_run_noted_no_files(two_runs, monkeypatch):
+    """One of an older version: the hash of all code is compared."""
+    monkeypatch.setattr(report_module, "drawing", lambda: None)
+    run, other, _ = two_runs
+    [start] = log_rows(other, "starts.jsonl")
+    del start["files"]
+    (other / "starts.jsonl").write_text(f"{to_json(start)}\n")
+    different = report([run, other]).read_text().split("Settings and code that differ")[1]
+    assert f"<td>code<td>{code_version()}<td>0123" in different
+
+
+def test_no_heading_is_without_content(two_runs, monkeypatch):
+    """Nor is a run named that has no samples; what nobody needs at once is folded."""
+    monkeypatch.setattr(report_module, "drawing", lambda: None)
+    run, other, _ = two_runs
+    (other / "eval.jsonl").unlink()
+    rows = [{key: row[key] for key in row if key != "samples"} for row in log_rows(other)]
+    (other / "metrics.jsonl").write_text("".join(f"{to_json(row)}\n" for row in rows))
+    content = report([run, other]).read_text()
+    headings = re.findall("<h2>(.*?)</h2>", content)
+    assert "Samples, run" in headings and "Samples, other" not in headings
+    assert "Training" not in headings  # nothing to draw with
+    visible = re.sub("<details>.*?</details>", "", content, flags=re.S)
+    assert "decontaminated" in content and "decontaminated" not in visible
+    parts = re.split("<h2>.*?</h2>", report([other]).read_text())[1:]
+    assert all(re.sub("<[^>]*>", "", part).strip() for part in parts)
 
 
 def test_the_cells_of_the_runs_wrap():
@@ -510,21 +577,94 @@ def test_a_number_of_an_earlier_step_says_so(two_runs, monkeypatch):
     assert cells_of(report([run, other]).read_text(), "steps") == ["6 of 6", "5 of 6"]
 
 
-def test_losses_of_tuning_have_pictures_of_their_own(run):
+def test_tuning_has_pictures_of_its_own(run, tmp_path):
     """Beside pretraining's tokens they would be a sliver, and DPO's loss is of a pair."""
     rows, _ = read_metrics(run)
     config = read_json(run / "config.json")
     base = str(run)
-    configs = {base: config, "chats": config | {"method": "sft"},
-               "pairs": config | {"method": "dpo"}, "x": config | {"method": "other"}}
-    losses = logged_lines(dict.fromkeys(configs, rows), "train", "loss")
-    shown = {panel.title: list(panel.lines) for panel in loss_panels(losses, configs)}
+    methods = {base: {}, "chats": {"method": "sft"}, "pairs": {"method": "dpo"},
+               "x": {"method": "other"}}
+    configs = {name: config | more for name, more in methods.items()}
+    shown = {}
+    for method, of_method in runs_by_method(dict.fromkeys(configs, rows), configs).items():
+        panels = list(training_panels(of_method, configs, method))
+        assert {"learning rate", "tokens/s"} < {panel.title for panel in panels}
+        for panel in panels:
+            assert list(panel.lines) == list(of_method)
+        shown[method] = [panel.title for panel in panels if "loss" in panel.title]
     assert shown == {
-        "training loss, nats": [base],
-        "training loss, nats, over FLOPs": [base],
-        "SFT: training loss, nats": ["chats"],
-        "DPO: training loss of a pair": ["pairs"],
-        "other: training loss": ["x"]}
+        "": ["training loss, nats", "training loss, nats, over FLOPs"],
+        "sft": ["training loss, nats"],
+        "dpo": ["training loss of a pair"],
+        "other": ["training loss, nats"]}
+
+
+@pytest.fixture
+def tuned_runs(run, tmp_path):
+    """[the run, an SFT of its step 3, a DPO of that SFT's step 6], as their logs would be."""
+    runs = [run]
+    for method, step in (("sft", 3), ("dpo", 6)):
+        base = runs[-1] / f"step{step:06}"
+        tuned = shutil.copytree(run, tmp_path / method)
+        for file in tuned.glob("step*/state.json"):
+            write_json(file, read_json(file) | {"sha256": f"{method} {file.parent.name}"})
+        tuned_on = {"base_sha256": read_json(base / "state.json")["sha256"], "data_sha256": method}
+        manifest = read_json(tuned / "manifest.json")
+        write_json(tuned / "manifest.json", manifest | {"tuned_on": tuned_on})
+        config = read_json(tuned / "config.json")
+        write_json(tuned / "config.json", config | {"method": method})
+        runs.append(tuned)
+    return runs
+
+
+def curves(paths):
+    """{title: {name of a run: its tokens}} of the held-out text, as a report on the paths has it.
+    """
+    found = {}
+    configs = {}
+    for path in paths:
+        rows, _ = read_metrics(path)
+        found[str(path)] = read_evaluations(path, rows)
+        configs[str(path)] = read_json(path / "config.json")
+    shown = {}
+    for panel in domain_panels(after_their_bases(found, configs), {}):
+        tokens = {path.name: panel.lines[str(path)][0] for path in paths
+                  if str(path) in panel.lines}
+        shown[panel.title] = tokens
+    return shown
+
+
+def test_the_held_out_curve_of_a_tuned_run_begins_at_the_end_of_its_base(tuned_runs):
+    base, chats, pairs = tuned_runs
+    own = curves([base])["web"]["run"]  # tokens after steps 3 and 6
+    after_sft = [own[0] + tokens for tokens in own]
+    after_dpo = [after_sft[-1] + tokens for tokens in own]
+    assert curves(tuned_runs)["web"] == {"run": own, "sft": after_sft, "dpo": after_dpo}
+    # without the base: the tokens of tuning alone, apart from those of pretraining
+    chain = {"sft": own, "dpo": [own[-1] + tokens for tokens in own]}
+    assert curves([chats, pairs])["web"] == chain
+    shown = curves([base, pairs])
+    assert shown["web"] == {"run": own} and shown["web; tuned"] == {"dpo": own}
+
+
+def test_runs_that_name_each_other_as_their_base_end(tuned_runs):
+    """As only an edited file can make them."""
+    _, chats, pairs = tuned_runs
+    manifest = read_json(chats / "manifest.json")
+    manifest["tuned_on"]["base_sha256"] = read_json(pairs / "step000006" / "state.json")["sha256"]
+    write_json(chats / "manifest.json", manifest)
+    assert sorted(curves([chats, pairs])["web"]) == ["dpo", "sft"]
+
+
+def test_the_page_says_where_the_curves_of_tuned_runs_begin(tuned_runs, monkeypatch):
+    monkeypatch.setattr(report_module, "drawing", lambda: None)
+    base, chats, pairs = tuned_runs
+    said = report(tuned_runs).read_text().split("<h2>Held-out text</h2>")[1].split("<h2>")[0]
+    assert "where its base ended" in said and "alone" not in said
+    said = report([base, pairs]).read_text()
+    assert "The tokens of dpo are those of tuning alone" in said
+    said = report([base]).read_text()
+    assert "its base" not in said and "the base" not in said
 
 
 @pytest.mark.parametrize("most", [3, 2012, 123_456, 17_800_000, 2.5e9, 2.46e12])
