@@ -20,9 +20,9 @@ from torch.distributed.tensor import DTensor
 
 from scaling.ranks import gather, on_rank0, rank
 from support.bars import bar, stage
-from support.files import (UserError, disk_remedy, file_sha256, fsync, here, read_json,
-                           without_nan, write_json)
-from support.hints import hub_remedy, run_remedy
+from support.files import (UserError, disk_remedy, file_sha256, fsync, here, log_rows,
+                           read_json, without_nan, write_json)
+from support.hints import file_remedy, hub_remedy, run_remedy
 from support.plain_pickle import NamelessUnpickler
 
 # ---- Finding -------------------------------------------------------------------------------------
@@ -31,7 +31,7 @@ def run_of(path):
     """The directory that holds config.json and tokenizer.json: `path`, or its parent for a step."""
     path = Path(path)
     if path.is_file():
-        raise UserError(f"{path}: a file; name its directory, {path.parent}")
+        raise UserError(f"{path}: {file_remedy(path)}")
     if not path.is_dir():
         steps = [step.name for step in step_directories(path.parent)]
         if steps:
@@ -87,8 +87,14 @@ def step_at(path, digests=True):
 
 def no_step(run):
     """The UserError for a run without a step directory."""
-    return UserError(f"{run}: a run that has saved no step; the command that began it begins "
-                     "it again")
+    return UserError(f"{run}: a run that has saved no step, so there is no model yet; start it "
+                     f"again, with the command that began it{command_of(run)}")
+
+
+def command_of(run):
+    """": COMMAND" of the last start of a run; "" where it is not known."""
+    commands = [row.get("command") for row in log_rows(run, "starts.jsonl")]
+    return f": {commands[-1]}" if commands else ""
 
 
 class Unreadable(UserError):

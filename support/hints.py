@@ -165,6 +165,15 @@ def run_remedy(path):
     return f"{path.parent} has {listed}; if it has moved, name where it is now"
 
 
+def file_remedy(file):
+    """What a file is that was named in the place of a run, and what to name."""
+    if file.suffix != ".py":
+        return f"a file; name its directory, {file.parent}"
+    lines = file.read_text(encoding="utf-8", errors="replace")
+    made = re.search(r"""^run_dir\s*=\s*["'](.+?)["']""", lines, re.M)
+    return f"a config file, not a run; name the run that it made{f', {made[1]}' if made else ''}"
+
+
 def hub_remedy(path):
     """What to do about a directory that is not there, if its name looks like one on the hub, or
     has a ~; else "".
