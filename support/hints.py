@@ -127,12 +127,20 @@ def no_config_file(path, fields):
     return UserError(f"{path}: no such config file{here(path)}; {nearest_path(path)}")
 
 
+def shipped(word):
+    """A word of the command line; for configs/tiny.py, from any directory, the path of ours."""
+    is_ours = word.startswith("configs/") and not os.path.exists(word)
+    file = ROOT / word
+    return str(file) if is_ours and os.path.isfile(file) else word
+
+
 def nearest_path(path):
     """Which file or folder beside a missing path, or which config of ours, has a similar name."""
     beside = {}
     for folder in (ROOT / "configs", path.parent):
         beside |= {file.name: file for file in folder.glob("[!_.]*")}
-    for name in difflib.get_close_matches(path.name, beside, n=1):
+    without_ending = [name for name in beside if name == f"{path.name}.py"]
+    for name in without_ending + difflib.get_close_matches(path.name, beside, n=1):
         return f"did you mean {from_here(beside[name])}?"
     return "configs/ holds those that come with nanOLMo"
 

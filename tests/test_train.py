@@ -27,6 +27,7 @@ import eval as evaluation
 import model as m
 import train
 from configs import load_config
+from corpus.lineage import changed_texts
 from corpus.tokenizer import Tokenizer
 from scaling import checkpoint
 from scaling.checkpoint import create_state, newest_step, verify_step
@@ -856,6 +857,11 @@ def test_data_that_changed_is_refused_and_data_that_was_touched_is_not(tmp_path,
     line = refused(call(train, config, "--max_steps=5"), tmp_path / "run", "--overwrite")
     assert set(re.findall(r"(\w+): \S+ there", line)) == {"data_sha256", "order_sha256",
                                                           "instances"}
+    assert "web: part.jsonl has changed" in line
+    (file.parent / "new.jsonl").write_text(text)
+    said = changed_texts(tmp_path / "run", tmp_path / "data")
+    assert said == ["web: new.jsonl is new (and 1 other file)"]
+    (file.parent / "new.jsonl").unlink()
     file.write_text(text)
     os.utime(file, (1, 1))
     result = call(train, config, "--max_steps=5")
