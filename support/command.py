@@ -82,7 +82,8 @@ def say_stopped(stop):
     """Say what a signal leaves: in the notes that whoever was interrupted has added to it."""
     end_bars()
     notes = getattr(stop, "__notes__", ["stopped; the same command begins again"])
-    print(*notes, sep="\n", file=sys.stderr)
+    begin = "\r" if sys.stderr.isatty() else ""  # over the terminal's "^C"
+    print(begin + "\n".join(notes), file=sys.stderr)
 
 
 def about_machine(error):

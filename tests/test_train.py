@@ -469,6 +469,23 @@ def is_stopped(process):
     return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
+def test_a_run_that_was_stopped_before_its_first_step_is_begun(tmp_path, tiny_config, call,
+                                                               monkeypatch):
+    """--resume and the same command alike; a run that has lost its steps is another matter."""
+    run = tmp_path / "run"
+    config = tiny_config(run, max_steps=2)
+    for words in ([config], [f"--resume={run}"]):
+        def interrupted(*_):
+            raise KeyboardInterrupt
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "train_step", interrupted)
+            stopped = call(train, *words)
+        assert stopped.returncode == 130 and stopped.stderr.count("same command continues") == 1
+    assert call(train, f"--resume={run}").returncode == 0 and saved_steps(run) == [2]
+    shutil.rmtree(run / "step000002")
+    assert "holds no step" in call(train, f"--resume={run}").stderr
+
+
 def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path, tiny_config, call, uninterrupted):
     """In a step, while it saves, in a step. test_torture.py kills more often, and several ranks."""
     run = tmp_path / "run"
