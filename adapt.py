@@ -96,9 +96,9 @@ def adapt(adapt_config, eval_config, config):
     check_not_base(Path(config.run_dir), base)
     tokenizer = open_tokenizer(base.home / "tokenizer.json", base.model_config)
 
-    # The examples, and the schedule that follows from their number
-    train_set, eval_set = read_sets(adapt_config, base, tokenizer)  # chats, or pairs of answers
+    # The texts that are measured; the examples, and the schedule that follows from their number
     suites = open_suites(eval_config, partial(held_out_of_base, base))
+    train_set, eval_set = read_sets(adapt_config, base, tokenizer)  # chats, or pairs of answers
     config = by_epochs(adapt_config, config, len(train_set))
     fingerprint = fingerprint_of(base, train_set, eval_set, config.batch_size)  # of the run
     settings = base.settings | saved_settings(base.model_config, eval_config, adapt_config, config)
@@ -491,7 +491,7 @@ def check_first_loss(metrics, dtype, adapt_config):
         width *= max(1, adapt_config.beta / 0.1)  # rewards, and their rounding, grow with beta
     loss = metrics["loss"]
     ln_2 = math.log(2)
-    tqdm.write(f"the first step's loss is {loss:.4f}; ln 2 is {ln_2:.4f}")
+    tqdm.write(f"step 1: the loss is {loss:.4f}; with equal rewards it is ln 2 = {ln_2:.4f}")
     if abs(loss - ln_2) > width:
         raise UserError(f"loss={loss:.4f} at step 1: DPO's must be ln 2 = {ln_2:.4f} within "
                         f"{width:g}, so the reference's log-probabilities are not those of the "

@@ -142,7 +142,7 @@ def train(model_config, data_config, eval_config, config):
     build = compile_beside(build_data, model_config, config, device, dtype, compiled)
     folder = on_rank0(data_for_run, config, data_config, settings, vars(eval_config), build,
                       patience=BUILD_PATIENCE)
-    print_funnel(folder)
+    print_funnel(folder, config.run_dir, config.overwrite)
     tokenizer = open_tokenizer(folder / "tokenizer.json", model_config)
     shards = TokenShards(folder, model_config.max_seq_len)
     batches = Batches(shards, config.batch_size, data_config.seed, folder)

@@ -3,6 +3,8 @@
 And an error for `--show` of a rule that no source has.
 """
 
+from pathlib import Path
+
 from corpus.funnel import print_table
 from corpus.rules import DEDUPLICATIONS, RULES
 from support.files import UserError, read_json
@@ -11,10 +13,20 @@ MOST_LOST = 0.5  # of a source's bytes
 NAMED_RULES = 3
 
 
-def print_funnel(folder):
-    """Print the warnings about built data, then its table."""
+def print_funnel(folder, run=None, overwrite=False):
+    """Print the warnings about built data, then its table; a line where `run` has it already."""
+    if run and not overwrite and is_data_of(folder, run):
+        print(f"data: {folder}, as before; python data.py --resume={run} prints its table")
+        return
     print_large_drops(folder)
     print_table(folder)
+
+
+def is_data_of(folder, run):
+    """Whether a run directory notes this built data as its own."""
+    known = Path(run) / "manifest.json"
+    data = read_json(folder / "manifest.json")
+    return known.is_file() and read_json(known).get("sha256") == data["sha256"]
 
 
 def print_large_drops(folder):

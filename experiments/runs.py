@@ -145,8 +145,12 @@ def start(words, folder, log):
                                    stdout=file, stderr=subprocess.STDOUT)
         try:
             return process.wait()
-        except KeyboardInterrupt:  # the run has heard Ctrl-C too: it saves its step, and ends
-            process.wait()
+        except (KeyboardInterrupt, SystemExit) as stop:
+            if isinstance(stop, SystemExit):  # SIGTERM; Ctrl-C the run has heard too
+                process.terminate()
+            stop.add_note(f"stopped; {file.name} says which step is saved, and the same command "
+                          "continues")
+            process.wait()  # it saves its step, and ends
             raise
 
 

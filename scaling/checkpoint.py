@@ -23,6 +23,7 @@ from support.bars import bar, stage
 from support.files import (UserError, disk_remedy, file_sha256, fsync, here, read_json,
                            without_nan, write_json)
 from support.hints import hub_remedy, run_remedy
+from support.memory import about_memory, is_lack_of_memory
 from support.plain_pickle import NamelessUnpickler
 
 # ---- Finding -------------------------------------------------------------------------------------
@@ -224,9 +225,16 @@ def name_in(entries, name):
 
 
 def root_cause(error):
-    """One line about the first error that DCP has collected from the ranks."""
+    """One line about the first error that DCP has collected from the ranks.
+
+    Ctrl-C and SIGTERM, which it collects too, are raised again.
+    """
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
+    if isinstance(error, (KeyboardInterrupt, SystemExit)):
+        raise error
+    if is_lack_of_memory(error):
+        return about_memory(error)
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 

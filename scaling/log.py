@@ -74,6 +74,11 @@ class Window:
         self.tokens += tokens
         self.seconds += seconds
 
+    def leave_time_out(self):
+        """Forget the speed of the steps so far, because the first one may have compiled."""
+        self.tokens = 0
+        self.seconds = 0.0
+
     def rates(self, flops_per_token, device):
         """Speed, model FLOPs utilisation (MFU), and the share of steps that were clipped."""
         speed = self.tokens / self.seconds
@@ -85,22 +90,24 @@ class Window:
 
 
 class Pace:
-    """How long the rest of a run takes, at its pace since the first row of this start.
+    """How long the rest of a run takes, at its pace since the first step of this start.
 
     That pace has the evaluations and checkpoints in it, and not the first step, which may compile.
     """
 
     def __init__(self):
-        self.first = None  # (step, time) of the first row
+        self.first = None  # (step, time) of the end of the first step
+
+    def begin(self, step):
+        """The first step has ended."""
+        self.first = (step, time.monotonic())
 
     def seconds_left(self, step, last, window):
-        """Of the steps after `step`; the first row has the pace of its window alone."""
-        now = time.monotonic()
+        """Of the steps after `step`; the first step alone has the pace of its window."""
         if self.first is None:
-            self.first = (step, now)
             return (last - step) * window.seconds / window.steps
         first_step, began = self.first
-        return (last - step) * (now - began) / (step - first_step)
+        return (last - step) * (time.monotonic() - began) / (step - first_step)
 
 
 def perplexity(loss):

@@ -7,11 +7,12 @@ group; a sum over the ranks is then the number itself.
 import functools
 import hashlib
 import os
+import re
 import socket
 import sys
-import textwrap
 import time
 import uuid
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -23,11 +24,13 @@ from configs import ROOT
 from scaling.boards import check_boards
 from scaling.machine import choose_compile, choose_device, choose_dtype, keep_freed_memory
 from support.files import UserError, file_sha256
+from support.settings import print_settings
 
 WAIT_IN_SILENCE_S = 10  # after so long, rank 0 says for which ranks it waits
 ALONE = {"show", "chat", "generate"}  # of adapt.py; several processes would write one file
 MAIN_FILES = ("model.py", "data.py", "train.py", "eval.py", "adapt.py", "configs/__init__.py")
 PARTS = ("corpus", "scaling", "support")  # folders of code
+TOLD = []  # the store in which a rank other than 0 notes that it prints an error of its own
 ERROR_GRACE_S = 3  # how long a rank other than 0 waits before it prints an error of its own
 
 
@@ -108,7 +111,9 @@ def setup_distributed(name):
             raise UserError("device=mps works for one process only; use --device=cpu for several")
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         try:
-            dist.init_process_group(backend, timeout=timedelta(minutes=10), **fresh_rendezvous())
+            group = fresh_rendezvous()
+            TOLD.append(group["store"])
+            dist.init_process_group(backend, timeout=timedelta(minutes=10), **group)
         except dist.DistError as error:
             place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise UserError(f"rank {launch.rank} of {launch.world_size} does not reach the others "
@@ -169,12 +174,15 @@ def on_all_ranks(main):
         try:
             if launched().world_size > 1 and argv and argv[0] in ALONE:
                 raise UserError(f"{argv[0]} is one process; start it with python, not torchrun")
-            code = main(argv)
+            with named_loss():
+                code = main(argv)
         except UserError:
             # If rank 0 failed too, it prints the error and torchrun kills this rank within the
             # grace time. If not, this rank must print it.
             if own_rank > 0:
                 time.sleep(ERROR_GRACE_S)
+                for store in TOLD:
+                    store.set("an error is told", "")
             raise
         finally:
             run.had_group = dist.is_initialized()  # for run_main
@@ -183,6 +191,22 @@ def on_all_ranks(main):
         return code
     run.takes_ranks = True  # for run_main: other commands are one process
     return run
+
+
+@contextmanager
+def named_loss():
+    """Around a rank's work: a lost connection to another rank is a UserError and no traceback."""
+    try:
+        yield
+    except RuntimeError as error:
+        found = re.search("(reset|closed) by peer|Broken pipe|remote process exited", str(error))
+        if not (dist.is_initialized() and found):
+            raise
+        if TOLD[0].check(["an error is told"]):
+            time.sleep(ERROR_GRACE_S)  # meanwhile torchrun ends this rank
+        raise UserError(f"rank {rank()}: another rank has ended ({found[0]}). Its own error says "
+                        "why; if torchrun names its exitcode -9 below, it was killed, as happens "
+                        "when memory runs out") from None
 
 
 # ---- Collectives ---------------------------------------------------------------------------------
@@ -273,10 +297,9 @@ def check_agreement(facts):
 def agree_on_machine(config, settings, device):
     """Returns (dtype of the forward, whether to compile): chosen, printed and equal on all ranks.
 
-    settings: every key of the run; they too must be equal on all ranks.
+    settings: every key of the run, printed too; they must be equal on all ranks.
     """
-    text = "config: " + ", ".join(f"{key}={value}" for key, value in settings.items())
-    print(textwrap.fill(text, width=100, subsequent_indent="  "))
+    on_rank0(print_settings, config, settings)
     on_rank0(check_boards, config)
     ranks_per_node = launched().ranks_per_node if config.shard == "hybrid" else None
     check_agreement({**settings, "code": code_version(), "torch": torch.__version__,

@@ -4,7 +4,6 @@
 """
 
 import math
-import sys
 import time
 from datetime import timedelta
 from functools import partial
@@ -115,7 +114,8 @@ class Run:
         """True, and printed, if neither a step nor an evaluation is left to do."""
         is_finished = self.step == self.config.max_steps and not self.lacks_evaluation
         if is_finished:
-            print(f"{self.path}: finished, at step {self.step} of {self.config.max_steps}")
+            print(f"{self.path}: finished, at step {self.step} of {self.config.max_steps}; to go "
+                  "on, raise --max_steps (in adapt.py: --epochs)")
         return is_finished
 
     def load(self, model, optimizer):
@@ -155,7 +155,7 @@ class Run:
         self.signals.restore()
         self.metrics_log.close(failed=error is not None)
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
-            print(STOPPED_AT_ONCE, file=sys.stderr)
+            error.add_note(STOPPED_AT_ONCE)
         if error and is_lack_of_memory(error):
             raise UserError(about_memory(error, *memory_left_to_save(self))) from None
 
@@ -201,6 +201,9 @@ class Run:
             self.write_row(batch, metrics, lr)
         else:
             say_slow_step(self.watch, step, self.config.max_steps)
+        if self.pace.first is None:
+            self.pace.begin(step)
+            self.window.leave_time_out()
 
     def agree_on_ending(self):
         """What one rank has heard, all ranks do: leave, or save because of save_every_minutes."""
@@ -223,6 +226,8 @@ class Run:
                                kwh=self.state["kwh"], world_size=world_size(),
                                batch_hash=batch_hash(batch["tokens"]))
         said = f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s"
+        if "rewards/accuracies" in metrics:
+            said += f", reward accuracy {metrics['rewards/accuracies']:.0%}"
         self.bar.set_postfix_str(said)
         last = self.config.max_steps
         seconds_left = self.pace.seconds_left(self.step, last, self.window)

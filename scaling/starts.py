@@ -8,9 +8,11 @@ import time
 
 import torch
 
+from configs import ROOT
+from corpus.documents import print_line
 from scaling.machine import choose_dtype, cpu_flags
-from scaling.ranks import agree_on_compile, code_version, on_rank0, world_size
-from support.files import UserError, disk_remedy, to_json
+from scaling.ranks import MAIN_FILES, agree_on_compile, code_version, on_rank0, world_size
+from support.files import UserError, disk_remedy, file_sha256, log_rows, to_json
 
 
 def note_start(path, step, config, device):
@@ -32,8 +34,42 @@ def note_start(path, step, config, device):
            "compiled": compiled,
            "python": sys.version.split()[0],
            "torch": torch.__version__,
-           "code": code_version()}
-    on_rank0(append_row, path / "starts.jsonl", row)
+           "code": code_version(),
+           "files": main_files()}
+    on_rank0(note_row, path, row)
+
+
+def note_row(path, row):
+    """Append the row of a start, and say what has changed in the code since the one before."""
+    changed = changed_files(path)
+    if changed:
+        print(f"the code has changed since the run's last start: {', '.join(changed)}")
+    append_row(path / "starts.jsonl", row)
+
+
+def main_files():
+    """{name: hash} of the files that readers change."""
+    return {name: file_sha256(ROOT / name)[:12] for name in MAIN_FILES}
+
+
+def noted_files(run):
+    """The main_files of a run's newest start; {} if it noted none."""
+    starts = list(log_rows(run, "starts.jsonl"))
+    noted = starts[-1].get("files") if starts else None
+    return noted if isinstance(noted, dict) else {}
+
+
+def changed_files(run):
+    """The names of the main files that are not as the run's newest start noted them."""
+    noted = noted_files(run)
+    return [name for name, digest in main_files().items() if noted.get(name, digest) != digest]
+
+
+def say_changed_network(run):
+    """A line before a run's weights are used with another model.py than they were trained with."""
+    if "model.py" in changed_files(run):
+        print_line(f"{run}: model.py has changed since this run was trained; its weights are used "
+                   "with the model.py of today")
 
 
 def append_row(file, row):

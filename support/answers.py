@@ -13,7 +13,7 @@ from data import render_chat
 from model import generate
 from scaling.ranks import from_rank0
 from scaling.sharding import evaluating
-from support.bars import bar
+from support.bars import bar, noted
 from support.chat_forms import PROMPTS
 from support.chats import checked_request
 from support.fields import require
@@ -89,7 +89,8 @@ def generate_answers(argv):
     less = (Half("answer_batch", options.answer_batch),
             Half("max_new_tokens", options.max_new_tokens))
     with (open(out, "a", encoding="utf-8") as file, fixed_weights(model),
-          remedied("in an answer", *less)):
+          remedied("in an answer", *less),
+          noted(f"stopped: {out} keeps its answers, and the same command continues")):
         for begin in bar(range(done, len(rows), options.answer_batch), "answering", unit="batches"):
             end = begin + options.answer_batch
             found = answers_of(model, tokenizer, prompts[begin:end], options, begin)

@@ -148,16 +148,21 @@ def staged(what, function, *arguments):
 
 
 def prepared(build_data, config):
-    """The folder that build_data returns; a stage around the call. Ctrl-C says what is kept."""
+    """The folder that build_data returns; a stage around the call."""
     filters = "--bloom_items=N for N texts, as exact sets of them take more (docs/data.md)"
     less = (Half("workers", config.workers or os.cpu_count()), config.bloom_items == 0 and filters)
+    with (noted("stopped while preparing the data: finished stages are kept, and the same command "
+                "continues"), remedied("while the data was prepared", *less)):
+        return staged("preparing the data", build_data, config)
+
+
+@contextmanager
+def noted(text):
+    """Around work: where Ctrl-C or SIGTERM ends it, run_main prints this text."""
     try:
-        with remedied("while the data was prepared", *less):
-            return staged("preparing the data", build_data, config)
-    except (KeyboardInterrupt, SystemExit):  # SystemExit: of SIGTERM
-        end_bars()
-        print("stopped while preparing the data: finished stages are kept, and the same command "
-              "continues", file=sys.stderr)
+        yield
+    except (KeyboardInterrupt, SystemExit) as stop:  # SystemExit: of SIGTERM
+        stop.add_note(text)
         raise
 
 

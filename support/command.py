@@ -62,15 +62,29 @@ def exit_code(main):
     except UserError as error:
         end_bars()
         return f"error: {harmless(str(error))}"
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends the clearing up
+        say_stopped(stop)
         return 130  # 128 + SIGINT, as shells have it
+    except SystemExit as stop:
+        if stop.code != 128 + signal.SIGTERM:  # see hear_sigterm in support/interrupts.py
+            raise
+        say_stopped(stop)
+        return stop.code
     except (MemoryError, OSError, RuntimeError, UnicodeEncodeError) as error:
         end_bars()
         line = about_machine(error)
         if not line:
             raise
         return f"error: {harmless(line)}"
+
+
+def say_stopped(stop):
+    """Say what a signal leaves: in the notes that whoever was interrupted has added to it."""
+    end_bars()
+    notes = getattr(stop, "__notes__", ["stopped; the same command begins again"])
+    begin = "\r" if sys.stderr.isatty() else ""  # over the terminal's "^C"
+    print(begin + "\n".join(notes), file=sys.stderr)
 
 
 def about_machine(error):

@@ -5,6 +5,7 @@ import importlib.util
 import torch
 
 from support.files import UserError
+from support.memory import is_lack_of_memory
 
 LOGITS_MAY_DIFFER = 1e-4  # of the largest; rounding makes 1e-6 to 1e-5 in float32
 
@@ -53,6 +54,8 @@ def load_in_transformers(directory):
         # Float32, as config.json says. transformers 5 maps the file: a 7B needs no 28 GB more.
         return transformers.OlmoForCausalLM.from_pretrained(directory, attn_implementation="eager")
     except Exception as error:
+        if is_lack_of_memory(error):
+            raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError("transformers, with which an export is compared, is installed and does not "
                         f"work ({lines[-1]}); repair it, or uninstall it to export without the "

@@ -182,9 +182,10 @@ def comparable(measured, left_out):
         found[name] = groups[shown]
         for other in groups:
             if other != shown:
-                left_out.append(f"{name}: shown are the results by {shown}, of {steps(found[name])}"
-                                f"; left out are those by {other}, of {steps(groups[other])}, the "
-                                f"newest {in_words(groups[other])}; the run's logs have them")
+                left_out.append(f"{name}: measured by {shown} at {steps(found[name])} and by "
+                                f"{other} at {steps(groups[other])} (at last "
+                                f"{in_words(groups[other])}); the page shows the first, because "
+                                "the two cannot be compared; the run's logs have both")
     return found
 
 

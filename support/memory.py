@@ -12,13 +12,13 @@ from support.text import UserError
 
 # Words of CUDA, its libraries and C++, whose errors have no type of their own
 WORDS = ("out of memory", "can't allocate memory", "Cannot allocate memory", "std::bad_alloc",
-         "ALLOC_FAILED")
+         "ALLOC_FAILED", "can't start new thread")
 WEIGHTS = "the weights must fit, at 4 bytes a parameter: choose a smaller model or another machine"
 
 # What to do where no option was named by `remedied`, such as before a run's first step
 OTHER_REMEDIES = {
     "train": "weights, gradients and optimiser take 16 bytes a parameter: choose a smaller model, "
-             "or share them: torchrun --nproc_per_node=N; docs/scale.md has more",
+             "or share them over GPUs: torchrun --nproc_per_node=N; docs/scale.md has more",
     "eval": WEIGHTS, "model": WEIGHTS, "data": "try fewer --workers"}
 OTHER_REMEDIES["adapt"] = OTHER_REMEDIES["train"]
 
@@ -58,12 +58,12 @@ def remedied(where, *remedies):
 
 
 def is_lack_of_memory(error):
-    """True for errors of Python, numpy, torch, CUDA and the system, and for a killed worker."""
+    """True for the errors of Python, numpy, torch, CUDA and the system."""
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return True
     name = type(error).__name__  # torch.OutOfMemoryError; torch is not imported here
     has_words = isinstance(error, RuntimeError) and any(word in str(error) for word in WORDS)
-    return has_words or name in ("OutOfMemoryError", "BrokenProcessPool")
+    return has_words or name == "OutOfMemoryError"
 
 
 def about_memory(error, where="", remedies=()):
@@ -79,11 +79,14 @@ def about_memory(error, where="", remedies=()):
         remedy = "there is less than that in all; choose a smaller model, batch or context"
     else:
         remedy = OTHER_REMEDIES.get(Path(sys.argv[0]).stem, "use a machine with more memory")
-    what = "out of memory"
-    if type(error).__name__ == "BrokenProcessPool":
-        what = "a worker process was killed, as happens when memory runs out"
-    asked = f" (asked for {amount[1]})" if amount else ""
-    return f"{what}{f' {where}' if where else ''}{asked}; {remedy}"
+    asked = ""
+    if "new thread" in text:
+        asked = f" ({text}: the system gives no more memory, or no more threads)"
+    if amount:
+        in_bytes = amount[1].endswith(" bytes")  # as torch says it on a CPU
+        asked = f"{bytes_of(amount[1]) / 2**20:,.0f} MiB" if in_bytes else amount[1]
+        asked = f" (asked for {asked})"
+    return f"out of memory{f' {where}' if where else ''}{asked}; {remedy}"
 
 
 def bytes_of(amount):

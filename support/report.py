@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from scaling.ranks import MAIN_FILES
+from scaling.starts import noted_files
 from support.bars import stage
 from support.data_pictures import data_part
 from support.files import read_json, to_json
@@ -145,17 +147,21 @@ def left_out(found, looks):
 
 
 def settings_part(configs, looks):
-    """The settings that differ: a table of those that all runs have, the names of the others."""
+    """What differs: a table of settings and code that all runs have; the names of the others."""
     keys = {}  # {key: how many runs have it}
     for config in configs.values():
         for key in config:
             keys[key] = keys.get(key, 0) + 1
     keys.pop("run_dir", None)
     lacking = [key for key, count in keys.items() if count < len(configs)]
-    differing = differing_rows(configs, keys.keys() - lacking)
+    code = {name: noted_files(name) for name in configs}
+    if not all(code.values()):  # a run of an older version noted none
+        code = {}
+    differing = [*differing_rows(configs, keys.keys() - lacking),
+                 *differing_rows(code, MAIN_FILES)]
     parts = []
     if differing or lacking:
-        parts.append("<h2>Settings that differ</h2>")
+        parts.append("<h2>Settings and code that differ</h2>")
     if differing:
         labels = [look.label for look in looks.values()]
         parts.append(table(["", *labels], differing, "runs"))

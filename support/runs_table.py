@@ -7,6 +7,7 @@ from typing import NamedTuple
 from configs import load_config
 from model import ModelConfig, count_parameters
 from scaling.ranks import code_version
+from scaling.starts import changed_files
 from support.files import log_rows, read_json
 from support.measured import dict_at, last_step
 from support.page import escaped
@@ -131,7 +132,9 @@ def facts_of(run):
             machine += f", {counted(start[key], what)}"
     compiled = "compiled" if start.get("compiled") else "not compiled"
     code = said("code")
-    if code != code_version():
+    if changed_files(run):
+        code += f"; changed since: {', '.join(changed_files(run))}"
+    elif code != code_version():
         code += ", which is not the code that drew this page"
     return {
         "started": began,

@@ -49,7 +49,7 @@ class AnswerOptions:
 CHAT_HELP = """/reset           forget what was said
 /system TEXT     start again with this system message; without a text, with none
 /temperature X   0 takes the likeliest token each time
-/quit            or Ctrl-D; Ctrl-C ends an answer"""
+/quit            ends the chat, as Ctrl-D does; Ctrl-C stops an answer or clears the line"""
 
 
 STOPPED = " (stopped)"
@@ -67,12 +67,7 @@ def chat(argv):
     print(f"{paths[0]}: /help shows the commands")
     messages = []  # what was said so far; the model sees all of it each time
     numbers = count()  # each answer draws from a stream of its own
-    while True:
-        try:
-            line = without_surrogates(input("> ")).strip()
-        except EOFError:
-            print()
-            return
+    for line in questions():
         try:
             if line.partition(" ")[0] == "/quit":
                 return
@@ -82,6 +77,34 @@ def chat(argv):
                 messages = reply(line, messages, model, tokenizer, options, next(numbers))
         except KeyboardInterrupt:  # before an answer's first token, or behind its last
             print(STOPPED)
+
+
+def questions():
+    """Yield each line of the user's, until Ctrl-D or a second Ctrl-C; the first clears the line.
+
+    A line from a pipe is printed, as a terminal would show it.
+    """
+    is_terminal = sys.stdin.isatty()
+    is_last = False  # whether Ctrl-C ends the chat
+    while True:
+        try:
+            line = without_surrogates(input("> " if is_terminal else "")).strip()
+            is_last = False
+        except EOFError:
+            print(end="\n" * is_terminal)
+            return
+        except KeyboardInterrupt:
+            if not is_terminal:
+                raise
+            if is_last:
+                print()
+                return
+            is_last = True
+            print("\n(Ctrl-C again, or Ctrl-D, ends the chat)")
+            continue
+        if not is_terminal and line:
+            print(f"> {line}")
+        yield line
 
 
 def obey(line, messages, options):

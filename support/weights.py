@@ -16,6 +16,7 @@ from model import ModelConfig, OLMo
 from scaling.checkpoint import check_tensors, read_step, run_of, step_at
 from scaling.directory import has_steps
 from scaling.same_run import check_model_keys
+from scaling.starts import say_changed_network
 from support import finite
 from support.bars import stage
 from support.compare import compare_with_transformers
@@ -144,6 +145,7 @@ def read_model_config(path, file=None):
 
 def load_step(path, state, device):
     """The model of one step directory, whose verified state.json is `state`."""
+    say_changed_network(run_of(path))
     model = empty_model(step_config(state, path))
     model.to_empty(device="cpu")
     read_step(path, {f"model.{name}": p.detach() for name, p in model.named_parameters()})

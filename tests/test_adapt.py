@@ -639,15 +639,18 @@ def test_the_learning_rate_falls_as_transformers_linear_schedule(examples, batch
 @pytest.mark.parametrize("examples, words, remedy", [
     (30, {}, "--batch_size=8 --epochs=20"), (1000, {}, ""), (416, {}, "--batch_size=8 --epochs=2"),
     (30, {"batch_size": 8, "epochs": 20.0}, ""),
-    (20, {"batch_size": 4}, "--batch_size=4 --epochs=16")])
+    (20, {"batch_size": 4, "lr": 2e-4}, "--batch_size=4 --epochs=16 --lr=0.001")])
 def test_a_tuning_of_few_steps_says_what_to_set(examples, words, remedy, capsys):
     words = {"batch_size": 32, "epochs": 3.0} | words
     options = adapt.AdaptConfig(epochs=words["epochs"])
-    config = adapt.by_epochs(options, train.TrainConfig(batch_size=words["batch_size"]), examples)
+    del words["epochs"]
+    config = adapt.by_epochs(options, train.TrainConfig(**words), examples)
     say_few_steps(options, config, "chats")
     line = capsys.readouterr().out
     assert bool(line) == bool(remedy) and remedy in line
     assert line.startswith(f"warning: {config.max_steps} steps ") or not remedy
+    say_few_steps(options, config, "pairs")
+    assert "--lr" not in capsys.readouterr().out
 
 
 # ---- Runs ----------------------------------------------------------------------------------------
@@ -716,6 +719,15 @@ def numbers_of(run):
              "peak_memory_gb", "kg_co2"}
     return [{key: value for key, value in row.items() if key not in clock}
             for kind in ("eval", "train") for row in rows(run, kind)]
+
+
+def test_a_line_about_a_step_of_dpo_has_its_reward_accuracy(undisturbed, tmp_path, call):
+    """The loss alone falls to 0.000 and says little."""
+    copied = shutil.copytree(undisturbed["dpo"], tmp_path / "copied")
+    shutil.rmtree(copied / "step000009")
+    result = call(adapt, f"--resume={copied}")
+    accuracy = rows(copied)[-1]["rewards/accuracies"]
+    assert result.returncode == 0 and f", reward accuracy {accuracy:.0%}, " in result.stderr
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -1227,11 +1239,16 @@ def test_a_prompt_that_is_too_long_stops_only_itself(base, tmp_path, call):
     assert call(adapt, *words[:3], tmp_path / "one.jsonl").returncode == 1
 
 
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
 @pytest.fixture
 def talk(call, monkeypatch):
     """The output of `chat RUN` after these lines."""
-    def run(path, *lines, options=()):
-        monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
+    def run(path, *lines, options=(), stdin=Terminal):
+        monkeypatch.setattr("sys.stdin", stdin("".join(line + "\n" for line in lines)))
         result = call(adapt, "chat", path, *options)
         assert result.returncode == 0, result.stderr
         return result.stdout
@@ -1242,7 +1259,26 @@ def test_a_chat_without_stdin_ends(base, call, monkeypatch):
     """The shell has closed it (<&-): Python has None in its place."""
     monkeypatch.setattr("sys.stdin", None)
     result = call(adapt, "chat", base)
-    assert (result.returncode, result.stdout.splitlines()[-1]) == (0, "> ")
+    assert result.returncode == 0 and result.stdout.endswith("/help shows the commands\n")
+
+
+def test_a_chat_from_a_pipe_shows_what_was_said(base, talk):
+    assert talk(base, "/temperature 1", "", stdin=io.StringIO).endswith(
+        "/help shows the commands\n> /temperature 1\n(temperature 1)\n")
+
+
+def test_ctrl_c_at_the_prompt_clears_the_line_and_twice_ends_the_chat(base, talk, monkeypatch):
+    typed = iter(["/temperature 1", "", "/temperature 2", "", "", "/temperature 3"])
+
+    def typing(prompt):
+        line = next(typed)
+        if not line:
+            raise KeyboardInterrupt
+        return line
+    monkeypatch.setattr("builtins.input", typing)
+    shown = talk(base)
+    assert "(temperature 2)" in shown and "temperature 3" not in shown
+    assert shown.count("Ctrl-C again, or Ctrl-D, ends the chat") == 2
 
 
 def test_a_chat_recites_as_it_streams(learnt, talk, tmp_path):

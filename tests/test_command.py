@@ -17,6 +17,7 @@ import data
 import eval as e
 import train
 from scaling.signals import StopSignal
+from support.bars import noted
 from support.text import BOLD_GREEN, PLAIN, UserError, harmless
 
 TOY = r"""
@@ -178,7 +179,8 @@ def test_ctrl_c_that_python_can_only_ignore_comes_again(tmp_path):
             os._exit(0)
         time.sleep(3600)
     process = forked(tmp_path / "log", start_workers)
-    assert joined(process) == 130 and (tmp_path / "log").read_text() == ""
+    assert joined(process) == 130
+    assert (tmp_path / "log").read_text() == "stopped; the same command begins again\n"
 
 
 CHILD = """
@@ -241,10 +243,31 @@ def test_ctrl_c_while_python_shuts_down_is_quiet(finished, start, tmp_path):
     """The work is done: the exit code stays 0, and torch's atexit functions print no traceback."""
     (tmp_path / "sitecustomize.py").write_text(
         "import atexit, os, signal, time\n"
-        "atexit.register(lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(9)))\n")
+        "register = atexit.register\n"
+        "def after_ours(function, *arguments, **options):\n"  # as torch registers its own
+        "    atexit.register = register\n"
+        "    register(function, *arguments, **options)\n"
+        "    register(lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(9)))\n"
+        "atexit.register = after_ours\n")
     with start("train.py", f"--resume={finished}", env={"PYTHONPATH": str(tmp_path)}) as process:
         code, stdout, stderr = end_of(process)
     assert code == 0 and "finished" in stdout and "Traceback" not in stderr, stderr
+
+
+def test_a_command_ends_without_taking_torch_apart():
+    """Else nothing is seen for 1 to 3 s. Other functions at exit are still called."""
+    program = """if True:
+        import atexit
+        class Torch:
+            def __del__(self): print("taken apart")
+        torch = Torch()
+        from support import interrupts
+        interrupts.IS_COMMAND = True
+        interrupts.end_fast()
+        atexit.register(print, "cleaned up")
+        interrupts.end_at_ctrl_c(3)"""
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE)
+    assert ended.returncode == 3 and ended.stdout == b"cleaned up\n"
 
 
 def test_sigterm_clears_up_as_ctrl_c_does(tmp_path):
@@ -255,11 +278,9 @@ def test_sigterm_clears_up_as_ctrl_c_does(tmp_path):
             time.sleep(60)
         _, status = os.wait()
         print("child", -os.waitstatus_to_exitcode(status))
-        try:
+        with noted("rows are kept"):
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(60)
-        finally:
-            print("cleared up")
     process = forked(tmp_path / "log", main)
     assert joined(process) == 128 + signal.SIGTERM
-    assert (tmp_path / "log").read_text() == f"child {int(signal.SIGTERM)}\ncleared up\n"
+    assert (tmp_path / "log").read_text() == f"child {int(signal.SIGTERM)}\nrows are kept\n"

@@ -16,13 +16,14 @@ from conftest import (POINTER, columns, forked_ranks, refusal, rows, saved_steps
 import adapt
 import eval as evaluation
 import train
+from corpus.documents import print_line
 from corpus.tokenizer import Tokenizer
 from scaling import boards
 from scaling.boards import numbers_of
 from scaling.kept import Kept
 from scaling.log import Pace, Window, example_prompt, say_warmup
 from support.command import Output
-from support.files import UserError, write_rows
+from support.files import UserError, log_rows, write_rows
 from support.prompts import open_prompts, read_prompts
 
 WANDB = importlib.util.find_spec("wandb") is not None
@@ -489,12 +490,40 @@ def test_where_no_bar_is_seen_each_row_of_the_log_is_a_line(copied, call, monkey
 def test_the_time_left_is_that_of_the_pace_with_evaluations_in_it(monkeypatch):
     pace, clock = Pace(), [100.0]
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
-    window = Window(steps=10, seconds=20.0)
-    assert pace.seconds_left(10, 110, window) == 200.0  # nothing else is known yet
+    window = Window(steps=1, seconds=20.0)
+    assert pace.seconds_left(1, 111, window) == 2200.0  # nothing else is known yet
+    pace.begin(1)
     clock[0] += 50  # ten steps of 2 s and an evaluation of 30 s
-    assert pace.seconds_left(20, 110, window) == 90 * 5.0
-    assert pace.seconds_left(110, 110, window) == 0
+    assert pace.seconds_left(11, 111, window) == 100 * 5.0
+    assert pace.seconds_left(111, 111, window) == 0
 
+
+def test_the_first_step_of_a_start_is_left_out_of_the_speed(copied, monkeypatch):
+    """It may compile for half a minute: the next line told of hours that are left."""
+    seen = []
+    rates = Window.rates
+    monkeypatch.setattr(Window, "rates", lambda window, *arguments: seen.append(
+        (window.steps, window.tokens)) or rates(window, *arguments))
+    train.main([f"--resume={copied}", "--log_every_steps=4", "--eval_every_steps=0",
+                "--max_steps=28"])
+    assert seen == [(4, 3 * 8 * 32), (4, 4 * 8 * 32)]
+
+
+# ---- The code has changed ------------------------------------------------------------------------
+
+def test_changed_code_is_named_at_a_resume_and_where_weights_are_loaded(copied, call):
+    [start] = log_rows(copied, "starts.jsonl")
+    changed = {**start, "files": {**start["files"], "model.py": "0", "adapt.py": "0"}}
+    (copied / "starts.jsonl").write_text(json.dumps(changed) + "\n")
+    said = f"{copied}: model.py has changed since this run was trained"
+    assert call(evaluation, copied).stdout.count(said) == 1
+    resumed = call(train, f"--resume={copied}", "--max_steps=21", "--eval_every_steps=0").stdout
+    assert "the code has changed since the run's last start: model.py, adapt.py\n" in resumed
+    print_line.cache_clear()
+    assert said not in call(evaluation, copied).stdout  # today's code has trained it too
+
+
+# ---- A line is written at once -------------------------------------------------------------------
 
 def test_a_line_is_in_the_file_at_once(tmp_path):
     """stdout of a batch job is a file, into which Python writes 8 KB at a time."""

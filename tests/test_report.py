@@ -224,7 +224,7 @@ def test_results_by_another_metric_dtype_or_prompt_are_no_curve(tmp_path):
     assert [result["accuracy"] for result in found.tasks["one"].values()] == [0.1, 0.2, 0.3]
     assert len(found.left_out) == 3 and all("one" in said for said in found.left_out)
     [said] = [said for said in found.left_out if "bfloat16" in said]
-    assert "3 steps" in said and "1 step, the newest 80.0% right" in said and "logs" in said
+    assert "3 steps" in said and "1 step (at last 80.0% right)" in said and "logs" in said
     found = read_evaluations(tmp_path, {"eval": rows[-2:]})
     assert [result["accuracy"] for result in found.tasks["one"].values()] == [0.6]
     in_training = {**row(1, 0.5), "of": [{"dtype": "float32"}, {"dtype": "float32", "chat": False}]}
@@ -357,7 +357,8 @@ def two_runs(run, tmp_path):
     changed = (other / "metrics.jsonl").read_text().replace(str(last["loss"]), "1.25")
     (other / "metrics.jsonl").write_text(changed)
     start, = log_rows(other, "starts.jsonl")
-    (other / "starts.jsonl").write_text(to_json({**start, "code": "0123"}) + "\n")
+    files = {**start["files"], "model.py": "0123"}
+    (other / "starts.jsonl").write_text(to_json({**start, "code": "0123", "files": files}) + "\n")
     return run, other, last["loss"]
 
 
@@ -378,10 +379,12 @@ def test_a_table_compares_runs_and_says_how_they_were_started(two_runs, monkeypa
     assert bits[1] == f"{bits[0]} (+0.0000)"
     assert f"<td><span>python</span> <span>{escaped(shlex.quote(sys.argv[0]))}</span>" in content
     code = cells_of(content, "code")
-    assert code == [code_version(), "0123, which is not the code that drew this page"]
+    assert code == [code_version(), "0123; changed since: model.py"]
     command = escaped(shlex.join(["python", *sys.argv]))
     assert cells_of(content, "command") == [command, command]
-    assert "<td>seed<td>" in content.split("Settings that differ")[1]
+    different = content.split("Settings and code that differ")[1]
+    assert "<td>seed<td>" in different and "<td>model.py<td>" in different
+    assert "<td>data.py<td>" not in different
     assert "<td>elsewhere" in content and "<td>(" not in content
     assert content.count("<h2>The data") == 1  # they share it
     (other / "starts.jsonl").unlink()  # of an older version
@@ -561,7 +564,7 @@ def test_settings_that_one_run_lacks_are_named(two_runs, monkeypatch):
     write_json(other / "config.json", config)
     content = report([run, other]).read_text()
     assert ("<details><summary>1 setting that not every run has</summary><p>grad_clip</p>"
-            in content.split("<h2>Settings that differ</h2>")[1])
+            in content.split("<h2>Settings and code that differ</h2>")[1])
     configs = {"a": {"seed": 1, "run_dir": "a"}, "b": {"seed": 1, "run_dir": "b"}}
     assert settings_part(configs, {}) == []
 

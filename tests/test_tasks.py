@@ -1089,7 +1089,7 @@ def test_two_runs_are_drawn_over_each_other(run, planted, call, tmp_path):
     page = report_on(call, *runs)
     assert (runs[0] / "report_a$b_{$c_two.html").read_text() == page
     assert not list(runs[0].glob("report.html")) and page.count("<svg") == 6 + 2 + 2
-    different = page.split("Settings that differ")[1].split("</table>")[0]
+    different = page.split("Settings and code that differ")[1].split("</table>")[0]
     assert "<td>max_steps<td>30<td>40" in different
     assert "<td>d_model" not in different and "<td>run_dir" not in different
 

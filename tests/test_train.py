@@ -324,8 +324,8 @@ def test_auto_compiles_where_a_compiler_and_the_headers_of_python_are(monkeypatc
         (tmp_path / "Python.h").touch()
         assert can_compile() == bool(compiler)
         assert agree_on_machine(config, {"lr": 0.5}, CPU) == (torch.float32, bool(compiler))
-        settings, line = capsys.readouterr().out.splitlines()
-        assert "lr=0.5" in settings and "torch.float32" in line and "1 threads" in line
+        *settings, line = capsys.readouterr().out.splitlines()
+        assert "lr=0.5" in "".join(settings) and "torch.float32" in line and "1 threads" in line
         assert ("not compiled" in line) != bool(compiler)
 
 
@@ -468,6 +468,23 @@ def test_a_run_stopped_by_signals_goes_on_as_if_it_had_not(tmp_path, tiny_config
 
 def is_stopped(process):
     return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+def test_a_run_that_was_stopped_before_its_first_step_is_begun(tmp_path, tiny_config, call,
+                                                               monkeypatch):
+    """--resume and the same command alike; a run that has lost its steps is another matter."""
+    run = tmp_path / "run"
+    config = tiny_config(run, max_steps=2)
+    for words in ([config], [f"--resume={run}"]):
+        def interrupted(*_):
+            raise KeyboardInterrupt
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "train_step", interrupted)
+            stopped = call(train, *words)
+        assert stopped.returncode == 130 and stopped.stderr.count("same command continues") == 1
+    assert call(train, f"--resume={run}").returncode == 0 and saved_steps(run) == [2]
+    shutil.rmtree(run / "step000002")
+    assert "holds no step" in call(train, f"--resume={run}").stderr
 
 
 def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path, tiny_config, call, uninterrupted):
@@ -662,8 +679,24 @@ def test_a_finished_run_says_so_and_is_left_alone(copied, finished, call):
     for words in ([finished.with_suffix(".py"), f"--run_dir={copied}"], [f"--resume={copied}"]):
         result = call(train, *words)
         assert result.returncode == 0
-        assert result.stdout.splitlines()[-1] == f"{copied}: finished, at step 20 of 20"
+        assert f"{copied}: finished, at step 20 of 20" in result.stdout.splitlines()[-1]
         assert content(copied) == before
+
+
+def test_settings_and_funnel_are_printed_whole_once_and_then_what_changed(tiny_config, tmp_path,
+                                                                          call):
+    file = tiny_config(tmp_path / "run", max_steps=1)
+    whole = call(train, file).stdout
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    words = " ".join(whole.split())
+    assert all(f" {key}=" in words for key in saved) and "run_dir=" + str(tmp_path / "run") in words
+    assert "documents in" in whole
+    config, _, funnel, *_ = call(train, file).stdout.splitlines()
+    assert config == f"config: as in {tmp_path / 'run' / 'config.json'}"
+    assert "as before" in funnel and f"data.py --resume={tmp_path / 'run'}" in funnel
+    config, *_ = call(train, file, "--max_steps=2").stdout.splitlines()
+    assert config.endswith("config.json, except max_steps=2 (before: 1)")
+    assert "documents in" in call(train, file, "--overwrite").stdout
 
 
 def test_a_differing_config_is_refused_and_its_keys_named(copied, finished, call, refused):

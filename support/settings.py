@@ -1,0 +1,44 @@
+"""What is printed of a run's settings: all of them at its first start, afterwards what changed."""
+
+import textwrap
+from pathlib import Path
+
+from support.files import read_json
+
+# The first key of each schema: the settings of a run are those of several, one after the other.
+GROUPS = {"d_model": "network", "data_dir": "data", "suite": "evaluation", "run_dir": "training",
+          "method": "tuning"}
+
+
+def print_settings(config, settings):
+    """Print {key: value} of a run that begins, or what differs where the run has begun before.
+
+    config: its TrainConfig.
+    """
+    saved = Path(config.run_dir) / "config.json"
+    before = read_json(saved) if saved.is_file() and not config.overwrite else {}
+    if "run_dir" not in before:  # no run of ours is there yet
+        print(f"config: all settings, saved in {saved}")
+        for name, values in grouped(settings).items():
+            print(textwrap.fill(f"{name}: {', '.join(values)}", 100, initial_indent="  ",
+                                subsequent_indent="    ", break_on_hyphens=False))
+        return
+    changes = [f"{key}={shown(value)} (before: {shown(before[key])})"
+               for key, value in settings.items() if key in before and before[key] != value]
+    print(f"config: as in {saved}" + f", except {', '.join(changes)}" * bool(changes))
+
+
+def grouped(settings):
+    """{group: ["key=value", ...]} of settings."""
+    groups = {}
+    name = "run"
+    for key, value in settings.items():
+        name = GROUPS.get(key, name)
+        groups.setdefault(name, []).append(f"{key}={shown(value)}")
+    return groups
+
+
+def shown(value):
+    """A value for a line of many; quoted where a reader would not see it, or not its end."""
+    is_text = isinstance(value, str)
+    return repr(value) if is_text and (value != value.strip() or not value) else str(value)
