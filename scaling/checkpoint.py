@@ -20,9 +20,10 @@ from torch.distributed.tensor import DTensor
 
 from scaling.ranks import gather, on_rank0, rank
 from support.bars import bar, stage
-from support.files import (UserError, disk_remedy, file_sha256, fsync, here, log_rows,
-                           read_json, without_nan, write_json)
-from support.hints import file_remedy, hub_remedy, run_remedy
+from support.files import (UserError, disk_remedy, file_sha256, fsync, here, read_json,
+                           without_nan, write_json)
+from support.hints import command_of_run, file_remedy, hub_remedy, run_remedy
+from support.memory import about_memory, is_lack_of_memory
 from support.plain_pickle import NamelessUnpickler
 
 # ---- Finding -------------------------------------------------------------------------------------
@@ -88,13 +89,7 @@ def step_at(path, digests=True):
 def no_step(run):
     """The UserError for a run without a step directory."""
     return UserError(f"{run}: a run that has saved no step, so there is no model yet; start it "
-                     f"again, with the command that began it{command_of(run)}")
-
-
-def command_of(run):
-    """": COMMAND" of the last start of a run; "" where it is not known."""
-    commands = [row.get("command") for row in log_rows(run, "starts.jsonl")]
-    return f": {commands[-1]}" if commands else ""
+                     f"again, with the command that began it{command_of_run(run)}")
 
 
 class Unreadable(UserError):
@@ -230,9 +225,16 @@ def name_in(entries, name):
 
 
 def root_cause(error):
-    """One line about the first error that DCP has collected from the ranks."""
+    """One line about the first error that DCP has collected from the ranks.
+
+    Ctrl-C and SIGTERM, which it collects too, are raised again.
+    """
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
+    if isinstance(error, (KeyboardInterrupt, SystemExit)):
+        raise error
+    if is_lack_of_memory(error):
+        return about_memory(error)
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 

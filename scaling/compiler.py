@@ -131,6 +131,7 @@ def remove_broken_libraries(cache):
     A compiler that was killed leaves them. To load one that is empty is an error; one that has
     lost its end kills the process (SIGBUS).
     """
+    removed = []
     for library in cache.glob("*/*.so"):
         if not is_whole(library):
             (cache / "locks").mkdir(exist_ok=True)
@@ -140,7 +141,10 @@ def remove_broken_libraries(cache):
                 except BlockingIOError:
                     continue  # another process builds it just now
                 library.unlink(missing_ok=True)
-                say(f"{library}: broken, and built again")
+                removed.append(library)
+    if removed:
+        others = f", and {len(removed) - 1:,} more" * (len(removed) > 1)
+        say(f"{removed[0]}: broken, and built again{others}")
 
 
 def is_whole(library):

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -136,7 +137,7 @@ def here(path):
 
 def disk_remedy(error):
     """What a user can do about a write that failed; error: an OSError, or its message."""
-    if "allocate memory" in str(error):
+    if re.search("(out of|allocate) memory", str(error)):
         return "memory, not the disk, has run out: end other programs, or try --workers=1"
     if is_full(error):
         return "free some space, then run the same command again"

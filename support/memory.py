@@ -80,10 +80,12 @@ def about_memory(error, where="", remedies=()):
     else:
         remedy = OTHER_REMEDIES.get(Path(sys.argv[0]).stem, "use a machine with more memory")
     asked = ""
-    if "thread" in text:
+    if "new thread" in text:
         asked = f" ({text}: the system gives no more memory, or no more threads)"
     if amount:
-        asked = f" (asked for {bytes_of(amount[1]) / 2**20:,.0f} MiB)"
+        in_bytes = amount[1].endswith(" bytes")  # as torch says it on a CPU
+        asked = f"{bytes_of(amount[1]) / 2**20:,.0f} MiB" if in_bytes else amount[1]
+        asked = f" (asked for {asked})"
     return f"out of memory{f' {where}' if where else ''}{asked}; {remedy}"
 
 

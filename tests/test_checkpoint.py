@@ -127,6 +127,25 @@ def test_a_run_from_before_the_head_was_called_lm_head_loads_evaluates_and_resum
     assert same_tensors(copied / "step000020", uninterrupted)
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143)])
+def test_a_signal_while_tensors_are_read_is_no_damage(tmp_path, monkeypatch, error):
+    """DCP collects every exception of its readers and writers, these too."""
+    def interrupted(*_, **__):
+        raise error
+    path = write_step(tmp_path / "run" / "step000001")
+    monkeypatch.setattr(checkpoint.SafeReader, "read_data", interrupted)
+    with pytest.raises(type(error)):
+        load_model(path)
+
+
+def test_a_lack_of_memory_while_tensors_are_read_is_no_damage(tmp_path, monkeypatch):
+    def lacking(*_, **__):
+        raise MemoryError
+    path = write_step(tmp_path / "run" / "step000001")
+    monkeypatch.setattr(checkpoint.SafeReader, "read_data", lacking)
+    refused(path, "out of memory")
+
+
 # ---- Damage --------------------------------------------------------------------------------------
 
 def rewrite(change):

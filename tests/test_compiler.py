@@ -154,7 +154,7 @@ def test_broken_libraries_are_removed_before_they_are_loaded(cache, capsys):
         left = {file.name for file in (cache / "ab").iterdir()}
         assert left == {"whole.main.so", "built.so"}
     printed = capsys.readouterr().err
-    assert str(cache / "ab" / "empty.main.so") in printed and "cut.so" in printed
+    assert str(cache / "ab") in printed and "1 more" in printed
     remove_broken_libraries(cache)
     assert [file.name for file in (cache / "ab").iterdir()] == ["whole.main.so"]
     remove_broken_libraries(cache / "not there")
@@ -222,4 +222,4 @@ def test_a_real_cache_with_broken_libraries(tmp_path, tiny_config):
         for i, library in enumerate(sorted(cache.glob("*/*.so"))):
             if i % 3:
                 library.write_bytes(library.read_bytes()[:5000 * (i % 3 - 1)])
-    assert losses[0] == losses[1] and done.stderr.count("built again") > 2
+    assert losses[0] == losses[1] and "built again, and " in done.stderr

@@ -241,7 +241,7 @@ def test_built_data_is_enough_to_go_on(learned, tmp_path, monkeypatch, call, ref
     refused(call(train, "--resume=run", "--max_steps=63", "--eval_share=0.3", "--accept_changes"),
             "web")
     Path("data").rename("moved")
-    refused(call(train, "--resume=run", "--max_steps=63"), "web")
+    refused(call(train, "--resume=run", "--max_steps=63"), "web", "--data_dir=PATH")
     assert call(train, "--resume=run", "--max_steps=63", "--data_dir=moved").returncode == 0
     assert steps(Path("run")) == list(range(1, 64))
 
