@@ -402,7 +402,7 @@ run_main(main)
 
 @pytest.mark.parametrize("word, code, begins, lines", [
     ("", 0, "", 0), ("a b c", 3, "", 0), ("mistake", 1, "error: steps=x: ", 1),
-    ("full", 1, "error: ", 1), ("stop", 130, "", 0),
+    ("full", 1, "error: ", 1), ("stop", 130, "stopped; ", 1),
     ("bug", 1, "Traceback", None)])
 def test_run_main(tmp_path, word, code, begins, lines):
     """A user's mistake and a full disk are one line; a bug keeps its traceback."""
