@@ -54,6 +54,10 @@ def data_for_run(config, data_config, settings, free_keys, build_data):
     built, for a run_dir or a start_from that cannot be used, or that holds another run.
     """
     check_directory(config.run_dir, config.overwrite)
+    tokens = data_config.token_files
+    if tokens and not Path(tokens).is_file() and data_config.sources != DataConfig().sources:
+        raise UserError(f"token_files={tokens}{here(tokens)}: no such file, and it replaces "
+                        "the sources; --token_files= reads them")
     if config.overwrite:
         check_overwrite(Path(config.run_dir), config.start_from)
     check_outside(config.run_dir, "run_dir", data_config.parse_sources())
