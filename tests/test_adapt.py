@@ -921,7 +921,7 @@ def test_what_cannot_be_tuned_is_one_line(tmp_path, undisturbed, tuning, base, c
             ([file, f"--eval_data={text}"], [f"{text}", "messages is missing"]),
             ([file, f"--train_data={tmp_path / 'none.jsonl'}"], ["no such file"]),
             ([file, "--start_from="], ["start_from: name the run"]),
-            ([file, f"--start_from={tmp_path / 'none'}"], ["no such directory"]),
+            ([file, f"--start_from={tmp_path / 'none'}"], ["no such dir", "--accept_changes"]),
             ([file, f"--run_dir={base}"], ["is the run that is tuned"]),
             ([file, "--epochs=0"], ["epochs=0"]), ([file, "--beta=0"], ["beta=0"]),
             ([file, "--warmup_share=1"], ["warmup_share=1"]),
