@@ -35,7 +35,11 @@ def digests_of(path, files, data_dir):
     total = sum(size for _, _, (size, _) in unknown)
     with bar(None, f"hashing {path}", total, "B", hidden=not unknown) as shown:
         for _, key, state in unknown:
-            remembered[key] = [*state, file_sha256(key)]
+            try:
+                remembered[key] = [*state, file_sha256(key)]
+            except OSError as error:
+                raise UserError(f"{key}: cannot be read ({error.strerror}); restore it or its "
+                                "rights, or take it out") from None
             shown.update(state[0])
     if unknown:
         write_digests(data_dir, remembered)

@@ -13,15 +13,20 @@ MOST_LOST = 0.5  # of a source's bytes
 NAMED_RULES = 3
 
 
-def print_funnel(folder, run, overwrite):
+def print_funnel(folder, run=None, overwrite=False):
     """Print the warnings about built data, then its table; a line where `run` has it already."""
-    known = Path(run) / "manifest.json"
-    data = read_json(folder / "manifest.json")
-    if known.is_file() and not overwrite and read_json(known).get("sha256") == data["sha256"]:
+    if run and not overwrite and is_data_of(folder, run):
         print(f"data: {folder}, as before; python data.py --resume={run} prints its table")
         return
     print_large_drops(folder)
     print_table(folder)
+
+
+def is_data_of(folder, run):
+    """Whether a run directory notes this built data as its own."""
+    known = Path(run) / "manifest.json"
+    data = read_json(folder / "manifest.json")
+    return known.is_file() and read_json(known).get("sha256") == data["sha256"]
 
 
 def print_large_drops(folder):

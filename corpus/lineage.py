@@ -3,9 +3,10 @@
 import sys
 from pathlib import Path
 
-from corpus.inputs import inputs_of, is_same_text
+from corpus.inputs import input_digests, inputs_of, is_same_text
 from corpus.source_files import is_there
-from support.files import UserError, log_rows, read_json
+from support.files import UserError, here, log_rows, read_json
+from support.text import counted
 
 
 def data_of_run(run, config, sha256=None):
@@ -18,7 +19,8 @@ def data_of_run(run, config, sha256=None):
     for manifest in sorted(Path(config.data_dir).glob("*/manifest.json")):
         if read_json(manifest)["sha256"] == expected:
             return manifest.parent
-    raise UserError(f"{config.data_dir}: does not hold the data that {run} was trained on; restore "
+    place = f"{config.data_dir}{here(config.data_dir)}"
+    raise UserError(f"{place}: does not hold the data that {run} was trained on; restore "
                     f"it, or, if its sources have not changed, build it again: python data.py "
                     f"{run / 'config.json'} --tokenizer={run / 'tokenizer.json'} (trace and find "
                     "also take the folder where it is now: --data_dir=PATH; eval.py takes other "
@@ -45,6 +47,42 @@ def text_behind(settings, config):
         elif not is_same_text(path, known, config.data_dir):
             changed[name] = True
     return list(gone), list(libraries), list(changed)
+
+
+def changed_texts(run, data_dir):
+    """[what differs of the text that the data of a run was built of, and of the text here now].
+
+    A sentence for each source or evaluation set, with the first of its files that differ. data_dir:
+    where the digests of files are remembered.
+    """
+    manifest = read_json(run / "manifest.json")
+    said = []
+    for name, source in manifest["sources"].items():
+        clean = manifest["settings"]["clean"][name]
+        inputs = (name, source["path"], clean["inputs"])
+        for label, path, known in (inputs, *clean.get("decontaminate", ())):
+            difference = difference_of(path, known, data_dir)
+            if difference:
+                said.append(f"{label}: {difference}")
+    return list(dict.fromkeys(said))
+
+
+def difference_of(path, known, data_dir):
+    """What differs of the files at `path`, by name and digest, from those `known`; "" if nothing.
+    """
+    if path == "stdlib":
+        return "" if known == sys.version else f"of Python {known.split()[0]}"
+    if not is_there(path):
+        return f"{path} is gone"
+    before = {name: digest for name, *_, digest in known}
+    now = dict(input_digests(path, data_dir))
+    names = sorted(name for name in before | now if before.get(name) != now.get(name))
+    if not names:
+        return ""
+    first = names[0]
+    what = "has changed" if first in before else "is new"
+    others = f" (and {counted(len(names) - 1, 'other file')})" if names[1:] else ""
+    return f"{first} {what if first in now else 'is gone'}{others}"
 
 
 def order_at(run, step):

@@ -15,7 +15,6 @@ import re
 import unicodedata
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -27,8 +26,9 @@ from corpus.token_files import read_sidecar
 from corpus.tokenizer import Tokenizer
 from corpus.trace_page import write_batch_page
 from data import Batches, DataConfig, TokenShards
+from scaling.checkpoint import run_of
 from support.bars import bar
-from support.files import UserError, log_rows, read_json
+from support.files import UserError, here, log_rows, read_json
 from support.text import counted
 
 
@@ -74,9 +74,9 @@ class RunData:
     """
 
     def __init__(self, run, step=math.inf, data_dir=""):
-        self.run = Path(run)
+        self.run = run_of(run)
         if not (self.run / "manifest.json").is_file():
-            raise UserError(f"{run}: no run is there (no manifest.json); train.py makes one")
+            raise UserError(f"{run}{here(run)}: no run is there (no manifest.json); name another")
         self.settings = read_json(self.run / "config.json")
         if "method" in self.settings:
             raise UserError(f"{run}: was tuned by adapt.py; name the run that it started from")
@@ -265,9 +265,12 @@ def part_of_step(data, options):
     rank = options.rank
     world_size = options.world_size or ranks_at(data.run, step)
     # a step that the run has not reached is shown too: the order is known before
-    if step < 1 or options.world_size < 0 or not -1 <= rank < world_size:
-        raise UserError(f"--step={step} --rank={rank} --world_size={world_size}: steps count from "
-                        "1, ranks from 0 to world_size - 1")
+    if step < 1:
+        raise UserError(f"--step={step}: steps count from 1; {data.run} is at step "
+                        f"{data.steps_done()}")
+    if options.world_size < 0 or not -1 <= rank < world_size:
+        raise UserError(f"--rank={rank} --world_size={world_size}: ranks count from 0 to "
+                        "world_size - 1")
     heading = f"step {step}, epoch {(step - 1) // data.batches.steps_per_epoch}"
     if rank >= 0:
         heading += f", rank {rank} of {world_size}"

@@ -22,7 +22,7 @@ from scaling.ranks import gather, on_rank0, rank
 from support.bars import bar, stage
 from support.files import (UserError, disk_remedy, file_sha256, fsync, here, read_json,
                            without_nan, write_json)
-from support.hints import hub_remedy, run_remedy
+from support.hints import command_of_run, file_remedy, hub_remedy, run_remedy
 from support.memory import about_memory, is_lack_of_memory
 from support.plain_pickle import NamelessUnpickler
 
@@ -32,7 +32,7 @@ def run_of(path):
     """The directory that holds config.json and tokenizer.json: `path`, or its parent for a step."""
     path = Path(path)
     if path.is_file():
-        raise UserError(f"{path}: a file; name its directory, {path.parent}")
+        raise UserError(f"{path}: {file_remedy(path)}")
     if not path.is_dir():
         steps = [step.name for step in step_directories(path.parent)]
         if steps:
@@ -88,8 +88,8 @@ def step_at(path, digests=True):
 
 def no_step(run):
     """The UserError for a run without a step directory."""
-    return UserError(f"{run}: a run that has saved no step; the command that began it begins "
-                     "it again")
+    return UserError(f"{run}: a run that has saved no step, so there is no model yet; start it "
+                     f"again, with the command that began it{command_of_run(run)}")
 
 
 class Unreadable(UserError):

@@ -69,6 +69,11 @@ def check_directory(run_dir, overwrite=False):
     run = Path(run_dir)
     if run_dir == "":
         raise UserError("run_dir is empty; name a directory for the run, such as runs/tiny")
+    if run.is_file():
+        raise UserError(f"run_dir={run}: a file; name a directory for the run")
+    if (run / "state.json").is_file():
+        raise UserError(f"run_dir={run}: a step of the run {run.parent}; name another "
+                        "directory")
     found = names_of_run(run)
     if found and not is_run(run):
         raise UserError(f"run_dir={run}{here(run)}: holds {', '.join(found[:5])}, and no run of "

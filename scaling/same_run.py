@@ -7,6 +7,7 @@ whose ids they have learned and what the run began with may not differ at all.
 from dataclasses import fields
 from pathlib import Path
 
+from corpus.lineage import changed_texts
 from corpus.storage import tokenizer_digest
 from model import ModelConfig
 from scaling.checkpoint import run_of
@@ -129,7 +130,10 @@ def check_data(place, saved, fingerprint, config):
         remedy = "use --overwrite (deletes the run) or" if is_own and not config.resume else "use"
         if starts_another(config, Path(place)):
             remedy = "take its weights alone (--fresh_optimizer), or use"
-        raise UserError(f"{place}: its data has changed ({'; '.join(changes)}); restore the text, "
+        known = run_of(place) / "manifest.json"
+        texts = changed_texts(run_of(place), saved["config"]["data_dir"]) if known.is_file() else []
+        said = "; ".join(texts + changes)
+        raise UserError(f"{place}: its data has changed ({said}); restore the text, "
                         f"or the data that was built of it, or {remedy} --accept_changes")
 
 

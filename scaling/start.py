@@ -17,6 +17,7 @@ from pathlib import Path
 
 from configs import load_config
 from corpus.lineage import data_of_run, text_behind
+from corpus.source_files import is_there
 from corpus.sources import check_outside
 from corpus.stages import Stages, is_built_by_this_code, written_aside
 from corpus.storage import tokenizer_digest
@@ -53,6 +54,10 @@ def data_for_run(config, data_config, settings, free_keys, build_data):
     built, for a run_dir or a start_from that cannot be used, or that holds another run.
     """
     check_directory(config.run_dir, config.overwrite)
+    tokens = data_config.token_files
+    if tokens and not Path(tokens).is_file() and data_config.sources != DataConfig().sources:
+        raise UserError(f"token_files={tokens}{here(tokens)}: no such file, and it replaces "
+                        "the sources; --token_files= reads them")
     if config.overwrite:
         check_overwrite(Path(config.run_dir), config.start_from)
     check_outside(config.run_dir, "run_dir", data_config.parse_sources())
@@ -116,8 +121,15 @@ def data_already_built(home, data_config, accept_changes):
         return None
     try:
         folder = data_of_run(home, data_config)
-    except UserError:  # build_data names what is missing
-        return None
+    except UserError:
+        gone = [source.path for source in data_config.parse_sources()
+                if source.path != "stdlib" and not is_there(source.path)]
+        if gone:
+            raise UserError(f"{home}: the data on which it was trained is not in "
+                            f"{data_config.data_dir}{here(data_config.data_dir)}, and its text is "
+                            f"gone: {', '.join(gone)}; restore one of them, or name where the data "
+                            "is now: --data_dir=PATH") from None
+        return None  # build_data builds it again
     settings = read_json(folder / "manifest.json").get("settings", {})
     if "clean" not in settings:  # built before manifests knew their text
         return None

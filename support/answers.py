@@ -17,7 +17,7 @@ from support.bars import bar, noted
 from support.chat_forms import PROMPTS
 from support.chats import checked_request
 from support.fields import require
-from support.files import here, to_json
+from support.files import here, named_in_errors, to_json
 from support.generation import fixed_weights
 from support.memory import Half, remedied
 from support.models import open_base
@@ -88,7 +88,7 @@ def generate_answers(argv):
 
     less = (Half("answer_batch", options.answer_batch),
             Half("max_new_tokens", options.max_new_tokens))
-    with (open(out, "a", encoding="utf-8") as file, fixed_weights(model),
+    with (named_in_errors(out), open(out, "a", encoding="utf-8") as file, fixed_weights(model),
           remedied("in an answer", *less),
           noted(f"stopped: {out} keeps its answers, and the same command continues")):
         for begin in bar(range(done, len(rows), options.answer_batch), "answering", unit="batches"):

@@ -10,6 +10,7 @@ from contextlib import redirect_stderr, redirect_stdout
 
 from support.bars import end_bars, hide_bars
 from support.files import disk_remedy, is_full
+from support.hints import shipped
 from support.memory import about_memory, is_lack_of_memory
 from support.text import BOLD_GREEN, PLAIN, REVERSE, UserError, harmless
 
@@ -57,7 +58,7 @@ def leave(code):
 def exit_code(main):
     """What main(argv) returns, or the one line about an error that is not a bug."""
     try:
-        return main(sys.argv[1:])
+        return main(list(map(shipped, sys.argv[1:])))
     except UserError as error:
         end_bars()
         return f"error: {harmless(str(error))}"
@@ -82,7 +83,8 @@ def say_stopped(stop):
     """Say what a signal leaves: in the notes that whoever was interrupted has added to it."""
     end_bars()
     notes = getattr(stop, "__notes__", ["stopped; the same command begins again"])
-    print(*notes, sep="\n", file=sys.stderr)
+    begin = "\r" if sys.stderr.isatty() else ""  # over the terminal's "^C"
+    print(begin + "\n".join(notes), file=sys.stderr)
 
 
 def about_machine(error):

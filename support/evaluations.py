@@ -50,7 +50,7 @@ def evaluate_path(path, config, evaluate):
     # Before the model, as every file is read once: a faulty one shows now.
     suites = suites_for(run, config)
     model, tokenizer, state = open_model(path, config)
-    evaluate_and_record(run, model, tokenizer, state, suites, config, evaluate)
+    evaluate_and_record(run, model, tokenizer, state, suites, config, evaluate, set())
 
 
 def suites_for(run, config):
@@ -66,8 +66,11 @@ def suites_for(run, config):
     return suites
 
 
-def evaluate_and_record(run, model, tokenizer, state, suites, config, evaluate):
-    """Evaluate suites one by one: print the table of each, add a row to RUN/eval.jsonl."""
+def evaluate_and_record(run, model, tokenizer, state, suites, config, evaluate, told):
+    """Evaluate suites one by one: print the table of each, add a row to RUN/eval.jsonl.
+
+    told: the set of sentences that need not be printed again.
+    """
     for suite in suites:
         began = time.monotonic()
         with remedied("in an evaluation", *memory_left(model, config)):
@@ -79,7 +82,8 @@ def evaluate_and_record(run, model, tokenizer, state, suites, config, evaluate):
             print(domains_table(results["sums"]))
         # A number is only as good as the data is clean: was the suite in the training data?
         verdict, said = verdict_on(suite, key, run, state)
-        print(f"{suite.name}: {said}\n")
+        print(f"{suite.name}: {said}\n" * (said not in told), end="")
+        told.add(said)
         if state:  # a step of a run; a Hugging Face directory is left alone
             seconds = round(time.monotonic() - began, 1)
             record(run, "eval", state, of=key, decontaminated=verdict, said=said, **results,
@@ -104,9 +108,10 @@ def evaluate_every_checkpoint(path, config, evaluate, sample_text):
         raise UserError(f"{run}: --every_checkpoint needs a run with step directories")
     suites = suites_for(run, config)
     errors = []
+    told = set()
     for step in steps:
         try:
-            evaluate_missing(run, step, suites, config, evaluate, sample_text)
+            evaluate_missing(run, step, suites, config, evaluate, sample_text, told)
         except UserError as error:  # a damaged step does not stop the others
             warn(f"{error}; the other steps are evaluated")
             errors.append(error)
@@ -115,7 +120,7 @@ def evaluate_every_checkpoint(path, config, evaluate, sample_text):
     print(f"the numbers are in {run / 'eval.jsonl'}; python eval.py report {run} draws them")
 
 
-def evaluate_missing(run, step, suites, config, evaluate, sample_text):
+def evaluate_missing(run, step, suites, config, evaluate, sample_text, told):
     """Evaluate one step on the suites that eval.jsonl lacks, and draw the samples that it lacks."""
     done = keys_recorded(run, step)
     missing = [suite for suite in suites
@@ -129,7 +134,7 @@ def evaluate_missing(run, step, suites, config, evaluate, sample_text):
     print(f"{step}:")
     model, tokenizer, state = open_model(step, config)
     open_prompts(config, tokenizer, model.config.max_seq_len)  # one that is too long is told now
-    evaluate_and_record(run, model, tokenizer, state, missing, config, evaluate)
+    evaluate_and_record(run, model, tokenizer, state, missing, config, evaluate, told)
     for prompt in prompts:
         [text] = draw_samples(model, tokenizer, [prompt], config, sample_text)
         record(run, "sample", state, of=sample_key(replace(config, prompt=prompt)), text=text)

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 from support.text import UserError, json_type, parsed_json, read_bytes
@@ -65,9 +66,24 @@ def write_rows(path, rows):
 def replace_file(path, content):
     """Give a file this content, bytes, so that a crash leaves the old file or the new one."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    fsync(temporary)  # first the content, then the name
-    temporary.replace(path)
+    try:
+        with named_in_errors(path):
+            temporary.write_bytes(content)
+            fsync(temporary)  # first the content, then the name
+            temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def named_in_errors(path):
+    """Around what writes a file: the error of a full disk does not say which file it is."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def fsync(path):
@@ -130,7 +146,8 @@ def disk_remedy(error):
 
 def is_full(error):
     """True for the error of a disk, a quota or a file system that has no room; see disk_remedy."""
-    full = ("No space left", "quota exceeded", "File too large")
+    # "unexpected pos": torch.save noticed that not all was written, and says no more
+    full = ("No space left", "quota exceeded", "File too large", "unexpected pos")
     return any(words in str(error) for words in full)
 
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-from support.files import UserError, here
+from support.files import UserError, here, log_rows
 from support.other_words import OURS, VALUES, names_here, saying_about
 
 NAMED_RUNS = 8  # of a folder, in a message
@@ -127,12 +127,20 @@ def no_config_file(path, fields):
     return UserError(f"{path}: no such config file{here(path)}; {nearest_path(path)}")
 
 
+def shipped(word):
+    """A word of the command line; for configs/tiny.py, from any directory, the path of ours."""
+    is_ours = word.startswith("configs/") and not os.path.exists(word)
+    file = ROOT / word
+    return str(file) if is_ours and os.path.isfile(file) else word
+
+
 def nearest_path(path):
     """Which file or folder beside a missing path, or which config of ours, has a similar name."""
     beside = {}
     for folder in (ROOT / "configs", path.parent):
         beside |= {file.name: file for file in folder.glob("[!_.]*")}
-    for name in difflib.get_close_matches(path.name, beside, n=1):
+    without_ending = [name for name in beside if name == f"{path.name}.py"]
+    for name in without_ending + difflib.get_close_matches(path.name, beside, n=1):
         return f"did you mean {from_here(beside[name])}?"
     return "configs/ holds those that come with nanOLMo"
 
@@ -163,6 +171,21 @@ def run_remedy(path):
         return f"did you mean {path.parent / near[0]}? If it has moved, name where it is now"
     listed = ", ".join(beside[:NAMED_RUNS]) + ", ..." * (len(beside) > NAMED_RUNS)
     return f"{path.parent} has {listed}; if it has moved, name where it is now"
+
+
+def file_remedy(file):
+    """What a file is that was named in the place of a run, and what to name."""
+    if file.suffix != ".py":
+        return f"a file; name its directory, {file.parent}"
+    lines = file.read_text(encoding="utf-8", errors="replace")
+    made = re.search(r"""^run_dir\s*=\s*["'](.+?)["']""", lines, re.M)
+    return f"a config file, not a run; name the run that it made{f', {made[1]}' if made else ''}"
+
+
+def command_of_run(run):
+    """": COMMAND" of the last start of a run; "" where it is not known."""
+    commands = [row.get("command") for row in log_rows(run, "starts.jsonl")]
+    return f": {commands[-1]}" if commands else ""
 
 
 def hub_remedy(path):

@@ -80,7 +80,7 @@ def about_memory(error, where="", remedies=()):
     else:
         remedy = OTHER_REMEDIES.get(Path(sys.argv[0]).stem, "use a machine with more memory")
     asked = ""
-    if "thread" in text:
+    if "new thread" in text:
         asked = f" ({text}: the system gives no more memory, or no more threads)"
     if amount:
         in_bytes = amount[1].endswith(" bytes")  # as torch says it on a CPU

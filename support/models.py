@@ -78,7 +78,11 @@ def open_base(start_from, verify):
     if not start_from:
         raise UserError("start_from: name the run to tune, --start_from=RUN, or a Hugging Face "
                         "directory of an OLMo")
-    home = run_of(start_from)
+    try:
+        home = run_of(start_from)
+    except UserError as error:
+        raise UserError(f"start_from: {error}; --start_from=PATH names another place, with "
+                        "--accept_changes if the tuning has begun") from None
     weights, state = find_step(Path(start_from), verify == "sha256")
     if state:
         saved = home / "config.json"  # a step may have been copied alone

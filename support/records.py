@@ -4,7 +4,7 @@ import math
 
 from corpus.dedup import searchable_lines
 from corpus.lineage import manifests_behind
-from support.files import UserError, log_rows, read_json, to_json
+from support.files import UserError, log_rows, named_in_errors, read_json, to_json
 from support.tasks import METRICS
 
 
@@ -188,7 +188,8 @@ def record(run, kind, state, **row):
     row = {"kind": kind, "step": state["step"], "tokens": state["tokens"],
            "weights": state["sha256"], **row}
     line = to_json(row) + "\n"
-    with open(run / "eval.jsonl", "ab+") as file:
+    log = run / "eval.jsonl"
+    with named_in_errors(log), open(log, "ab+") as file:
         file.seek(max(0, file.tell() - 1))
         last = file.read()
         if last not in (b"", b"\n"):  # a crash tore the last row
@@ -233,8 +234,9 @@ def decontaminated(manifests, files, digests):
             for evaluation_set in source["decontaminated"]:
                 searched.update(manifest["evaluation_files"][evaluation_set])
             if not digests <= searched:  # digests: a copy of the file is the same text
-                return False, (f"the source {name} was not searched for it (decontaminate in the "
-                               "config)")
+                return False, (f"the source {name} was not searched for its text, which the model "
+                               "may have read; runs on the same data can be compared all the same; "
+                               "decontaminate in the config searches it")
     # Short lines are not searched for: they would remove documents that quote a common phrase.
     found, lines = searchable_lines(tuple(files))
     if not found:

@@ -7,7 +7,7 @@ from scaling.ranks import MAIN_FILES
 from scaling.starts import noted_files
 from support.bars import stage
 from support.data_pictures import data_part
-from support.files import log_rows, read_json, to_json
+from support.files import log_rows, read_json, replace_file, to_json
 from support.measured import after_their_bases, dict_at, read_evaluations, read_metrics
 from support.page import escaped, folded, page, section, table
 from support.panels import domain_panels, runs_by_method, task_panels, training_panels
@@ -52,7 +52,7 @@ def report(paths):
     out = Path(paths[0]) / file_name(runs)
     title = " and ".join(look.label for look in looks.values())
     # "replace": a name may be no text, such as a folder's that is not UTF-8
-    out.write_text(page(title, parts), encoding="utf-8", errors="replace")
+    replace_file(out, page(title, parts).encode("utf-8", "replace"))
     return out
 
 

@@ -123,8 +123,9 @@ def say_few_steps(adapt_config, config, kind):
     batch_size = min(config.batch_size, SMALL_BATCH)
     examples = config.max_steps / adapt_config.epochs * config.batch_size  # of an epoch, about
     epochs = math.ceil(ENOUGH_STEPS * batch_size / examples)
+    lr = f" --lr={5 * config.lr:g}" if kind == "chats" else ""  # pairs are told apart in few steps
     print(f"warning: {counted(config.max_steps, 'step')} may be too few to learn anything; for few "
-          f"{kind}, try --batch_size={batch_size} --epochs={epochs}, and a larger --lr")
+          f"{kind}, try --batch_size={batch_size} --epochs={epochs}{lr}")
 
 
 def print_results(run, step, results):

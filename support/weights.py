@@ -20,7 +20,8 @@ from scaling.starts import say_changed_network
 from support import finite
 from support.bars import stage
 from support.compare import compare_with_transformers
-from support.files import UserError, free_name, fsync, fsync_all, read_json, write_json
+from support.files import (UserError, disk_remedy, free_name, fsync, fsync_all, read_json,
+                           write_json)
 from support.hf_config import config_to_hf, end_ids, is_hf, read_hf_config, why_no_model
 from support.hf_tokenizer import check_tokenizer_config, template_of, write_tokenizer
 from support.hf_weights import import_safetensors, open_safetensors, safetensors_files
@@ -293,7 +294,8 @@ def save_hf(model, out, tokenizer=None, chat_template=None):
         aside.replace(out)  # an empty directory gives way
         fsync(out.parent)
     except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{out}: could not be written ({error})") from None
+        raise UserError(f"{out}: could not be written ({error}); "
+                        f"{disk_remedy(error)}") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return was_compared

@@ -639,15 +639,18 @@ def test_the_learning_rate_falls_as_transformers_linear_schedule(examples, batch
 @pytest.mark.parametrize("examples, words, remedy", [
     (30, {}, "--batch_size=8 --epochs=20"), (1000, {}, ""), (416, {}, "--batch_size=8 --epochs=2"),
     (30, {"batch_size": 8, "epochs": 20.0}, ""),
-    (20, {"batch_size": 4}, "--batch_size=4 --epochs=16")])
+    (20, {"batch_size": 4, "lr": 2e-4}, "--batch_size=4 --epochs=16 --lr=0.001")])
 def test_a_tuning_of_few_steps_says_what_to_set(examples, words, remedy, capsys):
     words = {"batch_size": 32, "epochs": 3.0} | words
     options = adapt.AdaptConfig(epochs=words["epochs"])
-    config = adapt.by_epochs(options, train.TrainConfig(batch_size=words["batch_size"]), examples)
+    del words["epochs"]
+    config = adapt.by_epochs(options, train.TrainConfig(**words), examples)
     say_few_steps(options, config, "chats")
     line = capsys.readouterr().out
     assert bool(line) == bool(remedy) and remedy in line
     assert line.startswith(f"warning: {config.max_steps} steps ") or not remedy
+    say_few_steps(options, config, "pairs")
+    assert "--lr" not in capsys.readouterr().out
 
 
 # ---- Runs ----------------------------------------------------------------------------------------
@@ -918,7 +921,7 @@ def test_what_cannot_be_tuned_is_one_line(tmp_path, undisturbed, tuning, base, c
             ([file, f"--eval_data={text}"], [f"{text}", "messages is missing"]),
             ([file, f"--train_data={tmp_path / 'none.jsonl'}"], ["no such file"]),
             ([file, "--start_from="], ["start_from: name the run"]),
-            ([file, f"--start_from={tmp_path / 'none'}"], ["no such directory"]),
+            ([file, f"--start_from={tmp_path / 'none'}"], ["no such dir", "--accept_changes"]),
             ([file, f"--run_dir={base}"], ["is the run that is tuned"]),
             ([file, "--epochs=0"], ["epochs=0"]), ([file, "--beta=0"], ["beta=0"]),
             ([file, "--warmup_share=1"], ["warmup_share=1"]),

@@ -19,7 +19,7 @@ from configs import fields_of, load_config, setting
 from corpus.trace import FindOptions, TraceOptions
 from model import ModelConfig
 from support.files import UserError
-from support.hints import run_remedy
+from support.hints import run_remedy, shipped
 from support.other_words import OURS, SAYINGS
 from support.text import counted
 from train import SCHEMAS
@@ -195,6 +195,19 @@ def test_a_key_of_another_command_is_named_with_that_command(tmp_path, key, owne
 def test_a_slip_of_the_hand_is_told_the_right_form(monkeypatch, words, remedy):
     monkeypatch.chdir(configs.ROOT)
     assert remedy in refused(*words)
+
+
+def test_a_config_of_ours_is_found_from_any_directory_and_one_there_comes_first(tmp_path,
+                                                                                monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ours = str(configs.ROOT / "configs/tiny.py")
+    assert shipped("configs/tiny.py") == ours
+    words = ["configs/none.py", "tiny.py", "--lr=1", "configs/" + "x" * 5000, "configs/\0"]
+    assert list(map(shipped, words)) == words
+    assert refused("tiny").endswith(f"did you mean {ours}?")
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/tiny.py").write_text("")
+    assert shipped("configs/tiny.py") == "configs/tiny.py"
 
 
 def test_a_run_is_no_config_file_and_its_settings_are_named(tmp_path):
@@ -389,7 +402,7 @@ run_main(main)
 
 @pytest.mark.parametrize("word, code, begins, lines", [
     ("", 0, "", 0), ("a b c", 3, "", 0), ("mistake", 1, "error: steps=x: ", 1),
-    ("full", 1, "error: ", 1), ("stop", 130, "", 0),
+    ("full", 1, "error: ", 1), ("stop", 130, "stopped; ", 1),
     ("bug", 1, "Traceback", None)])
 def test_run_main(tmp_path, word, code, begins, lines):
     """A user's mistake and a full disk are one line; a bug keeps its traceback."""

@@ -316,11 +316,17 @@ def test_a_wrong_word_is_one_clear_line(run, call, refused, tmp_path, monkeypatc
     refused(call(evaluation, *words), *wanted)
 
 
+def test_what_is_named_in_the_place_of_a_run_is_told_with_the_run(run, tmp_path, call, refused):
+    (tmp_path / "mine.py").write_text('run_dir = "runs/mine"\n')
+    refused(call(evaluation, tmp_path / "mine.py"), "a config file", "runs/mine")
+    refused(call(evaluation, run.parent), f"name one: {run}")
+
+
 @pytest.mark.parametrize("words", [["PATH"], ["sample", "PATH"], ["PATH", "--every_checkpoint"]])
 def test_a_run_without_a_step_says_so_at_every_door(run, call, refused, tmp_path, words):
     path = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("step*"))
     words = [path if word == "PATH" else word for word in words]
-    line = refused(call(evaluation, *words), path, "saved no step")
+    line = refused(call(evaluation, *words), path, "saved no step", "began it: python")
     assert line == refused(call(adapt, "chat", path))
     assert line == refused(call(network, "export", path, tmp_path / "hf"))
 

@@ -1,6 +1,7 @@
 """Files as they lie on the hubs: packed or plain, lines or a list, at every door; what is cut off,
 damaged or too large stops with its place. Tables are in test_tables.py."""
 
+import errno
 import gzip
 import json
 import random
@@ -23,7 +24,7 @@ from corpus.inputs import input_digests, is_same_text
 from corpus.source_files import input_files
 from data import build_data
 from support.answers import read_prompts
-from support.files import file_sha256
+from support.files import file_sha256, replace_file
 from support.rows import read_set
 from support.suites import read_suites
 from support.text import BYTE_ORDER_MARK
@@ -537,3 +538,15 @@ def test_a_file_of_400_mb_is_streamed(tmp_path, name):
                             capture_output=True, timeout=PATIENCE_S)
     size, peak = map(int, result.stdout.split())
     assert size > 390 and peak < 150, result.stderr
+
+
+def test_a_file_on_a_full_disk_is_named_and_its_old_content_stays(tmp_path, monkeypatch):
+    file = tmp_path / "config.json"
+    replace_file(file, b"old")
+
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr("support.files.fsync", full)
+    with pytest.raises(OSError, match="No space.*config.json"):
+        replace_file(file, b"new")
+    assert file.read_bytes() == b"old" and list(tmp_path.iterdir()) == [file]

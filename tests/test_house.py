@@ -60,7 +60,7 @@ def test_nobody_imports_what_is_above(name):
     if name in ("support.files", "support.text"):
         allowed = {"support.text"}
     if name == "support.command":
-        allowed = {"support.bars", "support.files", "support.interrupts",
+        allowed = {"support.bars", "support.files", "support.hints", "support.interrupts",
                    "support.memory", "support.text"}
     if name.startswith("corpus.") and name != "corpus.trace":
         allowed -= {"model", "data", "corpus.trace"}

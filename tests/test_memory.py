@@ -1,18 +1,23 @@
 """Out of memory: one line that says where it was, with an option that the same command takes."""
 
 import errno
+import os
 import re
+import resource
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import write_lines
+from conftest import forked, joined, write_lines
 
 import adapt
 import data
 import eval as e
 import train
+from scaling import ranks
 from support import answers
 from support.memory import Half, about_memory, is_lack_of_memory
+from support.text import UserError
 
 CPU = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 80000000 bytes."
 GPU = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB"
@@ -121,3 +126,36 @@ def test_where_no_option_is_known_the_command_has_a_line(call, refused, fails):
     refused(call(train, "configs/tiny.py"), "7.3 GiB", "smaller model", "torchrun")
     fails(train, "load_config", RuntimeError(CPU.replace("80000000", str(2**52))))
     refused(call(train, "configs/tiny.py"), f"{2**32:,} MiB", "less than that")
+
+
+@pytest.mark.parametrize("is_told", [False, True])
+def test_a_rank_that_has_lost_another_says_it_in_one_line(monkeypatch, is_told):
+    """After a while where the other one has told its own error: torchrun ends this rank first."""
+    waits = []
+    monkeypatch.setattr(ranks.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(ranks.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(ranks, "TOLD", [SimpleNamespace(check=lambda keys: is_told)])
+    monkeypatch.setattr(ranks.time, "sleep", waits.append)
+    with pytest.raises(UserError, match="another rank has ended .*exitcode -9"), ranks.named_loss():
+        raise RuntimeError("[pair.cc:537] Read error [::1]:42675: Connection reset by peer")
+    assert bool(waits) == is_told
+    with pytest.raises(RuntimeError, match="shapes"), ranks.named_loss():
+        raise RuntimeError("shapes differ")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("finished")  # whose data is built
+def test_a_real_lack_of_memory(tmp_path, tiny_config):
+    """In a child that may take 200 MB more than it has."""
+    def limit():
+        pages = int(open("/proc/self/statm").read().split()[0])
+        most = pages * resource.getpagesize() + 200 * 10**6
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    if not os.path.exists("/proc/self/statm"):
+        pytest.skip("needs Linux")
+    config = tiny_config(tmp_path / "run", max_steps=1, batch_size=128, d_model=256, n_heads=4,
+                         mlp_hidden_size=1024, n_layers=4, compile="false")
+    log = tmp_path / "log"
+    assert joined(forked(log, train.main, config, before=limit)) == 1, log.read_text()
+    assert "out of memory at step 1" in log.read_text()
+    assert option_in(log.read_text()) == "--micro_batch_size=64"

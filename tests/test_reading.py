@@ -172,6 +172,16 @@ def test_evaluation_data_says_what_is_not_read(tmp_path, capsys):
     assert capsys.readouterr().out.count(said) == 1
 
 
+def test_a_file_that_may_not_be_read_is_named_with_the_remedy(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    file = write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}])
+    monkeypatch.setattr("corpus.inputs.file_sha256", refuse)
+    message = refusal(build, tmp_path, path=file)
+    assert message.startswith(f"{file}: cannot be read") and "restore it" in message
+
+
 def test_a_pipe_a_broken_link_and_a_file_that_changes_are_refused_by_name(tmp_path):
     os.mkfifo(tmp_path / "pipe.jsonl")
     (tmp_path / "link").symlink_to("nowhere")

@@ -241,7 +241,7 @@ def test_built_data_is_enough_to_go_on(learned, tmp_path, monkeypatch, call, ref
     refused(call(train, "--resume=run", "--max_steps=63", "--eval_share=0.3", "--accept_changes"),
             "web")
     Path("data").rename("moved")
-    refused(call(train, "--resume=run", "--max_steps=63"), "web")
+    refused(call(train, "--resume=run", "--max_steps=63"), "web", "--data_dir=PATH")
     assert call(train, "--resume=run", "--max_steps=63", "--data_dir=moved").returncode == 0
     assert steps(Path("run")) == list(range(1, 64))
 
@@ -510,6 +510,24 @@ def test_options_of_the_plan_alone_are_named(copied, call):
 
 
 # ---- Directories that are no run, and ends before the beginning ----------------------------------
+
+def test_a_run_lies_neither_in_a_step_nor_at_a_file(copied, tiny_config, call, refused,
+                                                      monkeypatch):
+    monkeypatch.setattr("train.build_data", lambda config: pytest.fail("builds data"))
+    before = content_and_times(copied)
+    for place, words in ((copied / "step000020", "a step of the run"),
+                         (copied / "config.json", "a file")):
+        refused(call(train, tiny_config(place.parent / "x"), f"--run_dir={place}"), words)
+    (copied / "x.py").unlink()
+    assert content_and_times(copied) == before
+
+
+def test_a_list_of_tokens_that_is_not_there_is_told_beside_the_sources(tiny_config, tmp_path, call,
+                                                                      refused):
+    """They would not be read; configs/olmo_1b.py names a list, and a user their text."""
+    refused(call(train, tiny_config(tmp_path / "run"), "--token_files=none.txt"), "none.txt",
+            "replaces the sources", "--token_files= reads them")
+
 
 def test_a_run_never_takes_the_place_of_something_else(tmp_path, finished, tiny_config, call,
                                                        refused, monkeypatch):

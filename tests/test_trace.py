@@ -588,6 +588,15 @@ def sequences_in(out):
     return {int(head.split(",")[0]): (int(head.rpartition(" ")[2]), body) for head, body in parts}
 
 
+def test_a_run_or_a_step_that_is_not_there_is_named_with_what_is(found, call, refused):
+    run = found.run
+    refused(call(data, "trace", f"{run}x", "--step=1"), f"{run}x", f"did you mean {run}?")
+    refused(call(data, "trace", run, "--step=0"), "--step=0", f"{run} is at step {STEPS}")
+    refused(call(data, "trace", run, "--rank=3", "--world_size=3"), "--rank=3")
+    later = call(data, "trace", run, f"--step={STEPS + 1}").stdout
+    assert f"(not seen: the run is at step {STEPS} of {STEPS})" in later.splitlines()[0]
+
+
 @pytest.mark.parametrize("chars", [0, 9])
 def test_trace_prints_the_step_its_documents_and_their_text(found, call, chars):
     """A step of a later epoch; all of its tokens, first to last, with where they came from."""

@@ -27,6 +27,7 @@ import eval as evaluation
 import model as m
 import train
 from configs import load_config
+from corpus.lineage import changed_texts
 from corpus.tokenizer import Tokenizer
 from scaling import checkpoint
 from scaling.checkpoint import create_state, newest_step, verify_step
@@ -469,6 +470,23 @@ def is_stopped(process):
     return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
+def test_a_run_that_was_stopped_before_its_first_step_is_begun(tmp_path, tiny_config, call,
+                                                               monkeypatch):
+    """--resume and the same command alike; a run that has lost its steps is another matter."""
+    run = tmp_path / "run"
+    config = tiny_config(run, max_steps=2)
+    for words in ([config], [f"--resume={run}"]):
+        def interrupted(*_):
+            raise KeyboardInterrupt
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "train_step", interrupted)
+            stopped = call(train, *words)
+        assert stopped.returncode == 130 and stopped.stderr.count("same command continues") == 1
+    assert call(train, f"--resume={run}").returncode == 0 and saved_steps(run) == [2]
+    shutil.rmtree(run / "step000002")
+    assert "holds no step" in call(train, f"--resume={run}").stderr
+
+
 def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path, tiny_config, call, uninterrupted):
     """In a step, while it saves, in a step. test_torture.py kills more often, and several ranks."""
     run = tmp_path / "run"
@@ -872,6 +890,11 @@ def test_data_that_changed_is_refused_and_data_that_was_touched_is_not(tmp_path,
     line = refused(call(train, config, "--max_steps=5"), tmp_path / "run", "--overwrite")
     assert set(re.findall(r"(\w+): \S+ there", line)) == {"data_sha256", "order_sha256",
                                                           "instances"}
+    assert "web: part.jsonl has changed" in line
+    (file.parent / "new.jsonl").write_text(text)
+    said = changed_texts(tmp_path / "run", tmp_path / "data")
+    assert said == ["web: new.jsonl is new (and 1 other file)"]
+    (file.parent / "new.jsonl").unlink()
     file.write_text(text)
     os.utime(file, (1, 1))
     result = call(train, config, "--max_steps=5")
