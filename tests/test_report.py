@@ -232,6 +232,23 @@ def test_results_by_another_metric_dtype_or_prompt_are_no_curve(tmp_path):
     assert list(found.tasks["one"]) == [1, 2] and not found.left_out
 
 
+def test_one_sentence_is_of_all_that_was_measured_alike(tmp_path):
+    """Three domains measured in two dtypes are one line, with the numbers of all three."""
+    rows = []
+    for dtype, steps in (("bfloat16", (1, 2)), ("float32", (2,))):
+        for step in steps:
+            results = {}
+            for number, task in enumerate(("a", "b", "c")):
+                results[task] = {"questions": 40, "accuracy": number / 10}
+            if dtype == "bfloat16" and step == 1:
+                del results["c"]
+            rows.append({"kind": "eval", "step": step, "tokens": step, "of": {"dtype": dtype},
+                         "tasks": results})
+    both, alone = read_evaluations(tmp_path, {"eval": rows}).left_out
+    assert both.startswith("a, b: ") and "(at last 0.0% right, 10.0% right)" in both
+    assert alone.startswith("c: ") and "(at last 20.0% right)" in alone
+
+
 def test_results_that_cannot_be_shown_are_counted(tmp_path):
     """Half of a result is none; what another version did not measure is only not there."""
     sums = {"documents": 1, "tokens": 2, "bytes": 3, "nats": 4.0}
