@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 import uuid
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -181,8 +181,9 @@ def on_all_ranks(main):
             # grace time. If not, this rank must print it.
             if own_rank > 0:
                 time.sleep(ERROR_GRACE_S)
-                for store in TOLD:
-                    store.set("an error is told", "")
+                with suppress(dist.DistError):
+                    for store in TOLD:
+                        store.set("an error is told", "")
             raise
         finally:
             run.had_group = dist.is_initialized()  # for run_main
@@ -202,8 +203,9 @@ def named_loss():
         found = re.search("(reset|closed) by peer|Broken pipe|remote process exited", str(error))
         if not (dist.is_initialized() and found):
             raise
-        if TOLD[0].check(["an error is told"]):
-            time.sleep(ERROR_GRACE_S)  # meanwhile torchrun ends this rank
+        with suppress(dist.DistError):  # the store has ended with the other rank
+            if TOLD[0].check(["an error is told"]):
+                time.sleep(ERROR_GRACE_S)  # meanwhile torchrun ends this rank
         raise UserError(f"rank {rank()}: another rank has ended ({found[0]}). Its own error says "
                         "why; if torchrun names its exitcode -9 below, it was killed, as happens "
                         "when memory runs out") from None
