@@ -221,12 +221,13 @@ def conditions(row, result):
 
 def comparable(measured, left_out):
     """{name: results} of {(name, size): groups}: of each name's largest size the largest group, or
-    the latest of equal ones; left_out receives a sentence about the others.
+    the latest of equal ones; left_out receives sentences about the others.
     """
     sizes = {}
     for name, size in measured:
         sizes[name] = max(size, sizes.get(name, size))
     found = {}
+    hidden = {}  # {conditions and steps of both: {name: results}}
     for name, size in sizes.items():
         groups = measured[name, size]
         latest_first = reversed(groups)
@@ -234,11 +235,23 @@ def comparable(measured, left_out):
         found[name] = groups[shown]
         for other in groups:
             if other != shown:
-                left_out.append(f"{name}: measured by {shown} at {steps(found[name])} and by "
-                                f"{other} at {steps(groups[other])} (at last "
-                                f"{in_words(groups[other])}); the page shows the first, because "
-                                "the two cannot be compared; the run's logs have both")
+                key = (shown, steps(groups[shown]), other, steps(groups[other]))
+                hidden.setdefault(key, {})[name] = groups[other]
+    for key, of_names in hidden.items():
+        left_out.append(measured_twice(key, of_names))
     return found
+
+
+def measured_twice(key, hidden):
+    """A sentence for all domains or tasks that were measured by the same two conditions.
+
+    hidden: {name: {tokens: result}} of what the page does not show.
+    """
+    shown, shown_at, other, other_at = key
+    last = ", ".join(in_words(results) for results in hidden.values())
+    return (f"{', '.join(hidden)}: measured by {shown} at {shown_at} and by {other} at {other_at} "
+            f"(at last {last}); the page shows the first, because the two cannot be compared; the "
+            "run's logs have both")
 
 
 def steps(results):

@@ -145,7 +145,8 @@ def base_notes(found, looks):
     """A line on where the curves of tuned runs begin."""
     lines = []
     if any(evaluations.before for evaluations in found.values()):
-        lines.append("The curve of a tuned run begins where its base ended.")
+        lines.append("The curve of a tuned run begins where its base ended. It often rises, "
+                     "because chats are unlike this text.")
     lacking = [looks[run].label for run, each in found.items() if each.lacks_base]
     if lacking:
         lines.append(f"The tokens of {escaped(' and '.join(lacking))} are those of tuning alone: "
@@ -220,7 +221,7 @@ def differing_rows(configs, shared):
         keys.update(dict.fromkeys(settings))
     rows = []
     for key in keys:
-        values = [str(settings.get(key, "-")) for settings in every]
+        values = [str(settings.get(key, "-")) or '""' for settings in every]
         if len(set(values)) > 1:
             rows.append([key, *values])
     return rows
