@@ -18,10 +18,9 @@ from typing import Literal, get_args, get_origin
 
 from support.config_text import literal, read_assignments
 from support.files import UserError, read_json
-from support.hints import (check_base, command, example_of, missing_value, no_config_file,
-                           unknown_key, unused_key)
-
-ROOT = Path(__file__).resolve().parent.parent  # the repository
+from support.hints import (check_base, example_of, missing_value, no_config_file, unknown_key,
+                           unused_key)
+from support.slips import ROOT as ROOT, checked_text, command
 
 
 def setting(default, help, least=None):
@@ -116,7 +115,7 @@ def read_saved_config(path, known):
 def read_option(word, following, fields, known):
     """Returns (key, value) of a --key=value word; --key alone sets a flag to true."""
     if not word.startswith("--"):
-        raise UserError(f"{word}: options have the form --key=value")
+        raise UserError(f"{word}: an option has the form --key=value: -{word}")
     key, equals, text = word[2:].partition("=")
     if key not in fields:
         raise unused_key(key, "--") if key in known else unknown_key(key, fields, "--")
@@ -136,7 +135,7 @@ def parse(text, kind, place):
     if get_origin(kind) is Literal:
         return text.lower()
     if kind is str:
-        return text
+        return checked_text(text, place)
     readers = [int, float] if kind in (int, float) else [partial(literal, place=place)]
     for reader in readers:
         try:

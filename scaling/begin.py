@@ -62,7 +62,7 @@ def data_settings_of_start(argv, schemas):
     if {"-h", "--help"} & set(argv):
         return {}
     given = settings_given(argv, schemas)
-    if given.tokenizer and given.tokenizer.startswith("bpe:"):
+    if given.tokenizer and (given.tokenizer[:4] == "bpe:" or given.tokenizer.isdecimal()):
         ids_of_tokenizer(given.tokenizer)  # a UserError now, not after the text is cleaned
     if given.resume:
         settings = data_settings_of_run(given.resume)
@@ -170,7 +170,7 @@ def settings_given(argv, schemas):
     """An object with every key of the schemas: what the command line sets, else None."""
     keys = []
     for name, each in fields_of(schemas).items():
-        unset = field(default=None, metadata=each.metadata)
+        unset = field(default=None, metadata=each.metadata | {"default": each.default})
         keys.append((name, each.type, unset))
     [given] = load_config(argv, make_dataclass("Given", keys))
     return given

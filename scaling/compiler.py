@@ -23,6 +23,9 @@ from support.cpu import PLAIN_AT_MOST, fast_token_losses
 from support.files import UserError
 
 
+UNFINISHED = "compiled code that a stopped run left unfinished is compiled again"
+
+
 def compile_model(model, device, is_asked):
     """Compile each block, and the head with its loss.
 
@@ -103,7 +106,7 @@ class Compiler:
         if library and library not in self.rebuilt:
             self.rebuilt.add(library)
             library.unlink()
-            say(f"{library}: broken, and built again")
+            say(f"{UNFINISHED} ({library})")
             return
         reason = reason_of(str(error))
         settings = torch._inductor.config.cpp
@@ -144,7 +147,7 @@ def remove_broken_libraries(cache):
                 removed.append(library)
     if removed:
         others = f", and {len(removed) - 1:,} more" * (len(removed) > 1)
-        say(f"{removed[0]}: broken, and built again{others}")
+        say(f"{UNFINISHED} ({removed[0]}{others})")
 
 
 def is_whole(library):

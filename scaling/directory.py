@@ -19,6 +19,7 @@ from corpus.storage import tokenizer_digest
 from scaling.checkpoint import no_step, run_of, step_directories, step_of
 from scaling.ranks import gather, rank
 from support.files import UserError, here, log_rows, read_json, replace_file, write_json
+from support.hints import runs_below
 from support.lock import Lock
 
 # Keys that say what to do this time, not what the run is. They are not saved.
@@ -194,8 +195,8 @@ def resumed_argv(argv, file, example, is_tuned):
     home = run_of(resume)
     saved = home / "config.json"
     if not saved.is_file() or not is_run(home):
-        raise UserError(f"--resume={resume}{here(home)}: no run there; python {file} CONFIG starts "
-                        "one")
+        raise UserError(runs_below(home) or f"--resume={resume}{here(home)}: no run there; python "
+                        f"{file} CONFIG starts one")
     if ("method" in read_json(saved)) != is_tuned:
         other = "train.py" if is_tuned else "adapt.py"
         raise UserError(f"--resume={resume}: {other} made this run; use python {other} "

@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 from scaling.machine import peak_flops
 from scaling.ranks import rank, world_size
-from support.files import (UserError, disk_remedy, free_name, read_json, read_log, rows_until,
-                           to_json, write_rows)
+from support.files import UserError, disk_remedy, read_log, rows_until, to_json, write_rows
+from support.outcome import answer_numbers, print_next, without_blank_runs
 from support.records import domains_table, tasks_table
 from support.text import counted
 
@@ -136,8 +136,11 @@ def say_slow_step(watch, step, last):
         watch.say(f"step {step:,} of {last:,}")
 
 
-def say_evaluation(step, results):
-    """Print the headline numbers of an evaluation, above the progress bar."""
+def say_evaluation(step, results, eval_data=""):
+    """Print the headline numbers of an evaluation, above the progress bar.
+
+    eval_data: of a tuning, where its held-out answers are from.
+    """
     bits = dict(results["bits_per_byte"])
     accuracy = {}
     for name, result in results["tasks"].items():
@@ -146,9 +149,9 @@ def say_evaluation(step, results):
         else:
             bits[name] = result["bits_per_byte"]
     bits = {name: f"{value:.3f}" for name, value in bits.items()}
-    answers = {name: f"{value:.4f}" for name, value in results.get("tuned", {}).items()}
+    answers = answer_numbers(results.get("tuned", {}))
     for title, numbers in (("bits per byte", bits), ("accuracy", accuracy),
-                           ("held-out answers", answers)):
+                           (f"held-out answers of {eval_data}", answers)):
         if numbers:
             line = ", ".join(f"{name} {value}" for name, value in numbers.items())
             tqdm.write(f"step {step}: {title}: {line}")
@@ -186,26 +189,16 @@ def say_warmup(config, lr_at_step):
 
 def print_results(run):
     """The last evaluation's tables and samples, and what to run next."""
-    print(f"\nafter step {run.step}, {run.state['seconds']:.0f} s:")
+    print(f"\nafter step {run.step}, {run.state['seconds']:.0f} s of training:")
     if run.results["sums"] or not run.results["tasks"]:
         print(domains_table(run.results["sums"]))
     if run.results["tasks"]:
         print(tasks_table(run.results["tasks"]))
     samples = run.results["samples"]
     print(f"\n{'a sample' if len(samples) == 1 else counted(len(samples), 'sample')}:")
-    print(f"\n{'-' * 40}\n".join(samples))
+    print(f"\n{'-' * 40}\n".join(map(without_blank_runs, samples)))
     best = run.path
     if run.results.get("best"):
         best = run.path / run.results["best"]["path"]
         print(f"\nthe best step: {best_in(run.results)}")
-    print("\nnext:")
-    print(f"  python eval.py {best}")
-    print(f"  python eval.py sample {best} --prompt={example_prompt(run.path)}")
-    print(f"  python eval.py report {run.path}")
-    print(f"  python model.py export {best} {free_name(f'{run.path}-hf')}")
-
-
-def example_prompt(run):
-    """A prompt that fits the text of a run, quoted: some Python, or whatever the user writes."""
-    sources = read_json(run / "config.json").get("sources", {})
-    return '"def read_"' if "stdlib" in str(sources) else '"THE BEGINNING OF A TEXT"'
+    print_next(run.path, best)

@@ -236,6 +236,6 @@ def energy_line(kwh, metered, config):
     """One line with the energy and carbon of a run, by the formula of the paper's section 4.4."""
     if not kwh:
         return "energy: unknown; --watts=N states the power of a rank where no meter is read"
-    source = "of the GPUs, metered" if metered else f"at {config.watts:g} W per rank, as stated"
+    source = "of the GPUs, metered" if metered else f"at watts={config.watts:g} per rank"
     return (f"energy: {kwh:.4g} kWh ({source}) x {config.pue:g} (PUE) x "
             f"{config.kg_co2_per_kwh:g} kg/kWh = {carbon_kg(kwh, config):.3g} kg CO2eq")

@@ -315,7 +315,7 @@ class Run:
         if self.config.keep_best:
             results["best"] = on_rank0(lambda: self.kept.note(self.step, results))
         self.metrics_log.write("eval", self.state, **results)
-        say_evaluation(self.step, results)
+        say_evaluation(self.step, results, self.settings.get("eval_data"))
         if self.config.keep_best:
             on_rank0(lambda: self.kept.drop_old())  # the one that was the best before
 

@@ -12,6 +12,7 @@ from support.bars import end_bars, hide_bars
 from support.files import disk_remedy, is_full
 from support.hints import shipped
 from support.memory import about_memory, is_lack_of_memory
+from support.slips import check_words
 from support.text import BOLD_GREEN, PLAIN, REVERSE, UserError, harmless
 
 
@@ -58,7 +59,7 @@ def leave(code):
 def exit_code(main):
     """What main(argv) returns, or the one line about an error that is not a bug."""
     try:
-        return main(list(map(shipped, sys.argv[1:])))
+        return main(list(map(shipped, check_words(sys.argv[1:]))))
     except UserError as error:
         end_bars()
         return f"error: {harmless(str(error))}"

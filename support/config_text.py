@@ -6,6 +6,7 @@ file or in a dict.
 
 import ast
 
+from support.hints import not_a_config
 from support.text import UserError, read_text
 
 FORM = "a config file holds only lines of the form `key = value`, and the value must be a literal"
@@ -16,6 +17,8 @@ def read_assignments(path):
 
     Each value must be a literal; any other code, and a key that is set twice, is a UserError.
     """
+    if other := not_a_config(path):
+        raise UserError(f"{path}: {other}")
     lines = {}
     for statement in parsed(read_text(path), path).body:
         if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):

@@ -82,8 +82,9 @@ def evaluate_and_record(run, model, tokenizer, state, suites, config, evaluate, 
             print(domains_table(results["sums"]))
         # A number is only as good as the data is clean: was the suite in the training data?
         verdict, said = verdict_on(suite, key, run, state)
-        print(f"{suite.name}: {said}\n" * (said not in told), end="")
-        told.add(said)
+        why = said.partition("decontaminated: ")[2]  # several suites may have the same reason
+        print(f"{suite.name}: {said}\n" * (why not in told), end="")
+        told.add(why)
         if state:  # a step of a run; a Hugging Face directory is left alone
             seconds = round(time.monotonic() - began, 1)
             record(run, "eval", state, of=key, decontaminated=verdict, said=said, **results,

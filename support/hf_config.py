@@ -4,6 +4,7 @@ import math
 
 from model import ModelConfig
 from support.files import UserError, read_json
+from support.hints import runs_below
 from support.text import shown
 from support.vocabulary import count_of_ids
 
@@ -55,12 +56,10 @@ def why_no_model(path):
     if (path / "model_and_optim").is_dir() or any(path.glob("model/rank*.pt")):
         return (f"{path}: an official checkpoint in the ranks' slices; join them first, with "
                 "scripts/unshard.py of github.com/allenai/OLMo")
-    runs = sorted(str(file.parent) for file in path.glob("*/config.json"))
-    if runs:
-        return f"{path}: no model here, but in folders of it; name one: {', '.join(runs[:8])}"
-    return (f"{path}: no model here; name a run directory, a step directory, a Hugging Face "
-            "directory (config.json, model.safetensors) or an official OLMo directory "
-            "(config.yaml, model.pt or model.safetensors)")
+    return runs_below(path) or (
+        f"{path}: no model here; name a run directory, a step directory, a Hugging Face directory "
+        "(config.json, model.safetensors) or an official OLMo directory (config.yaml, model.pt or "
+        "model.safetensors)")
 
 
 def read_hf_config(path, tokenizer=None):

@@ -3,15 +3,17 @@
 import difflib
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import get_args
 
 from support.files import UserError, here, log_rows
 from support.other_words import OURS, VALUES, names_here, saying_about
+from support.slips import ROOT, command, verbs
 
 NAMED_RUNS = 8  # of a folder, in a message
-ROOT = Path(__file__).resolve().parent.parent  # the repository
+SIZES = {"k": 10**3, "m": 10**6, "b": 10**9}  # what people write behind a number
 
 
 def unknown_key(key, known, place):
@@ -20,6 +22,10 @@ def unknown_key(key, known, place):
     ours = names_here(word)
     near = [own for own in (word, *ours) if own in known]
     saying = None if word in known else saying_about(word, command())
+    if word[:3] == "no_" and word[3:] in known:
+        saying = saying or f"write --{word[3:]}=false"
+    elif word in verbs() and not saying:
+        saying = f"a verb, which has no hyphens: python {verbs()[word][0]} {word} ..."
     near = near or difflib.get_close_matches(word, known, n=1, cutoff=0.85)  # a slip of the hand
     if not near and not ours and not saying:  # the same in another house's word
         theirs = " ".join(OURS.values()).split()
@@ -42,15 +48,14 @@ def unused_key(key, place):
     """The UserError for a key that another command has."""
     word = key.lower().replace("-", "_")
     owner = command_of(word)
+    file = place.partition(":")[0]  # of a config; "--" for an option
+    other = f"{owner} {file}" if file.endswith((".py", ".json")) else owner
+    if command() == "-m experiments":
+        other = f"{command()} --extra=--{word}=VALUE, which gives it to every run"
     saying = saying_about(word, command()) or (
         f"a key of {owner}, which {command_and_verb()} does not use; leave it out, or run python "
-        f"{owner}")
+        f"{other}")
     return UserError(f"{place}{key}: {saying}")
-
-
-def command():
-    """The command that runs, such as train.py."""
-    return Path(sys.argv[0]).name
 
 
 def command_and_verb():
@@ -70,15 +75,19 @@ def command_of(key):
 def example_of(field, value):
     """What to write instead of a value that has not the field's type; "" if nothing is better."""
     kind = field.type
+    written = VALUES.get(str(value).lower())
     if kind is int and type(value) is float and value.is_integer():  # such as 1e6
         return f"; write {int(value)}"
     if kind is bool:
-        return "; write True or False"
-    written = VALUES.get(str(value).lower())
+        return f"; write --{field.name}={written}" if written else "; write True or False"
     if written in get_args(kind):
         return f"; write {written}"
-    if kind in (int, float) and "," in str(value):
-        return f"; write {mended_number(str(value), kind)}"
+    if kind in (int, float):
+        return f"; write {mended_number(str(value)[:40], field)}"
+    if kind is str and not isinstance(value, (list, dict)):
+        is_size = field.name == "tokenizer" and type(value) is int
+        text = f"bpe:{value}" if is_size else "" if value in (None, False) else value
+        return f'; write {field.name} = "{text}"'
     if str(kind).startswith("dict[str, str"):
         is_path = type(value) is str and not set(value) & set("'\"{}\n")
         path = value if is_path else "PATH"
@@ -86,19 +95,32 @@ def example_of(field, value):
     return ""
 
 
-def mended_number(text, kind):
-    """A number that was written with commas: 1.5e-3 for 1,5e-3; 16384 for 16,384."""
-    if kind is float and text.count(",") == 1:
-        return text.replace(",", ".") + ", with a point"
-    return text.replace(",", "") + ", without commas"
+def mended_number(text, field):
+    """The number that a text means: 1.5e-3 for 1,5e-3; 16384 for 16,384; 2000 for 2k."""
+    plain = text.strip(" ,;'\"").translate(dict.fromkeys(map(ord, "−–—"), "-"))
+    if field.type is float and plain.count(",") == 1:
+        return plain.replace(",", ".") + ", with a point"
+    if "," in plain:
+        return plain.replace(",", "") + ", without commas"
+    size = SIZES.get(plain[-1:].lower())
+    if size and is_number(plain[:-1]):
+        return f"{float(plain[:-1]) * size:.0f}"
+    if is_number(plain) and (field.type is float or plain.isdecimal()):
+        return plain
+    whole = " whole" * (field.type is int)
+    return f"a{whole} number, such as {field.metadata.get('default', field.default)}"
 
 
 def missing_value(field, word):
     """The UserError for an option without its value; word: what follows it, or None."""
+    option = f"--{field.name}"
+    if not word and option in sys.argv[:-1]:  # a verb's options are read without its other words
+        word = sys.argv[sys.argv.index(option) + 1]
+        word = "" if os.path.exists(word) else word
     if not word or word.startswith("-") and not is_number(word):
         word = "VALUE"
     meaning = field.metadata["help"].removesuffix(".")
-    return UserError(f"--{field.name}: the value is missing; write --{field.name}={word} "
+    return UserError(f"{option}: the value is missing; write {shlex.quote(f'{option}={word}')} "
                      f"({meaning})")
 
 
@@ -114,12 +136,16 @@ def is_number(word):
 def no_config_file(path, fields):
     """The UserError for a word of the command line that is no config file."""
     key, equals, value = str(path).lstrip("-–—").partition("=")
-    if equals and key in fields:
+    if key in fields:
         return UserError(f"{path}: no such config file; an option begins with two hyphens: "
-                         f"--{key}={value}")
-    if os.path.isfile(path / "config.json"):
-        return UserError(f"{path}: a directory, not a config file; {path}/config.json holds its "
-                         f"settings, and train.py --resume={path} continues a run")
+                         f"--{key}={value if equals else 'VALUE'}")
+    saved = path / "config.json"
+    if os.path.isfile(saved):
+        is_tuned = '"method"' in saved.read_text(encoding="utf-8", errors="replace")
+        maker = "adapt.py" if is_tuned else "train.py"
+        tunes = f", --start_from={path} tunes its model" * (command() == "adapt.py")
+        return UserError(f"{path}: a directory, not a config file; {saved} holds its settings, and "
+                         f"python {maker} --resume={path} continues the run{tunes}")
     if os.path.exists(path):
         kind = "a directory" if os.path.isdir(path) else "a pipe or a device"
         return UserError(f"{path}: {kind}, not a config file; configs/ holds those that come with "
@@ -137,10 +163,13 @@ def shipped(word):
 def nearest_path(path):
     """Which file or folder beside a missing path, or which config of ours, has a similar name."""
     beside = {}
+    wanted = path.name.rpartition("\\")[2]
     for folder in (ROOT / "configs", path.parent):
         beside |= {file.name: file for file in folder.glob("[!_.]*")}
-    without_ending = [name for name in beside if name == f"{path.name}.py"]
-    for name in without_ending + difflib.get_close_matches(path.name, beside, n=1):
+    for file in (ROOT / "configs").glob("[!_.]*"):
+        beside[f"configs{file.name}"] = file  # a shell takes the \\ out of configs\\tiny.py
+    without_ending = [name for name in beside if name == f"{wanted}.py"]
+    for name in without_ending + difflib.get_close_matches(wanted, beside, n=1):
         return f"did you mean {from_here(beside[name])}?"
     return "configs/ holds those that come with nanOLMo"
 
@@ -152,34 +181,100 @@ def from_here(file):
 
 def check_base(path, base, before, place):
     """UserError unless the config file that `path` adds to, or a saved config, stands before it."""
-    if not any(file.name == base or file.suffix == ".json" for file in before):
-        file = path.parent / str(base)
-        if not file.is_file() and (ROOT / "configs" / str(base)).is_file():  # one of ours
-            file = from_here(ROOT / "configs" / str(base))
-        raise UserError(f"{place}adds_to={base}: this file adds to that one; name both: "
-                        f"{file} {path}")
+    if any(file.name == base or file.suffix == ".json" for file in before):
+        return
+    file = path.parent / str(base)
+    if not file.is_file() and (ROOT / "configs" / str(base)).is_file():  # one of ours
+        file = from_here(ROOT / "configs" / str(base))
+    words = sys.argv[1:]
+    later = [word for word in words if Path(word).name == base]
+    saying = f"this file adds to that one; name both: {file} {path}"
+    if command() == "adapt.py" and not value_in(file, "method"):
+        run = value_in(path, "run_dir") or "RUN"
+        config = next((word for word in words if Path(word).stem.endswith(("_sft", "_dpo"))),
+                      "configs/tiny_sft.py")
+        saying = (f"this file is one for train.py; a tuning names the run that it made: python "
+                  f"adapt.py {config} --start_from={run}")
+    elif later:
+        words.remove(later[0])
+        words.insert(words.index(str(path)), later[0])
+        saying = f"that file comes first: python {command()} {shlex.join(words)}"
+    raise UserError(f"{place}adds_to={base}: {saying}")
+
+
+def value_in(file, key):
+    """The text that a config file gives to a key; "" without one, or without the file."""
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    found = re.search(rf"""^{key}\s*=\s*["'](.+?)["']""", text, re.M)
+    return found[1] if found else ""
 
 
 def run_remedy(path):
-    """What to do about a run that is not there: which are beside it, or how the first is made."""
-    beside = sorted(file.parent.name for file in path.parent.glob("*/config.json"))
-    if not beside:
-        return ("python train.py configs/tiny.py makes runs/tiny, and then python adapt.py "
-                "configs/tiny_sft.py makes runs/tiny_sft")
+    """What to do about a run that is not there: which is meant, and the commands that make it."""
+    beside = {}
+    for folder in ([] if path.is_absolute() else [Path("runs")]) + [path.parent]:
+        beside |= {file.parent.name: file.parent for file in folder.glob("*/config.json")}
     near = difflib.get_close_matches(path.name, beside, n=1)
+    made = how_made(path.name)
+    if near and made and near[0] != path.name:
+        return f"did you mean {beside[near[0]]}? {made}"
     if near:
-        return f"did you mean {path.parent / near[0]}? If it has moved, name where it is now"
-    listed = ", ".join(beside[:NAMED_RUNS]) + ", ..." * (len(beside) > NAMED_RUNS)
-    return f"{path.parent} has {listed}; if it has moved, name where it is now"
+        return f"did you mean {beside[near[0]]}? If it has moved, name where it is now"
+    if made or not beside:
+        return made or how_made("tiny")
+    return f"{path.parent} has {listed(sorted(beside))}; if it has moved, name where it is now"
+
+
+def how_made(name):
+    """The commands that make the run of this name, if a config of ours does; else ""."""
+    makers = {}
+    for file in sorted((ROOT / "configs").glob("[!_]*.py")):
+        run = value_in(file, "run_dir")
+        makers[Path(run).name] = (run, file)
+    commands = []
+    while name in makers:
+        made, file = makers.pop(name)
+        start = value_in(file, "start_from")
+        program = "adapt.py" if value_in(file, "method") else "train.py"
+        commands.insert(0, (f"python {program} configs/{file.name}", made))
+        name = "" if os.path.exists(start) else Path(start).name  # such as runs/tiny
+    line = " && ".join(line for line, _ in commands)
+    return f"{line} makes {commands[-1][1]}" if commands else ""
+
+
+def listed(names):
+    """Some names in one line."""
+    return ", ".join(names[:NAMED_RUNS]) + ", ..." * (len(names) > NAMED_RUNS)
+
+
+def runs_below(path):
+    """A sentence that names the runs in the folder `path`; "" if there is none, or it is a run."""
+    runs = sorted(str(file.parent) for file in Path(path).glob("*/config.json"))
+    if not runs or (Path(path) / "config.json").is_file():
+        return ""
+    return f"{path}: no model here, but in folders of it; name one: {listed(runs)}"
 
 
 def file_remedy(file):
     """What a file is that was named in the place of a run, and what to name."""
     if file.suffix != ".py":
         return f"a file; name its directory, {file.parent}"
-    lines = file.read_text(encoding="utf-8", errors="replace")
-    made = re.search(r"""^run_dir\s*=\s*["'](.+?)["']""", lines, re.M)
-    return f"a config file, not a run; name the run that it made{f', {made[1]}' if made else ''}"
+    made = value_in(file, "run_dir")
+    return f"a config file, not a run; name the run that it made{f', {made}' if made else ''}"
+
+
+def not_a_config(path):
+    """What a file holds that was named in the place of a config file, and its option; else ""."""
+    if path.suffix in (".py", ".json", "") or command() not in ("train.py", "data.py", "adapt.py"):
+        return ""
+    option = f"--sources=\"{{'mine': '{path}'}}\""
+    example = "configs/tiny.py"
+    if command() == "adapt.py":
+        option, example = f"--train_data={path}", "configs/tiny_sft.py"
+    words = [option if word == str(path) else word for word in sys.argv[1:]]
+    if not any(word.endswith(".py") for word in words):
+        words.insert(words.index(option) if option in words else 0, example)
+    return f"not a config file; write python {command()} {' '.join(words)}"
 
 
 def command_of_run(run):
@@ -194,7 +289,8 @@ def hub_remedy(path):
     """
     if path.parts[:1] == ("~",):
         return f"the shell has left the ~ as it is: write $HOME{str(path)[1:]}"
-    is_own = path.is_absolute() or path.parts[0] == "runs" or path.parent.exists()
+    is_own = (path.is_absolute() or path.parts[0] == "runs" or path.parent.exists()
+              or (Path("runs") / path.name).exists())
     if is_own or len(path.parts) != 2:
         return ""
     return (f"if it is a model of Hugging Face's hub, download it first: hf download {path} "

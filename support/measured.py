@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from scaling.checkpoint import step_directories
 from support.files import UserError, read_json, read_log
+from support.hints import runs_below
 from support.records import bits_per_byte, cell
 from support.text import counted
 
@@ -36,9 +37,9 @@ def read_metrics(run):
     """
     path = Path(run) / "metrics.jsonl"
     if not path.is_file():
-        raise UserError(f"{path}: missing; a report is drawn from the log of a training: name the "
-                        "directory of a run of train.py or adapt.py; python eval.py "
-                        f"{run} measures another model")
+        raise UserError(runs_below(run) or (
+            f"{path}: missing; a report is drawn from the log of a training: name the directory of "
+            f"a run of train.py or adapt.py; python eval.py {run} measures another model"))
     rows = {"train": [], "eval": [], "end": []}
     placed, left_out = placed_rows(run, path.name)
     for row in placed:

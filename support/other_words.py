@@ -157,11 +157,19 @@ SAYINGS = [
     ("verbose debug quiet log_level", "", "all is printed always, and is in RUN/metrics.jsonl"),
 ]
 
+# a verb: ours, or the file that does it
+VERBS = {"evaluate": "eval", "evaluation": "eval", "test": "eval", "benchmark": "eval",
+         "pretrain": "train", "fit": "train", "finetune": "adapt", "tune": "adapt", "sft": "adapt",
+         "dpo": "adapt", "build": "data", "prepare": "data", "resume": "--resume",
+         "continue": "--resume", "convert": "export", "save": "export", "talk": "chat",
+         "complete": "sample", "infer": "sample", "predict": "generate", "answer": "generate",
+         "plot": "report", "draw": "report", "view": "show", "search": "find"}
+
 # a value: how it is written here
 VALUES = {"bf16": "bfloat16", "fp32": "float32", "float": "float32", "32": "float32",
           "fp16": "bfloat16", "float16": "bfloat16", "half": "bfloat16", "16": "bfloat16",
           "gpu": "cuda", "yes": "true", "no": "false", "on": "true", "off": "false",
-          "cos": "cosine"}
+          "1": "true", "0": "false", "cos": "cosine"}
 
 
 def saying_about(word, command):

@@ -234,9 +234,10 @@ def decontaminated(manifests, files, digests):
             for evaluation_set in source["decontaminated"]:
                 searched.update(manifest["evaluation_files"][evaluation_set])
             if not digests <= searched:  # digests: a copy of the file is the same text
-                return False, (f"the source {name} was not searched for its text, which the model "
-                               "may have read; runs on the same data can be compared all the same; "
-                               "decontaminate in the config searches it")
+                return False, (f"the source {name} was not searched for its lines, so the model "
+                               "may have read some of them; this does not matter for comparing "
+                               "runs on the same data (decontaminate in the config makes the "
+                               "search)")
     # Short lines are not searched for: they would remove documents that quote a common phrase.
     found, lines = searchable_lines(tuple(files))
     if not found:

@@ -16,8 +16,9 @@ from scaling.machine import choose_device, choose_dtype
 from support.fields import require
 from support.files import UserError
 from support.generation import fixed_weights
-from support.hf_tokenizer import template_of, warn_of_other_template
+from support.hf_tokenizer import warn_of_other_template
 from support.models import open_with_tokenizer
+from support.outcome import say_if_untuned
 from support.text import harmless
 
 ANSWER_BATCH = 8  # prompts answered together: a 7B's keys and values then take up to 8.6 GB
@@ -46,7 +47,7 @@ class AnswerOptions:
 
 # ---- Chat ----------------------------------------------------------------------------------------
 
-CHAT_HELP = """/reset           forget what was said
+CHAT_HELP = """/reset           forget what was said; the model reads all of it for each answer
 /system TEXT     start again with this system message; without a text, with none
 /temperature X   0 takes the likeliest token each time
 /quit            ends the chat, as Ctrl-D does; Ctrl-C stops an answer or clears the line"""
@@ -64,7 +65,8 @@ def chat(argv):
     model, tokenizer = open_assistant(paths[0], answer_dtype(options))
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")  # a terminal may send bytes that are not UTF-8
-    print(f"{paths[0]}: /help shows the commands")
+    print(f"{paths[0]}: the model reads the whole chat for each answer (/reset starts a new one); "
+          "/help shows the commands")
     messages = []  # what was said so far; the model sees all of it each time
     numbers = count()  # each answer draws from a stream of its own
     for line in questions():
@@ -207,9 +209,7 @@ def open_assistant(path, dtype):
     model, tokenizer, _ = open_with_tokenizer(path)
     model.to(dtype)
     warn_of_other_template(run_of(path))
-    if template_of(run_of(path)) is None:
-        print(f"{path}: a model that was never tuned on chats, as far as its files say: it goes on "
-              "with the text, rather than answer")
+    say_if_untuned(path, run_of(path), d_model=model.config.d_model)
     return model, tokenizer
 
 

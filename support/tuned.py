@@ -13,8 +13,9 @@ from data import DataConfig
 from scaling.directory import check_directory, resumed_argv
 from scaling.log import best_in
 from support.config_text import read_assignments
-from support.files import UserError
-from support.records import domains_table, tasks_table
+from support.files import UserError, read_json
+from support.outcome import print_next, say_if_untuned, tuning_table, without_blank_runs
+from support.records import tasks_table
 from support.rows import sequences_of
 from support.text import BOLD_GREEN, PLAIN, counted, harmless
 
@@ -114,6 +115,18 @@ def print_run(run, base, adapt_config, config, micro_batch_size):
     print(f"run: {run}, {adapt_config.method} of {base.weights}, {config.max_steps:,} steps of "
           f"{config.batch_size} {kind}, {micro_batch_size} packed rows at a time")
     say_few_steps(adapt_config, config, kind)
+    say_odd_choices(base, adapt_config)
+
+
+def say_odd_choices(base, adapt_config):
+    """Lines for a DPO without SFT, and for own chats that are measured on Python's docstrings."""
+    train_data = adapt_config.train_data
+    if adapt_config.method == "dpo":
+        say_if_untuned(base.weights, base.home, d_model=base.model_config.d_model,
+                       train_data=train_data)
+    if adapt_config.eval_data == "stdlib" != train_data:
+        print("warning: eval_data=stdlib: the answers that are measured are of Python's "
+              f"docstrings, not of {train_data}; name --eval_data=FILE, or --eval_data= for none")
 
 
 def say_few_steps(adapt_config, config, kind):
@@ -129,19 +142,17 @@ def say_few_steps(adapt_config, config, kind):
 
 
 def print_results(run, step, results):
-    if results["sums"]:
-        print(f"\nheld-out text after step {step}:\n{domains_table(results['sums'])}")
+    eval_data = read_json(run / "config.json")["eval_data"]
+    print(f"\nafter step {step}:\n{tuning_table(run, results, eval_data)}")
     if results["tasks"]:
         print(tasks_table(results["tasks"]))
     for text in results.get("samples", []):
-        print(f"\n{harmless(text)}")
+        print(f"\n{without_blank_runs(harmless(text))}")
     chosen = run
     if results.get("best"):
         chosen = run / results["best"]["path"]
         print(f"\nthe best step: {best_in(results)}")
-    print(f"\nnext:\n  python adapt.py chat {chosen}")
-    if (run / "manifest.json").is_file():  # it says which text was held out
-        print(f"  python eval.py {chosen}")
+    print_next(run, chosen)
 
 
 # ---- Show ----------------------------------------------------------------------------------------

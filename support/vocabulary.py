@@ -56,6 +56,9 @@ def ids_of_tokenizer(name):
     Those of `bpe:N` are known before it is trained. UserError if a tokenizer's file is not there.
     """
     kind, _, size = name.partition(":")
+    if name.isdecimal() and not Path(name).exists():
+        raise UserError(f"tokenizer={name}: write --tokenizer=bpe:{name}, which trains one of "
+                        f"{int(name):,} ids")
     if kind == "bpe":
         if not size.isdecimal() or int(size) < LEAST_IDS:  # "²".isdigit(), but int takes decimals
             raise UserError(f"tokenizer={name}: write bpe:N, N ids and at least {LEAST_IDS}, such "

@@ -35,6 +35,11 @@ def pytest_configure(config):
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_make_parametrize_id(val):
+    """A test has the same name in each process of pytest-xdist; what gzip packs holds the time."""
+    return "gzip" if isinstance(val, bytes) and val.startswith(b"\x1f\x8b") else None
+
+
 @pytest.fixture(autouse=True)
 def same_random_numbers():
     """A test draws the same numbers alone as in the suite; NANOLMO_TEST_SEED draws others."""
@@ -406,12 +411,14 @@ def forked(log, main, *words, env=None, before=lambda: None):
     before: called in the new process. What it prints is appended to the file `log`.
 
     # subtle: a lock that another thread of this process holds is held for ever in the fork, so no
-    # thread may be at work here. Those of OpenMP, pyarrow and tqdm, which wait, do no harm.
+    # thread may be at work here. Those of OpenMP, pyarrow, tqdm and pytest-xdist, which wait, do no
+    # harm.
     """
     import torch
     from support.command import run_main
 
     def child():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a test may have left its own
         sys.stdout = sys.stderr = open(log, "a", buffering=1)
         faulthandler.enable(sys.stderr)
         # subtle: OpenMP's threads stay in the parent, and the child would wait for them for ever

@@ -22,8 +22,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import (ROOT, end_of, official_order, refusal, rows, same_weights, saved_steps, say,
-                      steps, torchrun, write_lines)
+from conftest import (ROOT, end_of, forked_ranks, official_order, refusal, rows, same_weights,
+                      saved_steps, say, steps, torchrun, write_lines)
 
 import adapt
 import data
@@ -465,15 +465,7 @@ def test_what_makes_packed_rows_fast_changes_no_loss_and_no_gradient(method, com
     same(found, wanted, 2e-6)
 
 
-RANKS = """
-import sys
-sys.path[:0] = {paths!r}
-import test_adapt
-test_adapt.compare_as_a_rank()
-"""
-
-
-def compare_as_a_rank():
+def compare_as_a_rank(argv):
     """In one of two ranks: 7 examples, so that one row of a rank only fills up; sharded."""
     dist.init_process_group("gloo")
     for method in METHODS:
@@ -494,11 +486,9 @@ def compare_as_a_rank():
 
 
 def test_two_ranks_have_the_gradient_of_one(tmp_path):
-    file = tmp_path / "script.py"
-    file.write_text(RANKS.format(paths=[str(ROOT), str(ROOT / "tests")]))
-    code, stdout, stderr = end_of(torchrun(2, file=file))
-    assert code == 0, stderr[-3000:]
-    assert "rank 0 agrees" in stdout and "rank 1 agrees" in stdout
+    codes, printed = forked_ranks(2, tmp_path / "log", compare_as_a_rank)
+    assert codes == [0, 0], printed[-3000:]
+    assert "rank 0 agrees" in printed and "rank 1 agrees" in printed
 
 
 # ---- The loss of DPO -----------------------------------------------------------------------------
@@ -1408,8 +1398,8 @@ def test_the_embedded_sets_are_sound_large_and_the_same_each_time():
             assert checked_preference(pair, name)
             assert pair["chosen"] == answers[name.rpartition(" ")[0]] != pair["rejected"]
         said[held_out] = set(answers.values())
-        assert list(stdlib_chats(held_out, 0.05)) == chats
-        assert list(stdlib_preferences(held_out, 0.05)) == pairs
+    assert list(stdlib_chats(True, 0.05)) == chats
+    assert list(stdlib_preferences(True, 0.05)) == pairs
     # docstrings that differ can begin alike (cmd, pdb), and an answer is a beginning
     assert not said[True] & said[False]
 

@@ -287,7 +287,7 @@ def test_a_start_that_cannot_be_is_one_line_before_the_data_is_built(
     refused(begin("--start_from=allenai/OLMo-1B-hf"), "start_from=allenai/OLMo-1B-hf", tmp_path,
             "hf download allenai/OLMo-1B-hf", "name OLMo-1B-hf")
     refused(call(evaluation, "allenai/OLMo-1B-hf"), "hf download allenai/OLMo-1B-hf")
-    refused(begin("--start_from=~/OUT"), "$HOME/OUT")
+    refused(call(evaluation, "~/OUT"), "$HOME/OUT")
     refused(begin("--start_from=runs/tiny"), "name a run")
     refused(begin("--start_from=nowhere", new), "start_from=nowhere", tmp_path, "no such")
     refused(begin(f"--start_from={exported / 'config.json'}", new), "a file; name its directory")

@@ -122,15 +122,17 @@ def test_a_run_whose_output_goes_nowhere_is_finished(tmp_path, tiny_config):
     """With an ASCII terminal, a full disk under stdout, and a directory whose name is no UTF-8."""
     run = tmp_path / os.fsdecode(b"caf\xe9")
     config = tiny_config(tmp_path / "config", max_steps=4, eval_every_steps=2)
-    command = [sys.executable, ROOT / "train.py", config, f"--run_dir={run}"]
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict", "OMP_NUM_THREADS": "1"}
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=environment)
-    assert done.returncode == 0, done.stderr
+    data.main([str(config)])  # in a fork of a test no workers can be started
+    log, out = tmp_path / "log", tmp_path / "out"
+
+    def ends_well(place, main, *words):
+        def print_to_it():
+            sys.stdout = open(place, "w", encoding="ascii")
+        return joined(forked(log, main, *words, before=print_to_it)) == 0
+    assert ends_well("/dev/full", train.main, config, f"--run_dir={run}"), log.read_text()
     assert saved_steps(run) == [4] and len(rows(run)) == 4
-    done = subprocess.run([sys.executable, ROOT / "eval.py", run], capture_output=True,
-                          env=environment)
-    assert done.returncode == 0 and b"web" in done.stdout and b"Traceback" not in done.stderr
+    assert ends_well(out, e.main, run) and "web" in out.read_text(), log.read_text()
+    assert "Traceback" not in log.read_text()
 
 
 def test_what_is_no_text_is_one_line(copied, call, refused):

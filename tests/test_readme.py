@@ -12,9 +12,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from conftest import EXPLAINS, end_of
+from conftest import EXPLAINS
 from adapt import AdaptConfig
 from configs import load_config
+from corpus.funnel import funnel_rows
 from corpus.rules import DEDUPLICATIONS, RULES
 from data import DataConfig
 from eval import EvalConfig
@@ -62,7 +63,8 @@ SMALL_TRAINING = ["--max_steps=2", "--eval_every_steps=0", "--compile=false", "-
 def shrunk(words):
     """The same command at a size that takes a second or two; the last value of an option counts."""
     starts = any(word.startswith("configs/") for word in words)
-    is_own = "mine.py" in words  # the reader's text, which is small
+    # the reader's text is small
+    is_own = any(word == "mine.py" or word.startswith("--sources=") for word in words)
     if "train.py" in words and starts and "--plan" not in words:
         return [*words, *SMALL_DATA * (not is_own), *SMALL_TRAINING]
     if "--resume=runs/two" in words:
@@ -91,9 +93,12 @@ def can_run(words):
     return all(find_spec(package) for name, package in needed.items() if name in text)
 
 
-# A process that imports everything once, then forks for each command and runs its file.
+# A process that imports everything once, then forks for each command and runs its file, for
+# torchrun in several ranks, as forked_ranks does. test_scale.py starts torchrun itself.
 SERVER = """
 import gc, json, os, runpy, sys
+from torch.distributed import TCPStore
+from torch.distributed.run import get_args_parser
 import adapt, corpus.trace, support.report, scaling.plan
 gc.freeze()  # without this, the end of each child spends 0.7 s on collecting modules
 for line in sys.stdin:
@@ -104,6 +109,23 @@ for line in sys.stdin:
         os.dup2(log, 1)
         os.dup2(log, 2)
         sys.argv = json.loads(line)
+        if sys.argv[0] == "torchrun":
+            asked = get_args_parser().parse_args(sys.argv[1:])
+            sys.argv = [asked.training_script, *asked.training_script_args]
+            ranks, port = int(asked.nproc_per_node), os.pipe()
+            children = []
+            for rank in range(ranks):
+                children.append(os.fork())
+                if children[-1] == 0:
+                    break
+            else:
+                store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+                os.write(port[1], ranks * f"{store.port:6}".encode())
+                os._exit(any(os.wait()[1] for _ in children))  # after an error the others leave
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
+                              LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="localhost",
+                              MASTER_PORT=os.read(port[0], 6).decode().strip(),
+                              TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RUN_ID="none")
         runpy.run_path(sys.argv[0], run_name="__main__")
         raise AssertionError("every main file ends with sys.exit")
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
@@ -132,12 +154,8 @@ def run(tmp_path):
     server = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, **options)
 
     def start(words):
-        if words[0] == "torchrun":
-            with subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *words[1:]],
-                                  stderr=subprocess.STDOUT, **options) as process:
-                return end_of(process)[:2]
-        assert words[0] == "python", words
-        server.stdin.write(json.dumps(words[1:]) + "\n")
+        assert words[0] in ("python", "torchrun"), words
+        server.stdin.write(json.dumps(words[words[0] == "python":]) + "\n")
         server.stdin.flush()
         code = int(server.stdout.readline())
         return code, (tmp_path / "log").read_text(errors="replace")
@@ -243,6 +261,12 @@ def test_every_rule_is_listed():
     table = DOCS["data.md"].split("| rule |")[1].split("\n\n")[0]
     named = set(re.findall(r"`(\w+)`", table)) - {"LANGUAGE_SCORERS", "CONTENT_SCORERS"}
     assert named == {*RULES, *DEDUPLICATIONS} - {"empty"}
+    # and the rows of the funnel that are no rules; a rule that acted is a row of its own
+    table = DOCS["data.md"].split("| row |")[1].split("\n\n")[0]
+    acted = ("decontaminate:SET", "empty", "leaked")
+    counts = {"by_rule": dict.fromkeys(acted, {"dropped": 1})}
+    rows = {label.strip().removesuffix(" dropped") for label, _ in funnel_rows({"mine": counts})}
+    assert set(re.findall(r"`(.+?)`", table)) == rows - {""}
 
 
 def marks():

@@ -31,7 +31,7 @@ from support.measured import after_their_bases, numbers, read_evaluations, read_
 from support.panels import (clip_limit, domain_panels, runs_by_method, task_panels,
                             training_panels)
 from support.page import STYLE, escaped
-from support.pictures import Look, Panel, draw, drawing, looks_of
+from support.pictures import Look, Panel, draw, drawing, grid, looks_of
 from support.records import cell, domains_table, keys_recorded, record, tasks_table
 from support.report import report, settings_part
 from support.runs_table import SEED_SPREAD, trained_on
@@ -664,6 +664,19 @@ def test_the_held_out_curve_of_a_tuned_run_begins_at_the_end_of_its_base(tuned_r
     assert shown["web"] == {"run": own} and shown["web; tuned"] == {"dpo": own}
 
 
+def test_a_number_that_the_first_run_lacks_stands_beside_its_kind(two_runs, monkeypatch):
+    monkeypatch.setattr(report_module, "drawing", lambda: None)
+    run, other, _ = two_runs
+    text = (other / "eval.jsonl").read_text()
+    (other / "eval.jsonl").write_text(text.replace('"made_up"', '"later"'))
+    text = (other / "metrics.jsonl").read_text()
+    (other / "metrics.jsonl").write_text(text.replace('"made_up"', '"later"'))
+    names = re.findall("<tr><td>(.*?)<td>", report([run, other]).read_text().split("<h2>")[0])
+    place = names.index("made_up")
+    assert names[place:place + 3] == ["made_up", "later", "minutes of training"]
+    assert "later" not in report([run]).read_text()
+
+
 def test_runs_that_name_each_other_as_their_base_end(tuned_runs):
     """As only an edited file can make them."""
     _, chats, pairs = tuned_runs
@@ -682,6 +695,19 @@ def test_the_page_says_where_the_curves_of_tuned_runs_begin(tuned_runs, monkeypa
     assert "The tokens of dpo are those of tuning alone" in said
     said = report([base]).read_text()
     assert "its base" not in said and "the base" not in said
+
+
+def test_a_legend_names_the_runs_that_are_drawn(tuned_runs):
+    """One alone too, where the page is about several."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    looks = looks_of(tuned_runs)
+    base, chats, _ = looks
+    panels = [Panel("title", {chats: ([9], [2.0])})]
+    [names] = re.findall("<p class=legend>(.*?)</p>", grid(pyplot, panels, looks))
+    assert "sft" in names and "run" not in names and "dpo" not in names
+    panels = [Panel("title", {base: ([9], [2.0])})]
+    assert "legend" not in grid(pyplot, panels, looks_of(tuned_runs[:1]))
+    assert grid(pyplot, iter([]), looks) == ""
 
 
 @pytest.mark.parametrize("most", [3, 2012, 123_456, 17_800_000, 2.5e9, 2.46e12])

@@ -132,12 +132,14 @@ def trained_hf(trained, tmp_path_factory):
 # ---- The tokenizers, real and trained ------------------------------------------------------
 
 def test_real_tokenizers_give_hf_ids_on_5_mb_and_with_specials_as_text(real):
-    """4.5 MB of code and docs and 1 MB of fuzz: not one document with another id.
+    """4.5 MB of code and docs and 1 MB of fuzz: not one document with another id. A tenth of the
+    docs for the sibling, which differs in three ids.
 
     HF cuts specials out before NFC, which would join > and U+0338 into one character.
     """
-    texts = [text for source in SOURCES for text in library_text(source, 2 * MB)] + fuzz()
-    assert sum(len(text.encode()) for text in texts) > 5 * MB
+    size = 2 * MB if real[0].eos_token_id == 50279 else MB // 5
+    texts = [text for source in SOURCES for text in library_text(source, size)] + fuzz()
+    assert sum(len(text.encode()) for text in texts) > 2.5 * size
     assert mismatches(*real, [*texts, f"a{EOS}\u0338b", f"a{PAD}\u0338b"], specials=True) == []
     assert mismatches(*real, fuzz(), specials=False) == []
 

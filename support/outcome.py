@@ -1,0 +1,106 @@
+"""What a run says at its end: what tuning changed, and which commands come next."""
+
+import re
+
+from support.files import free_name, log_rows, read_json
+from support.hf_tokenizer import template_of
+from support.records import aligned, bits_per_byte
+
+
+# ---- Before and after tuning ---------------------------------------------------------------------
+
+def answer_numbers(tuned):
+    """{what: value, as text} of the numbers of held-out answers (support/held_out.py)."""
+    numbers = {}
+    if "loss" in tuned:
+        numbers["nats per token"] = f"{tuned['loss']:.4f} +- {tuned['loss_error']:.4f}"
+    if "dpo_loss" in tuned:
+        error = 100 * tuned["accuracy_error"]
+        numbers["DPO loss"] = f"{tuned['dpo_loss']:.4f}"
+        numbers["chosen answer is likelier"] = f"{tuned['accuracy']:.1%} +- {error:.1f}"
+        numbers["reward accuracy"] = f"{tuned['reward_accuracy']:.1%}"
+        numbers["reward margin"] = f"{tuned['reward_margin']:.4f}"
+    if "ended" in tuned:
+        numbers["answers that end"] = f"{tuned['ended']:.1%}"
+    return numbers
+
+
+def tuning_table(run, results, eval_data):
+    """What was measured before a tuning and after it, as text."""
+    first = next((row for row in log_rows(run, "metrics.jsonl") if row["kind"] == "eval"), results)
+    columns = {"before": first, "after": results}
+    answers = [answer_numbers(column.get("tuned", {})) for column in columns.values()]
+    bits = [{name: f"{bits_per_byte(sums):.4f}" for name, sums in column["sums"].items()}
+            for column in columns.values()]
+    rows = []
+    for title, (before, after) in ((f"held-out answers of {eval_data}", answers),
+                                   ("bits per byte of text", bits)):
+        if after:
+            rows.append([title, *columns])
+            rows += [[f"  {name}", before.get(name, "-"), after[name]] for name in after]
+    lines = aligned(rows, left=[0])
+    if results["sums"]:
+        lines.append("fewer bits are better; a rise is what tuning made the model forget")
+    return "\n".join(lines)
+
+
+def without_blank_runs(text):
+    """A sample for the screen: four blank lines or more in a row become a line that counts them."""
+    return re.sub(r"\n(\s*\n){4,}", lambda run: f"\n[{run[0].count(chr(10)) - 1} blank lines]\n",
+                  text)
+
+
+# ---- What comes next -----------------------------------------------------------------------------
+
+def print_next(run, chosen):
+    """The commands that a reader may want after a run. chosen: the run, or its best step."""
+    settings = read_json(run / "config.json")
+    method = settings.get("method")
+    dpo = tuning_command("dpo", run, chosen, settings)
+    sft = tuning_command("sft", run, chosen, settings)
+    report = f"python eval.py report {run}"
+    chat = f"python adapt.py chat {chosen}"
+    if method == "sft":
+        commands = [chat, dpo, report]
+    elif method == "dpo":
+        commands = [chat, report, f"python model.py export {chosen} {free_name(f'{run}-hf')}"]
+    else:
+        sample = f"python eval.py sample {chosen} --prompt={example_prompt(settings)}"
+        commands = [f"python eval.py {chosen}", sample, report, sft]
+    print("\nnext:", *commands, sep="\n  ")
+
+
+def example_prompt(settings):
+    """A prompt that fits the text of a run, quoted: some Python, or whatever the user writes."""
+    is_python = "stdlib" in str(settings.get("sources"))
+    return '"def read_"' if is_python else '"THE BEGINNING OF A TEXT"'
+
+
+def tuning_command(method, run, start_from, settings):
+    """The command that tunes a model: SFT of a base model, or DPO of what SFT has made of it.
+
+    run: its directory. settings: of its config; from elsewhere, at least its d_model.
+    """
+    size = settings["d_model"]
+    config = f"configs/{'tiny' if size < 1024 else 'olmo_7b'}_{method}.py"
+    if 1024 <= size < 4096:
+        config += f" configs/olmo_1b_{method}.py"
+    data = settings.get("train_data", str(settings.get("sources", "stdlib")))
+    file = "chats" if method == "sft" else "preferences"
+    own = f" --train_data={file}.jsonl --eval_data=" if "stdlib" not in data else ""
+    name = free_name(f"{str(run).removesuffix('_sft')}_{method}")
+    return f"python adapt.py {config} --start_from={start_from}{own} --run_dir={name}"
+
+
+def say_if_untuned(path, home, **known):
+    """Two lines about a model that was never tuned on chats: what it does, and how to tune it.
+
+    home: its directory, of which `path` may be a step. known: settings that tuning_command needs.
+    """
+    if template_of(home) is not None:
+        return
+    config = home / "config.json"
+    settings = (read_json(config) if config.is_file() else {}) | known
+    print(f"warning: {path} was never tuned on chats, as far as its files say: it continues the "
+          "text and does not answer. SFT teaches it to answer:\n"
+          f"  {tuning_command('sft', home, path, settings)}")
