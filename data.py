@@ -81,7 +81,7 @@ class DataConfig:
         "the web.")
     eval_share: float = setting(
         0.05, "Share of the groups (modules, topics; else documents) held out, by their hash; "
-        "the end of a source that is one text.")
+        "of a source that is one text, its end.")
 
     # the mix and its tokens
     mix_tokens: int = setting(

@@ -72,7 +72,7 @@ def difference_of(path, known, data_dir):
     """What differs of the files at `path`, by name and digest, from those `known`; "" if nothing.
     """
     if path == "stdlib":
-        return "" if known == sys.version else f"of Python {known.split()[0]}"
+        return "" if known == sys.version else f"built of the library of Python {known.split()[0]}"
     if not is_there(path):
         return f"{path} is gone"
     if known and len(known[0]) == 3:  # (path, size, time), until built data kept digests

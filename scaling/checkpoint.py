@@ -314,7 +314,8 @@ def write_own_slices(folder, tensors):
             dcp.save(tensors, checkpoint_id=folder)
         return describe_files(folder.glob(f"__{rank()}_*")), None
     except (OSError, CheckpointException) as error:
-        return {}, root_cause(error)
+        cause, _, _ = root_cause(error).partition("; ")  # finish_checkpoint has its own remedy
+        return {}, cause
 
 
 def finish_checkpoint(path, aside, state, everyone):
@@ -334,7 +335,7 @@ def finish_checkpoint(path, aside, state, everyone):
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(f"{path}: the checkpoint could not be written ({error}); "
-                        f"{disk_remedy(error)}: it continues from the checkpoint before it"
+                        f"{disk_remedy(error)}. The run goes on from the checkpoint before it"
                         ) from None
 
 

@@ -1,6 +1,6 @@
 """When memory runs out in a run: where it was, and which options are left there.
 
-The order is that of docs/scale.md. No remedy changes a result beyond rounding, the last ones aside.
+The order is that of docs/scale.md. No option changes a result beyond rounding.
 """
 
 from scaling.machine import choose_micro_batch
@@ -11,7 +11,7 @@ from support.tuned import choose_rows
 POLICIES = ("one_in_two", "fine_grained", "whole_layer")  # from fast to small
 
 
-def memory_left_to_save(run):
+def where_and_remedies(run):
     """Returns (where, remedies) of a Run, as support/memory.py takes them."""
     config = run.config
     seq_len = run.model_config.max_seq_len

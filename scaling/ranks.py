@@ -28,7 +28,7 @@ from support.settings import print_settings
 
 WAIT_IN_SILENCE_S = 10  # after so long, rank 0 says for which ranks it waits
 ALONE = {"show", "chat", "generate"}  # of adapt.py; several processes would write one file
-TOLD = []  # the store in which a rank other than 0 notes that it prints an error of its own
+STORES = []  # the store in which a rank other than 0 notes that it prints an error of its own
 ERROR_GRACE_S = 3  # how long a rank other than 0 waits before it prints an error of its own
 
 
@@ -110,7 +110,7 @@ def setup_distributed(name):
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         try:
             group = fresh_rendezvous()
-            TOLD.append(group["store"])
+            STORES.append(group["store"])
             dist.init_process_group(backend, timeout=timedelta(minutes=10), **group)
         except dist.DistError as error:
             place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -180,7 +180,7 @@ def on_all_ranks(main):
             if own_rank > 0:
                 time.sleep(ERROR_GRACE_S)
                 with suppress(dist.DistError):
-                    for store in TOLD:
+                    for store in STORES:
                         store.set("an error is told", "")
             raise
         finally:
@@ -207,7 +207,7 @@ def named_loss():
             raise
         is_told = False
         with suppress(dist.DistError):  # the store has ended with the other rank
-            is_told = TOLD[0].check(["an error is told"])
+            is_told = STORES[0].check(["an error is told"])
         if not is_told:
             print(f"error: rank {rank()}: another rank has ended ({found[0]}). Its own error says "
                   "why; if torchrun names its exitcode -9 below, it was killed, as happens when "

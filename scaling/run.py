@@ -20,7 +20,7 @@ from scaling.kept import Kept, check_comparable
 from scaling.log import (Log, Pace, Window, has_bar, perplexity, say_evaluation, say_row,
                          say_slow_step)
 from scaling.machine import PowerMeter, carbon_kg, energy_line, flops_per_token, peak_memory
-from scaling.memory import memory_left_to_save
+from scaling.memory import where_and_remedies
 from scaling.ranks import (batch_hash, check_agreement, largest, on_rank0, rank, reduce_sum,
                            world_size)
 from scaling.signals import STOPPED_AT_ONCE, StopSignal
@@ -115,7 +115,8 @@ class Run:
         is_finished = self.step == self.config.max_steps and not self.lacks_evaluation
         if is_finished:
             print(f"{self.path}: finished, at step {self.step} of {self.config.max_steps}; to go "
-                  "on, raise --max_steps (in adapt.py: --epochs)")
+                  "on, raise --max_steps (in adapt.py: --epochs, with "
+                  "--accept_changes)")
         return is_finished
 
     def load(self, model, optimizer):
@@ -157,7 +158,7 @@ class Run:
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             error.add_note(STOPPED_AT_ONCE)
         if error and is_lack_of_memory(error):
-            raise UserError(about_memory(error, *memory_left_to_save(self))) from None
+            raise UserError(about_memory(error, *where_and_remedies(self))) from None
 
     def steps(self):
         """Yield the number of each step to take, the same on all ranks.

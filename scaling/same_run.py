@@ -132,8 +132,11 @@ def check_data(place, saved, fingerprint, config):
             remedy = "take its weights alone (--fresh_optimizer), or use"
         texts = changed_sources(run_of(place), saved["config"], differing(saved, fingerprint))
         said = "; ".join(texts + changes)
-        raise UserError(f"{place}: its data has changed ({said}); restore the text, "
-                        f"or the data that was built of it, or {remedy} --accept_changes")
+        restore = "restore the text, or the data that was built of it, or"
+        if "train_data" in saved["config"]:  # of a tuning
+            restore = "restore it, or"
+        raise UserError(f"{place}: its data has changed ({said}); {restore} {remedy} "
+                        "--accept_changes")
 
 
 def changed_sources(run, settings, keys):
@@ -144,8 +147,9 @@ def changed_sources(run, settings, keys):
     if settings.get("train_data"):  # of a tuning; the manifest beside it is its base's
         held_out = settings.get("eval_data")
         also = f" or eval_data={held_out}" if held_out else ""
-        said = f"other rows in train_data={settings['train_data']}{also}"
-        return [said] if "data_sha256" in keys else []
+        base = f"start_from={settings['start_from']} has other weights, such as a later step's"
+        rows = f"other rows in train_data={settings['train_data']}{also}"
+        return [base] * ("base_sha256" in keys) + [rows] * ("data_sha256" in keys)
     if not (run / "manifest.json").is_file():
         return []
     return changed_texts(run, settings["data_dir"])

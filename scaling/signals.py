@@ -12,7 +12,8 @@ from tqdm import tqdm
 from scaling.ranks import world_size
 
 
-STOPPED_AT_ONCE = "stopped at once; the same command continues after the newest checkpoint"
+STOPPED_AT_ONCE = ("stopped at once; the same command goes on from the newest checkpoint, or "
+                   "begins again where there is none")
 
 
 class StopSignal:

@@ -9,6 +9,7 @@ import time
 import torch
 
 from corpus.documents import print_line
+from scaling.checkpoint import step_directories, step_of
 from scaling.code_files import code_version, main_files
 from scaling.machine import choose_dtype, cpu_flags
 from scaling.ranks import agree_on_compile, on_rank0, world_size
@@ -43,19 +44,21 @@ def note_row(path, row):
     """Append the row of a start, and say what has changed in the code since the one before."""
     changed = changed_files(path)
     if changed:
-        print(f"the code has changed since the run's last start: {', '.join(changed)}")
+        print(f"the code has changed since the run's last saved step: {', '.join(changed)}")
     append_row(path / "starts.jsonl", row)
 
 
 def noted_files(run):
-    """The main_files of a run's newest start; {} if it noted none."""
+    """The main_files of the newest start from which a step was saved; {} if it noted none."""
     starts = list(log_rows(run, "starts.jsonl"))
+    newest_step = max(map(step_of, step_directories(run)), default=0)
+    starts = [start for start in starts if start["step"] < newest_step] or starts
     noted = starts[-1].get("files") if starts else None
     return noted if isinstance(noted, dict) else {}
 
 
 def changed_files(run):
-    """The names of the main files that are not as the run's newest start noted them."""
+    """The names of the main files that are not as noted_files has them."""
     noted = noted_files(run)
     return [name for name, digest in main_files().items() if noted.get(name, digest) != digest]
 

@@ -69,7 +69,7 @@ def is_lack_of_memory(error):
 def about_memory(error, where="", remedies=()):
     """One line about a lack of memory."""
     text = str(error)
-    amount = re.search(r"llocate (\d[\w.]* ?\w+)", text)
+    amount = re.search(r"llocate (\d[\d.]* (?:bytes|[KMGTP]i?B))", text)
     share = bytes_of(amount[1]) / whole_memory(text) if amount else 0
     found = [each.words(share) if isinstance(each, Half) else each for each in remedies]
     options = [words for words in found if words]
@@ -97,7 +97,7 @@ def bytes_of(amount):
 
 def whole_memory(text):
     """The bytes of a GPU, as torch's message names them, or of this machine."""
-    capacity = re.search(r"total capacity of (\d[\w.]* ?\w+)", text)
+    capacity = re.search(r"total capacity of (\d[\d.]* [KMGTP]i?B)", text)
     if capacity:
         return bytes_of(capacity[1])
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

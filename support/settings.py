@@ -18,7 +18,7 @@ def print_settings(config, settings):
     saved = Path(config.run_dir) / "config.json"
     before = read_json(saved) if saved.is_file() and not config.overwrite else {}
     if "run_dir" not in before:  # no run of ours is there yet
-        print(f"config: all settings, saved in {saved}")
+        print(f"config: all settings, which {saved} keeps")
         for name, values in grouped(settings).items():
             print(textwrap.fill(f"{name}: {', '.join(values)}", 100, initial_indent="  ",
                                 subsequent_indent="    ", break_on_hyphens=False))

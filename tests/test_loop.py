@@ -21,9 +21,10 @@ from corpus.tokenizer import Tokenizer
 from scaling import boards
 from scaling.boards import numbers_of
 from scaling.kept import Kept
-from scaling.log import Pace, Window, example_prompt, say_warmup
+from scaling.log import Pace, Window, say_warmup
 from support.command import Output
 from support.files import UserError, log_rows, write_rows
+from support.outcome import example_prompt
 from support.prompts import open_prompts, read_prompts
 
 WANDB = importlib.util.find_spec("wandb") is not None
@@ -331,7 +332,7 @@ def test_a_run_keeps_its_best_step_and_says_which_it_is(tmp_path, tiny_config, c
     assert rows(run, "eval")[-1]["best"]["step"] == best
     place = run / f"step{best:06d}"
     assert f"the best step: {place.name}, bits per byte (macro) {macro[best]:.4f}" in result.stdout
-    assert f"python model.py export {place} {run}-hf" in result.stdout
+    assert f"--start_from={place} --train_data=" in result.stdout
     assert call(evaluation, place).returncode == 0
     row = json.loads((run / "eval.jsonl").read_text().splitlines()[-1])
     assert sum(row["bits_per_byte"].values()) / 2 == pytest.approx(macro[best], rel=1e-6)
@@ -519,7 +520,7 @@ def test_changed_code_is_named_at_a_resume_and_where_weights_are_loaded(copied, 
     said = f"{copied}: model.py has changed since this run was trained"
     assert call(evaluation, copied).stdout.count(said) == 1
     resumed = call(train, f"--resume={copied}", "--max_steps=21", "--eval_every_steps=0").stdout
-    assert "the code has changed since the run's last start: model.py, adapt.py\n" in resumed
+    assert "the code has changed since the run's last saved step: model.py, adapt.py\n" in resumed
     print_line.cache_clear()
     assert said not in call(evaluation, copied).stdout  # today's code has trained it too
     (copied / "starts.jsonl").write_text(json.dumps(changed) + "\n")
@@ -556,6 +557,5 @@ def test_of_several_ranks_one_speaks(tmp_path, finished, tiny_config, offline):
 
 
 @pytest.mark.parametrize("path, prompt", [("stdlib", '"def read_"'), ("poems", '"THE BEGINNING')])
-def test_the_prompt_that_is_proposed_fits_the_text(tmp_path, path, prompt):
-    (tmp_path / "config.json").write_text(json.dumps({"sources": {"s": {"path": path}}}))
-    assert example_prompt(tmp_path).startswith(prompt)
+def test_the_prompt_that_is_proposed_fits_the_text(path, prompt):
+    assert example_prompt({"sources": {"s": {"path": path}}}).startswith(prompt)

@@ -139,7 +139,7 @@ def test_a_rank_that_has_lost_another_says_it_in_one_line(monkeypatch, capsys, i
         raise SystemExit(code)
     monkeypatch.setattr(ranks.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(ranks.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(ranks, "TOLD", [SimpleNamespace(check=lambda keys: is_told)])
+    monkeypatch.setattr(ranks, "STORES", [SimpleNamespace(check=lambda keys: is_told)])
     monkeypatch.setattr(ranks.time, "sleep", waits.append)
     monkeypatch.setattr(ranks.os, "_exit", end)
     with pytest.raises(SystemExit, match="1"), ranks.named_loss():

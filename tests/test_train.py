@@ -481,7 +481,7 @@ def test_a_run_that_was_stopped_before_its_first_step_is_begun(tmp_path, tiny_co
         with monkeypatch.context() as patch:
             patch.setattr(train, "train_step", interrupted)
             stopped = call(train, *words)
-        assert stopped.returncode == 130 and stopped.stderr.count("same command continues") == 1
+        assert stopped.returncode == 130 and stopped.stderr.count("the same command") == 1
     assert call(train, f"--resume={run}").returncode == 0 and saved_steps(run) == [2]
     shutil.rmtree(run / "step000002")
     assert "holds no step" in call(train, f"--resume={run}").stderr
@@ -693,7 +693,7 @@ def test_settings_and_funnel_are_printed_whole_once_and_then_what_changed(tiny_c
     assert "documents in" in whole
     config, _, funnel, *_ = call(train, file).stdout.splitlines()
     assert config == f"config: as in {tmp_path / 'run' / 'config.json'}"
-    assert "as before" in funnel and f"data.py --resume={tmp_path / 'run'}" in funnel
+    assert "as before" in funnel and f"eval.py report {tmp_path / 'run'}" in funnel
     config, *_ = call(train, file, "--max_steps=2").stdout.splitlines()
     assert config.endswith("config.json, except max_steps=2 (before: 1)")
     assert "documents in" in call(train, file, "--overwrite").stdout
