@@ -21,7 +21,7 @@ from corpus.trace import held_out_of
 from model import ModelConfig
 from scaling.log import Log
 from scaling.machine import flops_per_token
-from scaling.ranks import code_version
+from scaling.code_files import code_version
 from support import progress
 from support import records as records_module
 from support import report as report_module
