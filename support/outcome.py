@@ -27,10 +27,11 @@ def answer_numbers(tuned):
 
 def tuning_table(run, results, eval_data):
     """What was measured before a tuning and after it, as text."""
-    first = next((row for row in log_rows(run, "metrics.jsonl") if row["kind"] == "eval"), results)
+    first = next((row for row in log_rows(run, "metrics.jsonl") if row.get("kind") == "eval"),
+                 results)
     columns = {"before": first, "after": results}
     answers = [answer_numbers(column.get("tuned", {})) for column in columns.values()]
-    bits = [{name: f"{bits_per_byte(sums):.4f}" for name, sums in column["sums"].items()}
+    bits = [{name: f"{bits_per_byte(sums):.4f}" for name, sums in column.get("sums", {}).items()}
             for column in columns.values()]
     rows = []
     for title, (before, after) in ((f"held-out answers of {eval_data}", answers),
