@@ -36,8 +36,8 @@ from scaling.plan import PlanConfig, print_plan, say_unused
 from scaling.ranks import (agree_on_machine, on_all_ranks, on_rank0, rank, reduce_sum,
                            setup_distributed, world_size)
 from scaling.run import Run, deadline_after
+from scaling.run_data import BUILD_PATIENCE, data_for_run
 from scaling.sharding import full_tensor, init_own_parts, shard_model, sync_gradients
-from scaling.start import BUILD_PATIENCE, data_for_run
 from support.prompts import draw_samples, open_prompts
 from support.suites import check_suites, open_suites
 from support.vocabulary import open_tokenizer

@@ -19,7 +19,7 @@ import time
 from configs import ROOT
 from experiments.corpora import write_corpora
 from experiments.results import figures_of
-from scaling.ranks import PARTS, code_version
+from scaling.code_files import PARTS, code_version
 from support.files import UserError, file_sha256, read_json, to_json, write_json
 
 FOLDERS = ("configs", *PARTS)

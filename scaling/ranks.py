@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 import uuid
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -20,16 +20,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from configs import ROOT
 from scaling.boards import check_boards
+from scaling.code_files import code_version
 from scaling.machine import choose_compile, choose_device, choose_dtype, keep_freed_memory
-from support.files import UserError, file_sha256
+from support.files import UserError
 from support.settings import print_settings
 
 WAIT_IN_SILENCE_S = 10  # after so long, rank 0 says for which ranks it waits
 ALONE = {"show", "chat", "generate"}  # of adapt.py; several processes would write one file
-MAIN_FILES = ("model.py", "data.py", "train.py", "eval.py", "adapt.py", "configs/__init__.py")
-PARTS = ("corpus", "scaling", "support")  # folders of code
 TOLD = []  # the store in which a rank other than 0 notes that it prints an error of its own
 ERROR_GRACE_S = 3  # how long a rank other than 0 waits before it prints an error of its own
 
@@ -181,8 +179,9 @@ def on_all_ranks(main):
             # grace time. If not, this rank must print it.
             if own_rank > 0:
                 time.sleep(ERROR_GRACE_S)
-                for store in TOLD:
-                    store.set("an error is told", "")
+                with suppress(dist.DistError):
+                    for store in TOLD:
+                        store.set("an error is told", "")
             raise
         finally:
             run.had_group = dist.is_initialized()  # for run_main
@@ -195,18 +194,26 @@ def on_all_ranks(main):
 
 @contextmanager
 def named_loss():
-    """Around a rank's work: a lost connection to another rank is a UserError and no traceback."""
+    """Around a rank's work: a lost connection to another rank ends it with a line, no traceback.
+
+    # subtle: not at once. torchrun looks ten times a second, and is to name the rank that ended
+    # first; it then ends this one.
+    """
     try:
         yield
     except RuntimeError as error:
         found = re.search("(reset|closed) by peer|Broken pipe|remote process exited", str(error))
         if not (dist.is_initialized() and found):
             raise
-        if TOLD[0].check(["an error is told"]):
-            time.sleep(ERROR_GRACE_S)  # meanwhile torchrun ends this rank
-        raise UserError(f"rank {rank()}: another rank has ended ({found[0]}). Its own error says "
-                        "why; if torchrun names its exitcode -9 below, it was killed, as happens "
-                        "when memory runs out") from None
+        is_told = False
+        with suppress(dist.DistError):  # the store has ended with the other rank
+            is_told = TOLD[0].check(["an error is told"])
+        if not is_told:
+            print(f"error: rank {rank()}: another rank has ended ({found[0]}). Its own error says "
+                  "why; if torchrun names its exitcode -9 below, it was killed, as happens when "
+                  "memory runs out", file=sys.stderr, flush=True)
+        time.sleep(ERROR_GRACE_S)
+        os._exit(1)
 
 
 # ---- Collectives ---------------------------------------------------------------------------------
@@ -320,18 +327,6 @@ def agree_on_compile(config, device):
     if config.compile == "auto":  # one node without a compiler: no node compiles
         choices = [min(choices)] * len(choices)
     return choices[rank()]
-
-
-def code_version():
-    """One hash over the project's code, which must be the same on every rank.
-
-    A user's config files are no part of it, wherever they lie: what they say is in the settings.
-    """
-    files = [ROOT / name for name in MAIN_FILES]
-    for folder in PARTS:
-        files += sorted((ROOT / folder).glob("*.py"))
-    digests = "".join(file_sha256(file) for file in files)
-    return hashlib.sha256(digests.encode()).hexdigest()[:12]
 
 
 def batch_hash(tokens):

@@ -130,11 +130,25 @@ def check_data(place, saved, fingerprint, config):
         remedy = "use --overwrite (deletes the run) or" if is_own and not config.resume else "use"
         if starts_another(config, Path(place)):
             remedy = "take its weights alone (--fresh_optimizer), or use"
-        known = run_of(place) / "manifest.json"
-        texts = changed_texts(run_of(place), saved["config"]["data_dir"]) if known.is_file() else []
+        texts = changed_sources(run_of(place), saved["config"], differing(saved, fingerprint))
         said = "; ".join(texts + changes)
         raise UserError(f"{place}: its data has changed ({said}); restore the text, "
                         f"or the data that was built of it, or {remedy} --accept_changes")
+
+
+def changed_sources(run, settings, keys):
+    """Where changed data of a run comes from, as far as it is known: a list of sentences.
+
+    settings: the saved ones. keys: those of the fingerprint that differ.
+    """
+    if settings.get("train_data"):  # of a tuning; the manifest beside it is its base's
+        held_out = settings.get("eval_data")
+        also = f" or eval_data={held_out}" if held_out else ""
+        said = f"other rows in train_data={settings['train_data']}{also}"
+        return [said] if "data_sha256" in keys else []
+    if not (run / "manifest.json").is_file():
+        return []
+    return changed_texts(run, settings["data_dir"])
 
 
 def differing(saved, fingerprint):

@@ -8,11 +8,11 @@ import time
 
 import torch
 
-from configs import ROOT
 from corpus.documents import print_line
+from scaling.code_files import code_version, main_files
 from scaling.machine import choose_dtype, cpu_flags
-from scaling.ranks import MAIN_FILES, agree_on_compile, code_version, on_rank0, world_size
-from support.files import UserError, disk_remedy, file_sha256, log_rows, to_json
+from scaling.ranks import agree_on_compile, on_rank0, world_size
+from support.files import UserError, disk_remedy, log_rows, to_json
 
 
 def note_start(path, step, config, device):
@@ -45,11 +45,6 @@ def note_row(path, row):
     if changed:
         print(f"the code has changed since the run's last start: {', '.join(changed)}")
     append_row(path / "starts.jsonl", row)
-
-
-def main_files():
-    """{name: hash} of the files that readers change."""
-    return {name: file_sha256(ROOT / name)[:12] for name in MAIN_FILES}
 
 
 def noted_files(run):

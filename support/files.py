@@ -138,7 +138,8 @@ def here(path):
 def disk_remedy(error):
     """What a user can do about a write that failed; error: an OSError, or its message."""
     if re.search("(out of|allocate) memory", str(error)):
-        return "memory, not the disk, has run out: end other programs, or try --workers=1"
+        return ("memory, not the disk, has run out: end other programs; data that is being built "
+                "takes less with --workers=1")
     if is_full(error):
         return "free some space, then run the same command again"
     return "see that the disk is there and may be written, then run the same command again"

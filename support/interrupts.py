@@ -63,8 +63,8 @@ def end_fast():
     """
     def leave():
         if exit_codes:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            for stream in filter(None, (sys.stdout, sys.stderr)):  # None: the shell has closed it
+                stream.flush()
             os._exit(exit_codes[-1])
     if IS_COMMAND:
         atexit.register(leave)
@@ -85,30 +85,33 @@ def hear_ctrl_c():
     before = sys.unraisablehook
     process = os.getpid()
     again = {KeyboardInterrupt: signal.SIGINT, SystemExit: signal.SIGTERM}
-    stop_hearing_sigterm = hear_sigterm(process)
+    end = hear_sigterm(process)
 
     def hook(ignored):
         if ignored.exc_type not in again:
             before(ignored)
         elif os.getpid() == process:  # its workers end with it
+            if end:
+                signal.signal(signal.SIGTERM, end)
             threading.Timer(0.1, os.kill, (process, again[ignored.exc_type])).start()
     sys.unraisablehook = hook
 
     def stop_hearing():
         sys.unraisablehook = before
-        stop_hearing_sigterm()
+        if end:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
     return stop_hearing
 
 
 def hear_sigterm(process):
     """From here on SIGTERM ends this process as sys.exit does: what is half-written is cleared up.
 
-    Not one rank of several: it may wait for the others where Python handles no signal. Returns a
-    function that ends this.
+    Not one rank of several: it may wait for the others where Python handles no signal. Returns the
+    handler, or None.
     """
     is_ours = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    if not is_ours or os.environ.get("WORLD_SIZE", "1") != "1":
-        return lambda: None
+    if not is_ours or (os.environ.get("WORLD_SIZE") or "1") != "1":
+        return None
 
     def end(number, frame):
         signal.signal(number, signal.SIG_DFL)  # a second one acts at once
@@ -116,7 +119,7 @@ def hear_sigterm(process):
             os.kill(os.getpid(), number)
         sys.exit(128 + number)
     signal.signal(signal.SIGTERM, end)
-    return lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    return end
 
 
 def end_at_ctrl_c(code):

@@ -14,6 +14,7 @@ from scaling.checkpoint import read_step, run_of
 from scaling.machine import choose_device, keep_freed_memory
 from scaling.ranks import check_agreement, on_each_rank
 from scaling.sharding import own_slice
+from scaling.starts import say_changed_network
 from support import finite
 from support.bars import stage, staged
 from support.files import UserError, file_sha256
@@ -85,6 +86,7 @@ def open_base(start_from, verify):
                         "--accept_changes if the tuning has begun") from None
     weights, state = find_step(Path(start_from), verify == "sha256")
     if state:
+        say_changed_network(home)
         saved = home / "config.json"  # a step may have been copied alone
         settings = asdict(load_config([str(saved)], DataConfig)[0]) if saved.is_file() else {}
         return Base(weights, home, state["sha256"], step_config(state, weights), settings, "run")

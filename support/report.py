@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from scaling.ranks import MAIN_FILES
+from scaling.code_files import MAIN_FILES
 from scaling.starts import noted_files
 from support.bars import stage
 from support.data_pictures import data_part

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from configs import load_config
 from model import ModelConfig, count_parameters
-from scaling.ranks import MAIN_FILES, code_version
+from scaling.code_files import MAIN_FILES, code_version
 from scaling.starts import changed_files
 from support.files import log_rows, read_json
 from support.measured import dict_at, last_step

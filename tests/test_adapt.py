@@ -849,7 +849,7 @@ def test_changed_data_and_another_base_are_refused(method, tmp_path, undisturbed
     lose_steps(run, 4)
     for changed in (lines[1:2] + lines[:1] + lines[2:], lines[:4], lines * 2):
         file.write_text("".join(changed))
-        refused(call(adapt, *words), run, "its data has changed (data_sha256: ")
+        refused(call(adapt, *words), run, f"(other rows in train_data={file}", "data_sha256: ")
     file.write_text("".join(lines))
     (base / "step000009").rename(tmp_path / "aside")
     refused(call(adapt, f"--resume={run}"), run, "its data has changed (base_sha256: ")

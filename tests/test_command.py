@@ -286,3 +286,18 @@ def test_sigterm_clears_up_as_ctrl_c_does(tmp_path):
     process = forked(tmp_path / "log", main)
     assert joined(process) == 128 + signal.SIGTERM
     assert (tmp_path / "log").read_text() == f"child {int(signal.SIGTERM)}\nrows are kept\n"
+
+
+def test_sigterm_in_a_destructor_is_not_lost(tmp_path):
+    """There Python only prints an exception: the signal comes again, and clears up all the same."""
+    class Last:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def main(argv):
+        with noted("rows are kept"):
+            Last()
+            time.sleep(60)
+    process = forked(tmp_path / "log", main)
+    assert joined(process) == 128 + signal.SIGTERM
+    assert (tmp_path / "log").read_text() == "rows are kept\n"

@@ -511,7 +511,8 @@ def test_the_first_step_of_a_start_is_left_out_of_the_speed(copied, monkeypatch)
 
 # ---- The code has changed ------------------------------------------------------------------------
 
-def test_changed_code_is_named_at_a_resume_and_where_weights_are_loaded(copied, call):
+def test_changed_code_is_named_at_a_resume_and_where_weights_are_loaded(copied, call, tmp_path,
+                                                                        tiny_config):
     [start] = log_rows(copied, "starts.jsonl")
     changed = {**start, "files": {**start["files"], "model.py": "0", "adapt.py": "0"}}
     (copied / "starts.jsonl").write_text(json.dumps(changed) + "\n")
@@ -521,6 +522,14 @@ def test_changed_code_is_named_at_a_resume_and_where_weights_are_loaded(copied, 
     assert "the code has changed since the run's last start: model.py, adapt.py\n" in resumed
     print_line.cache_clear()
     assert said not in call(evaluation, copied).stdout  # today's code has trained it too
+    (copied / "starts.jsonl").write_text(json.dumps(changed) + "\n")
+    for number, words in enumerate(([f"--resume={copied}"], [f"--start_from={copied}/step000020"],
+                                    [f"--start_from={copied}", "--fresh_optimizer"])):
+        fork = tiny_config(tmp_path / f"fork{number}", max_steps=22, eval_every_steps=0)
+        words = words if number == 0 else [fork, *words]
+        print_line.cache_clear()
+        result = call(train, *words, f"--run_dir={tmp_path}/fork{number}", "--max_steps=22")
+        assert said in result.stdout, result.stderr
 
 
 # ---- A line is written at once -------------------------------------------------------------------

@@ -15,6 +15,7 @@ import pytest
 from conftest import EXPLAINS
 from adapt import AdaptConfig
 from configs import load_config
+from corpus.funnel import funnel_rows
 from corpus.rules import DEDUPLICATIONS, RULES
 from data import DataConfig
 from eval import EvalConfig
@@ -260,6 +261,12 @@ def test_every_rule_is_listed():
     table = DOCS["data.md"].split("| rule |")[1].split("\n\n")[0]
     named = set(re.findall(r"`(\w+)`", table)) - {"LANGUAGE_SCORERS", "CONTENT_SCORERS"}
     assert named == {*RULES, *DEDUPLICATIONS} - {"empty"}
+    # and the rows of the funnel that are no rules; a rule that acted is a row of its own
+    table = DOCS["data.md"].split("| row |")[1].split("\n\n")[0]
+    acted = ("decontaminate:SET", "empty", "leaked")
+    counts = {"by_rule": dict.fromkeys(acted, {"dropped": 1})}
+    rows = {label.strip().removesuffix(" dropped") for label, _ in funnel_rows({"mine": counts})}
+    assert set(re.findall(r"`(.+?)`", table)) == rows - {""}
 
 
 def marks():
