@@ -77,8 +77,8 @@ class EvalConfig:
 class EvalOptions:
     """What eval.py does this time."""
 
-    every_checkpoint: bool = setting(False, "Evaluate each step of the run and draw a sample from "
-                                     "it; results that eval.jsonl has are not computed again.")
+    every_checkpoint: bool = setting(False, "Evaluate, and sample, each step not in eval.jsonl.")
+    data_dir: str = setting("", "Where the run's built data is now, if it has moved.")
 
 
 # ---- The main function ---------------------------------------------------------------------------
@@ -429,9 +429,9 @@ def main(argv):
     elif verb == "sample":
         print_samples(paths[0], options, config, sample_text)
     elif what.every_checkpoint:
-        evaluate_every_checkpoint(paths[0], config, evaluate, sample_text)
+        evaluate_every_checkpoint(paths[0], config, evaluate, sample_text, what.data_dir)
     else:
-        evaluate_path(paths[0], config, evaluate)
+        evaluate_path(paths[0], config, evaluate, what.data_dir)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A warning above the funnel's table: rules that took out more than half of a source.
+"""Warnings above the funnel's table: rules that took out more than half, an idle separator.
 
 And an error for `--show` of a rule that no source has.
 """
@@ -19,6 +19,7 @@ def print_funnel(folder, run=None, overwrite=False):
         print(f"data: {folder}, as before; python eval.py report {run} shows its table")
         return
     print_large_drops(folder)
+    print_idle_separators(folder)
     print_table(folder)
 
 
@@ -47,6 +48,16 @@ def print_large_drops(folder):
         listed = ", ".join(f"{rule} {lost[rule]:,.2f}" for rule in rules)
         print(f"warning: {name}: rules took out {total:,.2f} of {whole:,.2f} MB ({listed}); to "
               f"see what: python data.py CONFIG --show={rules[0]}")
+
+
+def print_idle_separators(folder):
+    """Print a line for each source whose separator has cut none of its files."""
+    manifest = read_json(folder / "manifest.json")
+    for name, source in manifest["sources"].items():
+        settings = manifest["settings"].get("clean", {}).get(name, {})
+        if "separator" in settings and source["documents in"] == len(settings["inputs"]):
+            print(f"warning: {name}: the separator {settings['separator']!r} cut no file; each is "
+                  "one document")
 
 
 def checked_rule(folder, rule):

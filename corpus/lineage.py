@@ -22,9 +22,8 @@ def data_of_run(run, config, sha256=None):
     place = f"{config.data_dir}{here(config.data_dir)}"
     raise UserError(f"{place}: does not hold the data that {run} was trained on; restore "
                     f"it, or, if its sources have not changed, build it again: python data.py "
-                    f"{run / 'config.json'} --tokenizer={run / 'tokenizer.json'} (trace and find "
-                    "also take the folder where it is now: --data_dir=PATH; eval.py takes other "
-                    "text: --suite=PATH)")
+                    f"{run / 'config.json'} --tokenizer={run / 'tokenizer.json'} (trace, find and "
+                    "eval.py also take the folder where it is now: --data_dir=PATH)")
 
 
 def text_behind(settings, config):

@@ -8,7 +8,6 @@ log of what was read is needed, and it takes seconds in a million instances.
 """
 
 import bisect
-import itertools
 import json
 import math
 import re
@@ -24,12 +23,13 @@ from corpus.lineage import data_of_run, order_at, ranks_at
 from corpus.storage import DOCUMENT_INDEX, blocks_of, hash_of_id, held_out_files, read_block
 from corpus.token_files import read_sidecar
 from corpus.tokenizer import Tokenizer
+from corpus.trace_lines import print_document, print_texts, print_trace
 from corpus.trace_page import write_batch_page
 from data import Batches, DataConfig, TokenShards
 from scaling.checkpoint import run_of
 from support.bars import bar
 from support.files import UserError, here, log_rows, read_json
-from support.text import counted
+from support.hints import not_one_run, runs_below
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,12 @@ class RunData:
     def __init__(self, run, step=math.inf, data_dir=""):
         self.run = run_of(run)
         if not (self.run / "manifest.json").is_file():
-            raise UserError(f"{run}{here(run)}: no run is there (no manifest.json); name another")
+            raise UserError(runs_below(run) or f"{run}{here(run)}: no run is there (no "
+                            "manifest.json); name another")
         self.settings = read_json(self.run / "config.json")
         if "method" in self.settings:
-            raise UserError(f"{run}: was tuned by adapt.py; name the run that it started from")
+            raise UserError(f"{run}: was tuned by adapt.py; name the run that it started from, "
+                            f"{self.settings.get('start_from')}")
         [config] = load_config([str(self.run / "config.json")], DataConfig)
         if data_dir:
             config = replace(config, data_dir=data_dir)
@@ -215,12 +217,13 @@ class RunData:
         return max([0, *saved, *(row["step"] for row in log_rows(self.run))])
 
 
-def held_out_of(run):
-    """{source: file} of the text that a run held out."""
+def held_out_of(run, data_dir=""):
+    """{source: file} of the text that a run held out; data_dir: as for RunData."""
     if not (run / "manifest.json").is_file():
         raise UserError(f"{run}: not a run directory, so it has no held-out text; name something "
                         "else: --suite=PATH, a file or folder of documents, or --suite=core")
     [config] = load_config([str(run / "config.json")], DataConfig)
+    config = replace(config, data_dir=data_dir or config.data_dir)
     return held_out_files(data_of_run(run, config))
 
 
@@ -247,7 +250,7 @@ def main(argv):
     words = [word for word in argv[1:] if word.startswith("-")]
     [options] = load_config(words, TraceOptions if verb == "trace" else FindOptions)
     if len(runs) != 1:
-        raise UserError(f"{verb}: name one run, such as runs/tiny; --help shows the form")
+        raise not_one_run(verb, runs)
     if verb == "trace":
         data = RunData(runs[0], options.step, options.data_dir)
         heading, spans = part_of_step(data, options)
@@ -282,35 +285,6 @@ def part_of_step(data, options):
     return heading, spans
 
 
-def print_trace(heading, data, spans, chars):
-    """Print the documents in a step, sequence by sequence."""
-    print(heading)
-    for sequence, parts in itertools.groupby(spans, key=lambda span: span.sequence):
-        parts = list(parts)
-        print(f"\nsequence {sequence}, instance {parts[0].instance}")
-        for span in parts:
-            print_span(data, span, chars)
-
-
-def print_span(data, span, chars):
-    """Print where a span is, first to last token counted from 0, and its text."""
-    begin, end = span.tokens
-    document_begin, document_end = span.document_tokens
-    document = span.document
-    metadata = document["metadata"]
-    where = (f"{document['source']}, {metadata['provenance']}, its tokens "
-             f"{document_begin}-{document_end - 1}")
-    for rule, cuts in metadata.get("edited_by", {}).items():
-        where += f", {rule} cut {cuts}"
-    print(f"  tokens {begin}-{end - 1}: {document['id']}  ({where})")
-    text = data.tokenizer.decode(data.shards[span.instance][begin:end].tolist())
-    shown = text[:chars] if chars else text
-    for line in shown.splitlines():
-        print(f"    | {line}")
-    if len(shown) < len(text):
-        print(f"    ... {len(text) - len(shown):,} more characters")
-
-
 def print_found(run, options):
     """Print the steps that saw a document, or documents that hold a text."""
     if bool(options.doc) == bool(options.text):
@@ -323,40 +297,3 @@ def print_found(run, options):
     else:
         raise UserError(f"{run}: --text: trained on ready token files, whose text is not here; "
                         "--doc=ID finds documents by their .csv.gz files")
-
-
-def print_document(data, name):
-    """Print the steps that saw the documents with an id, and whether one is held out."""
-    found = list(data.find(name))
-    print(f"the mix has {counted(len(found), 'document')} with the id {name}")
-    print_steps(data, found)
-    for source, file in held_out_files(data.folder).items():
-        if any(json.loads(row)["id"] == name for row in file.open()):
-            print(f"one of {source} is held out")
-
-
-def print_texts(data, text, limit):
-    """Print the steps that saw the first `limit` documents that hold `text`; count the others."""
-    count = 0
-    for document in data.search(text):
-        count += 1
-        if count <= limit:
-            # an id may occur twice: only the document that holds the text
-            found = data.find(document["id"], text)
-            print_steps(data, [entry for entry in found if entry[0] == document])
-    rest = f"; the first {limit} are shown" if count > limit else ""
-    print(f"{counted(count, 'clean document')} with {text!r}{rest}")
-
-
-def print_steps(data, found):
-    """Print where each (document, instances) was seen in the run's steps so far."""
-    done = data.steps_done()
-    first = data.first_step
-    if first > 1:
-        print(f"steps 1 to {first - 1} were taken on other data, and are not searched")
-    for document, instances in found:
-        steps = data.steps_of(instances, done)
-        print(f"{document['id']}  ({document['source']}, {document['metadata']['provenance']})")
-        print(f"  in {counted(len(steps), 'sequence')} of steps {first} to {done}")
-        for step, sequence, instance in steps:
-            print(f"  step {step}, sequence {sequence}, instance {instance}")

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from configs import fields_of, load_config
+from corpus.stdlib import stdlib_documents
 from corpus.tokenizer import tokenizer_file
 from data import DataConfig
 from model import ModelConfig
@@ -173,6 +174,10 @@ def settings_given(argv, schemas):
         unset = field(default=None, metadata=each.metadata | {"default": each.default})
         keys.append((name, each.type, unset))
     [given] = load_config(argv, make_dataclass("Given", keys))
+    for name, entry in (given.sources or {}).items():
+        is_embedded = "stdlib" in (entry, isinstance(entry, dict) and entry.get("path"))
+        if is_embedded and name not in ("reference", "docstrings", "code"):
+            next(stdlib_documents(name))  # its UserError now, not after seconds of reading
     return given
 
 

@@ -11,6 +11,7 @@ from corpus.documents import warn
 from corpus.trace import held_out_of
 from scaling.checkpoint import run_of, step_directories
 from support.files import UserError
+from support.hints import not_one_run
 from support.memory import Half, remedied
 from support.models import check_description, open_model
 from support.prompts import draw_samples, open_prompts, read_prompts
@@ -35,27 +36,26 @@ def split_words(argv):
 def check_paths(verb, paths):
     """UserError unless the paths are those of runs or models, one for all verbs but report."""
     if not paths or (len(paths) > 1 and verb != "report"):
-        named = " ".join(paths) or "no run"
-        raise UserError(f"{named}: name one run; --help shows the form")
+        raise not_one_run(verb, paths)
     for path in paths:
         run_of(path)  # it must be there
 
 
 # ---- Evaluations ---------------------------------------------------------------------------------
 
-def evaluate_path(path, config, evaluate):
-    """Evaluate one model on the suites of the config."""
+def evaluate_path(path, config, evaluate, data_dir=""):
+    """Evaluate one model on the suites of the config; data_dir: where its data is, if it moved."""
     run = run_of(path)
     check_description(path)  # a directory that is no OLMo says so before it lacks a suite
     # Before the model, as every file is read once: a faulty one shows now.
-    suites = suites_for(run, config)
+    suites = suites_for(run, config, data_dir)
     model, tokenizer, state = open_model(path, config)
     evaluate_and_record(run, model, tokenizer, state, suites, config, evaluate, set())
 
 
-def suites_for(run, config):
+def suites_for(run, config, data_dir):
     """The suites of a command line; UserError for an option that none of them would use."""
-    suites = open_suites(config, lambda: held_out_of(run))
+    suites = open_suites(config, lambda: held_out_of(run, data_dir))
     with_tasks = [bool(suite.tasks) for suite in suites]
     for key, of_tasks in (("chat", True), ("limit", True), ("metric", True), ("subdomain", False)):
         value = getattr(config, key)
@@ -97,7 +97,7 @@ def memory_left(model, config):
     return Half("eval_batch_tokens", config.eval_batch_tokens, model.config.max_seq_len), dtype
 
 
-def evaluate_every_checkpoint(path, config, evaluate, sample_text):
+def evaluate_every_checkpoint(path, config, evaluate, sample_text, data_dir=""):
     """Evaluate every complete step of a run and draw a sample from it.
 
     What eval.jsonl has already, for the same weights and an equal key, is skipped.
@@ -107,7 +107,7 @@ def evaluate_every_checkpoint(path, config, evaluate, sample_text):
     if not steps:
         check_description(run)  # a directory that is no model says so first
         raise UserError(f"{run}: --every_checkpoint needs a run with step directories")
-    suites = suites_for(run, config)
+    suites = suites_for(run, config, data_dir)
     errors = []
     told = set()
     for step in steps:

@@ -61,7 +61,7 @@ def unused_key(key, place):
 def command_and_verb():
     """The same with the word that chooses what it does, such as data.py trace."""
     verb = sys.argv[1] if sys.argv[1:] and sys.argv[1].isalpha() else ""
-    return f"{command()} {verb}".rstrip()
+    return f"{'python ' * command().startswith('-m')}{command()} {verb}".rstrip()
 
 
 def command_of(key):
@@ -253,6 +253,16 @@ def runs_below(path):
     if not runs or (Path(path) / "config.json").is_file():
         return ""
     return f"{path}: no model here, but in folders of it; name one: {listed(runs)}"
+
+
+def not_one_run(verb, words):
+    """The UserError for a verb that takes one run, and was given these words."""
+    key = {"evaluate": "suite", "sample": "prompt", "trace": "step", "find": "text"}.get(verb)
+    if key and len(words) > 1 and not os.path.exists(words[1]) and "/" not in words[1]:
+        option = shlex.quote(f"--{key}={words[1].removeprefix(f'{key}=')}")
+        return UserError(f"{words[1]}: not a run; an option has the form {option}")
+    several = f"; for several, python eval.py report {' '.join(words)}" * (len(words) > 1)
+    return UserError(f"{verb}: name one run, such as runs/tiny{several}; --help shows the form")
 
 
 def file_remedy(file):

@@ -41,10 +41,10 @@ def titled(items):
     items = list(items)
     progress.begin("")
     for i, item in enumerate(items, 1):
-        progress.begin(item[0], progress.watch.has_line)
+        progress.begin(f"evaluating {item[0]}", progress.watch.has_line)
         yield item
         if not sys.stderr.isatty() and progress.line_is_due():
-            progress.say(f"measured, {i} of {len(items)}")
+            progress.say(f"done, {i} of {len(items)}")
     progress.begin("")
 
 

@@ -171,7 +171,7 @@ def test_the_lines_of_many_tasks_are_as_far_apart_as_those_of_one(monkeypatch, c
         for _ in progress.titled([("one",), ("two",), ("three",)]):
             assert list(progress.watched([1, 2], "question")) == [1, 2]
         [line] = capsys.readouterr().err.splitlines()
-        assert line.startswith("one: question 1 of 2")
+        assert line.startswith("evaluating one: question 1 of 2")
 
 
 def test_a_terminal_shows_a_word_while_torch_is_imported(monkeypatch, capsys):

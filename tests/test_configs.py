@@ -465,12 +465,17 @@ def test_names_of_other_houses_and_values_of_other_types_get_a_hint(call, word, 
     (adapt, "configs/tiny_sft.py mine.py", "configs/tiny_sft.py --start_from=runs/mine"),
     (train, "configs/tiny_sft.py", "configs/tiny_sft.py"),
     (train, "configs\\tiny.py", "mean configs/tiny.py?"), (train, "configstiny.py", "/tiny.py?"),
+    (evaluation, "runs/x core", "form --suite=core"), (data, "trace r step=3", "form --step=3"),
+    (evaluation, "sample runs/x a", "form --prompt=a"), (data, "trace runs", "name one: runs/x"),
+    (evaluation, "runs/x runs/x", "report runs/x runs/x"), (data, "trace", "such as runs/tiny"),
+    (data, "--sources={'a':'stdlib'}", "reference, docstrings and code"),
     (evaluation, "report runs", "name one: runs/x"), (train, "--resume=runs", "name one: runs/x"),
     (evaluation, "x", "did you mean runs/x?"), (evaluation, "run/x", "did you mean runs/x?")])
 def test_a_slip_gets_the_command_that_works(call, tmp_path, monkeypatch, module, words, right):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "c.jsonl", "{}")
     write(tmp_path / "mine.py", "adds_to = 'tiny.py'\nrun_dir = 'runs/mine'\n")
+    monkeypatch.setattr(data, "build_data", lambda *_: pytest.fail("the text is read"))
     (tmp_path / "runs/x").mkdir(parents=True)
     write(tmp_path / "runs/x/config.json", "{}")
     right = right.replace("mean configs", f"mean {configs.ROOT}/configs")

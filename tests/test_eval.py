@@ -373,3 +373,8 @@ def test_eval_dtype_is_that_of_the_forward(run, call, suite):
         assert last["of"]["dtype"] == dtype
         found.append(last["sums"]["suite.jsonl"]["nats"])
     assert found[0] != found[1] and found[0] == pytest.approx(found[1], rel=0.01)
+
+
+@pytest.mark.parametrize("option", ["--every_checkpoint", "--sample_seed=1"])
+def test_data_dir_says_where_the_held_out_text_is_now(copied, call, refused, option):
+    refused(call(evaluation, copied, option, "--data_dir=elsewhere"), "elsewhere", "does not hold")

@@ -407,13 +407,16 @@ def test_a_build_of_one_document_says_that_it_holds_nothing_out(tmp_path, capsys
     (tmp_path / "a.txt").write_text("one document of some words")
     whole = {"path": str(tmp_path / "a.txt")}
     cut = whole | {"separator": "document"}
-    for share, source, said in ((0.001, whole, True), (0.001, cut, True), (0.0, whole, False)):
+    idle = whole | {"separator": "chapter"}
+    for share, source, said in ((0.001, whole, True), (0.001, cut, True), (0.0, whole, False),
+                                (0.001, idle, True)):
         config = data_config(tmp_path, sources={"main": source}, eval_share=share,
                              tokenizer="bpe:284")
         print_funnel(build_data(config))
         out = capsys.readouterr().out
         assert ("main: nothing is held out" in out) == said
         assert ("with separator" in out) == (said and source is whole)
+        assert ("main: the separator 'chapter' cut no file" in out) == (source is idle)
 
 
 # ---- A source that is one text -------------------------------------------------------------------

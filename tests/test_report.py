@@ -813,13 +813,14 @@ def test_an_evaluation_says_how_far_it_is_where_there_is_no_terminal(
     monkeypatch.setattr("support.bars.SECONDS", 0)
     lines = evaluate_all(run, request_file, capsys).splitlines()
     for name in ("web", "code"):
-        assert any(re.match(rf"{name}: batch \d+ of \d+, \d+ s$", line) for line in lines)
-    measured = [line.split(", ")[:2] for line in lines if "measured" in line]
+        form = rf"evaluating {name}: batch \d+ of \d+, \d+ s$"
+        assert any(re.match(form, line) for line in lines)
+    measured = [line.split(", ")[:2] for line in lines if "done" in line]
     assert measured == [
-        ["code: measured", "1 of 2"],
-        ["web: measured", "2 of 2"],
-        ["made_up: measured", "1 of 1"]]
-    assert any(line.startswith("made_up: question 40 of 80") for line in lines)
+        ["evaluating code: done", "1 of 2"],
+        ["evaluating web: done", "2 of 2"],
+        ["evaluating made_up: done", "1 of 1"]]
+    assert any(line.startswith("evaluating made_up: question 40 of 80") for line in lines)
     monkeypatch.setattr(progress, "rank", lambda: 1)
     monkeypatch.setattr("support.bars.is_silent", lambda: True)
     assert evaluate_all(run, request_file, capsys) == ""
@@ -831,4 +832,4 @@ def test_an_evaluation_has_a_bar_on_a_terminal(run, request_file, capsys, monkey
     monkeypatch.setattr("support.bars.SECONDS", 0)
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     shown = evaluate_all(run, request_file, capsys)
-    assert "\r" in shown and "web:" in shown and "made_up:" in shown and "measured" not in shown
+    assert "\r" in shown and "web:" in shown and "made_up:" in shown and "done" not in shown

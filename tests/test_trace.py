@@ -31,7 +31,7 @@ from corpus.funnel import Funnel
 from corpus.rules import RULES, filter_documents
 from corpus.storage import DOCUMENT_INDEX, hash_of_id, stored_documents
 from corpus.tokenizer import Tokenizer
-from corpus.trace import RunData
+from corpus.trace import RunData, held_out_of
 from data import Batches, TokenShards, build_data
 from scaling.ranks import batch_hash
 from support.text import counted, harmless
@@ -774,6 +774,7 @@ def test_data_that_has_moved_is_found_where_data_dir_says(small, call, refused, 
         refused(call(data, *each), config.data_dir, "--data_dir=")
     assert [call(data, *each, f"--data_dir={moved}").stdout for each in words] == before
     refused(call(data, *words[0], f"--data_dir={tmp_path}/no"), f"{tmp_path}/no: does not hold")
+    assert all(file.is_file() for file in held_out_of(Path(run), moved).values())
 
 
 def test_data_that_has_changed_is_refused_in_one_line(small, call, refused):
