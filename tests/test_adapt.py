@@ -852,7 +852,7 @@ def test_changed_data_and_another_base_are_refused(method, tmp_path, undisturbed
         refused(call(adapt, *words), run, f"(other rows in train_data={file}", "data_sha256: ")
     file.write_text("".join(lines))
     (base / "step000009").rename(tmp_path / "aside")
-    refused(call(adapt, f"--resume={run}"), run, "its data has changed (base_sha256: ")
+    refused(call(adapt, f"--resume={run}"), run, f"(start_from={base} has other", "base_sha256: ")
     (tmp_path / "aside").rename(base / "step000009")
     refused(call(adapt, f"--resume={run}", "--beta=0.2"), "beta: 0.1 there, 0.2 now")
     for word in ("--max_steps=3", "--warmup_steps=1", "--decay_steps=4"):
