@@ -27,21 +27,34 @@ def answer_numbers(tuned):
 
 def tuning_table(run, results, eval_data):
     """What was measured before a tuning and after it, as text."""
-    first = next((row for row in log_rows(run, "metrics.jsonl") if row["kind"] == "eval"), results)
-    columns = {"before": first, "after": results}
-    answers = [answer_numbers(column.get("tuned", {})) for column in columns.values()]
-    bits = [{name: f"{bits_per_byte(sums):.4f}" for name, sums in column["sums"].items()}
-            for column in columns.values()]
-    rows = []
-    for title, (before, after) in ((f"held-out answers of {eval_data}", answers),
-                                   ("bits per byte of text", bits)):
-        if after:
-            rows.append([title, *columns])
-            rows += [[f"  {name}", before.get(name, "-"), after[name]] for name in after]
-    lines = aligned(rows, left=[0])
+    rows = log_rows(run, "metrics.jsonl")
+    evaluations = [row for row in rows if row.get("kind") == "eval"]
+    first = evaluations[0] if evaluations else results  # of step 0: the model that is tuned
+    lines = before_and_after(f"held-out answers of {eval_data}",
+                             answer_numbers(first.get("tuned", {})),
+                             answer_numbers(results.get("tuned", {})))
+    lines += before_and_after("bits per byte of text",
+                              text_numbers(first.get("sums", {})),
+                              text_numbers(results["sums"]))
+    table = aligned(lines, left=[0])
     if results["sums"]:
-        lines.append("fewer bits are better; a rise is what tuning made the model forget")
-    return "\n".join(lines)
+        table.append("fewer bits are better; a rise is what tuning made the model forget")
+    return "\n".join(table)
+
+
+def text_numbers(results):
+    """{domain: bits per byte, as text} of {domain: sums}."""
+    return {name: f"{bits_per_byte(sums):.4f}" for name, sums in results.items()}
+
+
+def before_and_after(title, before, after):
+    """Rows of cells under a title; none if nothing was measured."""
+    if not after:
+        return []
+    rows = [[title, "before", "after"]]
+    for name, value in after.items():
+        rows.append([f"  {name}", before.get(name, "-"), value])
+    return rows
 
 
 def without_blank_runs(text):
