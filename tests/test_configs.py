@@ -517,6 +517,7 @@ def test_another_option_is_not_taken_for_the_value_that_is_missing():
     (evaluation, "--config=x.py", "runs/tiny"), (adapt, "--config=x.py", "tiny_sft.py"),
     (evaluation, "--fp16", "--eval_dtype=bfloat16"), (adapt, "--patience=3", "--epochs"),
     (evaluation, "--total_batch_size=8", "--eval_batch_tokens"),
+    (evaluation, "--run=r", "runs/tiny"), (evaluation, "--resume=r", "name the directory alone"),
     (evaluation, "--bf16", "--eval_dtype=bfloat16"), (evaluation, "--lr=1", "a key of train.py"),
     (evaluation, "--learning_rate=1", "called lr here, a key of train.py"),
     (evaluation, "--max_tokens=9", "did you mean max_new_tokens?"),

@@ -166,9 +166,7 @@ def test_a_dead_rank_ends_the_others_and_torchrun_brings_the_run_back(tmp_path, 
                and len(children_of(process.pid)) == 2, process)  # both are new
     code, stdout, stderr = end_of(process)
     assert code == 0, stderr
-    assert "continues after step" in stdout
-    # torchrun names the one that it finds first: the victim, or rank 0, which misses it
-    assert str(victim) in stderr or "another rank has ended" in stderr
+    assert "continues after step" in stdout and str(victim) in stderr
     check_agreement(run, fifty[0])
 
 
