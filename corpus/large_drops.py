@@ -1,4 +1,4 @@
-"""Warnings above the funnel's table: rules that took out more than half, an idle separator.
+"""Warnings above the funnel's table: rules that took out more than half, a separator that cut none.
 
 And an error for `--show` of a rule that no source has.
 """
@@ -14,7 +14,7 @@ NAMED_RULES = 3
 
 
 def print_funnel(folder, run=None, overwrite=False):
-    """Print the warnings about built data, then its table; a line where `run` has it already."""
+    """Print the warnings about built data and its table; a line alone if `run` has it already."""
     if run and not overwrite and is_data_of(folder, run):
         print(f"data: {folder}, as before; python eval.py report {run} shows its table")
         return
@@ -24,7 +24,7 @@ def print_funnel(folder, run=None, overwrite=False):
 
 
 def is_data_of(folder, run):
-    """Whether a run directory notes this built data as its own."""
+    """Whether a run was trained on this built data, as the run's manifest.json has it."""
     known = Path(run) / "manifest.json"
     data = read_json(folder / "manifest.json")
     return known.is_file() and read_json(known).get("sha256") == data["sha256"]

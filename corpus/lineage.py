@@ -49,14 +49,13 @@ def text_behind(settings, config):
 
 
 def changed_texts(run, data_dir):
-    """[what differs of the text that the data of a run was built of, and of the text here now].
+    """[a sentence for each source or evaluation set whose text is not that of the run's data].
 
-    A sentence for each source or evaluation set, with the first of its files that differ. data_dir:
-    where the digests of files are remembered.
+    It names the first file that differs. data_dir: where the digests of files are remembered.
     """
     manifest = read_json(run / "manifest.json")
     said = []
-    settings = manifest["settings"].get("clean", {})  # {}: built before manifests knew their text
+    settings = manifest.get("settings", {}).get("clean", {})  # {}: an old manifest names no text
     for name, clean in settings.items():
         source = manifest["sources"][name]
         inputs = (name, source["path"], clean["inputs"])
@@ -68,13 +67,12 @@ def changed_texts(run, data_dir):
 
 
 def difference_of(path, known, data_dir):
-    """What differs of the files at `path`, by name and digest, from those `known`; "" if nothing.
-    """
+    """How the files at `path` differ in name or digest from those `known`; "" if they do not."""
     if path == "stdlib":
-        return "" if known == sys.version else f"built of the library of Python {known.split()[0]}"
+        return "" if known == sys.version else f"built from the library of Python {known.split()[0]}"
     if not is_there(path):
         return f"{path} is gone"
-    if known and len(known[0]) == 3:  # (path, size, time), until built data kept digests
+    if known and len(known[0]) == 3:  # of old data: (path, size, time) and no digest
         return ""
     before = {name: digest for name, *_, digest in known}
     now = dict(input_digests(path, data_dir))

@@ -29,7 +29,7 @@ from data import Batches, DataConfig, TokenShards
 from scaling.checkpoint import run_of
 from support.bars import bar
 from support.files import UserError, here, log_rows, read_json
-from support.hints import not_one_run, runs_below
+from support.run_hints import not_one_run, runs_below
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,11 @@ from scaling.directory import last_value
 from scaling.ranks import launched
 from support.config_text import read_assignments
 from support.files import UserError, here, read_json
-from support.hints import hub_remedy
 from support.models import Base, fill_weights
 from support.official_place import notes
 from support.official_run import TAKEN, settings_to_go_on
 from support.official_state import fill_optimizer, has_training_state
+from support.run_hints import hub_remedy
 from support.vocabulary import IDS, ids_of_tokenizer
 from support.weights import (check_weights, find_step, is_ours, kind_of, read_model_config,
                              step_config)

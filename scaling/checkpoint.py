@@ -22,9 +22,9 @@ from scaling.ranks import gather, on_rank0, rank
 from support.bars import bar, stage
 from support.files import (UserError, disk_remedy, file_sha256, fsync, here, read_json,
                            without_nan, write_json)
-from support.hints import command_of_run, file_remedy, hub_remedy, run_remedy
 from support.memory import about_memory, is_lack_of_memory
 from support.plain_pickle import NamelessUnpickler
+from support.run_hints import command_of_run, file_remedy, hub_remedy, run_remedy
 
 # ---- Finding -------------------------------------------------------------------------------------
 

@@ -19,8 +19,8 @@ from corpus.storage import tokenizer_digest
 from scaling.checkpoint import no_step, run_of, step_directories, step_of
 from scaling.ranks import gather, rank
 from support.files import UserError, here, log_rows, read_json, replace_file, write_json
-from support.hints import runs_below
 from support.lock import Lock
+from support.run_hints import runs_below
 
 # Keys that say what to do this time, not what the run is. They are not saved.
 NOT_SAVED = {"resume", "overwrite", "accept_changes", "stop_after_minutes", "tensorboard", "wandb",

@@ -1,4 +1,4 @@
-"""When memory runs out in a run: where it was, and which options are left there.
+"""When memory runs out in a run: what the run did, and which options are left to take less.
 
 The order is that of docs/scale.md. No option changes a result beyond rounding.
 """
@@ -36,5 +36,7 @@ def where_and_remedies(run):
 def policy_left(config):
     """The option that recomputes more than the run does; None if it recomputes all."""
     now = config.activation_checkpointing
-    left = POLICIES[POLICIES.index(now) + 1:] if now in POLICIES else POLICIES
-    return f"--activation_checkpointing={left[0]}, which is slower" if left else None
+    next_one = POLICIES.index(now) + 1 if now in POLICIES else 0
+    if next_one == len(POLICIES):
+        return None
+    return f"--activation_checkpointing={POLICIES[next_one]}, which is slower"

@@ -73,8 +73,9 @@ def launched():
     for name, value in numbers.items():
         if not value.isdecimal():
             raise wrong_launch(found, f"{name}={value} is no number")
-    launch = Launch(*(int(numbers[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE",
-                                                      "LOCAL_WORLD_SIZE")))
+    launch = Launch(rank=int(numbers["RANK"]), local_rank=int(numbers["LOCAL_RANK"]),
+                    world_size=int(numbers["WORLD_SIZE"]),
+                    ranks_per_node=int(numbers["LOCAL_WORLD_SIZE"]))
     if launch.world_size <= max(launch.rank, launch.local_rank):
         raise wrong_launch(found, "the ranks of N processes are 0 to N - 1")
     return launch
@@ -210,8 +211,8 @@ def named_loss():
             is_told = STORES[0].check(["an error is told"])
         if not is_told:
             print(f"error: rank {rank()}: another rank has ended ({found[0]}). Its own error says "
-                  "why; if torchrun names its exitcode -9 below, it was killed, as happens when "
-                  "memory runs out", file=sys.stderr, flush=True)
+                  "why. If torchrun names an exitcode -9 below, that rank was killed, as happens "
+                  "when memory runs out", file=sys.stderr, flush=True)
         time.sleep(ERROR_GRACE_S)
         os._exit(1)
 
@@ -294,8 +295,11 @@ def check_agreement(facts):
     everyone = gather((socket.gethostname(), facts))
     _, wanted = everyone[0]
     for other, (host, found) in enumerate(everyone):
-        differing = [f"{key}: {wanted.get(key)} on rank 0, {found.get(key)} on rank {other}"
-                     for key in {**wanted, **found} if wanted.get(key) != found.get(key)]
+        differing = []
+        for key in wanted | found:
+            if wanted.get(key) != found.get(key):
+                differing.append(f"{key}: {wanted.get(key)} on rank 0, {found.get(key)} on rank "
+                                 f"{other}")
         if differing:
             raise UserError(f"rank {other} ({host}) differs from rank 0: {'; '.join(differing)}. "
                             "Give every node the same code, config and data")
@@ -315,9 +319,10 @@ def agree_on_machine(config, settings, device):
     compiled, why = agree_on_compile(config, device)
     check_agreement({"device": device.type, "dtype": str(dtype), "compile": compiled})
     dtype_why = "fastest on this chip" if config.dtype == "auto" else "as asked"
+    compiled_or_not = "compiled" if compiled else "not compiled"
     ranks = f", {world_size()} ranks" if world_size() > 1 else ""
     print(f"machine: {device.type} with {torch.get_num_threads()} threads{ranks}; forward in "
-          f"{dtype} ({dtype_why}); {'compiled' if compiled else 'not compiled'} ({why})")
+          f"{dtype} ({dtype_why}); {compiled_or_not} ({why})")
     return dtype, compiled
 
 
@@ -334,7 +339,9 @@ def batch_hash(tokens):
 
     It is the sum of the rows' hashes modulo 2**64, so any number of ranks gives the same value.
     """
-    digests = [hashlib.sha256(row.tobytes()).digest()[:8] for row in tokens.numpy()]
-    total = sum(int.from_bytes(digest, "big", signed=True) for digest in digests)
+    total = 0
+    for row in tokens.numpy():
+        digest = hashlib.sha256(row.tobytes()).digest()
+        total += int.from_bytes(digest[:8], "big", signed=True)
     as_int64 = (total + 2**63) % 2**64 - 2**63  # int64 sums wrap around, in torch as here
     return f"{reduce_sum(torch.tensor(as_int64)).item() % 2**64:016x}"

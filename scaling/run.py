@@ -70,7 +70,7 @@ class Run:
         self.results = None
         self.ended_by = 0
         self.bar = None
-        self.doing = "evaluating"  # the one thing that may come before the first step; "": a step
+        self.doing = "evaluating"  # or "saving"; "": a step. Before the first step: an evaluation
 
     @property
     def step(self):
@@ -115,8 +115,7 @@ class Run:
         is_finished = self.step == self.config.max_steps and not self.lacks_evaluation
         if is_finished:
             print(f"{self.path}: finished, at step {self.step} of {self.config.max_steps}; to go "
-                  "on, raise --max_steps (in adapt.py: --epochs, with "
-                  "--accept_changes)")
+                  "on, raise --max_steps (in adapt.py: --epochs, with --accept_changes)")
         return is_finished
 
     def load(self, model, optimizer):

@@ -121,26 +121,28 @@ def may_change(key, free_keys):
 def check_data(place, saved, fingerprint, config):
     """UserError for data that differs from a saved run's; a printed line with accept_changes."""
     check_tokenizer(run_of(place) / "tokenizer.json", saved["data"], fingerprint)
-    changes = [f"{key}: {short(saved['data'].get(key))} there, {short(fingerprint[key])} now"
-               for key in differing(saved, fingerprint)]
-    if changes and config.accept_changes:
-        print(f"{place}: continues with changed data: {'; '.join(changes)}")
-    elif changes:
-        is_own = run_of(place).resolve() == Path(config.run_dir).resolve()
-        remedy = "use --overwrite (deletes the run) or" if is_own and not config.resume else "use"
-        if starts_another(config, Path(place)):
-            remedy = "take its weights alone (--fresh_optimizer), or use"
-        texts = changed_sources(run_of(place), saved["config"], differing(saved, fingerprint))
-        said = "; ".join(texts + changes)
-        restore = "restore the text, or the data that was built of it, or"
-        if "train_data" in saved["config"]:  # of a tuning
-            restore = "restore it, or"
-        raise UserError(f"{place}: its data has changed ({said}); {restore} {remedy} "
-                        "--accept_changes")
+    keys = differing(saved, fingerprint)
+    if not keys:
+        return
+    said = changed_sources(run_of(place), saved["config"], keys)
+    for key in keys:
+        said.append(f"{key}: {short(saved['data'].get(key))} there, {short(fingerprint[key])} now")
+    said = "; ".join(said)
+    if config.accept_changes:
+        print(f"{place}: continues with changed data: {said}")
+        return
+    is_own = run_of(place).resolve() == Path(config.run_dir).resolve()
+    remedy = "use --overwrite (deletes the run) or" if is_own and not config.resume else "use"
+    if starts_another(config, Path(place)):
+        remedy = "take its weights alone (--fresh_optimizer), or use"
+    restore = "restore the text, or the data that was built from it, or"
+    if "train_data" in saved["config"]:  # of a tuning
+        restore = "restore it, or"
+    raise UserError(f"{place}: its data has changed ({said}); {restore} {remedy} --accept_changes")
 
 
 def changed_sources(run, settings, keys):
-    """Where changed data of a run comes from, as far as it is known: a list of sentences.
+    """[a sentence for each source or file whose content has changed], as far as they are known.
 
     settings: the saved ones. keys: those of the fingerprint that differ.
     """

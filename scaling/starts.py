@@ -41,7 +41,7 @@ def note_start(path, step, config, device):
 
 
 def note_row(path, row):
-    """Append the row of a start, and say what has changed in the code since the one before."""
+    """Append the row of a start; print which main files have changed since the last saved step."""
     changed = changed_files(path)
     if changed:
         print(f"the code has changed since the run's last saved step: {', '.join(changed)}")
@@ -67,7 +67,7 @@ def say_changed_network(run):
     """A line before a run's weights are used with another model.py than they were trained with."""
     if "model.py" in changed_files(run):
         print_line(f"{run}: model.py has changed since this run was trained; its weights are used "
-                   "with the model.py of today")
+                   "with model.py as it is now")
 
 
 def append_row(file, row):

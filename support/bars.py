@@ -149,8 +149,10 @@ def staged(what, function, *arguments):
 
 def prepared(build_data, config):
     """The folder that build_data returns; a stage around the call."""
-    filters = "--bloom_items=N for N texts, as exact sets of them take more (docs/data.md)"
-    less = (Half("workers", config.workers or os.cpu_count()), config.bloom_items == 0 and filters)
+    less = [Half("workers", config.workers or os.cpu_count())]
+    if config.bloom_items == 0:  # sets of digests, which are exact
+        less.append("--bloom_items=N, with N for the count of texts: a Bloom filter takes less "
+                    "memory than exact sets (docs/data.md)")
     with (noted("stopped while preparing the data: finished stages are kept, and the same command "
                 "continues"), remedied("while the data was prepared", *less)):
         return staged("preparing the data", build_data, config)

@@ -81,9 +81,9 @@ def exit_code(main):
 
 
 def say_stopped(stop):
-    """Say what a signal leaves: in the notes that whoever was interrupted has added to it."""
+    """Print the notes that the interrupted code has added to a signal's exception, or a line."""
     end_bars()
-    notes = getattr(stop, "__notes__", ["stopped; the same command begins again"])
+    notes = getattr(stop, "__notes__", ["stopped; to go on, run the same command again"])
     begin = "\r" if sys.stderr.isatty() else ""  # over the terminal's "^C"
     print(begin + "\n".join(notes), file=sys.stderr)
 

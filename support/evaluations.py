@@ -11,12 +11,12 @@ from corpus.documents import warn
 from corpus.trace import held_out_of
 from scaling.checkpoint import run_of, step_directories
 from support.files import UserError
-from support.hints import not_one_run
 from support.memory import Half, remedied
 from support.models import check_description, open_model
 from support.prompts import draw_samples, open_prompts, read_prompts
 from support.records import (domains_table, evaluation_key, keys_recorded, record, sample_key,
                              tasks_table, verdict_on)
+from support.run_hints import not_one_run
 from support.suites import open_suites
 
 VERBS = ("sample", "report")

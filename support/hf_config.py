@@ -4,7 +4,7 @@ import math
 
 from model import ModelConfig
 from support.files import UserError, read_json
-from support.hints import runs_below
+from support.run_hints import runs_below
 from support.text import shown
 from support.vocabulary import count_of_ids
 

@@ -8,60 +8,90 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-from support.files import UserError, here, log_rows
+from support.files import UserError, here
 from support.other_words import OURS, VALUES, names_here, saying_about
 from support.slips import ROOT, command, verbs
 
-NAMED_RUNS = 8  # of a folder, in a message
 SIZES = {"k": 10**3, "m": 10**6, "b": 10**9}  # what people write behind a number
 
 
+# ---- Keys ----------------------------------------------------------------------------------------
+
 def unknown_key(key, known, place):
     """The UserError for a key that no schema of this command has. place: begins its message."""
-    word = key.lower().replace("-", "_")
+    word = plain_key(key)
+    saying = saying_of_unknown(word, known)
+    if saying:
+        return UserError(f"{place}{key}: {saying}")
+    # 1. The same word, our name for another house's word, or a slip of the hand in either
     ours = names_here(word)
-    near = [own for own in (word, *ours) if own in known]
-    saying = None if word in known else saying_about(word, command())
-    if word[:3] == "no_" and word[3:] in known:
-        saying = saying or f"write --{word[3:]}=false"
-    elif word in verbs() and not saying:
-        saying = f"a verb, which has no hyphens: python {verbs()[word][0]} {word} ..."
-    near = near or difflib.get_close_matches(word, known, n=1, cutoff=0.85)  # a slip of the hand
-    if not near and not ours and not saying:  # the same in another house's word
-        theirs = " ".join(OURS.values()).split()
-        for other in difflib.get_close_matches(word, theirs, n=1, cutoff=0.85):
+    near = [own for own in (word, *ours) if own in known] or alike(word, known, 0.85)
+    if not near and not ours:
+        for other in alike(word, " ".join(OURS.values()).split(), 0.85):
             ours = names_here(other)
             near = [own for own in ours if own in known]
-    if not saying and not near:
+    # 2. A key of another command
+    if not near:
         if command_of(word):
             return unused_key(key, place)
         for own in ours:
-            if command_of(own):
-                return UserError(f"{place}{key}: called {own} here, a key of {command_of(own)}, "
-                                 f"which {command_and_verb()} does not use")
-        near = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
+            owner = command_of(own)
+            if owner:
+                return UserError(f"{place}{key}: called {own} here, a key of {owner}, which "
+                                 f"{command_and_verb()} does not use")
+        near = alike(word, known, 0.7)
     hint = f"did you mean {near[0]}?" if near else "--help lists the keys"
-    return UserError(f"{place}{key}: {saying or f'unknown key; {hint}'}")
+    return UserError(f"{place}{key}: unknown key; {hint}")
+
+
+def plain_key(key):
+    """A key as a schema would spell it."""
+    return key.lower().replace("-", "_")
+
+
+def saying_of_unknown(word, known):
+    """What to write instead of a word that is no key but has a meaning; "" if none is known."""
+    saying = "" if word in known else saying_about(word, command())
+    if saying:
+        return saying
+    if word[:3] == "no_" and word[3:] in known:
+        return f"write --{word[3:]}=false"
+    if word in verbs():
+        file, _ = verbs()[word]
+        return f"a verb, which has no hyphens: python {file} {word} ..."
+    return ""
+
+
+def alike(word, names, cutoff):
+    """[the name that is most like a word], or [] if none is as like as `cutoff`, 0 to 1."""
+    return difflib.get_close_matches(word, names, n=1, cutoff=cutoff)
 
 
 def unused_key(key, place):
     """The UserError for a key that another command has."""
-    word = key.lower().replace("-", "_")
+    word = plain_key(key)
+    saying = saying_about(word, command())
+    if saying:
+        return UserError(f"{place}{key}: {saying}")
     owner = command_of(word)
     file = place.partition(":")[0]  # of a config; "--" for an option
-    other = f"{owner} {file}" if file.endswith((".py", ".json")) else owner
+    other = owner
     if command() == "-m experiments":
         other = f"{command()} --extra=--{word}=VALUE, which gives it to every run"
-    saying = saying_about(word, command()) or (
-        f"a key of {owner}, which {command_and_verb()} does not use; leave it out, or run python "
-        f"{other}")
-    return UserError(f"{place}{key}: {saying}")
+    elif file.endswith((".py", ".json")):
+        other = f"{owner} {file}"
+    return UserError(f"{place}{key}: a key of {owner}, which {command_and_verb()} does not use; "
+                     f"leave it out, or run python {other}")
 
 
 def command_and_verb():
-    """The same with the word that chooses what it does, such as data.py trace."""
-    verb = sys.argv[1] if sys.argv[1:] and sys.argv[1].isalpha() else ""
-    return f"{'python ' * command().startswith('-m')}{command()} {verb}".rstrip()
+    """The command as it is named in a message, with its verb, such as data.py trace."""
+    words = [command()]
+    if words[0].startswith("-m"):
+        words.insert(0, "python")
+    if sys.argv[1:] and sys.argv[1].isalpha():
+        words.append(sys.argv[1])
+    return " ".join(words)
 
 
 def command_of(key):
@@ -75,7 +105,7 @@ def command_of(key):
 def example_of(field, value):
     """What to write instead of a value that has not the field's type; "" if nothing is better."""
     kind = field.type
-    written = VALUES.get(str(value).lower())
+    written = VALUES.get(str(value).lower())  # such as true for yes
     if kind is int and type(value) is float and value.is_integer():  # such as 1e6
         return f"; write {int(value)}"
     if kind is bool:
@@ -85,8 +115,11 @@ def example_of(field, value):
     if kind in (int, float):
         return f"; write {mended_number(str(value)[:40], field)}"
     if kind is str and not isinstance(value, (list, dict)):
-        is_size = field.name == "tokenizer" and type(value) is int
-        text = f"bpe:{value}" if is_size else "" if value in (None, False) else value
+        text = value
+        if field.name == "tokenizer" and type(value) is int:
+            text = f"bpe:{value}"
+        elif value in (None, False):
+            text = ""
         return f'; write {field.name} = "{text}"'
     if str(kind).startswith("dict[str, str"):
         is_path = type(value) is str and not set(value) & set("'\"{}\n")
@@ -97,7 +130,7 @@ def example_of(field, value):
 
 def mended_number(text, field):
     """The number that a text means: 1.5e-3 for 1,5e-3; 16384 for 16,384; 2000 for 2k."""
-    plain = text.strip(" ,;'\"").translate(dict.fromkeys(map(ord, "−–—"), "-"))
+    plain = re.sub("[−–—]", "-", text.strip(" ,;'\""))
     if field.type is float and plain.count(",") == 1:
         return plain.replace(",", ".") + ", with a point"
     if "," in plain:
@@ -107,21 +140,21 @@ def mended_number(text, field):
         return f"{float(plain[:-1]) * size:.0f}"
     if is_number(plain) and (field.type is float or plain.isdecimal()):
         return plain
-    whole = " whole" * (field.type is int)
-    return f"a{whole} number, such as {field.metadata.get('default', field.default)}"
+    kind = "a whole number" if field.type is int else "a number"
+    return f"{kind}, such as {field.metadata.get('default', field.default)}"
 
 
 def missing_value(field, word):
     """The UserError for an option without its value; word: what follows it, or None."""
     option = f"--{field.name}"
     if not word and option in sys.argv[:-1]:  # a verb's options are read without its other words
-        word = sys.argv[sys.argv.index(option) + 1]
-        word = "" if os.path.exists(word) else word
+        following = sys.argv[sys.argv.index(option) + 1]
+        word = "" if os.path.exists(following) else following
     if not word or word.startswith("-") and not is_number(word):
         word = "VALUE"
+    form = shlex.quote(f"{option}={word}")
     meaning = field.metadata["help"].removesuffix(".")
-    return UserError(f"{option}: the value is missing; write {shlex.quote(f'{option}={word}')} "
-                     f"({meaning})")
+    return UserError(f"{option}: the value is missing; write {form} ({meaning})")
 
 
 def is_number(word):
@@ -133,24 +166,32 @@ def is_number(word):
     return True
 
 
+# ---- Config files --------------------------------------------------------------------------------
+
 def no_config_file(path, fields):
     """The UserError for a word of the command line that is no config file."""
     key, equals, value = str(path).lstrip("-–—").partition("=")
     if key in fields:
+        value = value if equals else "VALUE"
         return UserError(f"{path}: no such config file; an option begins with two hyphens: "
-                         f"--{key}={value if equals else 'VALUE'}")
-    saved = path / "config.json"
-    if os.path.isfile(saved):
-        is_tuned = '"method"' in saved.read_text(encoding="utf-8", errors="replace")
-        maker = "adapt.py" if is_tuned else "train.py"
-        tunes = f", --start_from={path} tunes its model" * (command() == "adapt.py")
-        return UserError(f"{path}: a directory, not a config file; {saved} holds its settings, and "
-                         f"python {maker} --resume={path} continues the run{tunes}")
+                         f"--{key}={value}")
+    if os.path.isfile(path / "config.json"):
+        return named_run(path)
     if os.path.exists(path):
         kind = "a directory" if os.path.isdir(path) else "a pipe or a device"
         return UserError(f"{path}: {kind}, not a config file; configs/ holds those that come with "
                          "nanOLMo")
     return UserError(f"{path}: no such config file{here(path)}; {nearest_path(path)}")
+
+
+def named_run(run):
+    """The UserError for a run that was named in the place of a config file."""
+    saved = run / "config.json"
+    is_tuned = '"method"' in saved.read_text(encoding="utf-8", errors="replace")
+    maker = "adapt.py" if is_tuned else "train.py"
+    tunes = f", --start_from={run} tunes its model" if command() == "adapt.py" else ""
+    return UserError(f"{run}: a directory, not a config file; {saved} holds its settings, and "
+                     f"python {maker} --resume={run} continues the run{tunes}")
 
 
 def shipped(word):
@@ -188,17 +229,18 @@ def check_base(path, base, before, place):
         file = from_here(ROOT / "configs" / str(base))
     words = sys.argv[1:]
     later = [word for word in words if Path(word).name == base]
-    saying = f"this file adds to that one; name both: {file} {path}"
     if command() == "adapt.py" and not value_in(file, "method"):
         run = value_in(path, "run_dir") or "RUN"
-        config = next((word for word in words if Path(word).stem.endswith(("_sft", "_dpo"))),
-                      "configs/tiny_sft.py")
-        saying = (f"this file is one for train.py; a tuning names the run that it made: python "
+        tunings = [word for word in words if Path(word).stem.endswith(("_sft", "_dpo"))]
+        config = tunings[0] if tunings else "configs/tiny_sft.py"
+        saying = ("this file is one for train.py; a tuning names the run that it made: python "
                   f"adapt.py {config} --start_from={run}")
     elif later:
         words.remove(later[0])
         words.insert(words.index(str(path)), later[0])
         saying = f"that file comes first: python {command()} {shlex.join(words)}"
+    else:
+        saying = f"this file adds to that one; name both: {file} {path}"
     raise UserError(f"{place}adds_to={base}: {saying}")
 
 
@@ -207,70 +249,6 @@ def value_in(file, key):
     text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
     found = re.search(rf"""^{key}\s*=\s*["'](.+?)["']""", text, re.M)
     return found[1] if found else ""
-
-
-def run_remedy(path):
-    """What to do about a run that is not there: which is meant, and the commands that make it."""
-    beside = {}
-    for folder in ([] if path.is_absolute() else [Path("runs")]) + [path.parent]:
-        beside |= {file.parent.name: file.parent for file in folder.glob("*/config.json")}
-    near = difflib.get_close_matches(path.name, beside, n=1)
-    made = how_made(path.name)
-    if near and made and near[0] != path.name:
-        return f"did you mean {beside[near[0]]}? {made}"
-    if near:
-        return f"did you mean {beside[near[0]]}? If it has moved, name where it is now"
-    if made or not beside:
-        return made or how_made("tiny")
-    return f"{path.parent} has {listed(sorted(beside))}; if it has moved, name where it is now"
-
-
-def how_made(name):
-    """The commands that make the run of this name, if a config of ours does; else ""."""
-    makers = {}
-    for file in sorted((ROOT / "configs").glob("[!_]*.py")):
-        run = value_in(file, "run_dir")
-        makers[Path(run).name] = (run, file)
-    commands = []
-    while name in makers:
-        made, file = makers.pop(name)
-        start = value_in(file, "start_from")
-        program = "adapt.py" if value_in(file, "method") else "train.py"
-        commands.insert(0, (f"python {program} configs/{file.name}", made))
-        name = "" if os.path.exists(start) else Path(start).name  # such as runs/tiny
-    line = " && ".join(line for line, _ in commands)
-    return f"{line} makes {commands[-1][1]}" if commands else ""
-
-
-def listed(names):
-    """Some names in one line."""
-    return ", ".join(names[:NAMED_RUNS]) + ", ..." * (len(names) > NAMED_RUNS)
-
-
-def runs_below(path):
-    """A sentence that names the runs in the folder `path`; "" if there is none, or it is a run."""
-    runs = sorted(str(file.parent) for file in Path(path).glob("*/config.json"))
-    if not runs or (Path(path) / "config.json").is_file():
-        return ""
-    return f"{path}: no model here, but in folders of it; name one: {listed(runs)}"
-
-
-def not_one_run(verb, words):
-    """The UserError for a verb that takes one run, and was given these words."""
-    key = {"evaluate": "suite", "sample": "prompt", "trace": "step", "find": "text"}.get(verb)
-    if key and len(words) > 1 and not os.path.exists(words[1]) and "/" not in words[1]:
-        option = shlex.quote(f"--{key}={words[1].removeprefix(f'{key}=')}")
-        return UserError(f"{words[1]}: not a run; an option has the form {option}")
-    several = f"; for several, python eval.py report {' '.join(words)}" * (len(words) > 1)
-    return UserError(f"{verb}: name one run, such as runs/tiny{several}; --help shows the form")
-
-
-def file_remedy(file):
-    """What a file is that was named in the place of a run, and what to name."""
-    if file.suffix != ".py":
-        return f"a file; name its directory, {file.parent}"
-    made = value_in(file, "run_dir")
-    return f"a config file, not a run; name the run that it made{f', {made}' if made else ''}"
 
 
 def not_a_config(path):
@@ -285,23 +263,3 @@ def not_a_config(path):
     if not any(word.endswith(".py") for word in words):
         words.insert(words.index(option) if option in words else 0, example)
     return f"not a config file; write python {command()} {' '.join(words)}"
-
-
-def command_of_run(run):
-    """": COMMAND" of the last start of a run; "" where it is not known."""
-    commands = [row.get("command") for row in log_rows(run, "starts.jsonl")]
-    return f": {commands[-1]}" if commands else ""
-
-
-def hub_remedy(path):
-    """What to do about a directory that is not there, if its name looks like one on the hub, or
-    has a ~; else "".
-    """
-    if path.parts[:1] == ("~",):
-        return f"the shell has left the ~ as it is: write $HOME{str(path)[1:]}"
-    is_own = (path.is_absolute() or path.parts[0] == "runs" or path.parent.exists()
-              or (Path("runs") / path.name).exists())
-    if is_own or len(path.parts) != 2:
-        return ""
-    return (f"if it is a model of Hugging Face's hub, download it first: hf download {path} "
-            f"--local-dir {path.name}, and then name {path.name}")

@@ -1,6 +1,6 @@
-"""Ctrl-C: quiet while torch is imported, and never lost; and a word for this time. A fast end.
+"""The first and the last seconds of a command: Ctrl-C, SIGTERM, "starting ...", a fast end.
 
-Imported before everything else.
+Imported before everything else, because the import of torch takes seconds.
 """
 
 import atexit
@@ -14,12 +14,14 @@ COMMANDS = ("train.py", "data.py", "eval.py", "adapt.py", "model.py", "experimen
 
 def is_command():
     """True in a command of ours, and not for others who import us."""
-    file = os.path.realpath(getattr(sys.modules["__main__"], "__file__", None) or "")
+    program = getattr(sys.modules["__main__"], "__file__", None) or ""
+    file = os.path.realpath(program)
     house = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
     return file in [os.path.join(house, command) for command in COMMANDS]
 
 
 IS_COMMAND = is_command()  # now: a program that imports us may run a command of ours later
+
 
 def quiet_while_importing():
     """Let Ctrl-C end a command of ours at once and without a traceback while torch is imported.
@@ -47,24 +49,26 @@ def clear_starting():
 
 def is_at_terminal():
     """Whether this is a command of ours (of several ranks rank 0) whose stderr is a terminal."""
-    is_seen = IS_COMMAND and os.environ.get("RANK", "0") == "0"
-    return is_seen and sys.stderr is not None and sys.stderr.isatty()
+    if not IS_COMMAND or os.environ.get("RANK", "0") != "0":
+        return False
+    return sys.stderr is not None and sys.stderr.isatty()  # None: the shell has closed it
 
 
 say_starting()
 
-exit_codes = []  # the one of a command that has done its work
+exit_codes = []  # empty, until the command has done its work
 
 
 def end_fast():
-    """End a command without taking torch apart, which takes 1 to 3 s in which nothing is seen.
+    """Let Python end a command without taking torch apart, which would take 1 to 3 s in silence.
 
-    Registered first, it is called last, when all others have cleaned up.
+    atexit calls first what was registered last; so this comes last, when all else is cleaned up.
     """
     def leave():
         if exit_codes:
-            for stream in filter(None, (sys.stdout, sys.stderr)):  # None: the shell has closed it
-                stream.flush()
+            for stream in (sys.stdout, sys.stderr):
+                if stream:  # else the shell has closed it
+                    stream.flush()
             os._exit(exit_codes[-1])
     if IS_COMMAND:
         atexit.register(leave)

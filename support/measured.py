@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from scaling.checkpoint import step_directories
 from support.files import UserError, read_json, read_log
-from support.hints import runs_below
 from support.records import bits_per_byte, cell
+from support.run_hints import runs_below
 from support.text import counted
 
 

@@ -10,12 +10,13 @@ from typing import NamedTuple
 
 from support.text import UserError
 
-# Words of CUDA, its libraries and C++, whose errors have no type of their own
+# What CUDA, its libraries and C++ say; torch raises it as a RuntimeError
 WORDS = ("out of memory", "can't allocate memory", "Cannot allocate memory", "std::bad_alloc",
          "ALLOC_FAILED", "can't start new thread")
-WEIGHTS = "the weights must fit, at 4 bytes a parameter: choose a smaller model or another machine"
+WEIGHTS = ("the weights take 4 bytes a parameter: choose a smaller model, or a machine with more "
+           "memory")
 
-# What to do where no option was named by `remedied`, such as before a run's first step
+# {the command's file: what to do where `remedied` names no option}
 OTHER_REMEDIES = {
     "train": "weights, gradients and optimiser take 16 bytes a parameter: choose a smaller model, "
              "or share them over GPUs: torchrun --nproc_per_node=N; docs/scale.md has more",
@@ -36,11 +37,12 @@ class Half(NamedTuple):
 
         share: what one tensor alone asked for / all memory; above 1, one half is not enough.
         """
-        value = max(self.least, self.value // 2)
-        while share * value > self.value and value > self.least:
+        value = self.value
+        is_enough = False
+        while value > self.least and not is_enough:
             value = max(self.least, value // 2)
-        is_left = value < self.value and share * value <= self.value
-        return f"--{self.key}={value}{self.note}" if is_left else None
+            is_enough = share * value <= self.value
+        return f"--{self.key}={value}{self.note}" if is_enough else None
 
 
 @contextmanager
@@ -61,22 +63,25 @@ def is_lack_of_memory(error):
     """True for the errors of Python, numpy, torch, CUDA and the system."""
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return True
-    name = type(error).__name__  # torch.OutOfMemoryError; torch is not imported here
-    has_words = isinstance(error, RuntimeError) and any(word in str(error) for word in WORDS)
-    return has_words or name == "OutOfMemoryError"
+    if type(error).__name__ == "OutOfMemoryError":  # torch's; torch is not imported here
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in WORDS)
 
 
 def about_memory(error, where="", remedies=()):
-    """One line about a lack of memory."""
+    """One line about a lack of memory. where, remedies: see `remedied`."""
     text = str(error)
     amount = re.search(r"llocate (\d[\d.]* (?:bytes|[KMGTP]i?B))", text)
     share = bytes_of(amount[1]) / whole_memory(text) if amount else 0
-    found = [each.words(share) if isinstance(each, Half) else each for each in remedies]
-    options = [words for words in found if words]
+    options = []
+    for each in remedies:
+        words = each.words(share) if isinstance(each, Half) else each
+        if words:
+            options.append(words)
     if options:
         remedy = f"try {options[0]}"
     elif share > 1:
-        remedy = "there is less than that in all; choose a smaller model, batch or context"
+        remedy = "the whole memory is less than that; choose a smaller model, batch or context"
     else:
         remedy = OTHER_REMEDIES.get(Path(sys.argv[0]).stem, "use a machine with more memory")
     asked = ""
@@ -86,11 +91,12 @@ def about_memory(error, where="", remedies=()):
         in_bytes = amount[1].endswith(" bytes")  # as torch says it on a CPU
         asked = f"{bytes_of(amount[1]) / 2**20:,.0f} MiB" if in_bytes else amount[1]
         asked = f" (asked for {asked})"
-    return f"out of memory{f' {where}' if where else ''}{asked}; {remedy}"
+    place = f" {where}" if where else ""
+    return f"out of memory{place}{asked}; {remedy}"
 
 
 def bytes_of(amount):
-    """The bytes in torch's words: "80 bytes" on a CPU, "2.00 GiB" on a GPU."""
+    """The bytes of an amount in torch's words: "80 bytes" on a CPU, "2.00 GiB" on a GPU."""
     number, _, unit = amount.partition(" ")
     return float(number) * 1024 ** ("KMGTP".find(unit[:1]) + 1)
 

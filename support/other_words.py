@@ -158,7 +158,7 @@ SAYINGS = [
     ("verbose debug quiet log_level", "", "all is printed always, and is in RUN/metrics.jsonl"),
 ]
 
-# a verb: ours, or the file that does it
+# {what people write for a verb: our verb, or the file that does it}
 VERBS = {"evaluate": "eval", "evaluation": "eval", "test": "eval", "benchmark": "eval",
          "pretrain": "train", "fit": "train", "finetune": "adapt", "tune": "adapt", "sft": "adapt",
          "dpo": "adapt", "build": "data", "prepare": "data", "resume": "--resume",

@@ -38,7 +38,7 @@ def tuning_table(run, results, eval_data):
                               text_numbers(results["sums"]))
     table = aligned(lines, left=[0])
     if results["sums"]:
-        table.append("fewer bits are better; a rise is what tuning made the model forget")
+        table.append("fewer bits are better; a rise shows what the tuning made the model forget")
     return "\n".join(table)
 
 
@@ -59,8 +59,11 @@ def before_and_after(title, before, after):
 
 def without_blank_runs(text):
     """A sample for the screen: four blank lines or more in a row become a line that counts them."""
-    return re.sub(r"\n(\s*\n){4,}", lambda run: f"\n[{run[0].count(chr(10)) - 1} blank lines]\n",
-                  text)
+    def count_of(found):
+        lines = found[0].count("\n") - 1
+        return f"\n[{lines} blank lines]\n"
+
+    return re.sub(r"\n(\s*\n){4,}", count_of, text)
 
 
 # ---- What comes next -----------------------------------------------------------------------------
@@ -84,7 +87,7 @@ def print_next(run, chosen):
 
 
 def example_prompt(settings):
-    """A prompt that fits the text of a run, quoted: some Python, or whatever the user writes."""
+    """A prompt, quoted, that fits the text of a run: of Python, or a place for the user's own."""
     is_python = "stdlib" in str(settings.get("sources"))
     return '"def read_"' if is_python else '"THE BEGINNING OF A TEXT"'
 
@@ -95,14 +98,20 @@ def tuning_command(method, run, start_from, settings):
     run: its directory. settings: of its config; from elsewhere, at least its d_model.
     """
     size = settings["d_model"]
-    config = f"configs/{'tiny' if size < 1024 else 'olmo_7b'}_{method}.py"
-    if 1024 <= size < 4096:
-        config += f" configs/olmo_1b_{method}.py"
+    if size < 1024:
+        configs = f"configs/tiny_{method}.py"
+    elif size < 4096:  # adds to that of the 7B
+        configs = f"configs/olmo_7b_{method}.py configs/olmo_1b_{method}.py"
+    else:
+        configs = f"configs/olmo_7b_{method}.py"
     data = settings.get("train_data", str(settings.get("sources", "stdlib")))
-    file = "chats" if method == "sft" else "preferences"
-    own = f" --train_data={file}.jsonl --eval_data=" if "stdlib" not in data else ""
-    name = free_name(f"{str(run).removesuffix('_sft')}_{method}")
-    return f"python adapt.py {config} --start_from={start_from}{own} --run_dir={name}"
+    own = ""
+    if "stdlib" not in data:
+        file = "chats.jsonl" if method == "sft" else "preferences.jsonl"
+        own = f" --train_data={file} --eval_data="
+    pretrained = str(run).removesuffix("_sft")
+    name = free_name(f"{pretrained}_{method}")
+    return f"python adapt.py {configs} --start_from={start_from}{own} --run_dir={name}"
 
 
 def say_if_untuned(path, home, **known):

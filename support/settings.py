@@ -1,4 +1,4 @@
-"""What is printed of a run's settings: all of them at its first start, afterwards what changed."""
+"""The settings of a run, as they are printed: all at its first start, later what has changed."""
 
 import textwrap
 from pathlib import Path
@@ -20,12 +20,16 @@ def print_settings(config, settings):
     if "run_dir" not in before:  # no run of ours is there yet
         print(f"config: all settings, which {saved} keeps")
         for name, values in grouped(settings).items():
-            print(textwrap.fill(f"{name}: {', '.join(values)}", 100, initial_indent="  ",
-                                subsequent_indent="    ", break_on_hyphens=False))
+            line = f"{name}: {', '.join(values)}"
+            print(textwrap.fill(line, 100, initial_indent="  ", subsequent_indent="    ",
+                                break_on_hyphens=False))
         return
-    changes = [f"{key}={shown(value)} (before: {shown(before[key])})"
-               for key, value in settings.items() if key in before and before[key] != value]
-    print(f"config: as in {saved}" + f", except {', '.join(changes)}" * bool(changes))
+    changes = []
+    for key, value in settings.items():
+        if key in before and before[key] != value:
+            changes.append(f"{key}={shown(value)} (before: {shown(before[key])})")
+    changed = f", except {', '.join(changes)}" if changes else ""
+    print(f"config: as in {saved}{changed}")
 
 
 def grouped(settings):
@@ -39,6 +43,7 @@ def grouped(settings):
 
 
 def shown(value):
-    """A value for a line of many; quoted where a reader would not see it, or not its end."""
-    is_text = isinstance(value, str)
-    return repr(value) if is_text and (value != value.strip() or not value) else str(value)
+    """A value as text; in quotes if a reader would not see it, or not where it begins or ends."""
+    text = str(value)
+    is_unclear = not text or text != text.strip()
+    return repr(value) if is_unclear else text

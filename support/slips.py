@@ -18,7 +18,7 @@ from support.other_words import VERBS
 ROOT = Path(__file__).resolve().parent.parent  # the repository
 FREE = ("prompt", "text", "doc", "content_scorer")  # keys whose value may be any text, also "none"
 NONE = ("none", "null", "nil", "false", "no", "off", "[]")  # what people type for an empty value
-EMPTY = {  # keys whose value may be empty: what that means
+EMPTY = {  # {a key whose value may be empty: what that means}
     "eval_data": "nothing is held out", "start_from": "new weights", "token_files": "the sources "
     "are read", "prompts": "prompt is used", "subdomain": "a domain is one number", "resume": "no "
     "run is continued", "show": "no documents are shown", "html": "no page is written",
@@ -52,33 +52,42 @@ def check_words(words):
 
 
 def check_verb(words):
-    """UserError for a verb that another file has, is spelt otherwise, or does not come first."""
+    """UserError for a verb that is another file's, is not ours but means one, or comes too late."""
     bare = [word for word in words if not word.startswith("-")]
     word = bare[0] if bare else ""
-    is_name = word.isalpha() and not os.path.exists(word)
-    if not is_name or (ROOT / f"configs/{word}.py").is_file():
+    is_path = os.path.exists(word) or (ROOT / f"configs/{word}.py").is_file()
+    if is_path or not word.isalpha():
         return
-    verb = VERBS.get(word.lower(), word.lower())
-    files = {path.stem: path.name for path in ROOT.glob("*.py")}
-    if verb not in (*files, "--resume"):
-        [verb] = difflib.get_close_matches(verb, verbs(), n=1, cutoff=0.8) or [""]
+    verb = meant_verb(word)
     if not verb or (command(), verb) == ("data.py", "show"):  # its --show is another thing
         return
     rest = list(words)
     rest.remove(word)
     if verb == "--resume":
-        file, begin = command(), ""
-        rest = [f"--resume={rest[0]}", *rest[1:]] if rest else ["--resume=RUN"]
-    elif verb in files:
-        file, begin = files[verb], ""
-        if verb == "train" and command() == "adapt.py":
-            file = command()
-    else:
-        file, begin = verbs()[verb][0], f"{verb} "
-        if (file, verb) == (command(), word) and (words[0] == word or file == "eval.py"):
+        file = command()
+        rest = rest or ["RUN"]
+        behind = shlex.join([f"--resume={rest[0]}", *rest[1:]])
+    elif verb in verbs():
+        file, form = verbs()[verb]
+        is_in_place = words[0] == word or file == "eval.py"
+        if (file, verb) == (command(), word) and is_in_place:
             return
-    behind = shlex.join(rest) or verbs().get(verb, ("", "--help"))[1]
-    raise UserError(f"{word}: {file} does this; write python {file} {begin}{behind}")
+        behind = f"{verb} {shlex.join(rest) or form}"
+    else:  # a file
+        is_tuning = (command(), verb) == ("adapt.py", "train")
+        file = command() if is_tuning else f"{verb}.py"
+        behind = shlex.join(rest) or "--help"
+    raise UserError(f"{word}: {file} does this; write python {file} {behind}")
+
+
+def meant_verb(word):
+    """Our verb for a word, or the stem of the file that does it, or --resume; "" if none is."""
+    word = word.lower()
+    verb = VERBS.get(word, word)
+    if verb == "--resume" or (ROOT / f"{verb}.py").is_file():
+        return verb
+    near = difflib.get_close_matches(verb, verbs(), n=1, cutoff=0.8)
+    return near[0] if near else ""
 
 
 def check_spaces(word, after, words):
@@ -87,7 +96,8 @@ def check_spaces(word, after, words):
     if not key.startswith("--") or value:
         return
     if not equals and after.startswith("="):
-        value = after[1:] or " ".join(words[words.index(word) + 2:][:1])
+        behind = words[words.index(word) + 2:]
+        value = after[1:] or "".join(behind[:1])
     elif equals and re.match(r"[^-/]", after) and not os.path.exists(after):
         is_word = after in verbs() or "/" in after or after.endswith((".py", ".json"))
         value = "" if is_word else after
@@ -104,11 +114,13 @@ def checked_text(text, place):
     key = place.strip("-: ")
     if key in FREE:
         return text
-    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+    if re.fullmatch(r"(['\"]).*\1", text, re.DOTALL):
         raise UserError(f"--{key}={text}: leave out the inner quotes; write --{key}={text[1:-1]}")
-    if key in EMPTY and text.lower() in NONE:
-        raise UserError(f"--{key}={text}: an empty value is none; write --{key}= ({EMPTY[key]})")
-    if text.lower() in NONE or not text and key == "data_dir":
+    is_none = text.lower() in NONE
+    if is_none and key in EMPTY:
+        raise UserError(f"--{key}={text}: for none, leave the value empty; write --{key}= "
+                        f"({EMPTY[key]})")
+    if is_none or (key == "data_dir" and not text):
         raise UserError(f"--{key}={text}: a name is needed; leave --{key} out, or write "
                         f"--{key}=NAME")
     return os.path.expanduser(text) if text.startswith("~/") else text

@@ -125,8 +125,8 @@ def say_odd_choices(base, adapt_config):
         say_if_untuned(base.weights, base.home, d_model=base.model_config.d_model,
                        train_data=train_data)
     if adapt_config.eval_data == "stdlib" != train_data:
-        print("warning: eval_data=stdlib: the answers that are measured are of Python's "
-              f"docstrings, not of {train_data}; name --eval_data=FILE, or --eval_data= for none")
+        print("warning: eval_data=stdlib: the answers that are measured come from Python's "
+              f"docstrings, not from {train_data}; name --eval_data=FILE, or --eval_data= for none")
 
 
 def say_few_steps(adapt_config, config, kind):

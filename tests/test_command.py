@@ -182,7 +182,7 @@ def test_ctrl_c_that_python_can_only_ignore_comes_again(tmp_path):
         time.sleep(3600)
     process = forked(tmp_path / "log", start_workers)
     assert joined(process) == 130
-    assert (tmp_path / "log").read_text() == "stopped; the same command begins again\n"
+    assert (tmp_path / "log").read_text() == "stopped; to go on, run the same command again\n"
 
 
 CHILD = """

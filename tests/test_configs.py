@@ -22,8 +22,9 @@ from data import ShowOptions
 from experiments.__main__ import ExperimentsConfig
 from model import ModelConfig
 from support.files import UserError
-from support.hints import run_remedy, runs_below, shipped
+from support.hints import shipped
 from support.other_words import OURS, SAYINGS
+from support.run_hints import run_remedy, runs_below
 from support.slips import EMPTY, verbs
 from support.text import counted
 from train import SCHEMAS

@@ -67,7 +67,6 @@ def test_capitals_in_an_ending_change_nothing(tmp_path, names):
     assert found[str.upper] == found[str.title] == found[str.lower]
 
 
-
 def test_links_are_followed_and_each_file_is_read_once(tmp_path):
     """80 documents, not 50: in files and folders behind links, and no circle without an end."""
     real = tmp_path / "real"
