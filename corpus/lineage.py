@@ -22,8 +22,9 @@ def data_of_run(run, config, sha256=None):
     place = f"{config.data_dir}{here(config.data_dir)}"
     raise UserError(f"{place}: does not hold the data that {run} was trained on; restore "
                     f"it, or, if its sources have not changed, build it again: python data.py "
-                    f"{run / 'config.json'} --tokenizer={run / 'tokenizer.json'} (trace, find and "
-                    "eval.py also take the folder where it is now: --data_dir=PATH)")
+                    f"{run / 'config.json'} --tokenizer={run / 'tokenizer.json'} ; or "
+                    f"note the folder where it is now: python train.py --resume={run} "
+                    "--data_dir=PATH (trace, find and eval.py take --data_dir=PATH too)")
 
 
 def text_behind(settings, config):

@@ -166,6 +166,17 @@ def describe(run, settings, folder, **facts):
     write_json(file, manifest)
 
 
+def note_data_dir(run, settings):
+    """Keep in a finished run's config.json where its data is now; other commands look there."""
+    file = run / "config.json"
+    saved = read_json(file)
+    before = saved.get("data_dir")
+    now = settings.get("data_dir", before)  # a tuning of weights from elsewhere has none
+    if now != before:
+        write_json(file, {**saved, "data_dir": now})
+        print(f"{file}: data_dir={now} is noted (before: {before})")
+
+
 def keep_tokenizer(new, kept):
     """Copy the file `new` to `kept`; UserError if another tokenizer is there."""
     if kept.is_file():

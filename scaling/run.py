@@ -114,6 +114,7 @@ class Run:
         """True, and printed, if neither a step nor an evaluation is left to do."""
         is_finished = self.step == self.config.max_steps and not self.lacks_evaluation
         if is_finished:
+            on_rank0(directory.note_data_dir, self.path, self.settings)
             print(f"{self.path}: finished, at step {self.step} of {self.config.max_steps}; to go "
                   "on, raise --max_steps (in adapt.py: --epochs, with --accept_changes)")
         return is_finished

@@ -22,7 +22,8 @@ from corpus.stdlib import stdlib_document
 from eval import EvalConfig, evaluate_perplexity
 from scaling.directory import describe
 from scaling.starts import append_row
-from support.files import UserError, disk_remedy, fsync, log_rows, write_rows
+from support.files import (UserError, disk_remedy, fsync, log_rows, read_json, write_json,
+                           write_rows)
 from support.models import open_base, open_model
 
 pytestmark = [pytest.mark.usefixtures("one_thread"),
@@ -244,6 +245,17 @@ def test_built_data_is_enough_to_go_on(learned, tmp_path, monkeypatch, call, ref
     refused(call(train, "--resume=run", "--max_steps=63"), "web", "--data_dir=PATH")
     assert call(train, "--resume=run", "--max_steps=63", "--data_dir=moved").returncode == 0
     assert steps(Path("run")) == list(range(1, 64))
+
+
+def test_a_finished_run_notes_where_its_data_is_now(copied, tmp_path, call):
+    """Other commands look there: they need not be told."""
+    before = read_json(copied / "config.json")
+    moved = shutil.copytree(before["data_dir"], tmp_path / "moved")
+    write_json(copied / "config.json", {**before, "data_dir": str(tmp_path / "gone")})
+    assert "gone" in call(evaluation, copied).stderr
+    assert call(train, f"--resume={copied}", f"--data_dir={moved}").returncode == 0
+    assert read_json(copied / "config.json") == {**before, "data_dir": str(moved)}
+    assert call(evaluation, copied).returncode == 0
 
 
 @pytest.fixture
