@@ -68,9 +68,10 @@ def changed_texts(run, data_dir):
 
 
 def difference_of(path, known, data_dir):
-    """How the files at `path` differ in name or digest from those `known`; "" if they do not."""
+    """How the files at `path` differ from those `known`, in name or digest; "" if they do not."""
     if path == "stdlib":
-        return "" if known == sys.version else f"built from the library of Python {known.split()[0]}"
+        is_same = known == sys.version
+        return "" if is_same else f"built from the library of Python {known.split()[0]}"
     if not is_there(path):
         return f"{path} is gone"
     if known and len(known[0]) == 3:  # of old data: (path, size, time) and no digest

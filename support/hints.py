@@ -96,9 +96,11 @@ def command_and_verb():
 
 def command_of(key):
     """The command whose configuration has this key; None if none has."""
+    field = rf"^    {re.escape(key)}: (.*\bsetting\(|Literal\[)"
     for path in (*sorted(ROOT.glob("*.py")), ROOT / "scaling/plan.py"):
-        if re.search(rf"^    {re.escape(key)}: (.*\bsetting\(|Literal\[)", path.read_text(), re.M):
-            return path.name if path.name in ("adapt.py", "eval.py") else "train.py"
+        if re.search(field, path.read_text(), re.M):
+            is_own = path.name in ("adapt.py", "eval.py")
+            return path.name if is_own else "train.py"
     return None
 
 
@@ -141,7 +143,8 @@ def mended_number(text, field):
     if is_number(plain) and (field.type is float or plain.isdecimal()):
         return plain
     kind = "a whole number" if field.type is int else "a number"
-    return f"{kind}, such as {field.metadata.get('default', field.default)}"
+    example = field.metadata.get("default", field.default)
+    return f"{kind}, such as {example}"
 
 
 def missing_value(field, word):
@@ -204,15 +207,19 @@ def shipped(word):
 def nearest_path(path):
     """Which file or folder beside a missing path, or which config of ours, has a similar name."""
     beside = {}
-    wanted = path.name.rpartition("\\")[2]
-    for folder in (ROOT / "configs", path.parent):
-        beside |= {file.name: file for file in folder.glob("[!_.]*")}
     for file in (ROOT / "configs").glob("[!_.]*"):
+        beside[file.name] = file
         beside[f"configs{file.name}"] = file  # a shell takes the \\ out of configs\\tiny.py
-    without_ending = [name for name in beside if name == f"{wanted}.py"]
-    for name in without_ending + difflib.get_close_matches(wanted, beside, n=1):
-        return f"did you mean {from_here(beside[name])}?"
-    return "configs/ holds those that come with nanOLMo"
+    for file in path.parent.glob("[!_.]*"):
+        beside[file.name] = file
+    wanted = path.name.rpartition("\\")[2]
+    if f"{wanted}.py" in beside:
+        near = [f"{wanted}.py"]
+    else:
+        near = difflib.get_close_matches(wanted, beside, n=1)
+    if not near:
+        return "configs/ holds those that come with nanOLMo"
+    return f"did you mean {from_here(beside[near[0]])}?"
 
 
 def from_here(file):
@@ -225,8 +232,9 @@ def check_base(path, base, before, place):
     if any(file.name == base or file.suffix == ".json" for file in before):
         return
     file = path.parent / str(base)
-    if not file.is_file() and (ROOT / "configs" / str(base)).is_file():  # one of ours
-        file = from_here(ROOT / "configs" / str(base))
+    ours = ROOT / "configs" / str(base)
+    if ours.is_file() and not file.is_file():
+        file = from_here(ours)
     words = sys.argv[1:]
     later = [word for word in words if Path(word).name == base]
     if command() == "adapt.py" and not value_in(file, "method"):
@@ -260,6 +268,8 @@ def not_a_config(path):
     if command() == "adapt.py":
         option, example = f"--train_data={path}", "configs/tiny_sft.py"
     words = [option if word == str(path) else word for word in sys.argv[1:]]
-    if not any(word.endswith(".py") for word in words):
-        words.insert(words.index(option) if option in words else 0, example)
-    return f"not a config file; write python {command()} {' '.join(words)}"
+    if not any(word.endswith(".py") for word in words):  # no config file
+        place = words.index(option) if option in words else 0
+        words.insert(place, example)
+    line = " ".join(words)
+    return f"not a config file; write python {command()} {line}"

@@ -79,7 +79,7 @@ def runs_below(path):
     runs = sorted(map(str, runs_in(path)))
     if not runs or (Path(path) / "config.json").is_file():
         return ""
-    return f"{path}: no model here, but in these folders: {listed(runs)}; name one of them"
+    return f"{path}: no model here, only in folders below it; name one: {listed(runs)}"
 
 
 def listed(names):

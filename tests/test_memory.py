@@ -15,6 +15,7 @@ import data
 import eval as e
 import train
 from scaling import ranks
+from scaling.memory import where_and_remedies
 from support import answers
 from support.memory import Half, about_memory, is_lack_of_memory
 
@@ -84,6 +85,17 @@ def test_a_step_names_a_smaller_micro_batch(tmp_path, tiny_config, call, refused
     fails.mend()
     result = call(train, *words)
     assert result.returncode == 0 and "1 sequences at a time" in result.stdout
+
+
+def test_a_tuning_has_no_more_rows_than_examples():
+    """A smaller number than that is what changes something."""
+    config = SimpleNamespace(batch_size=6, micro_batch_size=0, activation_checkpointing="none",
+                             reduce_every_micro_batch=False)
+    run = SimpleNamespace(config=config, settings={"method": "sft"}, doing="", step=0,
+                          model_config=SimpleNamespace(max_seq_len=256))
+    where, [fewer_rows, _] = where_and_remedies(run)
+    assert "with 6 x 256 tokens" in where
+    assert fewer_rows.words(share=0).startswith("--micro_batch_size=3,")
 
 
 def test_an_evaluation_names_fewer_tokens(tmp_path, finished, tiny_config, call, refused, fails):

@@ -112,6 +112,7 @@ def test_what_goes_on_from_a_run_keeps_its_tokenizer(grown, call, refused, optio
     assert "tokenizer" not in line
     result = call(train, *words, "--accept_changes")
     assert result.returncode == 0, result.stderr
+    assert "more.jsonl is new" in line and "more.jsonl is new" in result.stdout
     assert "tokenizer: run/tokenizer.json is kept" in result.stdout
     losses = [row["loss"] for row in rows(new)]
     assert steps(new)[-1] == 66 and losses[-6] < rows(Path("run"))[59]["loss"] + 0.2
