@@ -146,10 +146,10 @@ def start(words, folder, log):
         try:
             return process.wait()
         except (KeyboardInterrupt, SystemExit) as stop:
-            if isinstance(stop, SystemExit):  # SIGTERM; Ctrl-C the run has heard too
+            if isinstance(stop, SystemExit):  # SIGTERM, which the run has not heard; Ctrl-C it has
                 process.terminate()
             stop.add_note(f"stopped; {file.name} says which step is saved, and the same command "
-                          "continues")
+                          "continues after it")
             process.wait()  # it saves its step, and ends
             raise
 

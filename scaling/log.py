@@ -103,7 +103,7 @@ class Pace:
         self.first = (step, time.monotonic())
 
     def seconds_left(self, step, last, window):
-        """Of the steps after `step`; the first step alone has the pace of its window."""
+        """Of the steps after `step`; after the first step, the window is all that is measured."""
         if self.first is None:
             return (last - step) * window.seconds / window.steps
         first_step, began = self.first

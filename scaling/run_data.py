@@ -32,7 +32,7 @@ BUILD_PATIENCE = timedelta(days=2)  # of the ranks that wait while rank 0 builds
 def data_for_run(config, data_config, settings, free_keys, build_data):
     """On rank 0: build_data, with the tokenizer of what the run goes on from; returns the folder.
 
-    Or the folder of the built data of that run, where it is there and cannot be built again.
+    Where that run's own data is there and cannot be built again, it returns its folder.
 
     settings: every key of the run; free_keys: see find_start in scaling/start.py. Raises UserError,
     before anything is built, for a run_dir or a start_from that cannot be used, or that holds
@@ -41,8 +41,8 @@ def data_for_run(config, data_config, settings, free_keys, build_data):
     check_directory(config.run_dir, config.overwrite)
     tokens = data_config.token_files
     if tokens and not Path(tokens).is_file() and data_config.sources != DataConfig().sources:
-        raise UserError(f"token_files={tokens}{here(tokens)}: no such file, and it replaces "
-                        "the sources; --token_files= reads them")
+        raise UserError(f"token_files={tokens}{here(tokens)}: no such file, but "
+                        "token_files replaces the sources; --token_files= reads them")
     if config.overwrite:
         check_overwrite(Path(config.run_dir), config.start_from)
     check_outside(config.run_dir, "run_dir", data_config.parse_sources())
@@ -87,8 +87,8 @@ def check_start_from(start, max_steps):
     """UserError unless the step `start` is before max_steps."""
     step = read_json(start / "state.json").get("step", 0)
     if step >= max_steps:
-        raise UserError(f"max_steps={max_steps}: start_from={start} is after step {step} already; "
-                        "max_steps counts from the first step of the run before; raise it")
+        raise UserError(f"max_steps={max_steps}: start_from={start} has taken {step} steps "
+                        "already, and max_steps counts them too; raise it")
 
 
 def data_already_built(home, data_config, accept_changes):
@@ -116,7 +116,7 @@ def data_already_built(home, data_config, accept_changes):
                             "is now: --data_dir=PATH") from None
         return None  # build_data builds it again
     settings = read_json(folder / "manifest.json").get("settings", {})
-    if "clean" not in settings:  # built before manifests knew their text
+    if "clean" not in settings:  # an old manifest does not name its text
         return None
     gone, libraries, changed = text_behind(settings, data_config)
     if changed:
@@ -149,12 +149,12 @@ def with_tokenizer_of(home, data_config):
     else:
         is_here = name_is_file(name)
         if not is_here and name not in ("olmo", name_saved(home)):
-            raise UserError(f"tokenizer={name}: no such file{here(name)}; leave it out, as {file} "
+            raise UserError(f"tokenizer={name}: no such file{here(name)}; leave it out: {file} "
                             "is used")
         same = is_here and tokenizer_digest(tokenizer_file(name)) == kept
         if is_here and not same and not have_same_ids(file, tokenizer_file(name)):
             raise UserError(f"tokenizer={name}: not that of {home}, whose weights have learned "
-                            f"other ids; leave it out, as {file} is used, or begin a new run")
+                            f"other ids; leave it out, so that {file} is used, or begin a new run")
     if same:
         return data_config
     print(f"tokenizer: {file} is kept, in place of tokenizer={name}")

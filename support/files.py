@@ -78,7 +78,7 @@ def replace_file(path, content):
 
 @contextmanager
 def named_in_errors(path):
-    """Around what writes a file: the error of a full disk does not say which file it is."""
+    """Around code that writes a file: an error names it, which that of a full disk does not."""
     try:
         yield
     except OSError as error:

@@ -101,7 +101,7 @@ def read_evaluations(run, rows, left_out=()):
 # ---- The base of a tuned run ---------------------------------------------------------------------
 
 def after_their_bases(found, configs):
-    """{run: Evaluations} with what each says of a base: tuning continues the base's curve."""
+    """{run: Evaluations} with what each must know of its base, whose curve a tuning continues."""
     weights = {}  # {their SHA-256: (run, tokens)} of all steps
     for run in found:
         for path in step_directories(run):
@@ -130,7 +130,7 @@ def before_tuning(run, bases):
     if base is None:
         return run, 0
     name, tokens = base
-    first, before = before_tuning(name, bases | {run: None})  # None: no chain is a circle
+    first, before = before_tuning(name, bases | {run: None})  # None: a circle of bases ends
     return first, before + tokens
 
 

@@ -14,7 +14,7 @@ TRAINING_PANELS = (  # kind of row, key, title, level
     ("train", "loss", "training loss", None),
     ("eval", "loss", "loss of held-out answers, nats", None),  # adapt.py, under "tuned"
     ("eval", "dpo_loss", "loss of held-out pairs", math.log(2)),
-    ("eval", "accuracy", "share of held-out pairs that are told right", 0.5),
+    ("eval", "accuracy", "share of held-out pairs whose chosen answer is likelier", 0.5),
     ("train", "rewards/margins", "margin of the rewards", None),
     ("train", "lr", "learning rate", None),
     ("train", "grad_norm", "norm of the gradient", None),
@@ -25,8 +25,8 @@ TRAINING_PANELS = (  # kind of row, key, title, level
 # ---- Training ------------------------------------------------------------------------------------
 
 def runs_by_method(runs, configs):
-    """{method of adapt.py, "" for train.py: its runs}: beside the tokens of pretraining, tuning has
-    few, and its loss is of something else, so that they are drawn apart.
+    """{method of adapt.py, "" for train.py: its runs}, as each method has panels of its own:
+    tuning has few tokens beside pretraining, and its loss measures something else.
     """
     found = {}
     for run, rows in runs.items():

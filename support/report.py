@@ -23,7 +23,7 @@ METHODS = {  # of adapt.py, "" for train.py: the heading of its curves and a not
             "The loss is the mean over the tokens of the answers; the questions do not count."),
     "dpo": ("DPO: training on pairs of answers",
             "Dashed: ln 2 = 0.693, the loss of a pair before the first step; and 0.5, the share of "
-            "pairs that chance tells right.")}
+            "pairs that a random choice gets right.")}
 
 
 # ---- The page ------------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ def chat(argv):
 
 
 def questions():
-    """Yield each line of the user's, until Ctrl-D or a second Ctrl-C; the first clears the line.
+    """Yield each line that the user types, until Ctrl-D or a second Ctrl-C; one clears the line.
 
     A line from a pipe is printed, as a terminal would show it.
     """

@@ -65,7 +65,7 @@ def test_a_run_begins_with_the_weights_of_a_directory(begin, exported, tmp_path,
     result = begin("--start_from=OUT", "--run_dir=run")
     assert result.returncode == 0, result.stderr
     assert "weights of OUT" in result.stdout and "step 0: bits per byte" in result.stdout
-    assert "python model.py export run run-hf\n" in result.stdout  # OUT is there already
+    assert "python eval.py report run\n" in result.stdout and "--run_dir=run_sft\n" in result.stdout
     run = tmp_path / "run"
     assert steps(run) == [1, 2, 3, 4, 5, 6] and steps(run, "eval") == [0, 3, 6]
     settings, there = settings_of(run), vars(load_model(out).config)
