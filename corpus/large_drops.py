@@ -16,7 +16,7 @@ NAMED_RULES = 3
 def print_funnel(folder, run=None, overwrite=False):
     """Print the warnings about built data and its table; a line alone if `run` has it already."""
     if run and not overwrite and is_data_of(folder, run):
-        print(f"data: {folder}, as before; python eval.py report {run} shows its table")
+        print(f"data: {folder}, the same as before; python eval.py report {run} shows its table")
         return
     print_large_drops(folder)
     print_idle_separators(folder)

@@ -1,6 +1,7 @@
 """JSON, digests, writes that survive a crash, and the rows of a log."""
 
 import base64
+import difflib
 import errno
 import hashlib
 import json
@@ -133,6 +134,15 @@ def free_name(path):
 def here(path):
     """Returns " (in FOLDER)", where a relative path was looked for; "" for an absolute path."""
     return "" if Path(path).is_absolute() else f" (in {Path.cwd()})"
+
+
+def near_file(path):
+    """Returns "did you mean FILE?" of a name that is alike, beside a path that leads nowhere."""
+    path = Path(path)
+    names = [file.name for file in path.parent.glob("[!.]*")]
+    for name in difflib.get_close_matches(path.name, names, n=1, cutoff=0.75):
+        return f"did you mean {path.with_name(name)}?"
+    return ""
 
 
 def disk_remedy(error):

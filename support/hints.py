@@ -6,7 +6,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args, get_origin
 
 from support.files import UserError, here
 from support.other_words import OURS, VALUES, names_here, saying_about
@@ -96,11 +96,17 @@ def command_and_verb():
 
 def command_of(key):
     """The command whose configuration has this key; None if none has."""
+    file = file_of(key)
+    is_own = file in ("adapt.py", "eval.py", None)
+    return file if is_own else "train.py"
+
+
+def file_of(key):
+    """The file of our code whose configuration has this key; None if none has."""
     field = rf"^    {re.escape(key)}: (.*\bsetting\(|Literal\[)"
     for path in (*sorted(ROOT.glob("*.py")), ROOT / "scaling/plan.py"):
         if re.search(field, path.read_text(), re.M):
-            is_own = path.name in ("adapt.py", "eval.py")
-            return path.name if is_own else "train.py"
+            return path.name
     return None
 
 
@@ -114,6 +120,8 @@ def example_of(field, value):
         return f"; write --{field.name}={written}" if written else "; write True or False"
     if written in get_args(kind):
         return f"; write {written}"
+    if get_origin(kind) is Literal:  # who adds a choice to the code needs its place
+        return f"; {file_of(field.name)} lists the choices"
     if kind in (int, float):
         return f"; write {mended_number(str(value)[:40], field)}"
     if kind is str and not isinstance(value, (list, dict)):
@@ -192,9 +200,10 @@ def named_run(run):
     saved = run / "config.json"
     is_tuned = '"method"' in saved.read_text(encoding="utf-8", errors="replace")
     maker = "adapt.py" if is_tuned else "train.py"
-    tunes = f", --start_from={run} tunes its model" if command() == "adapt.py" else ""
+    also = {"adapt.py": f", --start_from={run} tunes its model",
+            "data.py": f", python data.py --resume={run} prints the table of its data"}
     return UserError(f"{run}: a directory, not a config file; {saved} holds its settings, and "
-                     f"python {maker} --resume={run} continues the run{tunes}")
+                     f"python {maker} --resume={run} continues the run{also.get(command(), '')}")
 
 
 def shipped(word):

@@ -249,6 +249,8 @@ def measured_twice(key, hidden):
     """
     shown, shown_at, other, other_at = key
     last = ", ".join(in_words(results) for results in hidden.values())
+    if shown.startswith("dtype") and other.startswith("dtype"):
+        other_at += " (a run evaluates in its dtype, eval.py in eval_dtype)"
     return (f"{', '.join(hidden)}: measured by {shown} at {shown_at} and by {other} at {other_at} "
             f"(at last {last}); the page shows the first, because the two cannot be compared; the "
             "run's logs have both")

@@ -78,7 +78,8 @@ def open_base(start_from, verify):
     """
     if not start_from:
         raise UserError("start_from: name the run to tune, --start_from=RUN, or a Hugging Face "
-                        "directory of an OLMo")
+                        "directory of an OLMo; a config of tuning, such as configs/tiny_sft.py, "
+                        "comes first")
     try:
         home = run_of(start_from)
     except UserError as error:

@@ -5,10 +5,11 @@ from collections import Counter
 
 from corpus.documents import parse, read_records
 from corpus.questions import stdlib_chats, stdlib_preferences
+from corpus.source_files import is_there
 from support.bars import stage
 from support.chat_forms import CHATS, PREFERENCES, FormOfFile
 from support.chats import checked_chat, checked_preference
-from support.files import UserError
+from support.files import UserError, here, near_file
 from support.text import counted, noted
 
 EXAMPLES = 10  # a message shows so many faulty rows
@@ -31,6 +32,9 @@ def read_examples(config, key, encode, eval_share):
     if not path:
         raise UserError("train_data: name the rows to train on, --train_data=FILE.jsonl, or "
                         "--train_data=stdlib for the embedded set")
+    beside = "" if path == "stdlib" or is_there(path) else near_file(path)
+    if beside:
+        raise UserError(f"{key}={path}{here(path)}: no such file or folder; {beside}")
     counts = Counter()  # {what was done to rows: how many}; nothing is dropped in silence
     examples = []
     for place, row in read_set(path, config, key == "eval_data", eval_share, counts):

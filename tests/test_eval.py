@@ -11,7 +11,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import sharpened, write_jsonl
+from conftest import ROOT, sharpened, write_jsonl
 
 import adapt
 import eval as evaluation
@@ -285,7 +285,7 @@ def test_sample_prints_each_prompt_and_continues_it_as_if_alone(run, call, token
 
 
 @pytest.mark.parametrize("words, wanted", [
-    ([], []), (["one", "two"], ["one two"]), (["sample"], []),
+    ([], []), (["one", "two"], ["--suite=two"]), (["sample"], []),
     (["NOWHERE"], ["nowhere"]), (["sample", "NOWHERE"], ["nowhere"]),
     (["report", "NOWHERE"], ["nowhere"]),
     (["report", "EMPTY"], ["metrics.jsonl", "python eval.py"]),
@@ -297,11 +297,12 @@ def test_sample_prints_each_prompt_and_continues_it_as_if_alone(run, call, token
     (["RUN", "--temperature=inf"], ["temperature=inf"]), (["RUN", "--limit=-1"], ["limit=-1"]),
     (["RUN", "--eval_batch_tokens=0"], ["batch_tokens=0"]),
     (["RUN", "--suite=nowhere"], ["suite=nowhere"]), (["RUN", "--suite="], ["suite="]),
+    (["RUN", f"--suite={ROOT}/READM.md"], [f"did you mean {ROOT}/README.md?"]),
     (["RUN", "--suite=arc_esay"], ["suite=arc_esay", "did you mean arc_easy?"]),
     (["RUN", "--suite=domain"], ["did you mean domains?"]),
     (["RUN", "--suite=domains,,piqa"], ["suite=domains,,piqa"]),
     (["sample", "RUN", "--prompt=" + "many words " * 50], ["prompt"]),
-    (["CHANGED"], ["--suite"])])
+    (["CHANGED"], ["--data_dir=PATH"])])
 def test_a_wrong_word_is_one_clear_line(run, call, refused, tmp_path, monkeypatch, words, wanted):
     """With the package of tasks and without it. CHANGED: a run whose data changed since."""
     paths = {"RUN": run, "EMPTY": tmp_path, "NOWHERE": tmp_path / "nowhere",
