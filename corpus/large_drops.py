@@ -63,6 +63,13 @@ def print_idle_separators(folder):
 def checked_rule(folder, rule):
     """The rule that --show names; UserError if it is one of ours that no source of the data has."""
     sources = read_json(folder / "manifest.json")["sources"]
+    rows = set().union(*(source["by_rule"] for source in sources.values()))
+    known = {*RULES, *DEDUPLICATIONS, *rows, *(row.partition(":")[0] for row in rows)}
+    if rule not in known:
+        parts = sorted(row for row in rows if row.startswith(rule))
+        which = f"did you mean {', '.join(parts)}?" if parts else (
+            f"the table has {', '.join(sorted(rows)) or 'none'}")
+        raise UserError(f"--show={rule}: no rule has this name; {which}")
     is_used = any(rule in source["rules"] for source in sources.values())
     if is_used or not sources or rule not in {*RULES, *DEDUPLICATIONS}:
         return rule

@@ -76,6 +76,10 @@ def check_directory(run_dir, overwrite=False):
         raise UserError(f"run_dir={run}: a step of the run {run.parent}; name another "
                         "directory")
     found = names_of_run(run)
+    others = other_names(run)
+    if others and not found:
+        raise UserError(f"run_dir={run}{here(run)}: holds {', '.join(others[:5])}, and no run; "
+                        "name a directory for the run alone, such as runs/NAME")
     if found and not is_run(run):
         raise UserError(f"run_dir={run}{here(run)}: holds {', '.join(found[:5])}, and no run of "
                         "ours; a run would replace them; choose another --run_dir")
@@ -106,6 +110,14 @@ def names_of_run(run):
     if not run.is_dir():
         return []
     return sorted(path.name for path in run.iterdir() if NAMES.fullmatch(path.name))
+
+
+def other_names(run):
+    """The names in a directory that are not a run's, nor those of a batch system's logs."""
+    if not run.is_dir():
+        return []
+    names = [path.name for path in run.iterdir() if path.suffix not in (".log", ".out", ".err")]
+    return sorted(name for name in names if not (NAMES.fullmatch(name) or name[0] == "."))
 
 
 def forked_from(config):

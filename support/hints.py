@@ -256,6 +256,8 @@ def check_base(path, base, before, place):
         words.remove(later[0])
         words.insert(words.index(str(path)), later[0])
         saying = f"that file comes first: python {command()} {shlex.join(words)}"
+    elif not file.is_file():
+        saying = f"there is no such file; {nearest_path(file)}"
     else:
         saying = f"this file adds to that one; name both: {file} {path}"
     raise UserError(f"{place}adds_to={base}: {saying}")
@@ -272,6 +274,8 @@ def not_a_config(path):
     """What a file holds that was named in the place of a config file, and its option; else ""."""
     if path.suffix in (".py", ".json", "") or command() not in ("train.py", "data.py", "adapt.py"):
         return ""
+    if path.suffix in (".yaml", ".yml", ".toml", ".ini", ".cfg"):
+        return "not a config file; ours are .py files of lines `key = value`"
     option = f"--sources=\"{{'mine': '{path}'}}\""
     example = "configs/tiny.py"
     if command() == "adapt.py":

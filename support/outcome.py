@@ -109,6 +109,8 @@ def tuning_command(method, run, start_from, settings):
     if "stdlib" not in data:
         file = "chats.jsonl" if method == "sft" else "preferences.jsonl"
         own = f" --train_data={file} --eval_data="
+        if size < 1024:  # as in the README, for few chats
+            own += " --batch_size=8 --epochs=20" + " --lr=1e-3" * (method == "sft")
     pretrained = str(run).removesuffix("_sft")
     name = free_name(f"{pretrained}_{method}")
     return f"python adapt.py {configs} --start_from={start_from}{own} --run_dir={name}"

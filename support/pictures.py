@@ -127,18 +127,19 @@ def is_one_point(panel):
 
 
 def draw_lines(axes, panel, looks):
-    """A line for each run."""
+    """A line for each run; the first ones are wider, so that a later one does not hide them."""
     ends = [0]
     for tokens, _ in panel.lines.values():
         ends += tokens
     most = max(ends)
     unit, label = unit_of(most, panel.x)
-    for name, (tokens, values) in panel.lines.items():
+    for place, (name, (tokens, values)) in enumerate(panel.lines.items()):
         color = looks[name].color
+        width = 1.2 + min(3, len(panel.lines) - 1 - place)
         x = [count / unit for count in tokens]
         every = max(1, math.ceil(len(x) / 2000))  # the page of a long run stays small
         axes.plot(x[::every], values[::every],
-                  color=color, linewidth=1.2, marker=panel.marker, markersize=3.5,
+                  color=color, linewidth=width, marker=panel.marker, markersize=3.5,
                   clip_on=False)  # a point at 0 is seen too
         if panel.errors:
             errors = panel.errors[name]

@@ -212,8 +212,7 @@ def verdict_on(suite, key, run, state):
     said = f"decontaminated: {why}" if verdict else f"not decontaminated: {why}"
     one_data_set = len({manifest.get("sha256") for manifest in manifests}) == 1
     if suite.name == "domains" and one_data_set:
-        word = "and" if verdict else "but"
-        said = f"held out of the training data, {word} {said}"
+        said = f"held out of the training data; {said}"
     return verdict, said
 
 
@@ -234,10 +233,9 @@ def decontaminated(manifests, files, digests):
             for evaluation_set in source["decontaminated"]:
                 searched.update(manifest["evaluation_files"][evaluation_set])
             if not digests <= searched:  # digests: a copy of the file is the same text
-                return False, (f"the source {name} was not searched for its lines, so the model "
-                               "may have read some of them; this does not matter for comparing "
-                               "runs on the same data (decontaminate in the config makes the "
-                               "search)")
+                return False, (f"the text of {name} was not searched for copies of this text's "
+                               "lines (decontaminate in the config does so); for comparing runs "
+                               "on the same data this does not matter")
     # Short lines are not searched for: they would remove documents that quote a common phrase.
     found, lines = searchable_lines(tuple(files))
     if not found:

@@ -243,8 +243,8 @@ def xz_notes(levels):
     if not levels:
         return []
     said = ", ".join(f"{domain} {level:.3f}" for domain, level in levels.items())
-    return ["The dashed line is <code>xz -9</code>, which compresses the same text and has seen no "
-            f"other: {escaped(said)}."]
+    return ["The dashed line is what <code>xz -9</code> needs for the same text, without any "
+            f"training: {escaped(said)}."]
 
 
 def samples_parts(found, looks):

@@ -174,7 +174,7 @@ def code_of(run, starts):
         code += f"; changed between its starts: {', '.join(between)}"
     since = changed_files(run)
     if since:
-        code += f"; changed since: {', '.join(since)}"
+        code += f"; changed in the code here: {', '.join(since)}"
     elif code != code_version() and not between:
         code += "; this page was drawn by other code"
     return code

@@ -71,7 +71,7 @@ def chat(argv):
     numbers = count()  # each answer draws from a stream of its own
     for line in questions():
         try:
-            if line.partition(" ")[0] == "/quit":
+            if line.partition(" ")[0] == "/quit" or line in ("quit", "exit"):
                 return
             if line.startswith("/"):
                 messages, options = obey(line, messages, options)

@@ -64,7 +64,12 @@ def packaged_task(name, variant, config):
     if not (folder / name).is_dir():
         known = [*KNOWN, *sorted(set(os.listdir(folder)) - PAPER_METRIC.keys())]
         near = difflib.get_close_matches(name, known, n=1)
-        remedy = f"did you mean {near[0]}?" if near else "there are " + ", ".join(known)
+        begin = [task for task in known if task.startswith(name)]
+        remedy = "name a file of questions, or a task (docs/evaluation.md)"
+        if near or begin:
+            remedy = f"did you mean {(near or begin)[0]}?"
+        elif "." not in name:
+            remedy = "there are " + ", ".join(known)
         raise UserError(f"suite={name}: no such file, folder or task{here(name)}; "
                         f"{remedy}")
     variants = sorted(os.listdir(folder / name))

@@ -1277,7 +1277,7 @@ def test_a_chat_recites_as_it_streams(learnt, talk, tmp_path):
     said, answer = (turn["content"] for turn in chats[3]["messages"])
     assert f"> {answer}\n> " in talk(run, said)
     step = run / f"step{saved_steps(run)[-1]:06d}"
-    assert f"> {answer}\n> " in talk(step, "", said, "/quit", "x")
+    assert f"> {answer}\n> " in talk(step, "", said, "exit", "x")
     pytest.importorskip("safetensors")
     save_hf(load_model(run), tmp_path / "hf", run / "tokenizer.json")
     assert f"> {answer}\n> " in talk(tmp_path / "hf", said, options=["--temperature=0"])

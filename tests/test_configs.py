@@ -282,6 +282,8 @@ def test_a_byte_order_mark_is_read_and_another_encoding_refused(tmp_path):
 
 def test_a_variant_of_a_config_of_ours_names_its_path(tmp_path, monkeypatch):
     monkeypatch.chdir(configs.ROOT)
+    near = write(tmp_path / "near.py", "adds_to = 'tinny.py'\nsteps = 4\n")
+    assert "no such file; did you mean configs/tiny.py?" in refused(near)
     mine = write(tmp_path / "mine.py", "adds_to = 'tiny.py'\nsteps = 4\n")
     assert refused(mine).endswith(f"name both: configs/tiny.py {mine}")
 

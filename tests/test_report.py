@@ -401,7 +401,7 @@ def test_a_table_compares_runs_and_says_how_they_were_started(two_runs, monkeypa
     assert bits[1] == f"{bits[0]} (+0.0000)"
     assert f"<td><span>python</span> <span>{escaped(shlex.quote(sys.argv[0]))}</span>" in content
     code = cells_of(content, "code")
-    assert code == [code_version(), "0123; changed since: model.py"]
+    assert code == [code_version(), "0123; changed in the code here: model.py"]
     command = escaped(shlex.join(["python", *sys.argv]))
     assert cells_of(content, "command") == [command, command]
     different = content.split("Settings and code that differ")[1]
@@ -428,7 +428,8 @@ def test_a_continued_run_shows_its_first_command_and_all_starts(two_runs, monkey
     assert command[1] == "begin" and newest_command == ["-", "end"]
     assert cells_of(content, "started")[1] == "Monday"
     assert cells_of(content, "continued") == ["-", "Sunday, after step 5; 3 starts in all"]
-    assert "changed between its starts: adapt.py; changed since: " in cells_of(content, "code")[1]
+    code = cells_of(content, "code")[1]
+    assert "changed between its starts: adapt.py; changed in the code here: " in code
     [listed] = re.findall("<summary>other: its 3 starts</summary>(.*?)</details>", content)
     assert re.findall(r"<tr><td>(\w+)<td>(\d)<td>0123<td>([^<]*)", listed) == [
         ("Monday", "0", "begin"), ("Tuesday", "3", "go on"), ("Sunday", "5", "end")]

@@ -524,14 +524,13 @@ def test_options_of_the_plan_alone_are_named(copied, call):
 
 # ---- Directories that are no run, and ends before the beginning ----------------------------------
 
-def test_a_run_lies_neither_in_a_step_nor_at_a_file(copied, tiny_config, call, refused,
-                                                      monkeypatch):
+def test_a_run_lies_neither_in_a_step_nor_at_a_file_nor_among_others(
+        copied, tiny_config, tmp_path, call, refused, monkeypatch):
     monkeypatch.setattr("train.build_data", lambda config: pytest.fail("builds data"))
     before = content_and_times(copied)
     for place, words in ((copied / "step000020", "a step of the run"),
-                         (copied / "config.json", "a file")):
-        refused(call(train, tiny_config(place.parent / "x"), f"--run_dir={place}"), words)
-    (copied / "x.py").unlink()
+                         (copied / "config.json", "a file"), (ROOT / "docs", "checks.md")):
+        refused(call(train, tiny_config(tmp_path / "x"), f"--run_dir={place}"), words)
     assert content_and_times(copied) == before
 
 
@@ -566,7 +565,9 @@ def test_a_run_never_takes_the_place_of_something_else(tmp_path, finished, tiny_
     assert sorted(path.name for path in Path(".").rglob("*")) == ["config.json", "hf",
                                                                   "tokenizer.json"]
     (tmp_path / "notes").mkdir()
-    (tmp_path / "notes/plan.txt").write_text("of the run")  # no name of ours: a run may lie beside
+    (tmp_path / "notes/plan.txt").write_text("of a user")
+    refused(call(train, file, f"--run_dir={tmp_path / 'notes'}"), "holds plan.txt, and no run")
+    (tmp_path / "notes/plan.txt").rename(tmp_path / "notes/job.log")  # of a batch system
     assert call(train, file, f"--run_dir={tmp_path / 'notes'}").returncode == 0
     monkeypatch.chdir(tmp_path / "notes")
     assert call(train, "--resume=.", "--max_steps=2").returncode == 0
@@ -581,7 +582,8 @@ def test_neither_a_run_nor_built_data_lies_in_a_source(learned, tmp_path, monkey
     before = sorted(Path("web").rglob("*"))
     for option in ("--run_dir=web", "--run_dir=code/../web/runs/one", "--data_dir=web/built"):
         key = option[2:option.index("=")]
-        refused(call(train, "run.py", option), f"{key}=", "source web,")
+        says = "holds part.jsonl" if option == "--run_dir=web" else "source web,"
+        refused(call(train, "run.py", option), f"{key}=", says)
     refused(call(data, "run.py", "--data_dir=web"), "data_dir=web", "source web,")
     assert sorted(Path("web").rglob("*")) == before
 

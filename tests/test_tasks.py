@@ -923,11 +923,11 @@ def test_only_what_all_data_was_searched_for_is_called_decontaminated(planted, t
     for found, wanted, why in (
             (verdict(clean, suite), True, "1 of 1"),
             (verdict(clean, copied), True, "1 of 1"),
-            (verdict(clean, other), False, "source web"),
-            (verdict(clean, tmp_path / "both"), False, "source web"),
+            (verdict(clean, other), False, "text of web"),
+            (verdict(clean, tmp_path / "both"), False, "text of web"),
             (verdict(clean, Path(suite).with_name("short.jsonl")), False, "13 words"),
             (verdict(clean, suite, start_from=clean, step=50), True, ""),
-            (verdict(clean, suite, start_from=plain, step=50), False, "source"),
+            (verdict(clean, suite, start_from=plain, step=50), False, "text of"),
             (verdict(clean, suite, start_from=tmp_path / "gone", step=50), False, "gone"),
             (verdict(loop, suite), False, "step 40"),
             (verdict(clean, suite, data={"data_sha256": "0" * 64}), False, str(clean)),
@@ -1068,7 +1068,7 @@ def test_the_report_is_one_page_with_everything(run, call, tmp_path, request_fil
     assert page.count("<svg") == 6 + 2 + 1  # training; two domains; the task
     assert re.search(r"made_up +40 ", page) and not re.search(r"made_up +9 ", page)
     for word in ("training loss", "learning rate", "web", "(pooled)", "(macro)", "tokens/s",
-                 "not decontaminated: the source", "documents held out", "&lt;b&gt;wo", "step 15",
+                 "not decontaminated: the text of", "documents held out", "&lt;b&gt;wo", "step 15",
                  "step 30", f"{read_metrics(run)[0]['eval'][-1]['bits_per_byte']['web']:.4f}"):
         assert word in page
     assert "<b>wo" not in page and "src=" not in page and "href=\"http" not in page
