@@ -227,7 +227,7 @@ def test_the_hash_of_the_code_leaves_out_the_configs(tmp_path, monkeypatch):
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x = 1\n")
-    monkeypatch.setattr("scaling.ranks.ROOT", tmp_path)
+    monkeypatch.setattr("scaling.code_files.ROOT", tmp_path)
     version = code_version()
     for users in ("mine.py", "configs/mine.py", "configs/tiny.py"):
         (tmp_path / users).write_text("lr = 1.0\n")
